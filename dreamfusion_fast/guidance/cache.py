@@ -1,0 +1,102 @@
+"""Prompt embeddings on disk, so that a text encoder is loaded once per model and prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+# Part of every key: raised whenever the meaning of a stored file changes.
+_FORMAT = 1
+
+
+def default_cache_dir() -> Path:
+    """DREAMFUSION_FAST_CACHE if it is set, else the folder the platform keeps caches in."""
+    chosen = os.environ.get("DREAMFUSION_FAST_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "dreamfusion_fast"
+
+
+class EmbeddingCache:
+    """Named tensors by the content they were computed from.
+
+    Args:
+        directory: where to keep them; `default_cache_dir` and its folder "embeddings" if None. A folder that cannot be written
+            costs a warning and the time to embed again, not the run.
+    """
+
+    def __init__(self, directory: Path | str | None = None):
+        self.directory = Path(directory) if directory is not None else default_cache_dir() / "embeddings"
+
+    def get_or_compute(
+        self, identity: str, texts: list[str], compute: Callable[[list[str]], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The stored embeddings of these texts by the model with this identity, on the CPU, or `compute(texts)`."""
+        key = hashlib.sha256(json.dumps([_FORMAT, identity, texts]).encode()).hexdigest()
+        path = self.directory / f"{key}.safetensors"
+        stored = _read(path)
+        if stored is not None:
+            return stored
+        tensors = {name: value.detach().to("cpu").contiguous() for name, value in compute(texts).items()}
+        try:
+            _write(path, tensors)
+        except OSError as error:
+            warnings.warn(f"prompt embeddings are not kept: cannot write {path} ({error.strerror})", stacklevel=2)
+        return tensors
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}:".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a whole, undamaged file; None, with a warning, for a damaged one, and None for no file."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = file.metadata() or {}
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError) as error:
+        warnings.warn(f"the cached prompt embeddings {path} cannot be read and are made again ({error})", stacklevel=3)
+        return None
+    if not tensors or metadata.get("sha256") != _digest(tensors):
+        warnings.warn(f"the cached prompt embeddings {path} are damaged and are made again", stacklevel=3)
+        return None
+    return tensors
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write the whole file or nothing, also beside another process doing the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata={"sha256": _digest(tensors)})
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,239 @@
+"""Score Distillation Sampling (DreamFusion, Poole et al. 2022, equation 3), once, for every diffusion model."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.errors import NonFiniteError, UserError
+from dreamfusion_fast.guidance.base import (
+    Convention,
+    DiffusionModel,
+    Guidance,
+    GuidanceConfig,
+    PredictionType,
+    PromptEmbeddings,
+    SDSOutput,
+    Views,
+    Weighting,
+    check_t_range,
+)
+from dreamfusion_fast.guidance.cache import EmbeddingCache
+from dreamfusion_fast.guidance.prompts import PromptSet
+
+# Keeps quotients finite where a schedule reaches alpha = 0 or sigma = 0.
+_SMALL = 1e-6
+
+
+def guided(pair: Tensor, scale: float, convention: Convention = "null") -> Tensor:
+    """Classifier-free guidance of a pair of predictions.
+
+    Args:
+        pair: [2 B, ...], unconditional half first.
+        scale: s.
+        convention: "null" null + s (text - null); "text" text + s (text - null).
+
+    Returns:
+        [B, ...].
+    """
+    null, text = pair.chunk(2)
+    return (null if convention == "null" else text) + scale * (text - null)
+
+
+def to_x0(output: Tensor, noisy: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: PredictionType) -> Tensor:
+    """The clean input a prediction implies; alpha and sigma broadcast against it."""
+    if prediction_type == "epsilon":
+        return (noisy - sigma * output) / alpha.clamp_min(_SMALL)
+    if prediction_type == "v_prediction":
+        return alpha * noisy - sigma * output
+    return output
+
+
+def to_epsilon(output: Tensor, noisy: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: PredictionType) -> Tensor:
+    """The noise a prediction implies; alpha and sigma broadcast against it."""
+    if prediction_type == "epsilon":
+        return output
+    if prediction_type == "v_prediction":
+        return sigma * noisy + alpha * output
+    return (noisy - alpha * output) / sigma.clamp_min(_SMALL)
+
+
+def weight(alpha: Tensor, sigma: Tensor, weighting: Weighting) -> Tensor:
+    """w(t)."""
+    if weighting == "sds":
+        return sigma**2
+    if weighting == "uniform":
+        return torch.ones_like(sigma)
+    return alpha * sigma**2
+
+
+class ScoreDistillation(Guidance):
+    """SDS over any `DiffusionModel`.
+
+    Raises:
+        UserError: clip_x0 asked of a model whose input has no fixed range (a latent model).
+    """
+
+    def __init__(
+        self, model: DiffusionModel, config: GuidanceConfig | None = None, cache: EmbeddingCache | None = None
+    ):
+        self.model = model
+        self.config = config or GuidanceConfig()
+        self.name = model.name
+        self.image_size = model.image_size
+        self.guidance_scale = self._scale()
+        self.clip_x0 = model.clip_x0 if self.config.clip_x0 is None else self.config.clip_x0
+        if self.config.mode == "csd":
+            self.clip_x0 = False
+        if self.clip_x0 and model.x0_range is None:
+            raise UserError(
+                f"guidance clip_x0 needs a pixel-space model, and {model.name} works on latents: turn it off"
+            )
+        self._cache = cache if cache is not None else (EmbeddingCache() if self.config.cache else None)
+        self._finite = _FiniteGuard(model.name)
+
+    def _scale(self) -> float:
+        """The config's scale; the model's default is given in the "null" convention and turned into the config's."""
+        if self.config.guidance_scale is not None:
+            return self.config.guidance_scale
+        default = self.model.default_guidance_scale
+        return default if self.config.convention == "null" else default - 1.0
+
+    def embed(self, prompts: PromptSet | str) -> PromptEmbeddings:
+        """See `Guidance.embed`; a plain string takes negative prompt and view dependence from the config."""
+        if isinstance(prompts, str):
+            prompts = PromptSet(prompts, self.config.negative_prompt, self.config.view_dependent)
+        if self._cache is None:
+            tensors = self.model.embed_texts(prompts.texts)
+        else:
+            tensors = self._cache.get_or_compute(self.model.text_identity, prompts.texts, self.model.embed_texts)
+        return PromptEmbeddings(tensors).to(self.model.device)
+
+    def sds_gradient(
+        self,
+        images: Tensor,
+        embeddings: PromptEmbeddings,
+        views: Views,
+        t_range: tuple[float, float] | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | None = None,
+        grad_clip: float | None = None,
+    ) -> SDSOutput:
+        """See `Guidance.sds_gradient`. Arithmetic is in the images' dtype, the model's evaluation in its own.
+
+        On a GPU the check for NaN does not wait for the device: the error comes with a later call.
+        """
+        self._check(images, views)
+        config, model = self.config, self.model
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        clip = config.grad_clip if grad_clip is None else grad_clip
+
+        images = images.detach().requires_grad_(True)
+        with torch.enable_grad():
+            x = model.encode(images)
+        with torch.no_grad():
+            clean = x.detach()
+            t = self._timesteps(len(images), config.t_range if t_range is None else check_t_range(t_range), generator)
+            noise = _normal(clean, generator)
+            abar = model.alphas_cumprod[t].to(clean.dtype).view(-1, 1, 1, 1)
+            alpha, sigma = abar.sqrt(), (1 - abar).clamp_min(0).sqrt()
+            noisy = alpha * clean + sigma * noise
+            pair = model.predict(noisy, t, embeddings.select(views), views).to(clean.dtype)
+
+            output = guided(pair, scale, config.convention)
+            x0 = to_x0(output, noisy, alpha, sigma, model.prediction_type)
+            if self.clip_x0 and model.x0_range is not None:
+                x0 = x0.clamp(*model.x0_range)
+            if config.mode == "csd":
+                null, text = (to_epsilon(half, noisy, alpha, sigma, model.prediction_type) for half in pair.chunk(2))
+                residual = scale * (text - null)
+            elif self.clip_x0 or model.prediction_type == "sample":
+                # eps_hat - eps with eps_hat = (noisy - alpha x0) / sigma, without the cancellation.
+                residual = alpha / sigma.clamp_min(_SMALL) * (clean - x0)
+            else:
+                residual = to_epsilon(output, noisy, alpha, sigma, model.prediction_type) - noise
+            pull = weight(alpha, sigma, config.weighting) * residual
+            if clip is not None:
+                size = pull.norm(dim=1, keepdim=True)
+                pull = pull * (clip / size.clamp_min(clip))
+        (gradient,) = torch.autograd.grad(x, images, grad_outputs=pull)
+        self._finite.check(images, gradient)
+        return SDSOutput(
+            gradient=gradient,
+            t=t,
+            norm=gradient.flatten(1).norm(dim=1),
+            residual=residual.square().flatten(1).mean(dim=1).sqrt(),
+            x0=x0,
+        )
+
+    def _check(self, images: Tensor, views: Views) -> None:
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must have shape [B, 3, H, W], got {tuple(images.shape)}")
+        if images.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"images must be float32 or float64, got {images.dtype}")
+        if images.device.type != self.model.device.type:
+            raise ValueError(f"images must be on {self.model.device}, the guidance's device, got {images.device}")
+        if len(images) == 0 or len(views) != len(images):
+            raise ValueError(f"one view per image and at least one are needed, got {len(views)} and {len(images)}")
+
+    def _timesteps(self, batch: int, t_range: tuple[float, float], generator: torch.Generator | None) -> Tensor:
+        """[B] int64, uniform over the timesteps between both fractions of the schedule, ends included."""
+        steps = len(self.model.alphas_cumprod)
+        low, high = (min(round(fraction * steps), steps - 1) for fraction in t_range)
+        device = generator.device if generator is not None else torch.device("cpu")
+        t = torch.randint(low, high + 1, (batch,), generator=generator, device=device)
+        return t.to(self.model.device, non_blocking=True)
+
+
+def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal noise, drawn in float32 where the generator lives so that a seed means one noise everywhere."""
+    device = generator.device if generator is not None else torch.device("cpu")
+    noise = torch.randn(like.shape, generator=generator, device=device, dtype=torch.float32)
+    return noise.to(like.device, like.dtype, non_blocking=True)
+
+
+class _FiniteGuard:
+    """Raises when images or gradients stop being finite, on a GPU without waiting for it.
+
+    There, each call leaves a flag on its way to the host and looks at the flags that have arrived since.
+    """
+
+    _MAX_PENDING = 64
+
+    def __init__(self, name: str):
+        self._name = name
+        self._calls = 0
+        self._pending: deque[tuple[int, Tensor, torch.cuda.Event]] = deque()
+
+    def check(self, images: Tensor, gradient: Tensor) -> None:
+        flags = torch.stack((images.detach().isfinite().all(), gradient.isfinite().all()))
+        call, self._calls = self._calls, self._calls + 1
+        if not flags.is_cuda:
+            self._raise_if_bad(call, flags)
+            return
+        if torch.cuda.is_current_stream_capturing():
+            return
+        host = torch.empty(2, dtype=torch.bool, pin_memory=True).copy_(flags, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending.append((call, host, event))
+        if len(self._pending) > self._MAX_PENDING:
+            self._pending[0][2].synchronize()
+        while self._pending and self._pending[0][2].query():
+            done_call, done, _ = self._pending.popleft()
+            self._raise_if_bad(done_call, done)
+
+    def _raise_if_bad(self, call: int, flags: Tensor) -> None:
+        images_finite, gradient_finite = flags.tolist()
+        if not images_finite:
+            raise NonFiniteError(
+                f"guidance step {call}: the rendered images hold NaN or infinity: lower the learning rate or resume from an "
+                "earlier checkpoint"
+            )
+        if not gradient_finite:
+            raise NonFiniteError(
+                f"guidance step {call}: the gradient from {self._name} holds NaN or infinity: use guidance dtype bfloat16 or "
+                "float32, or a lower guidance scale"
+            )

@@ -1,0 +1,155 @@
+"""Files: whole or not at all, and the rules of a run folder.
+
+A run folder holds everything one run wrote. Nothing in it is ever overwritten by another run: `prepare_run_folder` refuses a
+folder that already holds one, `open_run_folder` refuses a folder that holds none.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dreamfusion_fast.errors import UserError
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, which takes its name when the block ends without an exception.
+
+    The temporary file keeps the suffix (writers choose a format by it) and is removed when the block raises, KeyboardInterrupt
+    included, so a reader sees the old file or the new one and never a part. Folders above `path` have to exist.
+    """
+    target = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes files that only the owner can read; results should be as readable as any other file.
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    current = os.umask(0o022)
+    os.umask(current)
+    return current
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` as UTF-8 to `path`, whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The names of the files of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Parameters, optimiser state and step."""
+        return self.path / "checkpoint.safetensors"
+
+    @property
+    def mesh(self) -> Path:
+        """The textured mesh."""
+        return self.path / "mesh.glb"
+
+    @property
+    def turntable(self) -> Path:
+        """The video of the object turning once."""
+        return self.path / "turntable.mp4"
+
+    @property
+    def preview(self) -> Path:
+        """A few views in one picture."""
+        return self.path / "preview.png"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of the TensorBoard event files."""
+        return self.path / "tensorboard"
+
+    def existing(self) -> list[Path]:
+        """Those of the files above that exist."""
+        names = (self.config, self.checkpoint, self.mesh, self.turntable, self.preview, self.tensorboard)
+        return [name for name in names if name.exists()]
+
+
+def prepare_run_folder(path: str | os.PathLike[str]) -> RunFolder:
+    """Make the folder of a new run, or raise UserError where that is impossible or would overwrite an older run.
+
+    A folder that holds other files only is taken as it is.
+    """
+    folder = RunFolder(Path(path).expanduser())
+    if folder.path.exists() and not folder.path.is_dir():
+        raise UserError(f"output folder {folder.path} is a file; choose another with --out")
+    try:
+        used = folder.existing()
+        if used:
+            raise UserError(
+                f"output folder {folder.path} already holds a run ({used[0].name}); "
+                f"continue it with --resume {folder.path} or choose another with --out"
+            )
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make output folder {folder.path}: {error.strerror}; choose another with --out"
+        ) from error
+    check_writable(folder.path)
+    return folder
+
+
+def open_run_folder(path: str | os.PathLike[str], *, writable: bool = True) -> RunFolder:
+    """Open the folder of an existing run; UserError where it holds no config or no checkpoint, or cannot be written to."""
+    folder = RunFolder(Path(path).expanduser())
+    if not folder.path.is_dir():
+        raise UserError(f"{folder.path} is no folder; give the output folder of an earlier run")
+    for needed in (folder.config, folder.checkpoint):
+        if not needed.is_file():
+            raise UserError(f"{folder.path} holds no {needed.name}; give the output folder of an earlier run")
+    if writable:
+        check_writable(folder.path)
+    return folder
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError where no file can be made in `folder`. Made and removed, since permission bits do not tell it all."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to folder {folder}: {error.strerror}; choose another with --out") from error
+
+
+def default_run_folder(prompt: str, parent: str | os.PathLike[str] = "out") -> Path:
+    """The first of out/<prompt>, out/<prompt>-2, ... that holds no run yet."""
+    slug = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "run"
+    path = Path(parent) / slug
+    number = 1
+    while RunFolder(path).existing():
+        number += 1
+        path = Path(parent) / f"{slug}-{number}"
+    return path

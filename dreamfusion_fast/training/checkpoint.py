@@ -1,0 +1,184 @@
+"""Checkpoints: one safetensors file with everything needed to continue, checked before it is believed.
+
+Tensors (parameters, buffers, optimiser moments, random number states) are stored under dotted names; all else is JSON in the file's
+metadata. A file is written whole or not at all, carries a checksum of its tensors, and says which configuration it belongs to.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.io import atomic_path
+from dreamfusion_fast.training.config import Config
+from dreamfusion_fast.training.config_io import differences
+
+FORMAT = "dreamfusion_fast checkpoint"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds."""
+
+    tensors: dict[str, torch.Tensor]
+    """On the CPU, under the names they were saved with."""
+    meta: dict[str, Any]
+    """What save_checkpoint was given."""
+    config: Config
+    """The configuration of the run."""
+    step: int
+    """Optimiser steps done."""
+
+    def group(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The tensors whose name starts with `prefix` and a dot, under the rest of their name."""
+        return {name[len(prefix) + 1 :]: value for name, value in self.tensors.items() if name.startswith(prefix + ".")}
+
+
+def save_checkpoint(
+    path: str | Path,
+    *,
+    tensors: Mapping[str, torch.Tensor],
+    config: Config,
+    step: int,
+    meta: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Args:
+        path: file to write; an older one is replaced when the new one is complete.
+        tensors: any dtypes and devices, under names of the caller's choice.
+        config: the configuration of the run.
+        step: optimiser steps done.
+        meta: further values that JSON can hold.
+    """
+    # safetensors refuses tensors that share memory, and a checksum needs them contiguous.
+    stored = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "step": str(step),
+        "checksum": str(_checksum(stored)),
+        "config": config.to_yaml(),
+        "meta": json.dumps(dict(meta or {})),
+    }
+    with atomic_path(path) as temporary:
+        save_file(stored, temporary, metadata=metadata)
+
+
+def load_checkpoint(path: str | Path, expected_config: Config | None = None) -> Checkpoint:
+    """Read a checkpoint and check it.
+
+    Raises UserError where the file is absent, corrupt, no checkpoint of this package or of a later format, and, with
+    `expected_config`, where the part of the configuration that decides the parameters differs: the message says in what.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {path} is corrupt ({_one_line(error)}); start the run again in another folder"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} is a safetensors file, but no checkpoint of dreamfusion_fast")
+    if metadata.get("version") != str(VERSION):
+        raise UserError(
+            f"checkpoint {path} has format {metadata.get('version')}, and this version of dreamfusion_fast reads {VERSION}"
+        )
+    try:
+        step = int(metadata["step"])
+        checksum = int(metadata["checksum"])
+        meta = json.loads(metadata["meta"])
+        config_text = metadata["config"]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"checkpoint {path} is corrupt (bad metadata: {_one_line(error)})") from error
+    if checksum != _checksum(tensors):
+        raise UserError(f"checkpoint {path} is corrupt (its checksum is wrong); start the run again in another folder")
+    config = Config.from_yaml(config_text, source=f"checkpoint {path}")
+    if expected_config is not None:
+        check_same_architecture(config, expected_config, path)
+    return Checkpoint(tensors=tensors, meta=meta, config=config, step=step)
+
+
+def check_same_architecture(saved: Config, expected: Config, path: str | Path) -> None:
+    """Raise UserError naming every difference between the configs that decides names or shapes of parameters."""
+    different = differences(saved.architecture(), expected.architecture())
+    if different:
+        raise UserError(
+            f"checkpoint {path} is of another config ({'; '.join(different)}); use its own or another folder"
+        )
+
+
+def flatten_optimizer(
+    optimizer: torch.optim.Optimizer, prefix: str = "optimizer"
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Split an optimiser's state into (tensors under `prefix`.<parameter index>.<name>, the rest as values JSON can hold)."""
+    state = optimizer.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{prefix}.{index}.{name}"] = value
+            else:
+                values.setdefault(str(index), {})[name] = value
+    return tensors, {"values": values, "param_groups": state["param_groups"]}
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, torch.Tensor],
+    rest: Mapping[str, Any],
+    prefix: str = "optimizer",
+) -> None:
+    """Undo flatten_optimizer: load the state into `optimizer`, which has parameters of the same shapes in the same order.
+
+    Raises UserError where the parameters differ.
+    """
+    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in rest["values"].items()}
+    for name, value in tensors.items():
+        if name.startswith(prefix + "."):
+            index, entry = name[len(prefix) + 1 :].split(".", 1)
+            state.setdefault(int(index), {})[entry] = value
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, entries in state.items():
+        for entry, value in entries.items():
+            wanted = parameters[index].shape if index < len(parameters) else None
+            if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape != wanted:
+                raise UserError(
+                    f"the checkpoint's optimiser state {index}.{entry} has shape {list(value.shape)}, the parameter has "
+                    f"{None if wanted is None else list(wanted)}; the checkpoint is of another config"
+                )
+    # JSON has no tuples; Adam unpacks betas either way, but a saved group should compare equal to the original.
+    groups = [{key: tuple(v) if key == "betas" else v for key, v in group.items()} for group in rest["param_groups"]]
+    try:
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    except ValueError as error:
+        raise UserError(f"the checkpoint's optimiser does not fit this config: {_one_line(error)}") from error
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor]) -> int:
+    total = 0
+    for name in sorted(tensors):
+        value = tensors[name]
+        total = zlib.crc32(f"{name} {value.dtype} {list(value.shape)}".encode(), total)
+        if value.numel():
+            total = zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy(), total)
+    return total
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,273 @@
+"""Everything a run can be told, as one tree of dataclasses.
+
+The parts bring their own configs; what concerns the loop only is here. Every field can be set from a YAML file and from the
+command line (`--optim.lr-table 0.01`), and the resolved tree is saved with the run. Fractions are of the whole run, so a run of
+other length keeps its shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.fields.hash_field import HashGridFieldConfig
+from dreamfusion_fast.guidance.base import GuidanceConfig
+from dreamfusion_fast.rendering.cameras import CameraConfig
+from dreamfusion_fast.rendering.renderer import RendererConfig
+from dreamfusion_fast.training import config_io
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A weight that goes linearly from `start` to `end` between two fractions of the run, and is constant outside them."""
+
+    start: float = 0.0
+    end: float = 0.0
+    begin: float = 0.0
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.begin <= self.until <= 1:
+            raise ValueError(f"a ramp needs 0 <= begin <= until <= 1, not begin={self.begin}, until={self.until}")
+
+    def at(self, progress: float) -> float:
+        """The weight at `progress`, the fraction of the run that is done."""
+        if progress >= self.until:
+            return self.end
+        if progress <= self.begin:
+            return self.start
+        return self.start + (self.end - self.start) * (progress - self.begin) / (self.until - self.begin)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam, with one learning rate per kind of parameter, a linear warm-up and a cosine to `final_lr_factor`."""
+
+    lr_table: float = 0.01
+    """Learning rate of the hash table."""
+    lr_mlp: float = 0.002
+    """Learning rate of the field's networks."""
+    lr_background: float = 0.001
+    """Learning rate of the background."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay of Adam's two moments."""
+    eps: float = 1e-15
+    """Adam's epsilon; small, since most rows of a hash table see tiny gradients."""
+    warmup_steps: int = 50
+    """Steps over which the learning rates rise from zero."""
+    final_lr_factor: float = 0.1
+    """The learning rates at the end, as a fraction of the ones above."""
+
+
+@dataclass(frozen=True)
+class ShadingConfig:
+    """Which shading a step renders with. DreamFusion, section 3.1."""
+
+    albedo_steps: float = 0.2
+    """Fraction of the run, at its beginning, that renders albedo only."""
+    albedo_probability: float = 0.25
+    """After that: probability of a step without shading."""
+    textureless_probability: float = 0.375
+    """After that: probability of a step with shading on white. The rest is shaded albedo."""
+    ambient: float = 0.1
+    """Ambient light of shaded steps."""
+    diffuse: float = 0.9
+    """Diffuse light of shaded steps."""
+
+    def __post_init__(self) -> None:
+        total = self.albedo_probability + self.textureless_probability
+        if min(self.albedo_probability, self.textureless_probability) < 0 or total > 1:
+            raise ValueError(
+                "albedo_probability and textureless_probability have to be at least 0 and sum to at most 1"
+            )
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the regularisers beside the score distillation gradient, which has weight 1."""
+
+    orientation: Ramp = Ramp(1e-4, 1e-2, 0.0, 0.5)
+    """Normals of visible samples that point away from the camera (Ref-NeRF)."""
+    opacity: Ramp = Ramp(1e-3, 1e-3)
+    """sqrt(opacity^2 + 0.01) per ray: empty space stays empty."""
+    entropy: Ramp = Ramp(0.0, 1e-3, 0.4, 0.6)
+    """Binary entropy of the opacity per ray: a ray hits or it misses."""
+    total_variation: Ramp = Ramp(0.0, 0.0)
+    """Differences between neighbouring table entries or field values."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """What changes while a run goes on."""
+
+    t_min: float = 0.02
+    """Smallest diffusion time."""
+    t_max: float = 0.98
+    """Largest diffusion time at the beginning."""
+    t_max_end: float = 0.5
+    """Largest diffusion time at the end; equal to t_max for no annealing (DreamFusion)."""
+    t_anneal: str = "linear"
+    """How t_max goes to t_max_end: linear, sqrt (HiFA: fast at first), or none."""
+    render_size_start: int = 32
+    """Height and width rendered at the beginning, pixels; scaled up to what the guidance wants."""
+    render_size: int = 64
+    """Height and width rendered after `render_size_until`, pixels."""
+    render_size_until: float = 0.4
+    """Fraction of the run rendered at render_size_start."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.t_min < self.t_max_end <= self.t_max <= 1:
+            raise ValueError(
+                f"0 <= t_min < t_max_end <= t_max <= 1 has to hold, not t_min={self.t_min}, t_max_end={self.t_max_end}, "
+                f"t_max={self.t_max}"
+            )
+        if self.t_anneal not in ("linear", "sqrt", "none"):
+            raise ValueError(f"t_anneal has to be linear, sqrt or none, not {self.t_anneal!r}")
+
+    def t_range(self, progress: float) -> tuple[float, float]:
+        """Smallest and largest diffusion time at `progress`, the fraction of the run that is done."""
+        if self.t_anneal == "none":
+            return self.t_min, self.t_max
+        fraction = min(max(progress, 0.0), 1.0)
+        if self.t_anneal == "sqrt":
+            fraction = fraction**0.5
+        return self.t_min, self.t_max + (self.t_max_end - self.t_max) * fraction
+
+    def size(self, progress: float) -> int:
+        """Height and width to render at `progress`, pixels."""
+        return self.render_size_start if progress < self.render_size_until else self.render_size
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run writes while it goes on. A step count of 0 turns the item off."""
+
+    preview_every: int = 100
+    """Steps between two refreshes of preview.png."""
+    checkpoint_every: int = 250
+    """Steps between two checkpoints; one is always written at the end and on Ctrl-C."""
+    tensorboard: bool = True
+    """Write TensorBoard scalars to RUN/tensorboard."""
+    log_every: int = 10
+    """Steps between two points of the curves."""
+    progress_bar: bool = True
+    """Show a progress bar."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The mesh and the pictures made from a field."""
+
+    resolution: int = 128
+    """Marching cubes cells along the longest side of the scene box."""
+    threshold: float | None = None
+    """Density at the surface, per scene unit; by default chosen from the field (see export.mesh.automatic_threshold)."""
+    smooth_iterations: int = 5
+    """Taubin smoothing steps; 0 leaves the marching cubes as they are."""
+    min_component: float = 0.02
+    """Separate pieces smaller than this fraction of the largest are dropped."""
+    target_faces: int = 20_000
+    """Faces after decimation; 0 keeps all."""
+    texture_size: int = 1024
+    """Height and width of the texture, texels."""
+    turntable_frames: int = 60
+    """Frames of turntable.mp4; 0 for no video."""
+    turntable_size: int = 256
+    """Height and width of the video, pixels."""
+    turntable_fps: int = 24
+    """Frames a second."""
+    elevation_deg: float = 15.0
+    """Camera elevation of the turntable and the preview, degrees."""
+    preview_views: int = 8
+    """Views in preview.png."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("resolution", 8),
+            ("smooth_iterations", 0),
+            ("target_faces", 0),
+            ("texture_size", 16),
+            ("turntable_frames", 0),
+            ("turntable_size", 16),
+            ("turntable_fps", 1),
+            ("preview_views", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} has to be at least {least}, not {getattr(self, name)}")
+        if self.threshold is not None and self.threshold <= 0:
+            raise ValueError(f"threshold has to be above 0, not {self.threshold}")
+        if not 0 <= self.min_component <= 1:
+            raise ValueError(f"min_component has to be between 0 and 1, not {self.min_component}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, from a prompt to a mesh."""
+
+    prompt: Positional[str] = ""
+    """What to make."""
+    out: str = ""
+    """Folder for everything the run writes; by default out/ and the prompt. A folder that holds a run is refused."""
+    seed: int = 0
+    """Seeds everything random. On a CPU the same seed gives the same mesh."""
+    device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda or cuda:1."""
+    steps: int = 1000
+    """Optimiser steps."""
+    batch: int = 2
+    """Views per step."""
+    guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
+    camera: CameraConfig = dataclasses.field(default_factory=CameraConfig)
+    field: HashGridFieldConfig = dataclasses.field(default_factory=HashGridFieldConfig)
+    renderer: RendererConfig = dataclasses.field(default_factory=RendererConfig)
+    optim: OptimConfig = OptimConfig()
+    shading: ShadingConfig = ShadingConfig()
+    loss: LossConfig = LossConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    log: LogConfig = LogConfig()
+    export: ExportConfig = ExportConfig()
+
+    def check(self) -> None:
+        """Raise UserError for what no run can start with, such as an empty prompt."""
+        if not self.prompt.strip():
+            raise UserError('the prompt is empty; say what to make, such as "an armchair"')
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} has to be at least 1, not {getattr(self, name)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The tree as nested dicts of plain values."""
+        return config_io.to_dict(self)
+
+    def to_yaml(self) -> str:
+        """The tree as YAML text; `Config.from_yaml` reads it back."""
+        return config_io.dump_yaml(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the tree to a YAML file, whole or not at all."""
+        config_io.save_yaml(self, path)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = "config") -> Config:
+        """Read a tree from nested dicts; UserError for an unknown key or a wrong type."""
+        return config_io.from_dict(cls, values, source=source)
+
+    @classmethod
+    def from_yaml(cls, text: str, *, source: str = "config") -> Config:
+        """Read a tree from YAML text; UserError as in from_dict."""
+        return config_io.parse_yaml(cls, text, source=source)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Config:
+        """Read a tree from a YAML file; UserError as in from_dict, and where the file cannot be read."""
+        return config_io.load_yaml(cls, path)
+
+    def architecture(self) -> dict[str, Any]:
+        """The part that decides names and shapes of the parameters: a checkpoint fits where this is the same."""
+        return {"field": config_io.to_dict(self.field)}

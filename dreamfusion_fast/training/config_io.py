@@ -1,0 +1,216 @@
+"""Trees of dataclasses as plain values and YAML, with errors that name the key.
+
+Knows nothing of what is configured: any dataclass whose fields are plain values, tuples, lists, dicts, enums, paths or other such
+dataclasses will do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.io import write_text
+
+T = TypeVar("T")
+
+
+def to_dict(value: Any) -> Any:
+    """`value` (a dataclass or a part of one) as dicts, lists and plain values, in the order of the fields."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (tuple, list)):
+        return [to_dict(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): to_dict(item) for key, item in value.items()}
+    return value
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], *, source: str = "config", base: T | None = None) -> T:
+    """Build the dataclass `cls` from nested dicts; what is not given comes from `base`, else from the defaults.
+
+    Raises UserError naming the key for an unknown key (with the nearest known ones), a wrong type, and a value that the dataclass
+    itself refuses. `source` is what the message calls the origin of the values, such as the file's name.
+    """
+    return _dataclass_from(cls, values, source, "", base)
+
+
+def dump_yaml(config: Any) -> str:
+    """`config` as YAML text."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def save_yaml(config: Any, path: str | Path) -> None:
+    """Write `config` to `path` as YAML, whole or not at all."""
+    write_text(path, dump_yaml(config))
+
+
+def load_yaml(cls: type[T], path: str | Path, *, base: T | None = None) -> T:
+    """Read the dataclass `cls` from the YAML file `path`. UserError where the file cannot be read or does not fit."""
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"config {path} is no text file") from error
+    return parse_yaml(cls, text, source=str(path), base=base)
+
+
+def parse_yaml(cls: type[T], text: str, *, source: str = "config", base: T | None = None) -> T:
+    """Like load_yaml, from text."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is no valid YAML: {' '.join(str(error).split())}") from error
+    return from_dict(cls, {} if values is None else values, source=source, base=base)
+
+
+def differences(first: Any, second: Any, prefix: str = "") -> list[str]:
+    """What differs between two nested dicts, as lines "field.levels: 16, here 8"."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        lines = []
+        for key in [*first, *(key for key in second if key not in first)]:
+            name = f"{prefix}.{key}" if prefix else str(key)
+            if key not in first or key not in second:
+                lines.append(
+                    f"{name}: {'absent' if key not in first else first[key]}, here {second.get(key, 'absent')}"
+                )
+            else:
+                lines.extend(differences(first[key], second[key], name))
+        return lines
+    return [] if first == second else [f"{prefix}: {first}, here {second}"]
+
+
+def _dataclass_from(cls: Any, values: Any, source: str, prefix: str, base: Any) -> Any:
+    where = f"{source}: {prefix}" if prefix else source
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where} has to be a mapping of names to values, not {_shown(values)}")
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    hints = get_type_hints(cls)
+    arguments = {} if base is None else {name: getattr(base, name) for name in fields}
+    for key, value in values.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(fields)}"
+            raise UserError(f"{source}: unknown key {name}; {hint}")
+        below = getattr(base, key) if base is not None else _default(fields[key])
+        arguments[key] = _convert(hints[key], value, source, name, below)
+    try:
+        return cls(**arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+
+
+def _convert(hint: Any, value: Any, source: str, name: str, below: Any) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hasattr(hint, "__metadata__"):  # Annotated
+        return _convert(arguments[0], value, source, name, below)
+    if dataclasses.is_dataclass(hint):
+        return _dataclass_from(hint, value, source, name, below if isinstance(below, hint) else None)  # type: ignore[arg-type]
+    if origin in (Union, types.UnionType):
+        return _convert_union(arguments, value, source, name, below)
+    if origin is Literal:
+        if value not in arguments:
+            near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
+            hint_text = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"{source}: {name} has to be one of {', '.join(map(str, arguments))}, not {_shown(value)}{hint_text}"
+            )
+        return value
+    if origin in (tuple, list):
+        return _convert_sequence(origin, arguments, value, source, name)
+    if origin is dict or hint is dict:
+        if isinstance(value, Mapping):
+            kind = arguments[1] if arguments else Any
+            return {key: _convert(kind, item, source, f"{name}.{key}", None) for key, item in value.items()}
+        raise _wrong(source, name, "a mapping", value)
+    return _convert_plain(hint, value, source, name)
+
+
+def _convert_union(choices: tuple[Any, ...], value: Any, source: str, name: str, below: Any) -> Any:
+    if value is None and type(None) in choices:
+        return None
+    errors = []
+    for choice in choices:
+        if choice is not type(None):
+            try:
+                return _convert(choice, value, source, name, below)
+            except UserError as error:
+                errors.append(error)
+    raise errors[0]
+
+
+def _convert_sequence(origin: Any, arguments: tuple[Any, ...], value: Any, source: str, name: str) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise _wrong(source, name, "a list", value)
+    if origin is tuple and not (len(arguments) == 2 and arguments[1] is Ellipsis):
+        if len(value) != len(arguments):
+            raise _wrong(source, name, f"a list of {len(arguments)} values", value)
+        kinds = arguments
+    else:
+        kinds = (arguments[0],) * len(value)
+    return origin(
+        _convert(kind, item, source, f"{name}[{i}]", None) for i, (kind, item) in enumerate(zip(kinds, value))
+    )
+
+
+def _convert_plain(hint: Any, value: Any, source: str, name: str) -> Any:
+    if hint is Any:
+        return value
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        raise _wrong(source, name, "true or false", value)
+    if hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        raise _wrong(source, name, "a whole number", value)
+    if hint is float:
+        # YAML 1.1 reads 1e-3 (no point) as text.
+        try:
+            if not isinstance(value, bool) and isinstance(value, (int, float, str)):
+                return float(value)
+        except ValueError:
+            pass
+        raise _wrong(source, name, "a number", value)
+    if hint is str:
+        if isinstance(value, str):
+            return value
+        raise _wrong(source, name, "text", value)
+    if isinstance(hint, type) and issubclass(hint, Path):
+        if isinstance(value, str):
+            return hint(value)
+        raise _wrong(source, name, "a path", value)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        try:
+            return hint(value)
+        except ValueError:
+            raise _wrong(source, name, "one of " + ", ".join(str(item.value) for item in hint), value) from None
+    raise TypeError(f"config field {name} has type {hint}, which cannot be read from a file")
+
+
+def _wrong(source: str, name: str, wanted: str, value: Any) -> UserError:
+    return UserError(f"{source}: {name} has to be {wanted}, not {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

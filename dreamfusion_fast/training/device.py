@@ -1,0 +1,31 @@
+"""Which device a run uses."""
+
+from __future__ import annotations
+
+import torch
+
+from dreamfusion_fast.errors import UserError
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device called `name`: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:1".
+
+    Raises UserError for another name, and for a GPU that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"unknown device {name!r}; give auto, cpu, cuda or cuda:1")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        built = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no GPU"
+        raise UserError(f"device {name} was asked for, but {built}; use --device cpu, or run dreamfusion-fast doctor")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise UserError(f"device {name} was asked for, but there are {torch.cuda.device_count()} GPUs, counted from 0")
+    return torch.device("cuda", index)

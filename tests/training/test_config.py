@@ -1,0 +1,164 @@
+"""The config tree: round trips, and mistakes are named."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.training import config_io
+from dreamfusion_fast.training.config import Config, ExportConfig, LossConfig, Ramp, ScheduleConfig, ShadingConfig
+
+
+def test_default_round_trip():
+    config = Config(prompt="ein Stuhl: schön")
+    assert Config.from_yaml(config.to_yaml()) == config
+    assert Config.from_dict(config.to_dict()) == config
+
+
+def test_changed_values_survive_a_file(tmp_path):
+    config = dataclasses.replace(
+        Config(prompt="x"),
+        steps=7,
+        loss=LossConfig(entropy=Ramp(0.0, 0.5, 0.25, 0.75)),
+        export=ExportConfig(threshold=3.5),
+    )
+    config.save(tmp_path / "config.yaml")
+    assert Config.load(tmp_path / "config.yaml") == config
+
+
+def test_partial_file_keeps_defaults():
+    config = Config.from_yaml("prompt: a chair\noptim: {lr_table: 1e-3, betas: [0.8, 0.95]}\n")
+    assert config.optim.lr_table == 1e-3 and config.optim.betas == (0.8, 0.95)
+    assert config.optim.lr_mlp == Config().optim.lr_mlp and config.steps == Config().steps
+    assert Config.from_yaml("") == Config()
+
+
+def test_partial_file_keeps_a_nested_default_that_is_not_the_class_default():
+    assert Config.from_yaml("loss: {orientation: {end: 0.5}}").loss.orientation == dataclasses.replace(
+        LossConfig().orientation, end=0.5
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: 3", r"unknown key stepz; did you mean steps\?"),
+        ("optim: {lr_tabel: 3}", r"unknown key optim\.lr_tabel; did you mean lr_table"),
+        ("qqqqqqqq: 3", r"unknown key qqqqqqqq; known: prompt, out"),
+        ("steps: many", r"steps has to be a whole number, not 'many'"),
+        ("steps: 1.5", r"steps has to be a whole number, not 1\.5"),
+        ("steps: true", r"steps has to be a whole number, not True"),
+        ("optim: {lr_table: fast}", r"optim\.lr_table has to be a number, not 'fast'"),
+        ("optim: 3", r"optim has to be a mapping"),
+        ("optim: {betas: [0.9]}", r"optim\.betas has to be a list of 2 values"),
+        ("optim: {betas: [0.9, x]}", r"optim\.betas\[1\] has to be a number"),
+        ("prompt: 3", r"prompt has to be text, not 3"),
+        ("log: {tensorboard: 1}", r"log\.tensorboard has to be true or false, not 1"),
+        ("export: {threshold: no}", r"export\.threshold has to be a number, not False"),
+        ("export: {resolution: 2}", r"export: resolution has to be at least 8, not 2"),
+        ("- a", r"has to be a mapping"),
+        ("a: [", r"no valid YAML"),
+    ],
+)
+def test_mistakes_are_named_on_one_line(text, message):
+    with pytest.raises(UserError, match=message) as error:
+        Config.from_yaml(text, source="my.yaml")
+    assert "my.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unreadable_file(tmp_path):
+    with pytest.raises(UserError, match="cannot read config .*No such file"):
+        Config.load(tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="no text file"):
+        Config.load(tmp_path / "binary.yaml")
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kinds:
+    mode: Literal["fast", "slow"] = "fast"
+    colour: Colour = Colour.RED
+    path: Path = Path("a/b")
+    sizes: tuple[int, ...] = (1, 2, 3)
+    names: list[str] = dataclasses.field(default_factory=lambda: ["a"])
+    table: dict[str, float] = dataclasses.field(default_factory=lambda: {"x": 1.0})
+    maybe: tuple[float, float] | None = None
+
+
+def test_every_kind_of_field_round_trips():
+    kinds = Kinds(mode="slow", sizes=(), maybe=(1.0, 2.0))
+    assert config_io.parse_yaml(Kinds, config_io.dump_yaml(kinds)) == kinds
+    assert config_io.parse_yaml(Kinds, config_io.dump_yaml(Kinds())) == Kinds()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mode": "slwo"}, r"mode has to be one of fast, slow, not 'slwo'; did you mean slow\?"),
+        ({"colour": "blue"}, "colour has to be one of red"),
+        ({"path": 1}, "path has to be a path"),
+        ({"sizes": [1, "a"]}, r"sizes\[1\] has to be a whole number"),
+        ({"table": {"x": "y"}}, r"table\.x has to be a number"),
+        ({"table": 1}, "table has to be a mapping"),
+        ({"maybe": [1]}, "maybe has to be a list of 2 values"),
+    ],
+)
+def test_every_kind_of_field_is_checked(values, message):
+    with pytest.raises(UserError, match=message):
+        config_io.from_dict(Kinds, values)
+
+
+def test_base_is_kept_where_nothing_is_given():
+    assert config_io.from_dict(Kinds, {"mode": "slow"}, base=Kinds(sizes=(9,))) == Kinds(mode="slow", sizes=(9,))
+
+
+def test_differences():
+    assert config_io.differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3, "d": 4}}) == [
+        "a.c: 2, here 3",
+        "a.d: absent, here 4",
+    ]
+
+
+def test_check_refuses_what_cannot_run():
+    Config(prompt="a chair").check()
+    with pytest.raises(UserError, match="the prompt is empty"):
+        Config(prompt="  ").check()
+    with pytest.raises(UserError, match="steps has to be at least 1"):
+        Config(prompt="x", steps=0).check()
+
+
+def test_ramp():
+    ramp = Ramp(1.0, 3.0, 0.25, 0.75)
+    assert [ramp.at(x) for x in (0.0, 0.25, 0.5, 0.75, 1.0)] == [1.0, 1.0, 2.0, 3.0, 3.0]
+    assert Ramp(1.0, 2.0, 0.5, 0.5).at(0.4) == 1.0 and Ramp(1.0, 2.0, 0.5, 0.5).at(0.5) == 2.0
+    with pytest.raises(ValueError, match="begin <= until"):
+        Ramp(0, 0, 0.6, 0.5)
+
+
+def test_schedule():
+    schedule = ScheduleConfig(
+        t_min=0.1, t_max=0.9, t_max_end=0.5, render_size_start=32, render_size=64, render_size_until=0.4
+    )
+    assert schedule.t_range(0.0) == (0.1, 0.9) and schedule.t_range(1.0) == (0.1, 0.5)
+    assert schedule.t_range(0.25)[1] == pytest.approx(0.8)
+    assert dataclasses.replace(schedule, t_anneal="sqrt").t_range(0.25)[1] == pytest.approx(0.7)
+    assert dataclasses.replace(schedule, t_anneal="none").t_range(1.0) == (0.1, 0.9)
+    assert (schedule.size(0.39), schedule.size(0.4)) == (32, 64)
+
+
+def test_impossible_values_are_refused():
+    with pytest.raises(ValueError, match="t_min < t_max_end"):
+        ScheduleConfig(t_min=0.9, t_max_end=0.5)
+    with pytest.raises(ValueError, match="t_anneal has to be"):
+        ScheduleConfig(t_anneal="cubic")
+    with pytest.raises(ValueError, match="sum to at most 1"):
+        ShadingConfig(albedo_probability=0.7, textureless_probability=0.4)

@@ -1,0 +1,200 @@
+"""Training batches for the embedded prior, composed on the device: a view, its light, colour and background, and a caption that fits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.guidance.prior.model import SHADINGS, ViewCondition
+from dreamfusion_fast.guidance.prior.text_encoder import TextEncoder
+
+from .captions import CLAY, COLOURS, SUFFIXES, compose
+from .views import load_views
+
+ALBEDO, LAMBERTIAN, TEXTURELESS = (SHADINGS.index(name) for name in ("albedo", "lambertian", "textureless"))
+HELD_OUT_VIEWS = 2  # of every model, for the probe
+# Display colours of the caption's colour words, in the order of COLOURS; training jitters them.
+COLOUR_VALUES = {
+    "black": (0.09, 0.09, 0.09), "white": (0.93, 0.93, 0.93), "grey": (0.5, 0.5, 0.5), "red": (0.8, 0.08, 0.08),
+    "orange": (0.93, 0.48, 0.08), "yellow": (0.94, 0.84, 0.12), "green": (0.13, 0.6, 0.16), "blue": (0.1, 0.25, 0.82),
+    "purple": (0.5, 0.16, 0.65), "pink": (0.95, 0.5, 0.68), "brown": (0.42, 0.25, 0.12),
+}  # fmt: skip
+
+
+@dataclass
+class Parts:
+    """What a batch is made of, kept so that the probe can change one condition and leave the rest.
+
+    `phrase`, `word` (0 none, then COLOURS, then clay) and `suffix` (0 none) `[n]` int64 make the caption; `null` `[n]` bool drops it.
+    """
+
+    phrase: Tensor
+    word: Tensor
+    suffix: Tensor
+    null: Tensor
+    view: ViewCondition
+
+
+@dataclass
+class Batch:
+    """`images` `[n, 3, 64, 64]` in [-1, 1], `tokens` `[n, 20, 384]`, `condition` `[n, CONDITION_WIDTH]`, and the parts of the last two."""
+
+    images: Tensor
+    tokens: Tensor
+    condition: Tensor
+    parts: Parts
+
+
+class CatalogueSampler:
+    """Draws batches from a folder of rendered views; everything lies on the device."""
+
+    def __init__(self, data: Path, text_encoder: Path, device: torch.device) -> None:
+        self.device = device
+        albedo, normal, meta = load_views(data, workers=16 if device.type == "cuda" else 2)
+        models = json.loads((data / "models.json").read_text())
+        self.albedo = torch.from_numpy(albedo).to(device)
+        self.normal = torch.from_numpy(normal).to(device)
+        self.azimuth = torch.from_numpy(meta["azimuth"]).to(device)
+        self.elevation = torch.from_numpy(meta["elevation"]).to(device)
+        owner = torch.from_numpy(meta["model"]).long()
+        counts = torch.bincount(owner, minlength=len(models))
+        assert bool((owner.diff() >= 0).all()), "views must be ordered by model"
+        self.first = (counts.cumsum(0) - counts).to(device)
+        self.count = counts.to(device)
+        trained = torch.tensor([m["split"] == "train" for m in models])
+        weight = torch.tensor([float(m["weight"]) for m in models]) * trained * (counts > 0)
+        self.weight = weight.to(device)
+        self.held_out_models = (~trained & (counts > 0)).nonzero().flatten().to(device)
+
+        phrases = sorted({p for m in models for p in (m["phrase"], *m["aliases"])})
+        self.phrases = phrases
+        width = 1 + max(len(m["aliases"]) for m in models)
+        choices, chances = torch.zeros(len(models), width, dtype=torch.long), torch.zeros(len(models), width)
+        natural, has_natural = torch.zeros(len(models), 2, dtype=torch.long), torch.zeros(len(models), dtype=torch.bool)
+        for i, model in enumerate(models):
+            names = [model["phrase"], *model["aliases"]]
+            choices[i, : len(names)] = torch.tensor([phrases.index(p) for p in names])
+            chances[i, : len(names)] = torch.tensor([1.0] + [1.0 / len(model["aliases"])] * len(model["aliases"]))
+            words = [1 + COLOURS.index(c) for c in model["colours"][:2]]
+            if words:
+                natural[i] = torch.tensor([words[0], words[-1]])
+                has_natural[i] = True
+        self.choices, self.chances = choices.to(device), chances.to(device)
+        self.natural, self.has_natural = natural.to(device), has_natural.to(device)
+        self.colour_values = torch.tensor([COLOUR_VALUES[c] for c in COLOURS], device=device)
+        self.encoder = TextEncoder(text_encoder).to(device)
+        self._encode_captions()
+
+    def summary(self) -> str:
+        trained = int((self.weight > 0).sum())
+        return f"{len(self.albedo)} views, {trained} models trained on, {len(self.phrases)} phrases, {len(self.tokens)} captions"
+
+    def _encode_captions(self) -> None:
+        words = ["", *COLOURS, CLAY]
+        captions = [compose(p, word=w, suffix=s) for p in self.phrases for w in words for s in ("", *SUFFIXES)]
+        self.words, self.suffixes = len(words), 1 + len(SUFFIXES)
+        pieces = [self.encoder(chunk) for chunk in _chunks([*captions, ""], 4096)]
+        self.tokens = torch.cat([p[0].bfloat16() for p in pieces])
+        self.pooled = torch.cat([p[1] for p in pieces])
+
+    def condition(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        """Token states `[n, 20, 384]` and condition vector `[n, CONDITION_WIDTH]` of the parts."""
+        caption = (parts.phrase * self.words + parts.word) * self.suffixes + parts.suffix
+        caption = torch.where(parts.null, len(self.tokens) - 1, caption)
+        vector = parts.view.vector(len(caption), self.device)
+        return self.tokens[caption].float(), torch.cat([self.pooled[caption], vector], -1)
+
+    def batch(self, n: int) -> Batch:
+        """A training batch: models by weight, views uniform without the held-out ones."""
+        model = torch.multinomial(self.weight, n, replacement=True)
+        view = self.first[model] + (self._rand(n) * (self.count[model] - HELD_OUT_VIEWS)).long()
+        return self._compose(model, view)
+
+    def held_out_batch(self, n: int) -> Batch:
+        """Views never trained on, of models that were."""
+        model = torch.multinomial(self.weight, n, replacement=True)
+        view = self.first[model] + self.count[model] - 1 - (self._rand(n) * HELD_OUT_VIEWS).long()
+        return self._compose(model, view)
+
+    def _rand(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, device=self.device)
+
+    def _compose(self, model: Tensor, view: Tensor) -> Batch:
+        n = len(model)
+        azimuth, elevation = self.azimuth[view], self.elevation[view]
+        rgba = self.albedo[view].permute(0, 3, 1, 2).float() / 255
+        albedo, alpha = rgba[:, :3], rgba[:, 3:]
+        normal = torch.nn.functional.normalize(self.normal[view].permute(0, 3, 1, 2).float() / 127.5 - 1, dim=1)
+
+        kind = torch.multinomial(torch.tensor([0.5, 0.35, 0.15], device=self.device), n, replacement=True)
+        order = torch.tensor([ALBEDO, LAMBERTIAN, TEXTURELESS], device=self.device)
+        shading = order[kind]
+        textureless = shading == TEXTURELESS
+        recoloured = ~textureless & (self._rand(n) < 0.35)
+        colour = torch.randint(len(COLOURS), (n,), device=self.device)
+        albedo = torch.where(_column(recoloured), self._recolour(albedo, alpha, colour), albedo)
+        albedo = torch.where(_column(textureless), torch.ones_like(albedo), albedo)
+        named = self.natural[model, torch.randint(2, (n,), device=self.device)]
+        named = torch.where(self.has_natural[model] & (self._rand(n) < 0.5), named, 0)
+        clay = torch.where(self._rand(n) < 0.6, 1 + len(COLOURS), 0)
+        word = torch.where(textureless, clay, torch.where(recoloured, 1 + colour, named))
+
+        image = self._light(albedo, normal, azimuth, elevation, shading)
+        background = self._backgrounds(n)
+        image = image * alpha + _plane(background) * (1 - alpha)
+
+        phrase = self.choices[model, torch.multinomial(self.chances[model], 1)[:, 0]]
+        suffix = torch.where(self._rand(n) < 0.6, 1 + view_class(azimuth, elevation), 0)
+        null = self._rand(n) < 0.1
+        camera_known = (self._rand(n) < 0.7) & ~(null & (self._rand(n) < 0.5))
+        condition = ViewCondition(
+            azimuth, elevation, background, shading, camera_known, self._rand(n) < 0.9, self._rand(n) < 0.9
+        )
+        parts = Parts(phrase, word, suffix, null, condition)
+        return Batch(image * 2 - 1, *self.condition(parts), parts)
+
+    def _recolour(self, albedo: Tensor, alpha: Tensor, colour: Tensor) -> Tensor:
+        """The colour word's colour, jittered, under the texture's relative brightness."""
+        luminance = albedo.mean(1, keepdim=True)
+        mean = (luminance * alpha).sum((2, 3), keepdim=True) / alpha.sum((2, 3), keepdim=True).clamp(min=1)
+        relative = (luminance / mean.clamp(min=0.05)).clamp(0.35, 1.5)
+        target = self.colour_values[colour] * (0.8 + 0.4 * self._rand(len(colour), 1)) + 0.06 * (self._rand(len(colour), 3) - 0.5)
+        return (_plane(target) * relative).clamp(0, 1)
+
+    def _light(self, albedo: Tensor, normal: Tensor, azimuth: Tensor, elevation: Tensor, shading: Tensor) -> Tensor:
+        """Lambertian light from around the camera; albedo renders stay unlit."""
+        n = len(albedo)
+        camera = torch.stack([elevation.cos() * azimuth.sin(), elevation.sin(), elevation.cos() * azimuth.cos()], -1)
+        light = torch.nn.functional.normalize(camera + 0.5 * torch.randn(n, 3, device=self.device), dim=-1)
+        ambient = 0.1 + 0.5 * self._rand(n, 1, 1, 1)
+        lit = albedo * (ambient + (1 - ambient) * (normal * _plane(light)).sum(1, keepdim=True).clamp(min=0))
+        return torch.where(_column(shading == ALBEDO), albedo, lit)
+
+    def _backgrounds(self, n: int) -> Tensor:
+        """Half random colours, a third white, the rest grey levels."""
+        kind = self._rand(n, 1)
+        grey = self._rand(n, 1).expand(-1, 3)
+        return torch.where(kind < 0.5, self._rand(n, 3), torch.where(kind < 0.83, torch.ones_like(grey), grey))
+
+
+def view_class(azimuth: Tensor, elevation: Tensor) -> Tensor:
+    """Index into SUFFIXES: front within 45 degrees, back beyond 135, else side; overhead above 60 degrees of elevation."""
+    around = torch.atan2(azimuth.sin(), azimuth.cos()).abs()
+    index = torch.where(around <= torch.pi / 4, 0, torch.where(around >= 3 * torch.pi / 4, 2, 1))
+    return torch.where(elevation > torch.pi / 3, 3, index)
+
+
+def _column(mask: Tensor) -> Tensor:
+    return mask.view(-1, 1, 1, 1)
+
+
+def _plane(values: Tensor) -> Tensor:
+    return values[:, :, None, None]
+
+
+def _chunks(items: list[str], size: int) -> list[list[str]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]

@@ -1,0 +1,30 @@
+// The Python face of the native core. This file and csrc/bindings/ are all of csrc/ that knows Python.
+// It is compiled twice: as dreamfusion_fast._core (DFF_BACKEND=cpu) and as dreamfusion_fast._core_cuda (=cuda), so that
+// both modules have the same functions with the same arguments: addresses, sizes, and last `where` (a thread count or a
+// stream). Nothing is owned, allocated or checked here: dreamfusion_fast/ops/ does that.
+//
+// To add an op `foo`:
+//   1. csrc/include/dreamfusion_fast/foo.h: a struct Foo<T> with the arguments, a shape comment on each, and the
+//      algorithm as DFF_HD functions; then DFF_LAUNCHER(template <typename T> Status foo(const Foo<T>&, const Launch&);)
+//   2. csrc/cpu/foo.cpp and csrc/cuda/foo.cu: the launcher in dff::cpu and dff::cuda, with for_each of parallel.h and
+//      parallel.cuh where one index is one piece of work, and its instantiations for float and double.
+//   3. csrc/bindings/foo.h: fills the struct from addresses, and bind_foo(py::module_&).
+//   4. here: one #include and one line in the module.
+//   5. dreamfusion_fast/ops/foo.py: checks, torch.library op, the PyTorch twin; it calls native(tensor, "foo")(...).
+// CMake finds the new files by itself.
+
+#include "bindings/ray_box.h"
+
+#if defined(DFF_CUDA_ARCHS)
+#define DFF_MODULE _core_cuda
+#else
+#define DFF_CUDA_ARCHS ""
+#define DFF_MODULE _core
+#endif
+
+PYBIND11_MODULE(DFF_MODULE, module) {
+  module.attr("cuda_archs") = DFF_CUDA_ARCHS;    // what the CUDA module was compiled for, "80-real 90"
+  module.attr("cuda_reason") = DFF_CUDA_REASON;  // CPU module: why there is no CUDA module beside it, or ""
+
+  dff::bindings::bind_ray_box(module);
+}

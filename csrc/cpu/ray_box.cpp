@@ -1,0 +1,17 @@
+#include "dreamfusion_fast/ray_box.h"
+
+#include "parallel.h"
+
+namespace dff {
+namespace cpu {
+
+template <typename T>
+Status ray_box(const RayBox<T>& op, const Launch& launch) {
+  return for_each(op.n_rays, launch, op);
+}
+
+template Status ray_box(const RayBox<float>&, const Launch&);
+template Status ray_box(const RayBox<double>&, const Launch&);
+
+}  // namespace cpu
+}  // namespace dff

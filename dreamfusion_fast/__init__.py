@@ -1,0 +1,41 @@
+"""Text to textured 3D mesh by score distillation, and the volume renderer underneath.
+
+The names below are loaded when first used, so that importing the package is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module it lives in.
+_EXPORTS = {
+    "Cameras": "rendering.cameras",
+    "Field": "fields.base",
+    "Generator": "training.generator",
+    "Guidance": "guidance.base",
+    "HashGridField": "fields.hash_field",
+    "HashGridFieldConfig": "fields.hash_field",
+    "OccupancyGrid": "rendering.occupancy",
+    "Rays": "rendering.rays",
+    "RenderOutput": "rendering.renderer",
+    "RendererConfig": "rendering.renderer",
+    "UserError": "errors",
+    "VolumeRenderer": "rendering.renderer",
+    "create_guidance": "guidance",
+}
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,97 @@
+"""The one door to the native core: which parts of it there are, and how a function of it is called for a tensor.
+
+Both modules, `_core` (CPU) and `_core_cuda`, offer the same functions: addresses, sizes, and last the thread count or the
+CUDA stream. An op calls them as ``call("march_count", origins, pointer(origins), ..., n_rays)``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_REBUILD = "pip install . (in the source tree; DREAMFUSION_FAST_CUDA=1 makes a missing nvcc an error)"
+
+
+@functools.cache
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    """The extension module, or None and why it cannot be loaded."""
+    try:
+        return importlib.import_module(f"dreamfusion_fast.{name}"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+def cpu_reason() -> str:
+    """Why the CPU core cannot be used; empty when it can."""
+    module, reason = _load("_core")
+    return "" if module is not None else f"the CPU core was not built or does not load: {reason}. Build it: {_REBUILD}"
+
+
+def cuda_reason() -> str:
+    """Why the CUDA core cannot be used; empty when it can."""
+    module, reason = _load("_core_cuda")
+    if module is None:
+        cpu, _ = _load("_core")
+        why = getattr(cpu, "cuda_reason", "") or reason
+        return f"the CUDA core is not there: {why}. With the CUDA toolkit installed, build it: {_REBUILD}"
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no usable CUDA GPU"
+    return ""
+
+
+def cpu_available() -> bool:
+    """Whether ops run natively on CPU tensors."""
+    return cpu_reason() == ""
+
+
+def cuda_available() -> bool:
+    """Whether ops run natively on CUDA tensors: the core was built, and torch has a GPU to run it on."""
+    return cuda_reason() == ""
+
+
+def cuda_architectures() -> str:
+    """What the CUDA core was compiled for, e.g. ``"80-real 90"``; empty when there is none."""
+    module, _ = _load("_core_cuda")
+    return module.cuda_archs if module is not None else ""
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """The address of a contiguous tensor's first element; 0 for None."""
+    if tensor is None:
+        return 0
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+def call(name: str, like: Tensor, *arguments: int | float | bool) -> None:
+    """Calls the native function `name` for the dtype and on the device of `like`, on torch's current stream there.
+
+    Raises:
+        RuntimeError: no native core for that device, or the launch failed.
+        TypeError: a dtype the core has no code for.
+    """
+    device = like.device
+    suffix = {torch.float32: "_f32", torch.float64: "_f64"}.get(like.dtype)
+    if suffix is None:
+        raise TypeError(f"dreamfusion_fast.ops.{name}: the native core computes in float32 or float64, not {like.dtype}")
+    if device.type == "cpu":
+        module, _ = _load("_core")
+        if module is None:
+            raise RuntimeError(f"dreamfusion_fast.ops.{name}: {cpu_reason()}")
+        getattr(module, name + suffix)(*arguments, torch.get_num_threads())
+    elif device.type == "cuda":
+        module, _ = _load("_core_cuda")
+        if module is None:
+            raise RuntimeError(f"dreamfusion_fast.ops.{name}: {cuda_reason()}")
+        function = getattr(module, name + suffix)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        with torch.cuda.device(device):
+            function(*arguments, stream)
+    else:
+        raise RuntimeError(f"dreamfusion_fast.ops.{name}: no native core for device {device}, only for cpu and cuda")

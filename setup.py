@@ -1,0 +1,112 @@
+"""Builds the native core with CMake; everything else about the package is in pyproject.toml.
+
+Read from the environment: DREAMFUSION_FAST_CUDA, DREAMFUSION_FAST_ARCHS, DREAMFUSION_FAST_PORTABLE (see CMakeLists.txt),
+CUDA_HOME or CUDACXX for a CUDA toolkit outside the path, CMAKE_BUILD_PARALLEL_LEVEL for the number of compilers at once.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CUDA_CHOICES = {"": "AUTO", "auto": "AUTO", "0": "0", "1": "1"}
+SWITCHES = {"": "0", "0": "0", "1": "1"}
+
+
+def choice(name: str, allowed: dict[str, str]) -> str:
+    value = os.environ.get(name, "").strip().lower()
+    if value not in allowed:
+        raise SystemExit(f"{name}={value}: expected one of {', '.join(key for key in allowed if key)}, or unset.")
+    return allowed[value]
+
+
+class CMakeBuild(build_ext):
+    """Configures and compiles both modules in one CMake build, then puts what came of it where setuptools wants it."""
+
+    def build_extensions(self) -> None:
+        cuda = choice("DREAMFUSION_FAST_CUDA", CUDA_CHOICES)
+        build_dir = Path(self.build_temp).resolve() / "cmake"
+        if cuda == "AUTO":
+            try:
+                self.run_cmake(build_dir, "AUTO")
+            except subprocess.CalledProcessError as error:
+                # A toolkit that does not fit the compiler or the driver must not cost the user the CPU core. If that
+                # does not compile either, the error is no matter of CUDA and ends the build.
+                print(f"dreamfusion_fast: the build failed ({error}); trying again without CUDA", file=sys.stderr)
+                self.run_cmake(build_dir, "0", "building it failed (pip install -v . shows why)")
+        else:
+            self.run_cmake(build_dir, cuda)
+
+        for extension in self.extensions:
+            target = Path(self.get_ext_fullpath(extension.name)).resolve()
+            built = build_dir / "modules" / target.name
+            target.unlink(missing_ok=True)
+            if built.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                # Whole or not at all, under a new inode: another process may have the old one loaded.
+                temporary = target.with_suffix(f".{os.getpid()}.tmp")
+                shutil.copyfile(built, temporary)
+                temporary.replace(target)
+            elif not extension.optional:
+                raise RuntimeError(f"CMake finished but made no {built.name}")
+
+    def copy_extensions_to_source(self) -> None:
+        # An editable install after a build without CUDA must not keep the CUDA module of the build before.
+        build_py = self.get_finalized_command("build_py")
+        for extension in self.extensions:
+            in_source, built = self._get_inplace_equivalent(build_py, extension)
+            if not os.path.exists(built):
+                Path(in_source).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
+    def run_cmake(self, build_dir: Path, cuda: str, reason: str = "") -> None:
+        cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
+        if cmake is None or ninja is None:
+            raise SystemExit("dreamfusion_fast: CMake and Ninja are needed to build it: pip install cmake ninja")
+        import pybind11
+
+        # The modules must be those of this build, and CMake itself may have lived in a build environment that is gone.
+        shutil.rmtree(build_dir / "modules", ignore_errors=True)
+        cache = build_dir / "CMakeCache.txt"
+        if cache.exists() and f"CMAKE_COMMAND:INTERNAL={os.path.realpath(cmake)}" not in cache.read_text():
+            shutil.rmtree(build_dir)
+        build_dir.mkdir(parents=True, exist_ok=True)
+        options = {
+            "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
+            "CMAKE_MAKE_PROGRAM": ninja,
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": build_dir / "modules",
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "DREAMFUSION_FAST_CUDA": cuda,
+            "DREAMFUSION_FAST_CUDA_REASON": reason,
+            "DREAMFUSION_FAST_ARCHS": os.environ.get("DREAMFUSION_FAST_ARCHS", "").strip(),
+            "DREAMFUSION_FAST_PORTABLE": choice("DREAMFUSION_FAST_PORTABLE", SWITCHES),
+        }
+        arguments = [f"-D{name}={value}" for name, value in options.items()]
+        try:
+            subprocess.run([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build_dir), *arguments], check=True)
+            subprocess.run([cmake, "--build", str(build_dir)], check=True)
+        except subprocess.CalledProcessError:
+            log = "\n".join(path.read_text() for path in [build_dir / "CMakeCache.txt"] if path.exists())
+            if "CMAKE_CXX_COMPILER:" not in log or "CMAKE_CXX_COMPILER-NOTFOUND" in log:
+                raise SystemExit(
+                    "dreamfusion_fast: no C++ compiler was found, and its native core has to be compiled.\n"
+                    "  Debian, Ubuntu: apt install g++    Fedora: dnf install gcc-c++    macOS: xcode-select --install\n"
+                    "  Windows: the Build Tools for Visual Studio, from their developer prompt\n"
+                    "  or name one: CXX=/path/to/compiler pip install ."
+                ) from None
+            raise
+
+
+setup(
+    ext_modules=[
+        Extension("dreamfusion_fast._core", sources=[]),
+        Extension("dreamfusion_fast._core_cuda", sources=[], optional=True),
+    ],
+    cmdclass={"build_ext": CMakeBuild},
+)

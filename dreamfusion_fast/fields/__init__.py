@@ -1,0 +1,20 @@
+"""What is optimised: fields of density and albedo, and backgrounds."""
+
+from dreamfusion_fast.fields.background import MlpBackground, SolidBackground, per_view, random_colors
+from dreamfusion_fast.fields.base import Field, FieldOutput, evaluate, query_density, safe_normalize
+from dreamfusion_fast.fields.hash_field import HashGridField, HashGridFieldConfig, truncated_exp
+
+__all__ = [
+    "Field",
+    "FieldOutput",
+    "HashGridField",
+    "HashGridFieldConfig",
+    "MlpBackground",
+    "SolidBackground",
+    "evaluate",
+    "per_view",
+    "query_density",
+    "random_colors",
+    "safe_normalize",
+    "truncated_exp",
+]

@@ -1,0 +1,166 @@
+"""What a field is: density and colour as functions of position.
+
+The renderer needs no particular class. Any callable that maps positions `[m, 3]` to `(density [m], colour [m, 3])` will
+do; :func:`evaluate` and :func:`query_density` hide the differences. :class:`Field` is the base of this package's fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Backend = Literal["native", "reference"]
+BACKENDS: tuple[Backend, ...] = ("native", "reference")
+
+UNIT_BOX = (-1.0, -1.0, -1.0, 1.0, 1.0, 1.0)
+
+# Below this squared length a gradient has no meaningful direction. Density logits change by 1 to 100 per scene unit, so
+# 1e-4 is far below anything that shapes a surface, and 1 / 1e-4 bounds how much normalising can amplify a gradient.
+_MIN_SQUARED_GRADIENT = 1e-8
+
+
+class FieldOutput(NamedTuple):
+    """What a field says about `m` positions."""
+
+    density: Tensor  # [m], per scene unit, >= 0
+    albedo: Tensor  # [m, 3] in [0, 1]
+    normal: Tensor | None = None  # [m, 3], unit length (zero where the density is flat)
+
+
+# positions [m, 3] -> FieldOutput or (density [m], colour [m, 3])
+FieldLike = Callable[..., Any]
+
+
+def safe_normalize(vectors: Tensor) -> Tensor:
+    """Scale vectors to unit length, with finite values and gradients everywhere.
+
+    Args:
+        vectors: `[..., 3]`.
+
+    Returns:
+        `[..., 3]`; vectors shorter than 1e-4 are scaled by 1e4 instead, so zero stays zero.
+    """
+    squared = vectors.square().sum(dim=-1, keepdim=True)
+    return vectors * torch.rsqrt(squared.clamp(min=_MIN_SQUARED_GRADIENT))
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless `backend` is "native" or "reference"."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, want one of {', '.join(BACKENDS)}")
+
+
+def check_positions(positions: Tensor) -> None:
+    """Raise TypeError or ValueError unless `positions` is a floating-point tensor `[m, 3]`."""
+    if not isinstance(positions, Tensor) or not positions.is_floating_point():
+        given = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
+        raise TypeError(f"positions: got {given}, want a floating-point tensor [m, 3]")
+    if positions.dim() != 2 or positions.shape[1] != 3:
+        raise ValueError(f"positions: got shape {list(positions.shape)}, want [m, 3]")
+
+
+def box_tensor(aabb: Tensor | tuple[float, ...] | None) -> Tensor:
+    """Check a scene box and return it as a float32 tensor `[6]` = (xmin, ymin, zmin, xmax, ymax, zmax).
+
+    `None` is the unit box [-1, 1]^3. Raises ValueError for a wrong shape or an empty box.
+    """
+    box = torch.as_tensor(UNIT_BOX if aabb is None else aabb, dtype=torch.float32).detach().clone()
+    if box.shape != (6,):
+        raise ValueError(f"aabb: got shape {list(box.shape)}, want [6] = (xmin, ymin, zmin, xmax, ymax, zmax)")
+    if not bool((box[3:] > box[:3]).all()):
+        raise ValueError(f"aabb: got {box.tolist()}, want every maximum above its minimum")
+    return box
+
+
+class Field(nn.Module):
+    """Base of the package's fields: a scene box, density and albedo.
+
+    Attributes:
+        aabb: `[6]` buffer, the scene box; the density outside it is 0.
+    """
+
+    aabb: Tensor
+
+    def __init__(self, aabb: Tensor | tuple[float, ...] | None = None) -> None:
+        super().__init__()
+        self.register_buffer("aabb", box_tensor(aabb))
+
+    def forward(self, positions: Tensor, with_normal: bool = False) -> FieldOutput:
+        """Density, albedo and, if asked for, unit normals at `positions` `[m, 3]` (scene units)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define forward")
+
+    def density(self, positions: Tensor) -> Tensor:
+        """Density `[m]` at `positions` `[m, 3]`; cheaper than `forward` where colour is not needed."""
+        return self.forward(positions).density
+
+
+def evaluate(field: FieldLike, positions: Tensor, with_normal: bool = False) -> FieldOutput:
+    """Evaluate any field-like callable.
+
+    A :class:`Field` computes its own normals. For everything else they are -grad(density) / |grad(density)| by autograd,
+    with a graph through them when gradients are enabled, so that losses on lit colours are exact.
+
+    Args:
+        field: a :class:`Field`, or a callable returning `(density [m], colour [m, 3])`.
+        positions: `[m, 3]`.
+        with_normal: whether to compute normals.
+
+    Raises:
+        ValueError: the callable returned something else.
+    """
+    if isinstance(field, Field):
+        return field(positions, with_normal=with_normal)
+    if not with_normal:
+        return _checked(field(positions), positions)
+    keep_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        points = positions if positions.requires_grad else positions.detach().requires_grad_(True)
+        output = _checked(field(points), points)
+        normal = output.normal
+        if normal is None:
+            normal = normal_from(output.density, points, keep_graph)
+    if keep_graph:
+        return FieldOutput(output.density, output.albedo, normal)
+    return FieldOutput(output.density.detach(), output.albedo.detach(), normal.detach())
+
+
+def normal_from(values: Tensor, positions: Tensor, keep_graph: bool) -> Tensor:
+    """Unit normals -grad(values) / |grad(values)|, `[m, 3]`, zero where the gradient is zero.
+
+    Args:
+        values: `[m]`, the density or any increasing function of it, computed from `positions`.
+        positions: `[m, 3]`, requiring a gradient.
+        keep_graph: whether the normals themselves must be differentiable.
+    """
+    if not values.requires_grad:
+        return torch.zeros_like(positions)
+    (gradient,) = torch.autograd.grad(
+        values.sum(), positions, create_graph=keep_graph, retain_graph=keep_graph, allow_unused=True
+    )
+    if gradient is None:
+        return torch.zeros_like(positions)
+    return -safe_normalize(gradient)
+
+
+def query_density(field: FieldLike, positions: Tensor) -> Tensor:
+    """Density `[m]` of any field-like callable, through its `density` method where it has one."""
+    density = getattr(field, "density", None)
+    if callable(density):
+        return density(positions)
+    return _checked(field(positions), positions).density
+
+
+def _checked(output: Any, positions: Tensor) -> FieldOutput:
+    if not isinstance(output, tuple) or len(output) < 2:
+        raise ValueError(f"field: returned {type(output).__name__}, want FieldOutput or (density [m], colour [m, 3])")
+    result = output if isinstance(output, FieldOutput) else FieldOutput(*output[:2])
+    count = positions.shape[0]
+    if result.density.shape != (count,) or result.albedo.shape != (count, 3):
+        raise ValueError(
+            f"field: returned density {list(result.density.shape)} and colour {list(result.albedo.shape)} for {count} "
+            f"positions, want [{count}] and [{count}, 3]"
+        )
+    return result

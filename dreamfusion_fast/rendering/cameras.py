@@ -1,0 +1,244 @@
+"""Cameras around the object: sampling for training, orbits for turntables.
+
+Camera space is x right, y up, looking along -z. A camera at azimuth 0 and elevation 0 sits on +Z and sees the front of
+the object; azimuth grows towards +X.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.rendering.rays import Rays
+
+# At this distance a ball of radius 1 just fits, with 5 % to spare, into a field of view of 40 degrees.
+_FITTING_DISTANCE = 1.05 / math.sin(math.radians(20.0))
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """A batch of `B` pinhole cameras with square pixels. Angles in radians.
+
+    Attributes:
+        camera_to_world: `[B, 3, 4]`, columns right, up, back, position.
+        fov_y: `[B]`, vertical field of view.
+        azimuth: `[B]`, before any jitter of the position.
+        elevation: `[B]`, likewise.
+        distance: `[B]` from the origin, likewise, scene units.
+    """
+
+    camera_to_world: Tensor
+    fov_y: Tensor
+    azimuth: Tensor
+    elevation: Tensor
+    distance: Tensor
+
+    def __post_init__(self) -> None:
+        batch = self.fov_y.shape[0] if self.fov_y.dim() == 1 else -1
+        if batch < 0 or self.camera_to_world.shape != (batch, 3, 4):
+            raise ValueError(
+                f"cameras: got camera_to_world {list(self.camera_to_world.shape)} and fov_y {list(self.fov_y.shape)}, "
+                "want [B, 3, 4] and [B]"
+            )
+
+    def __len__(self) -> int:
+        return self.fov_y.shape[0]
+
+    @property
+    def positions(self) -> Tensor:
+        """Camera positions `[B, 3]`."""
+        return self.camera_to_world[:, :, 3]
+
+    def to(self, device: torch.device | str) -> Cameras:
+        """The same cameras on another device."""
+        fields = (self.camera_to_world, self.fov_y, self.azimuth, self.elevation, self.distance)
+        return Cameras(*(value.to(device) for value in fields))
+
+    def rays(self, height: int, width: int) -> Rays:
+        """One ray through each pixel centre.
+
+        Returns:
+            Rays with `n_rays = B * height * width`, views one after another, pixels row by row from the top left.
+        """
+        if height < 1 or width < 1:
+            raise ValueError(f"height, width: got {height}, {width}, want both at least 1")
+        x = torch.arange(width).to(self.fov_y) + (0.5 - 0.5 * width)
+        y = (0.5 * height - 0.5) - torch.arange(height).to(self.fov_y)
+        focal = (0.5 * height) / torch.tan(0.5 * self.fov_y)
+        batch = len(self)
+        local = torch.stack(
+            [
+                x.expand(batch, height, width),
+                y[:, None].expand(batch, height, width),
+                -focal[:, None, None].expand(batch, height, width),
+            ],
+            dim=-1,
+        )
+        world = torch.einsum("bhwi,bji->bhwj", local, self.camera_to_world[:, :, :3])
+        directions = torch.nn.functional.normalize(world.reshape(-1, 3), dim=1)
+        origins = self.positions[:, None, :].expand(batch, height * width, 3).reshape(-1, 3)
+        return Rays(origins, directions)
+
+
+@dataclass(frozen=True)
+class CameraConfig:
+    """How training cameras are drawn.
+
+    The defaults frame the unit ball as the embedded prior's training views do: 40 degrees, distances 3.07 to 3.53,
+    elevations -10 to 60 degrees and an eighth of the views overhead. :meth:`paper` gives DreamFusion's.
+    """
+
+    elevation_deg: tuple[float, float] = (-10.0, 60.0)
+    """Elevation range; half of the views are uniform in angle, half uniform in area (DreamFusion, appendix A.2)."""
+    overhead_fraction: float = 0.125
+    """Share of the views drawn from overhead_elevation_deg instead."""
+    overhead_elevation_deg: tuple[float, float] = (60.0, 85.0)
+    """Elevation range of the overhead views."""
+    azimuth_deg: tuple[float, float] = (-180.0, 180.0)
+    """Azimuth range; 0 is the front."""
+    spread_azimuth: bool = True
+    """Give each view of a batch its own equal part of the azimuth range, in random order."""
+    distance: tuple[float, float] = (_FITTING_DISTANCE, 1.15 * _FITTING_DISTANCE)
+    """Range of the distance from the origin, scene units."""
+    fov_deg: tuple[float, float] = (40.0, 40.0)
+    """Range of the vertical field of view."""
+    fov_sampling: Literal["angle", "focal"] = "angle"
+    """Whether the angle or the focal length is uniform over the range."""
+    position_jitter: float = 0.0
+    """Half-width of a uniform offset of the position, per axis."""
+    look_at_jitter: float = 0.0
+    """Standard deviation of the point looked at, per axis."""
+    up_jitter: float = 0.0
+    """Standard deviation of the up vector, per axis."""
+
+    def __post_init__(self) -> None:
+        limits = {
+            "elevation_deg": (-90.0, 90.0),
+            "overhead_elevation_deg": (-90.0, 90.0),
+            "azimuth_deg": (-math.inf, math.inf),
+            "distance": (1e-6, math.inf),
+            "fov_deg": (0.1, 179.0),
+        }
+        for name, (least, most) in limits.items():
+            low, high = getattr(self, name)
+            if not least <= low <= high <= most:
+                raise ValueError(f"CameraConfig.{name}: got ({low}, {high}), want {least} <= low <= high <= {most}")
+        if not 0.0 <= self.overhead_fraction <= 1.0:
+            raise ValueError(f"CameraConfig.overhead_fraction: got {self.overhead_fraction}, want 0 to 1")
+        if self.fov_sampling not in ("angle", "focal"):
+            raise ValueError(f"CameraConfig.fov_sampling: got {self.fov_sampling!r}, want angle or focal")
+        for name in ("position_jitter", "look_at_jitter", "up_jitter"):
+            if not getattr(self, name) >= 0.0:
+                raise ValueError(f"CameraConfig.{name}: got {getattr(self, name)}, want at least 0")
+
+    @classmethod
+    def paper(cls) -> CameraConfig:
+        """DreamFusion's cameras (Poole et al. 2022, appendix A.2), in its units.
+
+        Distance U(1, 1.5) with U(-0.1, 0.1) jitter, focal length U(0.7, 1.35) image widths, elevation -10 to 90
+        degrees.
+        """
+        widest, narrowest = (math.degrees(2.0 * math.atan(0.5 / focal)) for focal in (0.7, 1.35))
+        return cls(
+            elevation_deg=(-10.0, 90.0),
+            overhead_fraction=0.0,
+            distance=(1.0, 1.5),
+            fov_deg=(narrowest, widest),
+            fov_sampling="focal",
+            position_jitter=0.1,
+            look_at_jitter=0.2,
+            up_jitter=0.02,
+            spread_azimuth=False,
+        )
+
+
+def sample_cameras(
+    config: CameraConfig, batch: int, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> Cameras:
+    """Draw `batch` training cameras.
+
+    Args:
+        config: ranges and jitters.
+        batch: how many views.
+        generator: source of randomness; a CPU generator gives the same cameras for every `device`.
+        device: where the result lives.
+    """
+    if batch < 1:
+        raise ValueError(f"batch: got {batch}, want at least 1")
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(batch, generator=generator, device=generator.device)
+
+    def normal(scale: float) -> Tensor:
+        return scale * torch.randn(batch, 3, generator=generator, device=generator.device)
+
+    low, high = (math.radians(angle) for angle in config.elevation_deg)
+    by_angle = uniform(low, high)
+    by_area = torch.asin(uniform(math.sin(low), math.sin(high)).clamp(-1.0, 1.0))
+    elevation = torch.where(uniform(0.0, 1.0) < 0.5, by_angle, by_area)
+    low, high = (math.radians(angle) for angle in config.overhead_elevation_deg)
+    overhead = uniform(low, high)
+    elevation = torch.where(uniform(0.0, 1.0) < config.overhead_fraction, overhead, elevation)
+
+    part = uniform(0.0, 1.0)
+    if config.spread_azimuth:
+        order = torch.randperm(batch, generator=generator, device=generator.device)
+        part = (order + part) / batch
+    low, high = (math.radians(angle) for angle in config.azimuth_deg)
+    azimuth = low + (high - low) * part
+
+    distance = uniform(*config.distance)
+    low, high = (math.radians(angle) for angle in config.fov_deg)
+    if config.fov_sampling == "focal":
+        fov_y = 2.0 * torch.atan(1.0 / uniform(1.0 / math.tan(0.5 * high), 1.0 / math.tan(0.5 * low)))
+    else:
+        fov_y = uniform(low, high)
+
+    offset = config.position_jitter * (2.0 * torch.rand(batch, 3, generator=generator, device=generator.device) - 1.0)
+    position = spherical_positions(azimuth, elevation, distance) + offset
+    pose = _look_at(position, normal(config.look_at_jitter), normal(config.up_jitter), azimuth)
+    return Cameras(pose, fov_y, azimuth, elevation, distance).to(device)
+
+
+def orbit_cameras(
+    count: int,
+    elevation_deg: float = 15.0,
+    distance: float = 1.1 * _FITTING_DISTANCE,
+    fov_deg: float = 40.0,
+    start_deg: float = 0.0,
+    device: torch.device | str = "cpu",
+) -> Cameras:
+    """`count` cameras evenly around the object at one elevation, the first at azimuth `start_deg` (0 = front)."""
+    if count < 1:
+        raise ValueError(f"count: got {count}, want at least 1")
+    azimuth = math.radians(start_deg) + torch.arange(count, dtype=torch.float32) * (2.0 * math.pi / count)
+    elevation = torch.full((count,), math.radians(elevation_deg))
+    distances = torch.full((count,), float(distance))
+    position = spherical_positions(azimuth, elevation, distances)
+    zero = torch.zeros_like(position)
+    fov_y = torch.full((count,), math.radians(fov_deg))
+    return Cameras(_look_at(position, zero, zero, azimuth), fov_y, azimuth, elevation, distances).to(device)
+
+
+def spherical_positions(azimuth: Tensor, elevation: Tensor, distance: Tensor) -> Tensor:
+    """Positions `[B, 3]` = distance * (cos el sin az, sin el, cos el cos az); radians, scene units."""
+    flat = elevation.cos()
+    unit = torch.stack([flat * azimuth.sin(), elevation.sin(), flat * azimuth.cos()], dim=1)
+    return distance[:, None] * unit
+
+
+def _look_at(position: Tensor, target: Tensor, up_offset: Tensor, azimuth: Tensor) -> Tensor:
+    """Poses `[B, 3, 4]` at `position` looking at `target`, up = +Y + `up_offset`."""
+    back = torch.nn.functional.normalize(position - target, dim=1)
+    up = torch.tensor([0.0, 1.0, 0.0], dtype=position.dtype, device=position.device) + up_offset
+    right = torch.linalg.cross(up, back, dim=1)
+    length = right.norm(dim=1, keepdim=True)
+    # Straight above or below, up and viewing direction agree: the azimuth still says which way is right.
+    level = torch.stack([azimuth.cos(), torch.zeros_like(azimuth), -azimuth.sin()], dim=1)
+    level = level - (level * back).sum(dim=1, keepdim=True) * back
+    right = torch.nn.functional.normalize(torch.where(length > 1e-4, right / length.clamp(min=1e-12), level), dim=1)
+    return torch.stack([right, torch.linalg.cross(back, right, dim=1), back, position], dim=2)

@@ -1,0 +1,156 @@
+"""Occupancy grid: where in the scene box samples are worth taking."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dreamfusion_fast.fields.base import Backend, FieldLike, box_tensor, check_backend, query_density
+from dreamfusion_fast.ops.occupancy import (
+    occupancy_pack,
+    occupancy_pack_reference,
+    occupancy_update,
+    occupancy_update_reference,
+)
+
+# Cells whose density is asked for at once: bounds the memory of an update whatever the resolution.
+_CELLS_PER_QUERY = 1 << 17
+# The mean alone would empty a grid of equal densities, for which "above the mean" holds nowhere.
+_BELOW_MEAN = 0.99
+
+
+class OccupancyGrid(nn.Module):
+    """A grid of decayed density maxima, and the bitfield of occupied cells made from it.
+
+    As in instant-ngp and nerfacc: every `every` steps each chosen cell becomes max(decay * old, density at a random point
+    in it): all cells during the warm-up, later a random quarter and about as many of the occupied ones. A cell is
+    occupied where its value exceeds min(mean, density at which one step has `alpha_threshold` opacity). Until the first
+    update everything is occupied. The draws depend on (seed, step) only, so a resumed run repeats them.
+
+    Args:
+        aabb: scene box `[6]`; [-1, 1]^3 if None. Must be the field's.
+        resolution: cells per side.
+        decay: factor per update.
+        every: update period in training steps.
+        warmup_steps: training steps during which all cells are updated.
+        alpha_threshold: opacity of one step below which a cell counts as empty.
+        step_size: length of that step in scene units; use the renderer's.
+        seed: of the sample points.
+        backend: native core or pure-PyTorch twins.
+
+    Attributes:
+        grid: `[R, R, R]` float32 buffer, densities, index order x, y, z.
+        bitfield: `[ceil(R^3 / 8)]` uint8 buffer; bit i of byte b is cell 8 b + i.
+    """
+
+    aabb: Tensor
+    grid: Tensor
+    bitfield: Tensor
+
+    def __init__(
+        self,
+        aabb: Tensor | tuple[float, ...] | None = None,
+        resolution: int = 64,
+        decay: float = 0.95,
+        every: int = 16,
+        warmup_steps: int = 256,
+        alpha_threshold: float = 0.01,
+        step_size: float = 2.0 * math.sqrt(3.0) / 512.0,
+        seed: int = 0,
+        backend: Backend = "native",
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("resolution", resolution, 1),
+            ("every", every, 1),
+            ("warmup_steps", warmup_steps, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}: got {value}, want at least {least}")
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"decay: got {decay}, want 0 to 1")
+        if not 0.0 < alpha_threshold < 1.0:
+            raise ValueError(f"alpha_threshold: got {alpha_threshold}, want between 0 and 1")
+        if not step_size > 0.0:
+            raise ValueError(f"step_size: got {step_size}, want above 0")
+        check_backend(backend)
+        self.resolution, self.decay, self.every, self.warmup_steps, self.seed = (
+            resolution,
+            decay,
+            every,
+            warmup_steps,
+            seed,
+        )
+        self.density_threshold = -math.log1p(-alpha_threshold) / step_size
+        native = backend == "native"
+        self._update = occupancy_update if native else occupancy_update_reference
+        self._pack = occupancy_pack if native else occupancy_pack_reference
+        self.register_buffer("aabb", box_tensor(aabb))
+        self.register_buffer("grid", torch.zeros(resolution, resolution, resolution))
+        self.register_buffer("bitfield", torch.full(((resolution**3 + 7) // 8,), 255, dtype=torch.uint8))
+
+    @property
+    def threshold(self) -> Tensor:
+        """Density above which a cell is occupied, 0-dim."""
+        return (_BELOW_MEAN * self.grid.mean()).clamp(max=self.density_threshold)
+
+    def occupied(self) -> Tensor:
+        """The bitfield as booleans, `[R, R, R]`."""
+        bits = (self.bitfield[:, None] >> torch.arange(8, dtype=torch.uint8, device=self.bitfield.device)) & 1
+        cells = self.resolution**3
+        return bits.flatten()[:cells].bool().view(self.resolution, self.resolution, self.resolution)
+
+    def occupied_fraction(self) -> float:
+        """Share of occupied cells, 0 to 1. Waits for the GPU."""
+        return float(self.occupied().float().mean())
+
+    @torch.no_grad()
+    def update(self, field: FieldLike, step: int) -> bool:
+        """Refresh the grid if `step` is due.
+
+        Args:
+            field: anything with a density (see :func:`dreamfusion_fast.fields.query_density`).
+            step: training step, from 0.
+
+        Returns:
+            Whether the grid was updated.
+        """
+        if step % self.every:
+            return False
+        generator = torch.Generator(device=self.grid.device)
+        generator.manual_seed((self.seed * 0x9E3779B1 + step) & 0x7FFFFFFFFFFFFFFF)
+        cells = self._choose_cells(generator, everything=step < self.warmup_steps)
+        for part in cells.split(_CELLS_PER_QUERY):
+            points = self._points_in(part, generator)
+            density = query_density(field, points).detach().float().contiguous()
+            self._update(self.grid, part, density, self.decay)
+        self.bitfield.copy_(self._pack(self.grid, self.threshold))
+        return True
+
+    def set_occupied(self, occupied: Tensor) -> None:
+        """Fix the grid to `occupied`, bool `[R, R, R]`: for static scenes and tests."""
+        size = self.resolution
+        if occupied.shape != (size, size, size):
+            raise ValueError(f"occupied: got shape {list(occupied.shape)}, want [{size}, {size}, {size}]")
+        self.grid.copy_(occupied.to(self.grid) * 2.0 * self.density_threshold)
+        self.bitfield.copy_(self._pack(self.grid, 0.0))
+
+    def _choose_cells(self, generator: torch.Generator, everything: bool) -> Tensor:
+        """Flat indices of the cells to update, without repetition, int64."""
+        count, device = self.resolution**3, self.grid.device
+        if everything:
+            return torch.arange(count, device=device)
+        occupied = self.occupied().flatten()
+        draws = torch.rand(2, count, generator=generator, device=device)
+        wanted_share = 0.25 * count / occupied.sum().clamp(min=1)
+        return ((draws[0] < 0.25) | (occupied & (draws[1] < wanted_share))).nonzero()[:, 0]
+
+    def _points_in(self, cells: Tensor, generator: torch.Generator) -> Tensor:
+        """One uniformly random point in each cell, `[n, 3]`, scene units."""
+        size = self.resolution
+        corner = torch.stack([cells // (size * size), cells // size % size, cells % size], dim=1)
+        inside = torch.rand(cells.shape[0], 3, generator=generator, device=cells.device)
+        extent = (self.aabb[3:] - self.aabb[:3]) / size
+        return self.aabb[:3] + (corner + inside) * extent

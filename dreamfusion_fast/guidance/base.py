@@ -23,7 +23,7 @@ Weighting = Literal["sds", "uniform", "fantasia3d"]
 Mode = Literal["sds", "csd"]
 Convention = Literal["null", "text"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
-DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
+DtypeName = Literal["auto", "float64", "float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ class SDSOutput(NamedTuple):
     """What one guidance step returns; everything is detached and on the device of the images.
 
     Attributes:
-        gradient: [B, 3, H, W], dtype of the images: the gradient with respect to the images of the objective
-            sum over views of <stop_gradient(w(t) (eps_hat - eps)), x>, x the model's input for the image. It is summed over
-            views, channels and pixels, and divided by nothing.
+        gradient: [B, 3, H, W], dtype of the images: the gradient with respect to the images in [0, 1] of the objective
+            sum over views of <stop_gradient(w(t) (eps_hat - eps)), x>, where x is the model's input for the image.
+            It is summed over views, channels and pixels, and divided by nothing.
         t: [B] int64, timestep of each view.
         norm: [B] Euclidean norm of each view's gradient.
         residual: [B] root mean square of eps_hat - eps over the model's input.
@@ -119,16 +119,16 @@ class GuidanceConfig:
     """Which diffusion model guides, and how.
 
     Args:
-        name: "embedded", another name of `KNOWN_GUIDANCE`, a folder holding a diffusers pipeline, or a hub id "owner/name".
+        name: "embedded", another name of `KNOWN_GUIDANCE`, a folder in diffusers' format, or a hub id "owner/name".
         guidance_scale: s in eps_null + s (eps_text - eps_null); None takes the model's own default.
-        convention: "null" as above, as in diffusers; "text" for eps_text + s (eps_text - eps_null), as in the DreamFusion
-            paper (s = 100 there is s = 101 here).
+        convention: "null" as above, as in diffusers; "text" for eps_text + s (eps_text - eps_null), as in the
+            DreamFusion paper (s = 100 there is s = 101 here).
         t_range: timesteps are drawn uniformly between these fractions of the schedule.
         weighting: w(t): "sds" sigma_t^2 (the paper), "uniform" 1, "fantasia3d" alpha_t sigma_t^2.
-        mode: "sds" pulls along eps_hat - eps; "csd" along s (eps_text - eps_null) alone (classifier score distillation).
+        mode: "sds" pulls along eps_hat - eps; "csd" along s (eps_text - eps_null), classifier score distillation.
         clip_x0: clamp the model's estimate of the clean image to the range of images and recompute eps_hat (static
             thresholding, Saharia et al. 2022, section 2.3). None takes the model's default. Pixel-space models only.
-        grad_clip: largest norm over channels of the weighted residual at a pixel of the model's input; None for no limit.
+        grad_clip: largest norm over channels of the weighted residual at a pixel of the model's input; None: no limit.
         negative_prompt: text of the unconditional half.
         view_dependent: name the view's direction in the prompt.
         dtype: arithmetic of the diffusion model; "auto" is float16 on a GPU and float32 on a CPU.
@@ -216,7 +216,7 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """Differentiable map from images [B, 3, H, W] in [0, 1] to the model's input [B, C, h, w], not below float32."""
+        """Differentiable map from images [B, 3, H, W] in [0, 1] to the model's input [B, C, h, w] in their dtype."""
 
     @abstractmethod
     def predict(self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor], views: Views) -> Tensor:
@@ -233,7 +233,8 @@ class DiffusionModel(ABC):
         """
 
     def load(self) -> None:
-        """Load what `encode` and `predict` need, if that is put off until its first use. May be called more than once."""
+        """Load what `encode` and `predict` need, if that is put off until first use. May be called more than once."""
+        return  # most models are loaded when they are made
 
 
 class Guidance(ABC):
@@ -311,4 +312,10 @@ def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     """The dtype a config means on a device: "auto" is float16 on a GPU and float32 elsewhere."""
     if name == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
+    named = {
+        "float64": torch.float64,
+        "float32": torch.float32,
+        "float16": torch.float16,
+        "bfloat16": torch.bfloat16,
+    }
+    return named[name]

@@ -38,8 +38,8 @@ class EmbeddingCache:
     """Named tensors by the content they were computed from.
 
     Args:
-        directory: where to keep them; `default_cache_dir` and its folder "embeddings" if None. A folder that cannot be written
-            costs a warning and the time to embed again, not the run.
+        directory: where to keep them; `default_cache_dir` and its folder "embeddings" if None. A folder that cannot be
+            written costs a warning and the time to embed again, not the run.
     """
 
     def __init__(self, directory: Path | str | None = None):

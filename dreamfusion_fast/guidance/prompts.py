@@ -1,7 +1,7 @@
 """View-dependent prompts (DreamFusion, Poole et al. 2022, section 3.2).
 
-The text that guides a view names the side it shows: elevation above 60 degrees is "overhead view", otherwise azimuth within
-45 degrees of the front is "front view", beyond 135 degrees "back view", and "side view" between.
+The text that guides a view names the side it shows: elevation above 60 degrees is "overhead view", otherwise azimuth
+within 45 degrees of the front is "front view", beyond 135 degrees "back view", and "side view" between.
 """
 
 from __future__ import annotations

@@ -229,11 +229,11 @@ class _FiniteGuard:
         images_finite, gradient_finite = flags.tolist()
         if not images_finite:
             raise NonFiniteError(
-                f"guidance step {call}: the rendered images hold NaN or infinity: lower the learning rate or resume from an "
-                "earlier checkpoint"
+                f"guidance step {call}: the rendered images hold NaN or infinity: lower the learning rate or resume "
+                "from an earlier checkpoint"
             )
         if not gradient_finite:
             raise NonFiniteError(
-                f"guidance step {call}: the gradient from {self._name} holds NaN or infinity: use guidance dtype bfloat16 or "
-                "float32, or a lower guidance scale"
+                f"guidance step {call}: the gradient from {self._name} holds NaN or infinity: use guidance "
+                "dtype bfloat16 or float32, or a lower guidance scale"
             )

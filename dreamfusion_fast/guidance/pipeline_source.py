@@ -1,0 +1,247 @@
+"""Where a diffusers pipeline comes from, a folder or the Hugging Face hub; checked before anything large is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import re
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.guidance.base import KNOWN_GUIDANCE, GuidanceConfig
+
+_EXPECTED = (
+    "a folder in diffusers' format holds model_index.json and the folders unet, scheduler, tokenizer, text_encoder "
+    "and, for a latent model, vae"
+)
+# Files below this size are hashed whole; weights count by size and time of change.
+_HASHED_WHOLE = 8 * 2**20
+
+
+def open_source(config: GuidanceConfig) -> PipelineSource:
+    """The pipeline a config names.
+
+    Raises:
+        UserError: neither a known name, nor a pipeline folder, nor the form of a hub id; or the hub does not have it.
+    """
+    name = KNOWN_GUIDANCE.get(config.name) or config.name
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return LocalSource(path, config)
+    if path.exists():
+        raise UserError(f"guidance {config.name!r} is a file, but a pipeline folder is wanted: {_EXPECTED}")
+    if re.fullmatch(r"[A-Za-z0-9_-][\w.-]*/[\w.-]+", name):
+        return HubSource(name, config)
+    if "/" in name or "\\" in name or name.startswith((".", "~")):
+        raise UserError(f"guidance {config.name!r}: there is no such folder; {_EXPECTED}")
+    raise UserError(
+        f"unknown guidance {config.name!r}: choose one of {', '.join(KNOWN_GUIDANCE)}, a folder holding a diffusers "
+        "pipeline, or a hub id such as owner/name"
+    )
+
+
+class PipelineSource(ABC):
+    """Reads configurations and loads components of one pipeline.
+
+    Attributes:
+        name: for messages.
+        index: the contents of model_index.json.
+    """
+
+    def __init__(self, name: str, config: GuidanceConfig):
+        self.name = name
+        self.variant = config.variant
+        self._allow_pickle = config.allow_pickle
+        self.index = self._json("model_index.json")
+
+    @abstractmethod
+    def _file(self, relative: str) -> Path:
+        """A small file of the pipeline on this machine; raises UserError if there is none."""
+
+    @abstractmethod
+    def identity(self, components: list[str]) -> str:
+        """A string that changes whenever one of the components changes."""
+
+    @property
+    @abstractmethod
+    def _location(self) -> dict[str, Any]:
+        """What `from_pretrained` takes to find the pipeline."""
+
+    def check_weights(self, component: str) -> None:
+        """Raise UserError if the component's weights are known to be missing or only stored as pickles."""
+        return  # on the hub this is known when they are loaded
+
+    def class_name(self, component: str) -> str | None:
+        """Class of a component, or None if the pipeline has none of this name."""
+        entry = self.index.get(component)
+        if not isinstance(entry, list) or len(entry) != 2 or not entry[1]:
+            return None
+        return str(entry[1])
+
+    def require(self, components: list[str]) -> None:
+        """Raise UserError unless every component is there."""
+        missing = [component for component in components if self.class_name(component) is None]
+        if missing:
+            kind = self.index.get("_class_name", "a pipeline")
+            raise UserError(f"guidance {self.name!r} ({kind}) has no {', '.join(missing)}: {_EXPECTED}")
+
+    def config(self, component: str) -> dict[str, Any]:
+        """Configuration of a model or scheduler."""
+        return self._json(f"{component}/{'scheduler_config' if component == 'scheduler' else 'config'}.json")
+
+    def load(self, component: str, dtype: torch.dtype | None = None) -> Any:
+        """Load a component by the diffusers or transformers class its pipeline names.
+
+        With a dtype it is a model, and comes frozen and on the CPU; without, it is a tokenizer.
+
+        Raises:
+            UserError: it cannot be loaded, or its weights are pickles and the config does not allow them.
+        """
+        library, class_name = self.index[component]
+        options: dict[str, Any] = {**self._location, "subfolder": component}
+        if dtype is not None:
+            self.check_weights(component)
+            options[_dtype_keyword(library)] = dtype
+            options["use_safetensors"] = None if self._allow_pickle else True
+            options["variant"] = self.variant
+        try:
+            loaded = _component_class(library, class_name).from_pretrained(**options)
+        except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"guidance {self.name!r}: cannot load {component} ({class_name}): {one_line(error)}"
+            ) from error
+        return loaded.eval().requires_grad_(False) if dtype is not None else loaded
+
+    def _json(self, relative: str) -> dict[str, Any]:
+        try:
+            content = json.loads(self._file(relative).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"guidance {self.name!r}: cannot read {relative}: {one_line(error)}") from error
+        if not isinstance(content, dict):
+            raise UserError(f"guidance {self.name!r}: {relative} does not hold a JSON object")
+        return content
+
+
+class LocalSource(PipelineSource):
+    """A pipeline in a folder."""
+
+    def __init__(self, folder: Path, config: GuidanceConfig):
+        self._folder = folder
+        super().__init__(config.name, config)
+
+    @property
+    def _location(self) -> dict[str, Any]:
+        return {"pretrained_model_name_or_path": str(self._folder), "local_files_only": True}
+
+    def _file(self, relative: str) -> Path:
+        path = self._folder / relative
+        if not path.is_file():
+            raise UserError(f"guidance {self.name!r} is no diffusers pipeline, it lacks {relative}: {_EXPECTED}")
+        return path
+
+    def check_weights(self, component: str) -> None:
+        """See `PipelineSource.check_weights`; a folder with weights of one variant alone selects that variant."""
+        folder = self._folder / component
+        found = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not found and not self._allow_pickle:
+            if any(folder.glob("*.bin")):
+                raise UserError(
+                    f"guidance {self.name!r}: the weights of {component} are stored as pickles, which can run code on "
+                    "loading: convert them to safetensors, or allow pickles if you trust their source"
+                )
+            raise UserError(f"guidance {self.name!r}: {component} holds no weights (*.safetensors)")
+        if self.variant is None and found and all(".fp16" in name for name in found):
+            self.variant = "fp16"
+
+    def identity(self, components: list[str]) -> str:
+        digest = hashlib.sha256()
+        for component in components:
+            for path in sorted((self._folder / component).rglob("*")):
+                if not path.is_file():
+                    continue
+                digest.update(f"{path.relative_to(self._folder).as_posix()}:".encode())
+                status = path.stat()
+                if status.st_size <= _HASHED_WHOLE:
+                    digest.update(path.read_bytes())
+                else:
+                    digest.update(f"{status.st_size}:{status.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+
+class HubSource(PipelineSource):
+    """A pipeline on the hub, or in the hub's cache on this machine."""
+
+    def __init__(self, hub_id: str, config: GuidanceConfig):
+        self._hub_id = hub_id
+        self._revision = config.revision
+        super().__init__(hub_id, config)
+        # The cached file lies in a folder named after the commit: everything else is taken from the same one.
+        self._revision = self._file("model_index.json").parent.name
+
+    @property
+    def _location(self) -> dict[str, Any]:
+        return {"pretrained_model_name_or_path": self._hub_id, "revision": self._revision}
+
+    def _file(self, relative: str) -> Path:
+        from huggingface_hub import errors, hf_hub_download
+
+        try:
+            return Path(hf_hub_download(self._hub_id, relative, revision=self._revision))
+        except errors.GatedRepoError as error:
+            raise UserError(
+                f"guidance {self.name!r} asks for its licence to be accepted: do so at "
+                f"https://huggingface.co/{self._hub_id} and log in with: hf auth login"
+            ) from error
+        except errors.RepositoryNotFoundError as error:
+            raise UserError(
+                f"guidance {self.name!r} is neither a folder here nor a model on the hub: {_EXPECTED}"
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise UserError(f"guidance {self.name!r} has no revision {self._revision!r} on the hub") from error
+        except errors.LocalEntryNotFoundError as error:
+            raise UserError(self._unreachable()) from error
+        except errors.EntryNotFoundError as error:
+            raise UserError(
+                f"guidance {self.name!r} is no diffusers pipeline, it lacks {relative}: {_EXPECTED}"
+            ) from error
+        except Exception as error:  # the hub's HTTP library differs between versions, and so do its errors
+            raise UserError(f"{self._unreachable()} ({one_line(error)})") from error
+
+    def _unreachable(self) -> str:
+        return (
+            f"guidance {self.name!r} is not a folder here and the hub cannot be reached: check the network, name a folder "
+            "that holds a diffusers pipeline, or use guidance embedded"
+        )
+
+    def identity(self, components: list[str]) -> str:
+        return f"{self._hub_id}@{self._revision}:{','.join(components)}"
+
+
+def one_line(error: Exception, limit: int = 200) -> str:
+    """The first line of an error's message, shortened."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _component_class(library: str, class_name: str) -> Any:
+    if library not in ("diffusers", "transformers"):
+        raise ValueError(f"class of the library {library!r}; only diffusers and transformers are loaded")
+    found = getattr(importlib.import_module(library), class_name, None)
+    if found is None:
+        raise ValueError(f"the installed {library} has no class {class_name}")
+    return found
+
+
+def _dtype_keyword(library: str) -> str:
+    """transformers renamed the argument in 4.56; diffusers takes the old name in every version."""
+    if library != "transformers":
+        return "torch_dtype"
+    import transformers
+
+    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"

@@ -1,7 +1,7 @@
 """Files: whole or not at all, and the rules of a run folder.
 
-A run folder holds everything one run wrote. Nothing in it is ever overwritten by another run: `prepare_run_folder` refuses a
-folder that already holds one, `open_run_folder` refuses a folder that holds none.
+A run folder holds everything one run wrote. Nothing in it is ever overwritten by another run: `prepare_run_folder`
+refuses a folder that already holds one, `open_run_folder` refuses a folder that holds none.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from dreamfusion_fast.errors import UserError
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which takes its name when the block ends without an exception.
 
-    The temporary file keeps the suffix (writers choose a format by it) and is removed when the block raises, KeyboardInterrupt
-    included, so a reader sees the old file or the new one and never a part. Folders above `path` have to exist.
+    The temporary file keeps the suffix (writers choose a format by it) and is removed when the block raises,
+    KeyboardInterrupt included, so a reader sees the old file or the new one and never a part. Folders above `path` have
+    to exist.
     """
     target = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
@@ -123,7 +124,7 @@ def prepare_run_folder(path: str | os.PathLike[str]) -> RunFolder:
 
 
 def open_run_folder(path: str | os.PathLike[str], *, writable: bool = True) -> RunFolder:
-    """Open the folder of an existing run; UserError where it holds no config or no checkpoint, or cannot be written to."""
+    """Open the folder of an existing run; UserError where it holds none, or cannot be written to."""
     folder = RunFolder(Path(path).expanduser())
     if not folder.path.is_dir():
         raise UserError(f"{folder.path} is no folder; give the output folder of an earlier run")
@@ -136,7 +137,7 @@ def open_run_folder(path: str | os.PathLike[str], *, writable: bool = True) -> R
 
 
 def check_writable(folder: Path) -> None:
-    """Raise UserError where no file can be made in `folder`. Made and removed, since permission bits do not tell it all."""
+    """Raise UserError where no file can be made in `folder`. Tried, since permission bits do not tell it all."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

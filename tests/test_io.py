@@ -39,17 +39,24 @@ def test_written_files_follow_the_umask(tmp_path):
 def test_interrupted_write_keeps_the_old_file(tmp_path, error):
     target = tmp_path / "a.glb"
     target.write_text("old")
-    with pytest.raises(error), atomic_path(target) as temporary:
-        assert temporary.suffix == ".glb" and temporary.parent == tmp_path
-        temporary.write_text("half")
-        raise error
+
+    def write():
+        with atomic_path(target) as temporary:
+            assert temporary.suffix == ".glb"
+            assert temporary.parent == tmp_path
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write()
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.glb"]
 
 
 def test_prepare_makes_nested_folders(tmp_path):
     folder = prepare_run_folder(tmp_path / "a" / "b")
-    assert folder.path.is_dir() and folder.existing() == []
+    assert folder.path.is_dir()
+    assert folder.existing() == []
 
 
 def test_prepare_accepts_a_folder_of_other_files(tmp_path):
@@ -69,7 +76,7 @@ def test_prepare_refuses_a_file_and_what_is_below_one(tmp_path):
     file.write_text("x")
     with pytest.raises(UserError, match="is a file"):
         prepare_run_folder(file)
-    with pytest.raises(UserError, match="cannot make output folder .*Not a directory"):
+    with pytest.raises(UserError, match=r"cannot make output folder .*Not a directory"):
         prepare_run_folder(file / "below")
 
 

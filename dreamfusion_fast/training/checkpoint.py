@@ -1,7 +1,8 @@
 """Checkpoints: one safetensors file with everything needed to continue, checked before it is believed.
 
-Tensors (parameters, buffers, optimiser moments, random number states) are stored under dotted names; all else is JSON in the file's
-metadata. A file is written whole or not at all, carries a checksum of its tensors, and says which configuration it belongs to.
+Tensors (parameters, buffers, optimiser moments, random number states) are stored under dotted names; all else is JSON
+in the file's metadata. A file is written whole or not at all, carries a checksum of its tensors, and says which
+configuration it belongs to.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def load_checkpoint(path: str | Path, expected_config: Config | None = None) -> 
     """Read a checkpoint and check it.
 
     Raises UserError where the file is absent, corrupt, no checkpoint of this package or of a later format, and, with
-    `expected_config`, where the part of the configuration that decides the parameters differs: the message says in what.
+    `expected_config`, where the part of the configuration that decides the parameters differs: the message says in
+    what.
     """
     path = Path(path)
     if not path.is_file():
@@ -96,7 +98,7 @@ def load_checkpoint(path: str | Path, expected_config: Config | None = None) -> 
         raise UserError(f"{path} is a safetensors file, but no checkpoint of dreamfusion_fast")
     if metadata.get("version") != str(VERSION):
         raise UserError(
-            f"checkpoint {path} has format {metadata.get('version')}, and this version of dreamfusion_fast reads {VERSION}"
+            f"checkpoint {path} has format {metadata.get('version')}, this dreamfusion_fast reads {VERSION}"
         )
     try:
         step = int(metadata["step"])
@@ -125,7 +127,7 @@ def check_same_architecture(saved: Config, expected: Config, path: str | Path) -
 def flatten_optimizer(
     optimizer: torch.optim.Optimizer, prefix: str = "optimizer"
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Split an optimiser's state into (tensors under `prefix`.<parameter index>.<name>, the rest as values JSON can hold)."""
+    """Split an optimiser's state into (tensors named `prefix`.<parameter index>.<name>, other values for JSON)."""
     state = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
@@ -144,23 +146,24 @@ def restore_optimizer(
     rest: Mapping[str, Any],
     prefix: str = "optimizer",
 ) -> None:
-    """Undo flatten_optimizer: load the state into `optimizer`, which has parameters of the same shapes in the same order.
+    """Undo flatten_optimizer: load the state into `optimizer`, which has parameters of the same shapes in the same
+    order.
 
     Raises UserError where the parameters differ.
     """
     state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in rest["values"].items()}
     for name, value in tensors.items():
         if name.startswith(prefix + "."):
-            index, entry = name[len(prefix) + 1 :].split(".", 1)
-            state.setdefault(int(index), {})[entry] = value
+            number, entry = name[len(prefix) + 1 :].split(".", 1)
+            state.setdefault(int(number), {})[entry] = value
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, entries in state.items():
         for entry, value in entries.items():
             wanted = parameters[index].shape if index < len(parameters) else None
             if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape != wanted:
                 raise UserError(
-                    f"the checkpoint's optimiser state {index}.{entry} has shape {list(value.shape)}, the parameter has "
-                    f"{None if wanted is None else list(wanted)}; the checkpoint is of another config"
+                    f"the checkpoint's optimiser state {index}.{entry} has shape {list(value.shape)}, the "
+                    f"parameter has {None if wanted is None else list(wanted)}; the checkpoint is of another config"
                 )
     # JSON has no tuples; Adam unpacks betas either way, but a saved group should compare equal to the original.
     groups = [{key: tuple(v) if key == "betas" else v for key, v in group.items()} for group in rest["param_groups"]]
@@ -176,7 +179,7 @@ def _checksum(tensors: Mapping[str, torch.Tensor]) -> int:
         value = tensors[name]
         total = zlib.crc32(f"{name} {value.dtype} {list(value.shape)}".encode(), total)
         if value.numel():
-            total = zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy(), total)
+            total = zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
     return total
 
 

@@ -1,8 +1,8 @@
 """Everything a run can be told, as one tree of dataclasses.
 
-The parts bring their own configs; what concerns the loop only is here. Every field can be set from a YAML file and from the
-command line (`--optim.lr-table 0.01`), and the resolved tree is saved with the run. Fractions are of the whole run, so a run of
-other length keeps its shape.
+The parts bring their own configs; what concerns the loop only is here. Every field can be set from a YAML file and from
+the command line (`--optim.lr-table 0.01`), and the resolved tree is saved with the run. Fractions are of the whole run,
+so a run of other length keeps its shape.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dreamfusion_fast.training import config_io
 
 @dataclass(frozen=True)
 class Ramp:
-    """A weight that goes linearly from `start` to `end` between two fractions of the run, and is constant outside them."""
+    """A weight that goes linearly from `start` to `end` between two fractions of the run, constant outside."""
 
     start: float = 0.0
     end: float = 0.0
@@ -124,8 +124,8 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.t_min < self.t_max_end <= self.t_max <= 1:
             raise ValueError(
-                f"0 <= t_min < t_max_end <= t_max <= 1 has to hold, not t_min={self.t_min}, t_max_end={self.t_max_end}, "
-                f"t_max={self.t_max}"
+                f"0 <= t_min < t_max_end <= t_max <= 1 has to hold, not t_min={self.t_min}, "
+                f"t_max_end={self.t_max_end}, t_max={self.t_max}"
             )
         if self.t_anneal not in ("linear", "sqrt", "none"):
             raise ValueError(f"t_anneal has to be linear, sqrt or none, not {self.t_anneal!r}")
@@ -167,7 +167,7 @@ class ExportConfig:
     resolution: int = 128
     """Marching cubes cells along the longest side of the scene box."""
     threshold: float | None = None
-    """Density at the surface, per scene unit; by default chosen from the field (see export.mesh.automatic_threshold)."""
+    """Density at the surface, per scene unit; by default chosen by export.mesh.automatic_threshold."""
     smooth_iterations: int = 5
     """Taubin smoothing steps; 0 leaves the marching cubes as they are."""
     min_component: float = 0.02

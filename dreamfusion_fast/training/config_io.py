@@ -1,7 +1,7 @@
 """Trees of dataclasses as plain values and YAML, with errors that name the key.
 
-Knows nothing of what is configured: any dataclass whose fields are plain values, tuples, lists, dicts, enums, paths or other such
-dataclasses will do.
+Knows nothing of what is configured: any dataclass whose fields are plain values, tuples, lists, dicts, enums, paths or
+other such dataclasses will do.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def to_dict(value: Any) -> Any:
 def from_dict(cls: type[T], values: Mapping[str, Any], *, source: str = "config", base: T | None = None) -> T:
     """Build the dataclass `cls` from nested dicts; what is not given comes from `base`, else from the defaults.
 
-    Raises UserError naming the key for an unknown key (with the nearest known ones), a wrong type, and a value that the dataclass
-    itself refuses. `source` is what the message calls the origin of the values, such as the file's name.
+    Raises UserError naming the key for an unknown key (with the nearest known ones), a wrong type, and a value that the
+    dataclass itself refuses. `source` is what the message calls the origin of the values, such as the file's name.
     """
     return _dataclass_from(cls, values, source, "", base)
 
@@ -83,9 +83,7 @@ def differences(first: Any, second: Any, prefix: str = "") -> list[str]:
         for key in [*first, *(key for key in second if key not in first)]:
             name = f"{prefix}.{key}" if prefix else str(key)
             if key not in first or key not in second:
-                lines.append(
-                    f"{name}: {'absent' if key not in first else first[key]}, here {second.get(key, 'absent')}"
-                )
+                lines.append(f"{name}: {first.get(key, 'absent')}, here {second.get(key, 'absent')}")
             else:
                 lines.extend(differences(first[key], second[key], name))
         return lines
@@ -124,7 +122,7 @@ def _convert(hint: Any, value: Any, source: str, name: str, below: Any) -> Any:
     if hasattr(hint, "__metadata__"):  # Annotated
         return _convert(arguments[0], value, source, name, below)
     if dataclasses.is_dataclass(hint):
-        return _dataclass_from(hint, value, source, name, below if isinstance(below, hint) else None)  # type: ignore[arg-type]
+        return _dataclass_from(hint, value, source, name, below if type(below) is hint else None)
     if origin in (Union, types.UnionType):
         return _convert_union(arguments, value, source, name, below)
     if origin is Literal:
@@ -168,7 +166,8 @@ def _convert_sequence(origin: Any, arguments: tuple[Any, ...], value: Any, sourc
     else:
         kinds = (arguments[0],) * len(value)
     return origin(
-        _convert(kind, item, source, f"{name}[{i}]", None) for i, (kind, item) in enumerate(zip(kinds, value))
+        _convert(kind, item, source, f"{name}[{i}]", None)
+        for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
     )
 
 

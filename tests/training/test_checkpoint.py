@@ -41,7 +41,8 @@ def test_round_trip(saved):
     checkpoint = load_checkpoint(path, config)
     assert checkpoint.tensors.keys() == tensors.keys()
     for name, value in tensors.items():
-        assert checkpoint.tensors[name].dtype == value.dtype and torch.equal(checkpoint.tensors[name], value)
+        assert checkpoint.tensors[name].dtype == value.dtype
+        assert torch.equal(checkpoint.tensors[name], value)
     assert (checkpoint.config, checkpoint.step, checkpoint.meta) == (config, 113, {"rate": 2.5, "list": [1, 2]})
     assert set(checkpoint.group("field")) == {"table", "transposed"}
     assert os.listdir(path.parent) == [path.name]
@@ -52,7 +53,8 @@ def test_failed_save_keeps_the_old_file(saved):
     before = path.read_bytes()
     with pytest.raises(TypeError):
         save_checkpoint(path, tensors={}, config=config, step=1, meta={"x": object()})
-    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
 
 
 def test_absent(tmp_path):

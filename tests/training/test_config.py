@@ -33,8 +33,10 @@ def test_changed_values_survive_a_file(tmp_path):
 
 def test_partial_file_keeps_defaults():
     config = Config.from_yaml("prompt: a chair\noptim: {lr_table: 1e-3, betas: [0.8, 0.95]}\n")
-    assert config.optim.lr_table == 1e-3 and config.optim.betas == (0.8, 0.95)
-    assert config.optim.lr_mlp == Config().optim.lr_mlp and config.steps == Config().steps
+    assert config.optim.lr_table == 1e-3
+    assert config.optim.betas == (0.8, 0.95)
+    assert config.optim.lr_mlp == Config().optim.lr_mlp
+    assert config.steps == Config().steps
     assert Config.from_yaml("") == Config()
 
 
@@ -68,11 +70,12 @@ def test_partial_file_keeps_a_nested_default_that_is_not_the_class_default():
 def test_mistakes_are_named_on_one_line(text, message):
     with pytest.raises(UserError, match=message) as error:
         Config.from_yaml(text, source="my.yaml")
-    assert "my.yaml" in str(error.value) and "\n" not in str(error.value)
+    assert "my.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_unreadable_file(tmp_path):
-    with pytest.raises(UserError, match="cannot read config .*No such file"):
+    with pytest.raises(UserError, match=r"cannot read config .*No such file"):
         Config.load(tmp_path / "absent.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="no text file"):
@@ -139,7 +142,8 @@ def test_check_refuses_what_cannot_run():
 def test_ramp():
     ramp = Ramp(1.0, 3.0, 0.25, 0.75)
     assert [ramp.at(x) for x in (0.0, 0.25, 0.5, 0.75, 1.0)] == [1.0, 1.0, 2.0, 3.0, 3.0]
-    assert Ramp(1.0, 2.0, 0.5, 0.5).at(0.4) == 1.0 and Ramp(1.0, 2.0, 0.5, 0.5).at(0.5) == 2.0
+    assert Ramp(1.0, 2.0, 0.5, 0.5).at(0.4) == 1.0
+    assert Ramp(1.0, 2.0, 0.5, 0.5).at(0.5) == 2.0
     with pytest.raises(ValueError, match="begin <= until"):
         Ramp(0, 0, 0.6, 0.5)
 
@@ -148,7 +152,8 @@ def test_schedule():
     schedule = ScheduleConfig(
         t_min=0.1, t_max=0.9, t_max_end=0.5, render_size_start=32, render_size=64, render_size_until=0.4
     )
-    assert schedule.t_range(0.0) == (0.1, 0.9) and schedule.t_range(1.0) == (0.1, 0.5)
+    assert schedule.t_range(0.0) == (0.1, 0.9)
+    assert schedule.t_range(1.0) == (0.1, 0.5)
     assert schedule.t_range(0.25)[1] == pytest.approx(0.8)
     assert dataclasses.replace(schedule, t_anneal="sqrt").t_range(0.25)[1] == pytest.approx(0.7)
     assert dataclasses.replace(schedule, t_anneal="none").t_range(1.0) == (0.1, 0.9)

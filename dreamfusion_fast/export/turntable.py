@@ -1,0 +1,119 @@
+"""Pictures of the result: a video of one turn, and a few views side by side."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+
+import imageio_ffmpeg
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.io import atomic_path
+
+RenderImageFn = Callable[[float], ArrayLike | torch.Tensor]
+
+
+def render_turntable(
+    render_image: RenderImageFn,
+    path: str | os.PathLike[str],
+    *,
+    n_frames: int = 60,
+    fps: int = 24,
+    quality: float = 8.0,
+    on_frame: Callable[[int], None] | None = None,
+) -> None:
+    """Write an H.264 video (yuv420p, plays everywhere) of the camera going once around the object.
+
+    Args:
+        render_image: azimuth in degrees (0 is the front, positive towards +x) to an image [height, width, 3]: floats in
+            [0, 1] or uint8, a tensor or an array. All of one size; an odd one is made even by repeating the last row or
+            column, since the format needs it.
+        path: file to write, whole or not at all.
+        n_frames: frames of the turn, at least 1.
+        fps: frames a second.
+        quality: 0 to 10.
+        on_frame: called with the number of frames done.
+
+    Raises:
+        UserError: there is no ffmpeg.
+    """
+    if n_frames < 1:
+        raise ValueError(f"n_frames has to be at least 1, not {n_frames}")
+    try:
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise UserError("no ffmpeg for turntable.mp4; install it, or go without: --turntable-frames 0") from error
+    with atomic_path(path) as temporary:
+        writer = None
+        try:
+            for index in range(n_frames):
+                frame = _even(to_uint8(render_image(360.0 * index / n_frames)))
+                if writer is None:
+                    writer = imageio_ffmpeg.write_frames(
+                        str(temporary),
+                        (frame.shape[1], frame.shape[0]),
+                        fps=fps,
+                        quality=quality,
+                        macro_block_size=2,
+                        ffmpeg_log_level="error",
+                        output_params=["-movflags", "+faststart"],
+                    )
+                    writer.send(None)
+                    size = frame.shape
+                if frame.shape != size:
+                    raise ValueError(f"frame {index} has shape {frame.shape}, the first one {size}")
+                writer.send(np.ascontiguousarray(frame))
+                if on_frame is not None:
+                    on_frame(index + 1)
+        finally:
+            if writer is not None:
+                writer.close()
+
+
+def view_grid(render_image: RenderImageFn, n_views: int = 8, columns: int = 4) -> NDArray[np.uint8]:
+    """Render views at equal azimuths, starting with the front, into one picture [rows * height, columns * width, 3]."""
+    if n_views < 1:
+        raise ValueError(f"n_views has to be at least 1, not {n_views}")
+    return tile([to_uint8(render_image(360.0 * index / n_views)) for index in range(n_views)], columns)
+
+
+def tile(images: list[NDArray[np.uint8]], columns: int = 4) -> NDArray[np.uint8]:
+    """Put images [height, width, 3] of one size side by side, row by row; places left over are white."""
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    height, width, _ = images[0].shape
+    grid = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        grid[row * height : (row + 1) * height, column * width : (column + 1) * width] = image
+    return grid
+
+
+def save_png(path: str | os.PathLike[str], image: ArrayLike | torch.Tensor) -> None:
+    """Write an image [height, width, 3] (floats in [0, 1] or uint8) as PNG, whole or not at all."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(to_uint8(image)).save(temporary, format="PNG")
+
+
+def render_preview(render_image: RenderImageFn, path: str | os.PathLike[str], n_views: int = 8) -> None:
+    """Write a PNG of `n_views` views at equal azimuths, four in a row. `render_image` is as for render_turntable."""
+    save_png(path, view_grid(render_image, n_views))
+
+
+def to_uint8(image: ArrayLike | torch.Tensor) -> NDArray[np.uint8]:
+    """An image [height, width, 3] of floats in [0, 1] (clamped) or uint8 as a uint8 array."""
+    array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+    if array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(f"an image has to have shape [height, width, 3], not {list(array.shape)}")
+    if array.dtype == np.uint8:
+        return array
+    return (np.clip(np.nan_to_num(array.astype(np.float32)), 0, 1) * 255).round().astype(np.uint8)
+
+
+def _even(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.pad(image, ((0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)), mode="edge")

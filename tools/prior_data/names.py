@@ -1,0 +1,792 @@
+"""What people call the catalogue's models: hand-written nouns, synonyms and generic words.
+
+One line per catalogue name (or per model, by its key): ``name: noun | synonym, ..., ~generic word, ...``. The part
+after the bar adds to what SYNONYMS says about the noun. A name without a line is its own noun, in lower case.
+Trademarks give way to the thing they name. ``+word`` in the middle field puts a material, part or style in front.
+"""
+
+NAMES = """
+acacia: acacia tree
+air conditioning - external unit: air conditioner | outdoor air conditioner, air conditioning unit
+air conditioning - internal unit: air conditioner | wall air conditioner, air conditioning unit
+apple ibook: laptop
+apple imac 1998: computer | desktop computer, old computer, computer monitor
+apple imac 2004: computer | desktop computer, computer monitor, desktop computer with keyboard
+apple iphone: smartphone
+armchair ottoman: ottoman
+baby bed: cradle | baby bed, rocking cradle, crib, ~bed
+baby high chair: high chair | baby chair, baby high chair, feeding chair, ~chair
+bar chair: bar stool | bar chair, tall chair
+barnum: party tent | canopy, marquee, gazebo, pavilion
+bath: bathtub
+basin: basin | washbasin, sink
+bed: bed
+bended coconut tree: coconut tree | bent palm tree
+bike: motorcycle
+bill 10€: banknote
+bill 20€: banknote
+bill 50€: banknote
+biplane: biplane
+black table: table
+blue pine under snow: pine tree | snowy pine tree, pine tree in snow
+bootie: boot | ankle boot
+bowl with fruits: bowl of fruit | fruit bowl, fruit in a bowl
+bowl with salad: bowl of salad | salad bowl, salad
+bullet trash can: trash can
+burlap sofa: sofa | burlap sofa, fabric sofa
+cap: cap | baseball cap
+captain's bed: bed | bed with drawers, captain's bed, storage bed
+car model: toy car | wooden toy car, wooden car, ~toy, ~car
+cctv: security camera
+chair with cushion: chair | chair with a cushion, upholstered chair
+chest: chest | wooden chest, treasure chest, trunk
+chevrolet: car | sedan
+child bed: child's bed
+child chair: child's chair
+child hut: playhouse | children's hut, play house, wooden playhouse
+child swing: swing
+children chair: child's chair
+children game: playground | playground slide, play structure, jungle gym
+children table: child's table
+chimney: chimney | brick chimney
+city bus: bus
+class seat: school desk | school desk with chair, classroom seat, school bench
+clear sofa: sofa
+clothes washing machine: washing machine
+coffee brewer: coffee maker
+coffee machine: espresso machine | coffee machine, espresso maker, ~coffee maker
+coffee mug: mug
+coffee press: french press | coffee press, ~coffee maker, ~coffee pot
+comb: comb
+concept sedan 01: car | sedan
+concept sedan 02: car | sedan
+concept sedan 02 sport: sports car
+cone: traffic cone
+contemporary living room: living room
+convertible sofa bz: sofa bed | futon sofa
+opened convertible sofa bz: sofa bed | opened sofa bed, futon, ~bed
+cooker: stove | cooker
+cooktop: cooktop
+copper beech: beech tree | copper beech tree, purple tree
+corner bathtub: bathtub | corner bathtub, corner tub
+corner sofa: corner sofa
+couch: sofa
+cup cake: cupcake
+cutting pliers: pliers
+cypress: cypress tree
+dart game: dartboard
+decorative plant: potted plant | decorative plant
+desk table: desk | kids desk, child's desk
+drawers cabinet: drawer cabinet
+dresser with drawers: dresser
+dryer machine: clothes dryer
+dustbin: trash can | dustbin, office bin
+electronic scale: kitchen scale
+elevator: elevator
+entry bell ring: doorbell
+entry speech unit: intercom
+espresso kettle: moka pot
+extinguisher: fire extinguisher
+ficus: ficus
+fence: fence
+flacon: perfume bottle
+flipper: pinball machine
+football goal: soccer goal
+football table: foosball table
+ford focus: car | hatchback
+fork lift: forklift
+frame chambord: picture frame
+frame hôi an: picture frame
+full bookcase: bookcase | full bookcase, bookcase with books, bookshelf with books
+furnace: furnace
+gaz water heater: water heater | gas water heater
+electric water heater: water heater | electric water heater
+glass table: glass table
+girl: girl
+grinder: angle grinder
+hanging clothes: hanging clothes
+hashtray: ashtray
+high cabinet: cabinet | tall cabinet, kitchen cabinet
+hood: range hood
+indoor bike: exercise bike
+indoor plant: potted plant | indoor plant
+induction cooker 2 zones: cooktop | induction cooktop
+induction cooker 4 zones: cooktop | induction cooktop
+inkjet printer and scanner: printer | inkjet printer, scanner
+intercom with screen: intercom | video intercom
+island: kitchen island
+island extension: kitchen island
+island bath: bathtub | freestanding bathtub
+japanese lantern: paper lantern | japanese lantern
+japanese maple: maple tree | japanese maple tree, red maple tree
+joystick: game controller
+keyboard: electronic keyboard | piano keyboard, synthesizer, midi keyboard
+kitchen tools: kitchen utensils | kitchen tools, cooking utensils
+kitchen knife: knife | kitchen knife
+knife stand: knife block
+large fridge: refrigerator | large refrigerator
+large pan: pan | large pan
+large stove: stove | large stove
+letters box: mailbox
+lip stick: lipstick
+little bank: bench
+little lamp: lamp | small lamp, bedside lamp
+little plant: potted plant | small plant, small potted plant
+locked locker: locker
+lying down boy: boy lying down | lying boy, ~boy
+lying down female: woman lying down | lying woman, ~woman
+lying down male: man lying down | lying man, ~man
+male: man
+female: woman
+holding female: woman | standing woman, woman holding something
+holding male: man | standing man, man holding something
+sitting boy: sitting boy | boy sitting, seated boy, ~boy
+sitting female: sitting woman | woman sitting, seated woman, ~woman
+sitting girl: sitting girl | girl sitting, seated girl, ~girl
+sitting male: sitting man | man sitting, seated man, ~man
+mannequin female: mannequin | female mannequin
+mannequin male: mannequin | male mannequin
+mezzanine bed: loft bed
+milk: milk carton
+mini stereo: stereo
+mobile phone: mobile phone
+mocassin: shoe | moccasin, loafer
+modern armchair: armchair | modern armchair
+motorbike: motorcycle
+mower: lawn mower
+mp3 base: speaker dock | music dock, ~speaker
+mp3 station: speaker dock | music dock, radio, ~speaker
+number lock: padlock
+oak chair: chair | oak chair, wooden chair
+oak table: table | oak table, wooden table
+oil servers: oil bottle | oil cruet, oil and vinegar bottles
+old jar: jar | old jar, clay jar
+open cardboard box: cardboard box | open cardboard box, open box
+osaka chair: chair | wooden chair
+outdoor lamp: garden lamp
+oval plate: plate | oval plate
+painted bench: bench | garden bench, painted bench
+park light: street lamp
+street light: street lamp
+classic lamppost: street lamp | lamppost, classic lamppost
+park trashcan: trash can | park trash can
+residential trashcan: wheelie bin
+recycling bin: recycling bin
+peach blossom: peach tree | blossoming tree, cherry tree, pink tree
+pedestal vase lamp: lamp | table lamp, vase lamp
+pedestrian railing: railing
+iron railing: railing | iron railing, metal railing
+penbox: pen holder
+pendant lamp: pendant lamp
+peugeot 308 cc: car | convertible car, convertible
+phone: telephone
+piano bench: piano bench
+pine: pine tree
+pine under snow: pine tree | snowy pine tree, pine tree in snow
+plant box: planter | plant box, flower box
+plate, glass and cutlery: place setting
+plate, glasses and cutlery: place setting
+playstation: game console
+pool lounge: sun lounger | pool lounger
+poplar: poplar tree
+porch light: wall lamp | porch light
+pottery: pot | pottery, clay pot, ceramic pot
+puff: pouf
+punching ball: punching bag
+rattan armchair: armchair | rattan armchair, wicker armchair, wicker chair, rattan chair
+rattan sofa: sofa | rattan sofa, wicker sofa
+rattan table: table | rattan table, wicker table
+rectangle swimming pool: swimming pool
+round swimming pool: swimming pool | round swimming pool
+reflex camera: camera | reflex camera, slr camera
+relax chair: lounge chair
+renault scenic: car | minivan
+seat leon: car | hatchback
+rigged fan: fan
+round carpet: rug | round rug, round carpet
+oriental rug: rug | oriental rug, persian rug
+rubik's cube: puzzle cube
+ryokan chair: floor chair | legless chair, japanese chair, ~chair
+screen: folding screen
+short: shorts
+shower head and faucet: shower head
+shower stall: shower
+siamese cat: cat | siamese cat
+sink cabinet: bathroom vanity | sink cabinet, kitchen sink, ~cabinet, ~sink
+small lavatory: washbasin | small washbasin
+small lower cabinet: cabinet | base cabinet, kitchen cabinet
+lower cabinet: cabinet | base cabinet, kitchen cabinet
+lower corner cabinet: cabinet | corner cabinet, kitchen cabinet
+upper cabinet: cabinet | wall cabinet, kitchen cabinet
+small upper cabinet: cabinet | wall cabinet, kitchen cabinet
+upper corner cabinet: cabinet | wall cabinet, kitchen cabinet
+upper shelves cabinet: shelf | wall shelf, kitchen shelf, ~shelves
+glass door cabinet: glass cabinet | display cabinet, glass door cabinet, ~cabinet
+small oven: toaster oven | small oven, mini oven
+small step ladder: step ladder | small ladder, step stool, ~ladder
+smart car: car | small car, city car
+socket: sock
+sofa 2 seats: sofa | two-seat sofa, love seat
+sofa 3 seats: sofa | three-seat sofa
+spathiphyllum: peace lily | houseplant, flowering plant, ~potted plant, ~plant
+spice tower: spice rack
+stone grill device: grill | stone grill
+stone lantern: stone lantern
+sugar: sugar bowl
+sushi tray: sushi
+sycamore maple: maple tree | sycamore tree
+table on trestles: trestle table
+table tennis: ping pong table
+table tennis bat: ping pong paddle
+table with tablecloth: table | table with a tablecloth
+tape: tape roll
+technical table: drafting table
+teck chair: chair | teak chair, wooden chair
+text marker: marker
+toilets unit: toilet
+toilet paper dispenser: toilet paper
+toilet brush: toilet brush | lavatory brush
+toy train: toy train
+tool: kitchen utensil | cooking utensil, spatula
+trousers: pants
+trunck: trunk
+tv 16:9: television | widescreen tv
+wall flat tv: television | wall tv, wall-mounted tv
+tv: television
+tv remote control: remote control
+urinal: urinal
+utensils pot: utensil holder
+van: van
+vertical shelves: shelves | tall shelves
+vw new beetle: car | beetle car, small car
+wall hanger: coat rack | wall coat rack, coat hook
+wall lamp artwork: wall lamp
+wall light: wall lamp
+wall spotlight: spotlight
+water cooler: water cooler
+white board: whiteboard
+white lily: lily | white lily, potted lily, flowering plant, ~plant, ~flower
+winchester armchair: armchair | leather armchair, chesterfield armchair, club chair
+winchester sofa: sofa | leather sofa, chesterfield sofa
+window blind: window blind
+window shutter: shutter
+wire coathanger: clothes hanger | wire hanger
+wireless phone: cordless phone | wireless phone
+woman shoes: high heels
+wood bank: bench | wooden bench
+wood logs: logs
+wood toy: toy | wooden toy
+wooden alder table: table | wooden table, office table
+wooden desk: desk | wooden desk
+wooden table: table | wooden table
+wooden teak table: table | wooden table, teak table
+workbench: workbench
+yamaha yzr r6: motorcycle | sports motorcycle, sport bike, racing motorcycle
+yogurt bottle: bottle | yogurt bottle
+yucca: yucca plant
+BlendSwap-CC-0#1: chair | armchair, chair with armrests, office chair
+BlendSwap-CC-0#71: box | ammo box, crate, metal box
+BlendSwap-CC-0#31: chair | plastic chair
+BlendSwap-CC-0#101: chair | antique chair, upholstered chair
+BlendSwap-CC-0#143: chair | designer chair, modern chair
+BlendSwap-CC-0#171: chair | bentwood chair, wooden chair, cafe chair
+BlendSwap-CC-0#60: parasol
+BlendSwap-CC-0#80: umbrella | folded umbrella, closed umbrella
+BlendSwap-CC-BY#11: chair | cafe chair
+BlendSwap-CC-BY#13: chair | cafe chair
+BlendSwap-CC-BY#14: table | cafe table
+BlendSwap-CC-BY#47: bamboo plant | lucky bamboo, ~potted plant, ~plant
+BlendSwap-CC-BY#58: table | dining table, dinner table
+BlendSwap-CC-BY#79: desk | office desk, office table
+BlendSwap-CC-BY#114: radiator | modern radiator, towel radiator
+BlendSwap-CC-BY#116: chair | plaid chair
+BlendSwap-CC-BY#123: chair | kitchen chair
+BlendSwap-CC-BY#120: armchair | lounge chair, leather lounge chair
+KatorLegaz#51: chair | dining chair, wooden chair
+KatorLegaz#55: shelves | utility shelves, metal shelves, storage rack
+KatorLegaz#72: office chair
+KatorLegaz#64: man | man in a suit, businessman
+Scopia#6: chair | garden chair, outdoor chair, patio chair
+Scopia#10: table | garden table, outdoor table, patio table
+Scopia#39: table | dining table, dinner table
+Scopia#47: office chair
+Scopia#61: table | wooden table, office table
+Scopia#62: chair | metal chair, tubular chair
+Scopia#63: lamp | table lamp
+Scopia#81: chair | desk chair, child's chair
+Scopia#85: stool | kitchen stool
+Scopia#92: chair | kitchen chair
+Scopia#97: table | kitchen table
+Scopia#86: sofa | leather sofa
+Scopia#91: coffee table | wooden coffee table
+Scopia#182: kick scooter
+Scopia#352: bamboo | bamboo tree, bamboo plant, ~plant
+"""
+
+SYNONYMS = """
+acacia tree: ~tree
+abdominal bench: workout bench, exercise bench, gym bench, ~bench
+air mattress: inflatable mattress, airbed, ~mattress
+angle grinder: power grinder, ~power tool, ~tool
+apples: red apples, pile of apples, ~fruit
+aquarium: fish tank, fishbowl
+armchair: easy chair, upholstered chair, lounge chair, arm chair, club chair, ~chair, ~seat
+ashtray: ash tray
+backpack: rucksack, school bag, knapsack, ~bag
+bamboo: ~plant
+banknote: bank note, paper money, euro bill, ~money
+bar stool: barstool, high stool, counter stool, ~stool
+bar table: high table, bistro table, ~table
+barrel: wooden barrel, cask, wine barrel, keg
+basketball: ~ball
+basketball net: basketball hoop, basketball backboard
+bathmat: bath mat, bath rug, ~mat
+bathtub: bath tub, bath, tub
+beach chair: folding beach chair, deck chair, ~chair
+bed: double bed, bed with pillows, bedstead
+bedside table: nightstand, night stand, night table, ~table
+beech tree: ~tree
+beer bottle: ~bottle
+beer glass: glass of beer, pint of beer, beer mug, beer
+bench: seat bench, park bench, wooden bench, ~seat
+bicycle: bike, push bike, road bike, city bike, ~cycle
+bidet: bathroom bidet
+biplane: airplane, aeroplane, plane, toy airplane, aircraft
+birthday cake: cake, cake with candles
+blender: food blender, kitchen blender, ~kitchen appliance
+boiler: water boiler, heating boiler
+bonsai tree: bonsai, miniature tree, potted tree, ~tree
+book: closed book, hardcover book, hardback
+bookcase: bookshelf, book case, book shelf, ~shelf, ~shelves
+boot: ~shoe
+bottle: soap bottle, dispenser bottle
+bowl: dish, kitchen bowl
+box: storage box, container
+boy: young boy, standing boy, child, kid
+bread: loaf of bread, loaf, bread loaf
+bread box: bread bin, ~box
+briefcase: attache case, suitcase, ~bag
+broom: sweeping broom, besom
+brush: hairbrush, hair brush
+bulldog: dog, english bulldog, ~animal
+bunk bed: bunkbed, double-decker bed, ~bed
+bus: passenger bus, coach, omnibus, ~vehicle
+bush: shrub, green bush, ~plant
+butter: stick of butter, butter dish, butter block
+cabinet: cupboard, storage cabinet
+cactus: potted cactus, cactus in a pot, cactus plant, cacti, ~plant, ~potted plant
+cafe chair: bistro chair, ~chair
+cafe table: bistro table, round cafe table, ~table
+calendar: desk calendar
+camera: photo camera, digital camera
+camping lamp: camping lantern, lantern, oil lamp, ~lamp
+camping tent: tent, dome tent
+candle: lit candle, wax candle
+cap: hat, baseball hat
+car: automobile, passenger car, motor car, auto, ~vehicle
+cardboard box: carton, cardboard carton, packing box, ~box
+cat: kitty, feline, house cat, kitten, ~animal
+ceiling fan: ~fan
+ceiling lamp: ceiling light, ~lamp
+chair: dining chair, side chair, seat
+chandelier lamp: chandelier, hanging lamp, ~lamp
+changing table: baby changing table, ~table
+chessboard: chess board, chess set, chess game
+chest freezer: deep freezer, freezer, ~appliance
+chicken: hen, chook, ~bird, ~animal
+child's bed: kid's bed, children's bed, kids bed, ~bed
+child's chair: kid's chair, children's chair, small chair, ~chair
+child's table: kid's table, children's table, small table, ~table
+chopping board: cutting board, wooden cutting board
+christmas tree: decorated christmas tree, xmas tree, ~tree
+clock: alarm clock, desk clock
+clothes basket: laundry basket, hamper, laundry hamper, ~basket
+clothes dryer: tumble dryer, dryer, drying machine, ~appliance
+clothes hanger: coat hanger, hanger, coathanger
+clothes horse: drying rack, laundry rack, clothes drying rack
+clothes rack: clothing rack, garment rack, clothes rail
+cocktail glass: martini glass, cocktail, ~glass
+coconut tree: coconut palm, palm tree, palm, ~tree
+coffee cup: cup of coffee, coffee, ~cup
+coffee maker: coffee machine, coffeemaker, drip coffee maker
+coffee table: low table, living room table, ~table
+comb: hair comb
+computer: pc, personal computer
+concrete bench: stone bench, ~bench
+cooktop: stove top, hob, ~stove
+cordless phone: ~phone, ~telephone
+corner sofa: sectional sofa, sectional couch, l-shaped sofa, corner couch, ~sofa, ~couch
+cosmetics pot: cream jar, cosmetics jar, ~jar
+cradle: ~bed
+crate: wooden crate, wooden box, ~box
+creamer: milk jug, cream pitcher, pitcher, jug
+crib: baby crib, cot, baby bed, ~bed
+cuckoo clock: wall clock, ~clock
+cup: teacup, tea cup, drinking cup
+cupboard: cabinet, closet
+cupcake: muffin, cup cake, ~cake
+curtain: curtains, drapes, window curtain
+cypress tree: cypress, ~tree
+dartboard: dart board, darts
+day bed: daybed, ~bed
+deck chair: deckchair, outdoor lounge chair, sun lounger, folding deck chair, ~chair
+deep fryer: fryer, ~kitchen appliance
+deer: stag, buck, reindeer, ~animal
+desk: writing desk, office desk, computer desk, work table, ~table
+desk lamp: table lamp, reading lamp, adjustable lamp, ~lamp
+diving board: springboard
+dog: hound, puppy, pet dog, canine, ~animal
+dog house: doghouse, kennel, dog kennel
+doll: toy doll, rag doll, ~toy
+doll house: dollhouse, toy house, doll's house, ~house
+door: interior door, wooden door
+doorbell: door bell
+doormat: door mat, welcome mat, ~mat
+double arched window: arched window, ~window
+double door: double doors, ~door
+double door with panes: glass double door, french doors, ~door
+double french window 3 panes: french window, ~window
+double french window small panes: french window, ~window
+double oven: wall oven, ~oven
+double vanity: bathroom vanity, double sink, double washbasin
+double window 3 panes: window with panes, ~window
+double window 4 panes: window with panes, ~window
+double window with large pane: ~window
+double-hung window: sash window, ~window
+drafting table: drawing table, ~table
+drawer cabinet: chest of drawers, kitchen drawers, drawers, ~cabinet
+dress: gown, woman's dress, ~clothes
+dresser: chest of drawers, bureau, commode, drawers
+dressing table: vanity table, makeup table, vanity, ~table
+drill: electric drill, power drill, hand drill, ~tool
+dvd player: video player, disc player
+electric guitar: guitar, rock guitar, solid-body guitar, ~musical instrument
+electronic keyboard: ~musical instrument
+elevator: lift
+elevator door: lift door, ~door
+emergency sign: exit sign, ~sign
+escalator: moving staircase, ~stairs
+espresso machine: coffee machine
+exercise bike: stationary bike, indoor bike, spin bike, exercise bicycle
+exterior door: front door, entrance door, house door, ~door
+fan: standing fan, electric fan, floor fan
+fence: wooden fence, garden fence, picket fence
+ficus: ficus tree, rubber plant, ~plant, ~tree
+filing cabinet: file cabinet, office cabinet, ~cabinet
+fire extinguisher: extinguisher
+fire hydrant: hydrant, fireplug
+fireplace: hearth, open fireplace
+fitness tower: gym machine, exercise machine, power tower
+flashlight: torch, hand torch, pocket lamp
+floor chair: ~seat
+flower box: flower planter, window box, planter with flowers, ~flowers
+flowers: bouquet, bouquet of flowers, bunch of flowers, vase of flowers
+fluorescent light: fluorescent lamp, ~lamp
+fluorescent strip: fluorescent lamp, ~lamp
+folded clothes: stack of clothes, pile of clothes, ~clothes
+folding chair: foldable chair, fold-up chair, ~chair
+folding screen: room divider, privacy screen, japanese screen
+folding table: foldable table, ~table
+foosball table: table football, table soccer, football table
+fork: dinner fork, table fork, ~cutlery
+forklift: forklift truck, fork truck, ~vehicle
+fountain: water fountain, stone fountain, garden fountain
+french fries: fries, chips, fried potatoes
+furnace: heater
+futon: futon bed, floor bed, ~bed, ~mattress
+futon couch: futon sofa, ~sofa, ~couch
+game console: video game console, gaming console
+game controller: gamepad, video game controller, joystick, joypad
+garage door: ~door
+garden faucet: tap, faucet, water tap, spigot
+garden hut: garden shed, shed, wooden shed, cabin, hut
+garden lamp: outdoor lamp, ~lamp
+gift: present, gift box, wrapped gift, wrapped present
+girl: young girl, standing girl, child, kid
+glass: drinking glass, water glass, tumbler
+glass door: ~door
+glass table: table with glass top, glass top table, ~table
+glasses: eyeglasses, spectacles, pair of glasses
+glove: leather glove, hand glove
+grand piano: piano, concert piano, black piano with open lid, ~musical instrument
+grill: barbecue, barbecue grill
+hamburger: burger, cheeseburger, sandwich
+hammer: claw hammer, ~tool
+hammock: hanging bed, garden hammock
+handbag: purse, hand bag, lady's bag, ~bag
+hanging clothes: clothes on hangers, ~clothes
+hanging light: hanging lamp, pendant light, pendant lamp, ~lamp
+hat: brimmed hat, fedora
+headphones: headset, earphones, pair of headphones
+hedge: hedgerow, garden hedge, green hedge, ~bush
+helmet: motorcycle helmet, crash helmet
+high hedge: hedge, tall hedge
+high heels: women's shoes, high-heeled shoes, pair of high heels, ~shoes
+horse: stallion, mare, pony, ~animal
+hose reel: garden hose, hose
+hospital bed: ~bed
+hot dog: hotdog, sausage in a bun, sausage
+intercom: door intercom
+iron bed: metal bed, bed frame, ~bed
+jacket: coat, leather jacket, blouson, ~clothes
+jacuzzi: hot tub, whirlpool, spa tub
+jar: pot, clay jar
+keys: key ring, bunch of keys, key
+kick scooter: scooter, push scooter
+kitchen island: kitchen counter, counter, ~cabinet
+kitchen scale: scale, weighing scale, food scale
+kitchen utensil: ~tool
+kitchen utensils: ~cutlery
+knife: table knife, ~cutlery
+knife block: set of knives, knives in a block, knife set
+lamp: table lamp, floor lamp, light, lampshade
+laptop: laptop computer, notebook computer, open laptop, ~computer
+lawn mower: lawnmower, grass mower
+letter tray: paper tray, document tray, ~tray
+lily: lilies
+lipstick: lip gloss
+locker: metal locker, storage locker, ~cabinet
+loft bed: high bed, mezzanine bed, ~bed
+logs: firewood, wood logs, log pile, stack of logs
+lounge chair: recliner, reclining chair, relax chair, garden chair, ~chair
+mailbox: letter box, letterbox, post box, postbox, mail box
+man: male person, standing man, gentleman, ~person, ~human
+mannequin: dummy, shop dummy, ~person
+maple tree: maple, ~tree
+marker: marker pen, felt-tip pen, highlighter, ~pen
+medicine bottle: pill bottle, pills, ~bottle
+medicine box: pill box, ~box
+microwave: microwave oven, ~kitchen appliance, ~oven
+milk carton: carton of milk, milk, juice carton
+mixer: stand mixer, kitchen mixer, food mixer, ~kitchen appliance
+mobile phone: cell phone, cellphone, cellular phone, ~phone
+moka pot: espresso pot, stovetop espresso maker, coffee pot, kettle
+motorcycle: motorbike, motor bike, motor cycle, ~vehicle
+mug: coffee mug, coffee cup, tea mug, ~cup
+newspaper: folded newspaper, paper
+office chair: desk chair, swivel chair, rolling chair, task chair, ~chair
+oil bottle: ~bottle
+orchids: orchid, potted orchid, orchid flower, ~flowers, ~potted plant
+ottoman: footstool, pouf, hassock, foot stool
+oven: kitchen oven, cooking oven, ~kitchen appliance
+padlock: combination lock, number lock, lock
+pallet: wooden pallet, shipping pallet
+palm tree: palm, tropical tree, ~tree
+pan: frying pan, skillet, cooking pan, saucepan
+pants: trousers, pair of pants, pair of trousers, jeans, ~clothes
+paper lantern: lantern, ~lamp
+paper towel holder: paper towels, kitchen roll, paper towel roll
+parasol: garden umbrella, beach umbrella, sun umbrella, patio umbrella, ~umbrella
+party tent: ~tent
+peach tree: ~tree
+peace lily: spathiphyllum
+pen holder: pencil cup, pencil holder, pen cup, pencil box
+pencil: lead pencil
+pendant lamp: hanging lamp, pendant light, ~lamp
+perfume bottle: perfume, flacon, ~bottle
+piano bench: piano stool, ~bench, ~stool
+picture frame: framed picture, painting, framed painting, picture
+pinball machine: pinball, arcade machine, pinball table
+pine tree: pine, fir tree, conifer, evergreen tree, ~tree
+ping pong paddle: table tennis racket, table tennis bat, ping pong bat
+ping pong table: table tennis table, table tennis, ~table
+place setting: plate with cutlery, dinner plate with fork and knife, plate and cutlery
+planter: ~potted plant, ~plant
+plant: potted plant, houseplant, house plant, pot plant, plant in a pot
+plastic chair: garden chair, ~chair
+plastic cup: paper cup, disposable cup, ~cup
+plate: dinner plate, dish
+playground: ~slide
+pliers: cutting pliers, pair of pliers, ~tool
+pool table: billiard table, billiards table, snooker table, ~table
+poplar tree: poplar, ~tree
+porch column: column, pillar, wooden column, post
+pot: earthen pot, vase
+potted plant: houseplant, house plant, plant in a pot, pot plant, ~plant
+potty: chamber pot, baby potty
+pouf: bean bag, beanbag, hassock, ottoman, ~seat
+printer: ~office machine
+propane stove: camping stove, gas stove, ~stove
+puzzle: wooden puzzle, ~toy
+puzzle cube: rubik's cube, magic cube, ~toy
+punching bag: boxing bag, punching ball
+quadruple arched window: arched window, ~window
+quadruple french window: french window, ~window
+quadruple french window 3 panes: french window, ~window
+quadruple french window small panes: french window, ~window
+rabbit: bunny, hare, bunny rabbit, ~animal
+radiator: heater, heating radiator
+radio: radio receiver, portable radio
+rail crossing: railroad crossing, level crossing
+rails: railroad tracks, train tracks, railway track
+railing: handrail, balustrade, fence
+range hood: kitchen hood, cooker hood, extractor hood
+recycling bin: ~trash can, ~bin
+refrigerator: fridge, icebox, ~kitchen appliance
+fridge: refrigerator, icebox, ~kitchen appliance
+remote control: tv remote, remote
+ring: finger ring, gold ring, jewelry ring
+roasted chicken: roast chicken, roast turkey, cooked chicken
+rock: stone, boulder, big rock
+rocking horse: wooden horse, toy horse, ~toy
+round chimney: chimney | brick chimney
+round table: circular table, ~table
+rowboat: row boat, rowing boat, boat, wooden boat, dinghy
+rug: carpet, area rug
+ruler: measuring ruler
+safe: strongbox, steel safe, vault
+salt shaker: pepper shaker, shaker
+sandpit: sandbox, sand box
+sandwich maker: sandwich toaster, waffle iron, panini press
+saw: handsaw, hand saw, ~tool
+school desk: ~desk
+scissors: pair of scissors, shears
+scooter: motor scooter, moped, vespa, ~vehicle
+screen door: mesh door, ~door
+screwdriver: ~tool
+security camera: surveillance camera, cctv camera, ~camera
+surveillance camera: security camera, cctv camera, ~camera
+seesaw: see-saw, teeter-totter
+shelf: ~shelves
+shelves: shelf, shelving unit, shelving, rack, bookshelf
+shipping container: cargo container, freight container, container
+shoe: leather shoe
+shopping basket: grocery basket, ~basket
+shorts: short pants, pair of shorts, ~clothes
+shovel: spade, ~tool
+shower: shower cabin, shower cubicle
+shower curtain: ~curtain
+shower door: glass shower door, ~door
+shower head: shower, showerhead, shower faucet
+shutter: window shutter, ~window
+sink: kitchen sink, washbasin, basin
+sitting boy: ~child
+sitting girl: ~child
+skateboard: skate board
+skirt: woman's skirt, ~clothes
+sleeping bag: camping bag
+sliding window: ~window
+slippers: pair of slippers, house shoes, ~shoes
+smartphone: mobile phone, cell phone, cellphone, phone
+smoke detector: smoke alarm
+sneakers: sports shoes, running shoes, pair of sneakers, trainers, ~shoes
+snowman: snow man
+soap: bar of soap, soap bar
+soccer ball: football, ~ball
+soccer goal: football goal, goal net
+sock: stocking
+sofa: couch, settee, upholstered sofa, lounge sofa
+sofa bed: convertible sofa, sleeper sofa, ~sofa, ~couch
+speaker: loudspeaker, audio speaker, stereo speaker
+speaker dock: ~stereo
+spice rack: spice jars
+spider plant: hanging plant, houseplant, ~potted plant, ~plant
+spiral staircase: winding stairs, spiral stairs, stairs, staircase
+sponge: bath sponge, kitchen sponge
+spoon: table spoon, ~cutlery
+sports car: race car, racing car, coupe, ~car, ~automobile, ~vehicle
+spotlight: wall spotlight, ~lamp
+spray bottle: sprayer, ~bottle
+squeezer: juicer, citrus squeezer, lemon squeezer
+stapler: office stapler
+steak: piece of meat, meat
+step ladder: stepladder, ladder
+stereo: hi-fi, music system, boombox
+stereo amplifier: amplifier, audio amplifier
+stone lantern: japanese stone lantern, lantern, garden lantern
+stool: wooden stool, seat stool, ~seat
+stove: kitchen stove, cooking stove, range, gas stove, ~oven
+street lamp: streetlight, street light, lamp post, lantern
+stroller: baby stroller, baby carriage, pram, pushchair, buggy
+succulent plant: succulent, houseplant, ~potted plant, ~plant
+sugar bowl: sugar pot, ~bowl
+suitcase: luggage, travel bag, travel case
+sunglasses: pair of sunglasses, dark glasses, ~glasses
+sun lounger: sun bed, chaise longue, outdoor lounger
+sushi: sushi plate, sushi rolls, plate of sushi
+suv: sport utility vehicle, off-road vehicle, jeep, ~car, ~automobile, ~vehicle
+swimming pool: pool
+swing: swing set, playground swing, garden swing
+table: dining table, four-legged table, kitchen table
+table fan: desk fan, electric fan, ~fan
+tablet: tablet computer
+tape measure: measuring tape, ~tool
+tape roll: adhesive tape, roll of tape, sticky tape
+tatami: tatami mat, straw mat, ~mat
+teapot: tea pot, tea kettle, lidded teapot, kettle
+teddy bear: stuffed bear, teddy, plush bear, toy bear, ~toy, ~bear
+telephone: phone, desk phone, office phone
+television: tv, tv set, flat-screen tv, television set, flat tv
+television cabinet: tv cabinet, tv stand, ~cabinet
+tennis racket: tennis racquet, racket, racquet
+thermometer: temperature gauge
+toaster: bread toaster, ~kitchen appliance
+toaster oven: ~oven
+toilet: toilet bowl, lavatory, toilet seat, wc, commode
+toilet paper: toilet roll, toilet paper roll, bathroom tissue
+towel: bath towel, folded towel
+towel rack: towel rail, towel holder, towel on a rack
+toy train: wooden train, train, toy locomotive, locomotive, ~toy
+track lights: spotlights, track lighting, ~lamp
+traffic cone: road cone, safety cone, cone, pylon
+trampoline: garden trampoline
+trash can: garbage can, waste bin, trash bin, rubbish bin, wastebasket, bin
+tray: serving tray
+treadmill: running machine, exercise machine
+trestle table: ~table
+tricycle: children's tricycle, trike, three-wheeler
+triple french window: french window, ~window
+truck: lorry, heavy truck, ~vehicle
+trunk: chest, travel trunk, storage trunk
+tulips: tulip, tulip flower, vase of tulips, ~flowers
+turn window: ~window
+tv stand: television stand, tv table, ~cabinet
+umbrella: rain umbrella
+upright piano: piano, cottage piano, ~musical instrument
+urinal: wall urinal
+utensil holder: utensils in a pot, kitchen utensils
+van: minivan, delivery van, ~vehicle
+vanity: bathroom vanity, bathroom sink, sink cabinet, washbasin
+bathroom vanity: vanity
+vase: flower vase, ceramic vase, jar, pot
+video projector: projector
+wall lamp: wall light, sconce, ~lamp
+wardrobe: closet, armoire, clothes cupboard
+washbasin: wash basin, bathroom sink, sink, wash-hand basin
+washing machine: washer, laundry machine, clothes washer, ~appliance
+watch: wristwatch, wrist watch
+water cooler: water dispenser
+water heater: boiler, hot water tank
+wheelbarrow: garden cart, barrow
+wheelchair: wheel chair, invalid chair
+wheelie bin: trash can, garbage bin, ~bin
+whiteboard: white board, board
+window blind: blinds, window blinds, venetian blind
+wine bottle: bottle of wine, red wine bottle, ~bottle
+woman: female person, standing woman, lady, ~person, ~human
+workbench: work bench, tool bench, ~table
+xylophone: toy xylophone, glockenspiel, ~musical instrument
+yucca plant: yucca, houseplant, ~potted plant, ~plant
+toy: ~wooden toy
+toy car: ~vehicle
+"""
+
+PLURALS = frozenset(
+    "apples bookshelves cacti chips clothes cutlery curtains darts drapes drawers earphones eyeglasses flowers french "
+    "doors fries furniture glasses headphones heels jeans keys knives lights lilies logs orchids pants pills potatoes "
+    "rails shelves shoes shorts slippers sneakers spectacles spotlights stairs sunglasses towels tracks trainers "
+    "trousers tulips utensils wheels blinds jars scissors shears rolls".split()
+)
+MASS = frozenset("beer bread butter firewood fruit luggage meat milk money salad shelving soap sushi coffee bamboo".split())
+
+POPULAR = frozenset(
+    "chair table armchair teapot car sofa cactus bed lamp piano bicycle toilet guitar dog cat horse rabbit chicken deer "
+    "bulldog motorcycle motorcycles truck bus desk stool bench bookcase television laptop camera backpack boot sneakers "
+    "hat helmet mug cup vase bottle umbrella toaster microwave refrigerator fridge rowboat biplane barrel shoe suv van "
+    "bathtub fireplace hamburger snowman clock book suitcase wheelchair tree scooter tricycle".split()
+) | {
+    "sports car", "potted plant", "washing machine", "grand piano", "upright piano", "electric guitar", "teddy bear",
+    "office chair", "toy train", "soccer ball", "fire hydrant", "desk lamp", "wine bottle", "washbasin", "coffee table",
+    "christmas tree", "palm tree", "trash can", "rocking horse", "bonsai tree", "plant", "birthday cake", "corner sofa",
+    "bowl of fruit", "high heels", "fire extinguisher", "coffee cup",
+}  # fmt: skip

@@ -5,14 +5,19 @@
 //
 // To add an op `foo`:
 //   1. csrc/include/dreamfusion_fast/foo.h: a struct Foo<T> with the arguments, a shape comment on each, and the
-//      algorithm as DFF_HD functions; then DFF_LAUNCHER(template <typename T> Status foo(const Foo<T>&, const Launch&);)
+//      algorithm as DFF_HD functions; then DFF_LAUNCHER(template <typename T> Status foo(const Foo<T>&, const
+//      Launch&);)
 //   2. csrc/cpu/foo.cpp and csrc/cuda/foo.cu: the launcher in dff::cpu and dff::cuda, with for_each of parallel.h and
 //      parallel.cuh where one index is one piece of work, and its instantiations for float and double.
 //   3. csrc/bindings/foo.h: fills the struct from addresses, and bind_foo(py::module_&).
 //   4. here: one #include and one line in the module.
-//   5. dreamfusion_fast/ops/foo.py: checks, torch.library op, the PyTorch twin; it calls native(tensor, "foo")(...).
+//   5. dreamfusion_fast/ops/foo.py: checks, torch.library op, the PyTorch twin; it calls call("foo", tensor, ...).
 // CMake finds the new files by itself.
 
+#include "bindings/composite.h"
+#include "bindings/hash_grid.h"
+#include "bindings/march.h"
+#include "bindings/occupancy.h"
 #include "bindings/ray_box.h"
 
 #if defined(DFF_CUDA_ARCHS)
@@ -26,5 +31,9 @@ PYBIND11_MODULE(DFF_MODULE, module) {
   module.attr("cuda_archs") = DFF_CUDA_ARCHS;    // what the CUDA module was compiled for, "80-real 90"
   module.attr("cuda_reason") = DFF_CUDA_REASON;  // CPU module: why there is no CUDA module beside it, or ""
 
+  dff::bindings::bind_composite(module);
+  dff::bindings::bind_hash_grid(module);
+  dff::bindings::bind_march(module);
+  dff::bindings::bind_occupancy(module);
   dff::bindings::bind_ray_box(module);
 }

@@ -1,5 +1,36 @@
 """The ops: each a `torch.library` op over the native core, with its pure-PyTorch twin ``<name>_reference`` beside it."""
 
+from dreamfusion_fast.ops.composite import composite, composite_reference
+from dreamfusion_fast.ops.hash_grid import (
+    hash_grid,
+    hash_grid_layout,
+    hash_grid_position_gradient,
+    hash_grid_reference,
+)
+from dreamfusion_fast.ops.march import march, march_reference
+from dreamfusion_fast.ops.occupancy import (
+    occupancy_pack,
+    occupancy_pack_reference,
+    occupancy_unpack,
+    occupancy_update,
+    occupancy_update_reference,
+)
 from dreamfusion_fast.ops.ray_box import ray_box, ray_box_reference
 
-__all__ = ["ray_box", "ray_box_reference"]
+__all__ = [
+    "composite",
+    "composite_reference",
+    "hash_grid",
+    "hash_grid_layout",
+    "hash_grid_position_gradient",
+    "hash_grid_reference",
+    "march",
+    "march_reference",
+    "occupancy_pack",
+    "occupancy_pack_reference",
+    "occupancy_unpack",
+    "occupancy_update",
+    "occupancy_update_reference",
+    "ray_box",
+    "ray_box_reference",
+]

@@ -1,10 +1,83 @@
-"""Multiresolution hash grid encoding (Müller et al. 2022, "Instant Neural Graphics Primitives", section 3)."""
+"""Multiresolution hash grid encoding (Müller et al. 2022, "Instant Neural Graphics Primitives", section 3).
+
+Four ops, each the derivative of one before: the encoding; its backward to the table; its backward to the positions; the
+backward of that one. Autograd formulas connect them, so that the encoding can be differentiated twice, as a loss on
+normals needs. None of them stores anything per corner: each recomputes cells and weights from the positions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dreamfusion_fast.ops._checks import check_tensor
+from dreamfusion_fast.ops._native import call, pointer
+
 PRIME_Y = 2654435761
 PRIME_Z = 805459861
+FEATURES = (1, 2, 4, 8)
+
+
+def hash_grid(
+    positions: Tensor, table: Tensor, level_offsets: Tensor, resolutions: Tensor, smoothstep: bool = False
+) -> Tensor:
+    """Encodes positions by interpolating a table of features at several resolutions.
+
+    A level with resolution N has (N + 1)^3 vertices at multiples of 1/N, and the features at a position are the
+    trilinear interpolation between the 8 vertices around it. If the level's rows suffice, vertex (x, y, z) has row
+    ``x + (N + 1) (y + (N + 1) z)``, else ``(x xor 2654435761 y xor 805459861 z) mod rows`` (products modulo 2^32).
+
+    Args:
+        positions: ``[n_samples, 3]``, float32 or float64; clamped to [0, 1], with no gradient outside. NaN gives NaN.
+        table: ``[n_rows, n_features]``, same dtype, n_features one of 1, 2, 4, 8.
+        level_offsets: ``[n_levels + 1]`` int64, first row of each level and, last, n_rows; see `hash_grid_layout`.
+        resolutions: ``[n_levels]`` int32, cells per axis, at least 1, at most 2^24.
+        smoothstep: interpolate with 3 u^2 - 2 u^3 in place of u, which has a continuous gradient.
+
+    Returns:
+        ``[n_samples, n_levels * n_features]``: the features of level 0, then of level 1, ... Differentiable twice to
+        positions and table. On the CPU the result and the gradients are the same bits for any number of threads.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape or device. A level that does not lie inside the
+            table is found on the CPU only; on a GPU, where the check would wait, its features are NaN.
+        RuntimeError: the native core for this device was not built.
+    """
+    _check("hash_grid", positions, table, level_offsets, resolutions)
+    return _forward(positions, table, level_offsets, resolutions, smoothstep)
+
+
+def hash_grid_position_gradient(
+    grad_output: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    level_offsets: Tensor,
+    resolutions: Tensor,
+    smoothstep: bool = False,
+) -> Tensor:
+    """The gradient of ``sum(grad_output * hash_grid(positions, ...))`` by the positions, itself differentiable.
+
+    This is what `torch.autograd.grad(..., create_graph=True)` computes, without a graph of the encoding: normals take
+    grad_output from a hand-derived backward of the network behind the encoding and call this.
+
+    Args:
+        grad_output: ``[n_samples, n_levels * n_features]``, same dtype as positions.
+        positions, table, level_offsets, resolutions, smoothstep: as in `hash_grid`.
+
+    Returns:
+        ``[n_samples, 3]``, differentiable once to grad_output, positions and table, in a pass that recomputes the
+        interpolation: nothing but the arguments is held for it.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `hash_grid`.
+    """
+    _check("hash_grid_position_gradient", positions, table, level_offsets, resolutions)
+    shape = [positions.shape[0], resolutions.shape[0] * table.shape[1]]
+    check_tensor("hash_grid_position_gradient", "grad_output", grad_output, shape, like=positions, same_dtype=True)
+    return _backward_positions(grad_output, positions, table, level_offsets, resolutions, smoothstep)
 
 
 def hash_grid_layout(
@@ -12,32 +85,254 @@ def hash_grid_layout(
 ) -> tuple[Tensor, Tensor]:
     """Where each level of a hash grid lives in its table, and how fine it is.
 
-    Resolutions form a geometric progression from ``base_resolution`` to ``finest_resolution`` (Müller et al. 2022, eq. 2 and 3).
+    Resolutions form a geometric progression from base_resolution to finest_resolution (Müller et al. 2022, eq. 2, 3).
     A level with resolution N gets ``min((N + 1)^3, 2^log2_rows)`` rows, rounded up to a multiple of 8.
 
     Returns:
-        ``level_offsets`` int64 ``[levels + 1]``, the first row of each level and the number of rows of the table, and
-        ``resolutions`` int32 ``[levels]``.
+        ``level_offsets [levels + 1]`` int64, the first row of each level and, last, the rows of the table;
+        ``resolutions [levels]`` int32. Both on the CPU.
 
     Raises:
-        ValueError: if a count is out of its range.
+        ValueError: a count out of its range.
     """
     if levels < 1:
-        raise ValueError(f"levels must be at least 1, got {levels}")
-    if not 1 <= base_resolution <= finest_resolution:
+        raise ValueError(f"dreamfusion_fast.ops.hash_grid_layout: levels must be at least 1, got {levels}")
+    if not 1 <= base_resolution <= finest_resolution <= 2**24:
         raise ValueError(
-            "base_resolution and finest_resolution must fulfil 1 <= base_resolution <= finest_resolution, "
+            "dreamfusion_fast.ops.hash_grid_layout: wanted 1 <= base_resolution <= finest_resolution <= 2^24, "
             f"got {base_resolution} and {finest_resolution}"
         )
     if not 3 <= log2_rows <= 30:
-        raise ValueError(f"log2_rows must lie in [3, 30], got {log2_rows}")
+        raise ValueError(f"dreamfusion_fast.ops.hash_grid_layout: log2_rows must lie in [3, 30], got {log2_rows}")
     growth = (finest_resolution / base_resolution) ** (1.0 / max(levels - 1, 1))
     # The small addition keeps the last level from falling below finest_resolution by the rounding of the power.
-    resolutions = [int(base_resolution * growth**level + 1e-6) for level in range(levels)]
-    rows = [-(-min((n + 1) ** 3, 2**log2_rows) // 8) * 8 for n in resolutions]
+    finenesses = [int(base_resolution * growth**level + 1e-6) for level in range(levels)]
+    rows = [-(-min((n + 1) ** 3, 2**log2_rows) // 8) * 8 for n in finenesses]
     level_offsets = torch.zeros(levels + 1, dtype=torch.int64)
     level_offsets[1:] = torch.tensor(rows, dtype=torch.int64).cumsum(0)
-    return level_offsets, torch.tensor(resolutions, dtype=torch.int32)
+    return level_offsets, torch.tensor(finenesses, dtype=torch.int32)
+
+
+def _check(op: str, positions: Tensor, table: Tensor, level_offsets: Tensor, resolutions: Tensor) -> None:
+    check_tensor(op, "positions", positions, ["n_samples", 3])
+    check_tensor(op, "table", table, ["n_rows", "n_features"], like=positions, same_dtype=True)
+    if table.shape[1] not in FEATURES:
+        raise ValueError(f"dreamfusion_fast.ops.{op}: table must have 1, 2, 4 or 8 columns, got {list(table.shape)}")
+    check_tensor(op, "resolutions", resolutions, ["n_levels"], dtypes=[torch.int32], like=positions)
+    n_levels = resolutions.shape[0]
+    if n_levels < 1:
+        raise ValueError(f"dreamfusion_fast.ops.{op}: resolutions must have at least one level, got none")
+    check_tensor(op, "level_offsets", level_offsets, [n_levels + 1], dtypes=[torch.int64], like=positions)
+
+
+def _check_levels(level_offsets: Tensor, resolutions: Tensor, n_rows: int) -> None:
+    """On the CPU alone, and inside the ops, where tensors have values."""
+    if level_offsets.device.type != "cpu":
+        return
+    offsets, finenesses = level_offsets.tolist(), resolutions.tolist()
+    if offsets[0] != 0 or offsets[-1] != n_rows or any(a >= b for a, b in itertools.pairwise(offsets)):
+        raise ValueError(
+            "dreamfusion_fast.ops.hash_grid: level_offsets must rise from 0 to the rows of the table, "
+            f"{n_rows}, got {offsets}"
+        )
+    if min(finenesses) < 1 or max(finenesses) > 2**24:
+        raise ValueError(f"dreamfusion_fast.ops.hash_grid: resolutions must lie in [1, 2^24], got {finenesses}")
+
+
+def _rows_contiguous(tensor: Tensor, columns: int) -> Tensor:
+    """Contiguous, and aligned for vector loads of `columns` elements, which a view into a buffer need not be."""
+    tensor = tensor.contiguous()
+    width = min(columns * tensor.element_size(), 16)
+    return tensor.clone() if tensor.data_ptr() % width else tensor
+
+
+def _levels(
+    level_offsets: Tensor, resolutions: Tensor, n_rows: int, n_samples: int, n_features: int, smoothstep: bool
+) -> tuple[int, ...]:
+    """The last arguments of every native function."""
+    sizes = (n_rows, n_samples, resolutions.shape[0], n_features, smoothstep)
+    return pointer(level_offsets), pointer(resolutions), *sizes
+
+
+@torch.library.custom_op("dreamfusion_fast::hash_grid", mutates_args=())
+def _forward(positions: Tensor, table: Tensor, level_offsets: Tensor, resolutions: Tensor, smoothstep: bool) -> Tensor:
+    _check_levels(level_offsets, resolutions, table.shape[0])
+    n_samples, (n_rows, n_features) = positions.shape[0], table.shape
+    positions, table = positions.contiguous(), _rows_contiguous(table, n_features)
+    level_offsets, resolutions = level_offsets.contiguous(), resolutions.contiguous()
+    output = positions.new_empty(n_samples, resolutions.shape[0] * n_features)
+    levels = _levels(level_offsets, resolutions, n_rows, n_samples, n_features, smoothstep)
+    call("hash_grid_forward", positions, pointer(positions), pointer(table), pointer(output), *levels)
+    return output
+
+
+@_forward.register_fake
+def _(positions: Tensor, table: Tensor, level_offsets: Tensor, resolutions: Tensor, smoothstep: bool) -> Tensor:
+    return positions.new_empty(positions.shape[0], resolutions.shape[0] * table.shape[1])
+
+
+@torch.library.custom_op("dreamfusion_fast::hash_grid_backward_table", mutates_args=())
+def _backward_table(
+    grad_output: Tensor, positions: Tensor, n_rows: int, level_offsets: Tensor, resolutions: Tensor, smoothstep: bool
+) -> Tensor:
+    _check_levels(level_offsets, resolutions, n_rows)
+    n_samples, n_features = positions.shape[0], grad_output.shape[1] // resolutions.shape[0]
+    positions, grad_output = positions.contiguous(), _rows_contiguous(grad_output, n_features)
+    level_offsets, resolutions = level_offsets.contiguous(), resolutions.contiguous()
+    grad_table = positions.new_zeros(n_rows, n_features)
+    tensors = (pointer(grad_output), pointer(positions), pointer(grad_table))
+    levels = _levels(level_offsets, resolutions, n_rows, n_samples, n_features, smoothstep)
+    call("hash_grid_backward_table", positions, *tensors, *levels)
+    return grad_table
+
+
+@_backward_table.register_fake
+def _(
+    grad_output: Tensor, positions: Tensor, n_rows: int, level_offsets: Tensor, resolutions: Tensor, smoothstep: bool
+) -> Tensor:
+    return positions.new_empty(n_rows, grad_output.shape[1] // resolutions.shape[0])
+
+
+@torch.library.custom_op("dreamfusion_fast::hash_grid_backward_positions", mutates_args=())
+def _backward_positions(
+    grad_output: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    level_offsets: Tensor,
+    resolutions: Tensor,
+    smoothstep: bool,
+) -> Tensor:
+    _check_levels(level_offsets, resolutions, table.shape[0])
+    n_samples, (n_rows, n_features) = positions.shape[0], table.shape
+    positions, table = positions.contiguous(), _rows_contiguous(table, n_features)
+    grad_output = _rows_contiguous(grad_output, n_features)
+    level_offsets, resolutions = level_offsets.contiguous(), resolutions.contiguous()
+    grad_positions = positions.new_empty(positions.shape)
+    tensors = (pointer(grad_output), pointer(positions), pointer(table), pointer(grad_positions))
+    levels = _levels(level_offsets, resolutions, n_rows, n_samples, n_features, smoothstep)
+    call("hash_grid_backward_positions", positions, *tensors, *levels)
+    return grad_positions
+
+
+@_backward_positions.register_fake
+def _(
+    grad_output: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    level_offsets: Tensor,
+    resolutions: Tensor,
+    smoothstep: bool,
+) -> Tensor:
+    return positions.new_empty(positions.shape)
+
+
+@torch.library.custom_op("dreamfusion_fast::hash_grid_backward_backward", mutates_args=())
+def _backward_backward(
+    direction: Tensor,
+    grad_output: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    level_offsets: Tensor,
+    resolutions: Tensor,
+    smoothstep: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``sum(direction * _backward_positions(...))``; empty where `needs` says that one is not needed."""
+    _check_levels(level_offsets, resolutions, table.shape[0])
+    n_samples, (n_rows, n_features) = positions.shape[0], table.shape
+    direction, positions = direction.contiguous(), positions.contiguous()
+    grad_output, table = _rows_contiguous(grad_output, n_features), _rows_contiguous(table, n_features)
+    level_offsets, resolutions = level_offsets.contiguous(), resolutions.contiguous()
+    to_output, to_table, to_positions = _empty_where_not(needs, grad_output, table, positions)
+    to_table.zero_()
+    inputs = (pointer(direction), pointer(grad_output), pointer(positions), pointer(table))
+    outputs = (
+        pointer(out) if need else 0 for out, need in zip((to_output, to_table, to_positions), needs, strict=True)
+    )
+    levels = _levels(level_offsets, resolutions, n_rows, n_samples, n_features, smoothstep)
+    call("hash_grid_backward_backward", positions, *inputs, *outputs, *levels)
+    return to_output, to_table, to_positions
+
+
+def _empty_where_not(needs: list[bool], *like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape if need else (0,)) for tensor, need in zip(like, needs, strict=True))
+
+
+@_backward_backward.register_fake
+def _(
+    direction: Tensor,
+    grad_output: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    level_offsets: Tensor,
+    resolutions: Tensor,
+    smoothstep: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    to_output, to_table, to_positions = _empty_where_not(needs, grad_output, table, positions)
+    return to_output, to_table, to_positions
+
+
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    positions, table, level_offsets, resolutions, ctx.smoothstep = inputs
+    # The table is linear in the encoding: its own gradient does not need it, and need not keep it alive.
+    kept = table if ctx.needs_input_grad[0] else None
+    ctx.n_rows = table.shape[0]
+    ctx.save_for_backward(positions, kept, level_offsets, resolutions)
+
+
+def _forward_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    positions, table, *levels = ctx.saved_tensors
+    to_positions = to_table = None
+    if ctx.needs_input_grad[0]:
+        to_positions = _backward_positions(grad_output, positions, table, *levels, ctx.smoothstep)
+    if ctx.needs_input_grad[1]:
+        to_table = _backward_table(grad_output, positions, ctx.n_rows, *levels, ctx.smoothstep)
+    return to_positions, to_table, None, None, None
+
+
+_forward.register_autograd(_forward_backward, setup_context=_save_forward)
+
+
+def _save_backward_table(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_output, positions, _, level_offsets, resolutions, ctx.smoothstep = inputs
+    ctx.save_for_backward(grad_output, positions, level_offsets, resolutions)
+
+
+def _backward_table_backward(ctx: Any, grad_table: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient to the table is the transpose of the encoding, so that its own backward is the encoding again."""
+    grad_output, positions, *levels = ctx.saved_tensors
+    to_output = to_positions = None
+    if ctx.needs_input_grad[0]:
+        to_output = _forward(positions, grad_table, *levels, ctx.smoothstep)
+    if ctx.needs_input_grad[1]:
+        to_positions = _backward_positions(grad_output, positions, grad_table, *levels, ctx.smoothstep)
+    return to_output, to_positions, None, None, None, None
+
+
+_backward_table.register_autograd(_backward_table_backward, setup_context=_save_backward_table)
+
+
+def _save_backward_positions(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.smoothstep = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_positions_backward(ctx: Any, direction: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = _backward_backward(direction, *ctx.saved_tensors, ctx.smoothstep, [needs[0], needs[2], needs[1]])
+    to_output, to_table, to_positions = gradients
+    return (
+        to_output if needs[0] else None,
+        to_positions if needs[1] else None,
+        to_table if needs[2] else None,
+        None,
+        None,
+        None,
+    )
+
+
+_backward_positions.register_autograd(_backward_positions_backward, setup_context=_save_backward_positions)
 
 
 def _vertex_rows(x: Tensor, y: Tensor, z: Tensor, resolution: int, rows: int) -> Tensor:
@@ -52,7 +347,7 @@ def _vertex_rows(x: Tensor, y: Tensor, z: Tensor, resolution: int, rows: int) ->
 def hash_grid_reference(
     positions: Tensor, table: Tensor, level_offsets: Tensor, resolutions: Tensor, smoothstep: bool = False
 ) -> Tensor:
-    """The pure-PyTorch twin of :func:`hash_grid`: any float dtype, any device, differentiable any number of times."""
+    """The PyTorch twin of `hash_grid`: any float dtype, any device, differentiable any number of times."""
     features = []
     bounds = level_offsets.tolist()
     for level, resolution in enumerate(resolutions.tolist()):
@@ -68,9 +363,8 @@ def hash_grid_reference(
         for corner in range(8):
             dx, dy, dz = corner & 1, corner >> 1 & 1, corner >> 2
             weight = weights[dx][:, 0] * weights[dy][:, 1] * weights[dz][:, 2]
-            rows = _vertex_rows(
-                cell[:, 0] + dx, cell[:, 1] + dy, cell[:, 2] + dz, resolution, level_table.shape[0]
-            )
+            vertices = (cell[:, 0] + dx, cell[:, 1] + dy, cell[:, 2] + dz)
+            rows = _vertex_rows(*vertices, resolution, level_table.shape[0])
             encoded = encoded + weight.unsqueeze(1) * level_table[rows]
         features.append(encoded)
     return torch.cat(features, 1)

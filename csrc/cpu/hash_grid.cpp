@@ -1,0 +1,351 @@
+#include "dreamfusion_fast/hash_grid.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "parallel.h"
+
+namespace dff {
+namespace cpu {
+
+namespace {
+
+// Every pass takes samples in blocks and does each level of a block in two loops: one that the compiler vectorises
+// (cells, rows, weights: pure arithmetic, into the arrays below, which stay in L1), and one that reads or adds to the
+// table, a sample at a time, where vector gathers would gain nothing.
+constexpr int kBlock = 128;
+constexpr int64_t kSamplesPerPiece = 8 * kBlock;  // some 16 levels x 10 ns each: 100 us
+
+template <typename Scalar>
+struct alignas(64) Block {
+  int64_t first;  // sample
+  int count;      // of samples; the arrays below are filled up to kBlock, so that the vector loops have a fixed length
+  Scalar position[3][kBlock];
+  Scalar direction[3][kBlock];
+  Scalar gradient[3][kBlock];
+  uint32_t rows[kCorners][kBlock];
+  Scalar weights[kCorners][kBlock];  // of the corners; or their values, in the passes that need those
+};
+
+template <typename Scalar>
+void load_vectors(const Scalar* vectors, int64_t first, int count, Scalar (&out)[3][kBlock]) {
+  for (int i = 0; i < count; ++i) {
+    for (int axis = 0; axis < 3; ++axis) out[axis][i] = vectors[3 * (first + i) + axis];
+  }
+  for (int axis = 0; axis < 3; ++axis) std::fill(out[axis] + count, out[axis] + kBlock, Scalar(0));
+}
+
+// Calls body(block) for the blocks of samples [begin, end), with their positions loaded.
+template <typename Scalar, typename Body>
+void for_each_block(const Scalar* positions, int64_t begin, int64_t end, const Body& body) {
+  Block<Scalar> block;
+  for (int64_t first = begin; first < end; first += kBlock) {
+    block.first = first;
+    block.count = static_cast<int>(std::min<int64_t>(kBlock, end - first));
+    load_vectors(positions, first, block.count, block.position);
+    body(block);
+  }
+}
+
+template <bool kSmoothstep, typename Scalar>
+DFF_HD void axes_of(const Block<Scalar>& block, uint32_t resolution, int i, HashGridAxis<Scalar> (&axes)[3]) {
+  axes[0] = hash_grid_axis<kSmoothstep>(block.position[0][i], resolution);
+  axes[1] = hash_grid_axis<kSmoothstep>(block.position[1][i], resolution);
+  axes[2] = hash_grid_axis<kSmoothstep>(block.position[2][i], resolution);
+}
+
+enum class Stage { kRows, kRowsAndWeights, kRowsAndWeightsAlong };
+
+template <Stage kStage, bool kSmoothstep, RowKind kKind, typename Scalar>
+void stage_as(const HashGridLevel& level_in, Block<Scalar>& block) {
+  const HashGridLevel level = level_in;  // a copy that no store below can alias
+  for (int i = 0; i < kBlock; ++i) {
+    HashGridAxis<Scalar> axes[3];
+    axes_of<kSmoothstep>(block, level.resolution, i, axes);
+    uint32_t rows[kCorners];
+    hash_grid_rows<kKind>(level, axes, rows);
+    DFF_UNROLL
+    for (int corner = 0; corner < kCorners; ++corner) block.rows[corner][i] = rows[corner];
+    if (kStage == Stage::kRows) continue;
+    Scalar weights[kCorners];
+    if (kStage == Stage::kRowsAndWeights) {
+      hash_grid_weights(axes, weights);
+    } else {
+      const Scalar direction[3] = {block.direction[0][i], block.direction[1][i], block.direction[2][i]};
+      hash_grid_weights_along(axes, direction, weights);
+    }
+    DFF_UNROLL
+    for (int corner = 0; corner < kCorners; ++corner) block.weights[corner][i] = weights[corner];
+  }
+}
+
+// Fills block.rows and, depending on the stage, block.weights.
+template <Stage kStage, typename Scalar>
+void stage(const HashGridLevel& level, bool smoothstep, Block<Scalar>& block) {
+  const auto run = [&](auto smooth) {
+    constexpr bool kSmooth = decltype(smooth)::value;
+    switch (level.kind) {
+      case RowKind::kDense:
+        return stage_as<kStage, kSmooth, RowKind::kDense>(level, block);
+      case RowKind::kHashedMask:
+        return stage_as<kStage, kSmooth, RowKind::kHashedMask>(level, block);
+      case RowKind::kHashedModulo:
+        return stage_as<kStage, kSmooth, RowKind::kHashedModulo>(level, block);
+    }
+  };
+  smoothstep ? run(std::true_type()) : run(std::false_type());
+}
+
+// Calls run(std::integral_constant<int, n_features>).
+template <typename Run>
+void with_features(int n_features, const Run& run) {
+  switch (n_features) {
+    case 1:
+      return run(std::integral_constant<int, 1>());
+    case 2:
+      return run(std::integral_constant<int, 2>());
+    case 4:
+      return run(std::integral_constant<int, 4>());
+    default:
+      return run(std::integral_constant<int, 8>());
+  }
+}
+
+// output [count, stride]: the weighted sum of the corners' rows.
+template <int kFeatures, typename Scalar>
+void interpolate(const Block<Scalar>& block, const Scalar* table, Scalar* output, int64_t stride) {
+  for (int i = 0; i < block.count; ++i) {
+    Scalar sums[kFeatures] = {};
+    DFF_UNROLL
+    for (int corner = 0; corner < kCorners; ++corner) {
+      const Scalar* row = table + static_cast<int64_t>(block.rows[corner][i]) * kFeatures;
+      for (int f = 0; f < kFeatures; ++f) sums[f] += block.weights[corner][i] * row[f];
+    }
+    for (int f = 0; f < kFeatures; ++f) output[i * stride + f] = sums[f];
+  }
+}
+
+// block.weights = the corners' values, each row's product with the sample's grad_output [count, stride].
+template <int kFeatures, typename Scalar>
+void corner_values(Block<Scalar>& block, const Scalar* table, const Scalar* grad_output, int64_t stride) {
+  for (int i = 0; i < block.count; ++i) {
+    Scalar grad[kFeatures];
+    for (int f = 0; f < kFeatures; ++f) grad[f] = grad_output[i * stride + f];
+    DFF_UNROLL
+    for (int corner = 0; corner < kCorners; ++corner) {
+      const Scalar* row = table + static_cast<int64_t>(block.rows[corner][i]) * kFeatures;
+      Scalar value = 0;
+      for (int f = 0; f < kFeatures; ++f) value += grad[f] * row[f];
+      block.weights[corner][i] = value;
+    }
+  }
+}
+
+// The rows of one level that one thread alone writes to.
+struct RowRange {
+  uint32_t begin;
+  uint32_t size;
+  bool whole;  // all rows of the level: no need to look
+};
+
+template <int kFeatures, typename Scalar>
+void scatter(const Block<Scalar>& block, const RowRange& owned, Scalar* grad_table, const Scalar* grad_output,
+             int64_t stride) {
+  for (int i = 0; i < block.count; ++i) {
+    Scalar grad[kFeatures];
+    for (int f = 0; f < kFeatures; ++f) grad[f] = grad_output[i * stride + f];
+    DFF_UNROLL
+    for (int corner = 0; corner < kCorners; ++corner) {
+      const uint32_t index = block.rows[corner][i];
+      if (!owned.whole && index - owned.begin >= owned.size) continue;
+      Scalar* row = grad_table + static_cast<int64_t>(index) * kFeatures;
+      for (int f = 0; f < kFeatures; ++f) row[f] += block.weights[corner][i] * grad[f];
+    }
+  }
+}
+
+// Adds the first (or, along a direction, the second) derivative of sum_c W_c v_c to block.gradient.
+template <bool kSecond, bool kSmoothstep, typename Scalar>
+void add_gradient_as(uint32_t resolution, Block<Scalar>& block) {
+  for (int i = 0; i < kBlock; ++i) {
+    HashGridAxis<Scalar> axes[3];
+    axes_of<kSmoothstep>(block, resolution, i, axes);
+    Scalar values[kCorners];
+    DFF_UNROLL
+    for (int corner = 0; corner < kCorners; ++corner) values[corner] = block.weights[corner][i];
+    Scalar gradient[3];
+    if (kSecond) {
+      const Scalar direction[3] = {block.direction[0][i], block.direction[1][i], block.direction[2][i]};
+      hash_grid_hessian_along(axes, values, direction, gradient);
+    } else {
+      hash_grid_gradient(axes, values, gradient);
+    }
+    block.gradient[0][i] += gradient[0];
+    block.gradient[1][i] += gradient[1];
+    block.gradient[2][i] += gradient[2];
+  }
+}
+
+template <bool kSecond, typename Scalar>
+void add_gradient(const HashGridLevel& level, bool smoothstep, Block<Scalar>& block) {
+  smoothstep ? add_gradient_as<kSecond, true>(level.resolution, block)
+             : add_gradient_as<kSecond, false>(level.resolution, block);
+}
+
+template <typename Scalar>
+void clear_gradient(Block<Scalar>& block) {
+  for (int axis = 0; axis < 3; ++axis) std::fill(block.gradient[axis], block.gradient[axis] + kBlock, Scalar(0));
+}
+
+template <typename Scalar>
+void store_gradient(const Block<Scalar>& block, Scalar* out) {
+  for (int i = 0; i < block.count; ++i) {
+    for (int axis = 0; axis < 3; ++axis) out[3 * (block.first + i) + axis] = block.gradient[axis][i];
+  }
+}
+
+// Adds the table's gradient, of the encoding or (with a direction) of its derivative along the direction.
+//
+// No atomics and no copies of the table: a thread owns levels, or, with more threads than levels, parts of the rows of
+// a level, and goes through all samples. So each row receives its terms in the order of the samples, and the sum does
+// not depend on the number of threads. A thread takes its levels block by block, because the gradients of two
+// neighbouring levels of a sample share a cache line.
+template <typename Scalar>
+Status add_table_gradient(const HashGridLevels& levels, const Scalar* direction, const Scalar* grad_output,
+                          const Scalar* positions, Scalar* grad_table, const Launch& launch) {
+  const int64_t stride = static_cast<int64_t>(levels.n_levels) * levels.n_features;
+  const int threads = std::max(launch.threads, 1);
+  const int parts = (threads + levels.n_levels - 1) / levels.n_levels;
+  const int shares = levels.n_levels * parts;  // share s: level s % n_levels, part s / n_levels of its rows
+  const int owners = std::min(threads, shares);
+  const auto own = [&](int owner) {
+    for_each_block(positions, 0, levels.n_samples, [&](Block<Scalar>& block) {
+      if (direction != nullptr) load_vectors(direction, block.first, block.count, block.direction);
+      for (int share = owner; share < shares; share += owners) {
+        const int index = share % levels.n_levels;
+        const HashGridLevel level = hash_grid_level(levels, index);
+        const uint32_t part_rows = (level.rows + parts - 1) / parts;
+        const RowRange owned = {static_cast<uint32_t>(share / levels.n_levels) * part_rows, part_rows, parts == 1};
+        if (direction != nullptr) {
+          stage<Stage::kRowsAndWeightsAlong>(level, levels.smoothstep, block);
+        } else {
+          stage<Stage::kRowsAndWeights>(level, levels.smoothstep, block);
+        }
+        with_features(levels.n_features, [&](auto features) {
+          constexpr int kFeatures = decltype(features)::value;
+          scatter<kFeatures>(block, owned, grad_table + level.first_row * kFeatures,
+                             grad_output + block.first * stride + index * kFeatures, stride);
+        });
+      }
+    });
+  };
+  return for_each(owners, launch, [&](int64_t owner) { own(static_cast<int>(owner)); }, 1);
+}
+
+// The sum over levels of the first or second derivative, by sample.
+template <bool kSecond, typename Scalar>
+Status positions_gradient(const HashGridLevels& levels, const Scalar* direction, const Scalar* grad_output,
+                          const Scalar* positions, const Scalar* table, Scalar* out, const Launch& launch) {
+  const int64_t stride = static_cast<int64_t>(levels.n_levels) * levels.n_features;
+  parallel_ranges(levels.n_samples, launch.threads, kSamplesPerPiece, [&](int64_t begin, int64_t end) {
+    for_each_block(positions, begin, end, [&](Block<Scalar>& block) {
+      if (kSecond) load_vectors(direction, block.first, block.count, block.direction);
+      clear_gradient(block);
+      for (int index = 0; index < levels.n_levels; ++index) {
+        const HashGridLevel level = hash_grid_level(levels, index);
+        stage<Stage::kRows>(level, levels.smoothstep, block);
+        with_features(levels.n_features, [&](auto features) {
+          constexpr int kFeatures = decltype(features)::value;
+          corner_values<kFeatures>(block, table + level.first_row * kFeatures,
+                                   grad_output + block.first * stride + index * kFeatures, stride);
+        });
+        add_gradient<kSecond>(level, levels.smoothstep, block);
+      }
+      store_gradient(block, out);
+    });
+  });
+  return nullptr;
+}
+
+// The encoding, or (with a direction) its derivative along the direction.
+template <typename Scalar>
+Status encode(const HashGridLevels& levels, const Scalar* direction, const Scalar* positions, const Scalar* table,
+              Scalar* output, const Launch& launch) {
+  const int64_t stride = static_cast<int64_t>(levels.n_levels) * levels.n_features;
+  parallel_ranges(levels.n_samples, launch.threads, kSamplesPerPiece, [&](int64_t begin, int64_t end) {
+    for_each_block(positions, begin, end, [&](Block<Scalar>& block) {
+      if (direction != nullptr) load_vectors(direction, block.first, block.count, block.direction);
+      for (int index = 0; index < levels.n_levels; ++index) {
+        const HashGridLevel level = hash_grid_level(levels, index);
+        if (direction != nullptr) {
+          stage<Stage::kRowsAndWeightsAlong>(level, levels.smoothstep, block);
+        } else {
+          stage<Stage::kRowsAndWeights>(level, levels.smoothstep, block);
+        }
+        with_features(levels.n_features, [&](auto features) {
+          constexpr int kFeatures = decltype(features)::value;
+          interpolate<kFeatures>(block, table + level.first_row * kFeatures,
+                                 output + block.first * stride + index * kFeatures, stride);
+        });
+      }
+    });
+  });
+  return nullptr;
+}
+
+// The ops check it with a better message; this keeps a caller from elsewhere out of foreign memory.
+Status levels_status(const HashGridLevels& levels) {
+  for (int index = 0; index < levels.n_levels; ++index) {
+    if (hash_grid_level(levels, index).rows == 0) return "a level does not lie inside the table";
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+template <typename Scalar>
+Status hash_grid_forward(const HashGridForward<Scalar>& op, const Launch& launch) {
+  if (const Status status = levels_status(op.levels)) return status;
+  return encode<Scalar>(op.levels, nullptr, op.positions, op.table, op.output, launch);
+}
+
+template <typename Scalar>
+Status hash_grid_backward_table(const HashGridBackwardTable<Scalar>& op, const Launch& launch) {
+  if (const Status status = levels_status(op.levels)) return status;
+  return add_table_gradient<Scalar>(op.levels, nullptr, op.grad_output, op.positions, op.grad_table, launch);
+}
+
+template <typename Scalar>
+Status hash_grid_backward_positions(const HashGridBackwardPositions<Scalar>& op, const Launch& launch) {
+  if (const Status status = levels_status(op.levels)) return status;
+  return positions_gradient<false, Scalar>(op.levels, nullptr, op.grad_output, op.positions, op.table,
+                                           op.grad_positions, launch);
+}
+
+template <typename Scalar>
+Status hash_grid_backward_backward(const HashGridBackwardBackward<Scalar>& op, const Launch& launch) {
+  if (const Status status = levels_status(op.levels)) return status;
+  if (op.grad_grad_output != nullptr) {
+    encode<Scalar>(op.levels, op.direction, op.positions, op.table, op.grad_grad_output, launch);
+  }
+  if (op.grad_table != nullptr) {
+    add_table_gradient<Scalar>(op.levels, op.direction, op.grad_output, op.positions, op.grad_table, launch);
+  }
+  if (op.grad_positions != nullptr) {
+    positions_gradient<true, Scalar>(op.levels, op.direction, op.grad_output, op.positions, op.table, op.grad_positions,
+                                     launch);
+  }
+  return nullptr;
+}
+
+template Status hash_grid_forward(const HashGridForward<float>&, const Launch&);
+template Status hash_grid_forward(const HashGridForward<double>&, const Launch&);
+template Status hash_grid_backward_table(const HashGridBackwardTable<float>&, const Launch&);
+template Status hash_grid_backward_table(const HashGridBackwardTable<double>&, const Launch&);
+template Status hash_grid_backward_positions(const HashGridBackwardPositions<float>&, const Launch&);
+template Status hash_grid_backward_positions(const HashGridBackwardPositions<double>&, const Launch&);
+template Status hash_grid_backward_backward(const HashGridBackwardBackward<float>&, const Launch&);
+template Status hash_grid_backward_backward(const HashGridBackwardBackward<double>&, const Launch&);
+
+}  // namespace cpu
+}  // namespace dff

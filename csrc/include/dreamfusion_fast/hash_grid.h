@@ -1,0 +1,262 @@
+// Multiresolution hash grid encoding (Mueller et al. 2022, section 3): forward, backward to the table and to the
+// positions, and the backward of the latter, which training on normals needs.
+//
+// Written per level and per sample. A sample lies in a cell with 8 corners; corner c is the upper one along axis d
+// where bit d of c is set. The encoding is sum_c W_c(position) table[row_c]; everything below is a derivative of that
+// sum, recomputed from position and table: nothing is stored between the passes.
+#pragma once
+
+#include "dreamfusion_fast/common.h"
+
+namespace dff {
+
+constexpr int kCorners = 8;
+constexpr int32_t kMaxResolution = 1 << 24;  // as far as a float32 counts in ones
+
+// Loops over corners and edges have to disappear: only then do their arrays become registers, and only then does the
+// compiler vectorise the loop over samples around them.
+#if defined(__CUDACC__)
+#define DFF_UNROLL _Pragma("unroll")
+#elif defined(__clang__)
+#define DFF_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define DFF_UNROLL _Pragma("GCC unroll 8")
+#else
+#define DFF_UNROLL
+#endif
+
+// The levels of a grid, as every op below takes them.
+struct HashGridLevels {
+  const int64_t* level_offsets;  // [n_levels + 1], first row of each level in the table
+  const int32_t* resolutions;    // [n_levels], cells per axis
+  int64_t n_rows;                // rows of the table
+  int64_t n_samples;
+  int32_t n_levels;
+  int32_t n_features;  // columns of the table
+  bool smoothstep;
+};
+
+template <typename Scalar>
+struct HashGridForward {
+  HashGridLevels levels;
+  const Scalar* positions;  // [n_samples, 3], clamped to [0, 1]
+  const Scalar* table;      // [n_rows, n_features]
+  Scalar* output;           // [n_samples, n_levels * n_features], out
+};
+
+template <typename Scalar>
+struct HashGridBackwardTable {
+  HashGridLevels levels;
+  const Scalar* grad_output;  // [n_samples, n_levels * n_features]
+  const Scalar* positions;    // [n_samples, 3]
+  Scalar* grad_table;         // [n_rows, n_features], added to
+};
+
+template <typename Scalar>
+struct HashGridBackwardPositions {
+  HashGridLevels levels;
+  const Scalar* grad_output;  // [n_samples, n_levels * n_features]
+  const Scalar* positions;    // [n_samples, 3]
+  const Scalar* table;        // [n_rows, n_features]
+  Scalar* grad_positions;     // [n_samples, 3], out
+};
+
+// The backward of HashGridBackwardPositions. Each output may be null: then it is not wanted.
+template <typename Scalar>
+struct HashGridBackwardBackward {
+  HashGridLevels levels;
+  const Scalar* direction;    // [n_samples, 3], the gradient with respect to grad_positions
+  const Scalar* grad_output;  // [n_samples, n_levels * n_features]
+  const Scalar* positions;    // [n_samples, 3]
+  const Scalar* table;        // [n_rows, n_features]
+  Scalar* grad_grad_output;   // [n_samples, n_levels * n_features], out
+  Scalar* grad_table;         // [n_rows, n_features], added to
+  Scalar* grad_positions;     // [n_samples, 3], out
+};
+
+// How the vertices of a level find their rows. Known per level, so that the inner loops do not ask.
+enum class RowKind { kDense, kHashedMask, kHashedModulo };
+
+struct HashGridLevel {
+  int64_t first_row;
+  uint32_t rows;
+  uint32_t resolution;
+  RowKind kind;
+};
+
+// A level that does not lie inside the table has rows = 0.
+DFF_HD HashGridLevel hash_grid_level(const HashGridLevels& levels, int index) {
+  HashGridLevel level;
+  level.first_row = levels.level_offsets[index];
+  const int64_t rows = levels.level_offsets[index + 1] - level.first_row;
+  const int32_t resolution = levels.resolutions[index];
+  const bool valid = level.first_row >= 0 && rows > 0 && rows <= int64_t(0xffffffff) && resolution > 0 &&
+                     resolution <= kMaxResolution && level.first_row + rows <= levels.n_rows;
+  level.rows = valid ? static_cast<uint32_t>(rows) : 0;
+  level.resolution = valid ? static_cast<uint32_t>(resolution) : 1;
+  const uint64_t side = static_cast<uint64_t>(level.resolution) + 1;
+  const bool dense = side <= (uint64_t(1) << 16) && side * side * side <= level.rows;
+  level.kind = dense                                  ? RowKind::kDense
+               : (level.rows & (level.rows - 1)) == 0 ? RowKind::kHashedMask
+                                                      : RowKind::kHashedModulo;
+  return level;
+}
+
+template <RowKind kKind>
+DFF_HD uint32_t hash_grid_row(const HashGridLevel& level, uint32_t x, uint32_t y, uint32_t z) {
+  if (kKind == RowKind::kDense) {
+    const uint32_t side = level.resolution + 1;
+    return x + side * (y + side * z);
+  }
+  const uint32_t hash = x ^ (y * 2654435761u) ^ (z * 805459861u);
+  return kKind == RowKind::kHashedMask ? hash & (level.rows - 1) : hash % level.rows;
+}
+
+// Where a sample lies along one axis: its cell, and the weight of the upper vertex with its derivatives by the
+// position.
+template <typename Scalar>
+struct HashGridAxis {
+  uint32_t cell;
+  Scalar weight;
+  Scalar slope;      // first derivative, zero outside [0, 1], where the position is clamped
+  Scalar curvature;  // second derivative
+};
+
+template <bool kSmoothstep, typename Scalar>
+DFF_HD HashGridAxis<Scalar> hash_grid_axis(Scalar position, uint32_t resolution) {
+  const Scalar scale = static_cast<Scalar>(static_cast<int32_t>(resolution));
+  const bool outside = position < Scalar(0) || position > Scalar(1);
+  // A NaN passes all of this and comes out as a NaN weight in cell 0.
+  const Scalar clamped = position < Scalar(0) ? Scalar(0) : position > Scalar(1) ? Scalar(1) : position;
+  const Scalar scaled = clamped * scale;
+  const Scalar bounded = scaled > Scalar(0) ? scaled : Scalar(0);
+  const int32_t last = static_cast<int32_t>(resolution) - 1;
+  const int32_t floored = static_cast<int32_t>(bounded);
+  const int32_t cell = floored < last ? floored : last;
+  const Scalar upper = scaled - static_cast<Scalar>(cell);
+  HashGridAxis<Scalar> axis;
+  axis.cell = static_cast<uint32_t>(cell);
+  if (kSmoothstep) {
+    axis.weight = upper * upper * (Scalar(3) - Scalar(2) * upper);
+    axis.slope = outside ? Scalar(0) : Scalar(6) * upper * (Scalar(1) - upper) * scale;
+    axis.curvature = outside ? Scalar(0) : (Scalar(6) - Scalar(12) * upper) * scale * scale;
+  } else {
+    axis.weight = upper;
+    axis.slope = outside ? Scalar(0) : scale;
+    axis.curvature = Scalar(0);
+  }
+  return axis;
+}
+
+template <RowKind kKind, typename Scalar>
+DFF_HD void hash_grid_rows(const HashGridLevel& level, const HashGridAxis<Scalar> (&axes)[3],
+                           uint32_t (&rows)[kCorners]) {
+  DFF_UNROLL
+  for (int corner = 0; corner < kCorners; ++corner) {
+    rows[corner] = hash_grid_row<kKind>(level, axes[0].cell + (corner & 1), axes[1].cell + (corner >> 1 & 1),
+                                        axes[2].cell + (corner >> 2));
+  }
+}
+
+// W_c: the trilinear weights of the corners.
+template <typename Scalar>
+DFF_HD void hash_grid_weights(const HashGridAxis<Scalar> (&axes)[3], Scalar (&weights)[kCorners]) {
+  const Scalar x[2] = {Scalar(1) - axes[0].weight, axes[0].weight};
+  const Scalar y[2] = {Scalar(1) - axes[1].weight, axes[1].weight};
+  const Scalar z[2] = {Scalar(1) - axes[2].weight, axes[2].weight};
+  DFF_UNROLL
+  for (int corner = 0; corner < kCorners; ++corner) {
+    weights[corner] = x[corner & 1] * (y[corner >> 1 & 1] * z[corner >> 2]);
+  }
+}
+
+// sum_d direction_d dW_c / dx_d: the derivative of the weights along a direction.
+template <typename Scalar>
+DFF_HD void hash_grid_weights_along(const HashGridAxis<Scalar> (&axes)[3], const Scalar (&direction)[3],
+                                    Scalar (&weights)[kCorners]) {
+  const Scalar x[2] = {Scalar(1) - axes[0].weight, axes[0].weight};
+  const Scalar y[2] = {Scalar(1) - axes[1].weight, axes[1].weight};
+  const Scalar z[2] = {Scalar(1) - axes[2].weight, axes[2].weight};
+  const Scalar along_x = direction[0] * axes[0].slope;
+  const Scalar along_y = direction[1] * axes[1].slope;
+  const Scalar along_z = direction[2] * axes[2].slope;
+  DFF_UNROLL
+  for (int corner = 0; corner < kCorners; ++corner) {
+    const int i = corner & 1, j = corner >> 1 & 1, k = corner >> 2;
+    const Scalar dx = i ? along_x : -along_x;
+    const Scalar dy = j ? along_y : -along_y;
+    const Scalar dz = k ? along_z : -along_z;
+    weights[corner] = dx * (y[j] * z[k]) + x[i] * (dy * z[k] + y[j] * dz);
+  }
+}
+
+// The corner values v_c = sum_f grad_output_f table[row_c][f] as differences along the axes, interpolated along the
+// others.
+template <typename Scalar>
+struct HashGridDifferences {
+  Scalar x, y, z;     // d / d weight_x of sum_c W_c v_c, and so on
+  Scalar xy, xz, yz;  // mixed second derivatives
+};
+
+template <typename Scalar>
+DFF_HD Scalar hash_grid_mix(Scalar low, Scalar high, Scalar weight) {
+  return low + weight * (high - low);
+}
+
+template <typename Scalar>
+DFF_HD HashGridDifferences<Scalar> hash_grid_differences(const HashGridAxis<Scalar> (&axes)[3],
+                                                         const Scalar (&v)[kCorners]) {
+  const Scalar wx = axes[0].weight, wy = axes[1].weight, wz = axes[2].weight;
+  // By x on the four edges of the cell along x, and the interpolated values there.
+  Scalar by_x[4], at_x[4];
+  DFF_UNROLL
+  for (int edge = 0; edge < 4; ++edge) {
+    by_x[edge] = v[2 * edge + 1] - v[2 * edge];
+    at_x[edge] = v[2 * edge] + wx * by_x[edge];
+  }
+  const Scalar by_y[2] = {at_x[1] - at_x[0], at_x[3] - at_x[2]};
+  const Scalar at_y[2] = {at_x[0] + wy * by_y[0], at_x[2] + wy * by_y[1]};
+  const Scalar by_xy[2] = {by_x[1] - by_x[0], by_x[3] - by_x[2]};
+  const Scalar by_x_at_y[2] = {by_x[0] + wy * by_xy[0], by_x[2] + wy * by_xy[1]};
+  HashGridDifferences<Scalar> result;
+  result.x = hash_grid_mix(by_x_at_y[0], by_x_at_y[1], wz);
+  result.y = hash_grid_mix(by_y[0], by_y[1], wz);
+  result.z = at_y[1] - at_y[0];
+  result.xy = hash_grid_mix(by_xy[0], by_xy[1], wz);
+  result.xz = by_x_at_y[1] - by_x_at_y[0];
+  result.yz = by_y[1] - by_y[0];
+  return result;
+}
+
+// The gradient of sum_c W_c v_c by the position.
+template <typename Scalar>
+DFF_HD void hash_grid_gradient(const HashGridAxis<Scalar> (&axes)[3], const Scalar (&v)[kCorners],
+                               Scalar (&gradient)[3]) {
+  const HashGridDifferences<Scalar> by = hash_grid_differences(axes, v);
+  gradient[0] = axes[0].slope * by.x;
+  gradient[1] = axes[1].slope * by.y;
+  gradient[2] = axes[2].slope * by.z;
+}
+
+// Its second derivative by the position, times a direction.
+template <typename Scalar>
+DFF_HD void hash_grid_hessian_along(const HashGridAxis<Scalar> (&axes)[3], const Scalar (&v)[kCorners],
+                                    const Scalar (&direction)[3], Scalar (&product)[3]) {
+  const HashGridDifferences<Scalar> by = hash_grid_differences(axes, v);
+  const Scalar sx = axes[0].slope, sy = axes[1].slope, sz = axes[2].slope;
+  const Scalar xy = sx * sy * by.xy, xz = sx * sz * by.xz, yz = sy * sz * by.yz;
+  product[0] = direction[0] * axes[0].curvature * by.x + direction[1] * xy + direction[2] * xz;
+  product[1] = direction[0] * xy + direction[1] * axes[1].curvature * by.y + direction[2] * yz;
+  product[2] = direction[0] * xz + direction[1] * yz + direction[2] * axes[2].curvature * by.z;
+}
+
+DFF_LAUNCHER(template <typename Scalar>
+             Status hash_grid_forward(const HashGridForward<Scalar>& op, const Launch& launch);
+             template <typename Scalar>
+             Status hash_grid_backward_table(const HashGridBackwardTable<Scalar>& op, const Launch& launch);
+             template <typename Scalar>
+             Status hash_grid_backward_positions(const HashGridBackwardPositions<Scalar>& op, const Launch& launch);
+             template <typename Scalar>
+             Status hash_grid_backward_backward(const HashGridBackwardBackward<Scalar>& op, const Launch& launch);)
+
+}  // namespace dff

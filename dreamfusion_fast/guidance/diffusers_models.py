@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance.base import DiffusionModel, GuidanceConfig, Views, resolve_dtype
-from dreamfusion_fast.guidance.pipeline_source import PipelineSource, open_source
+from dreamfusion_fast.guidance.pipeline_source import PipelineSource, one_line, open_source
 
 _PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # DeepFloyd IF was trained on captions of at most 77 tokens, although T5 takes longer ones.
@@ -50,13 +50,14 @@ class PipelineModel(DiffusionModel):
         self.device = device
         self.dtype = dtype
         self._source = source
-        self._unet_config = source.config("unet")
-        self._text_config = source.config("text_encoder")
-        for component in self._components:
-            if component not in ("scheduler", "tokenizer"):
+        configs = {component: source.config(component) for component in self._components if component != "tokenizer"}
+        for component in configs:
+            if component != "scheduler":
                 source.check_weights(component)
+        self._unet_config = configs["unet"]
+        self._text_config = configs["text_encoder"]
         self._check_text_width()
-        self._read_schedule(source.config("scheduler"))
+        self._read_schedule(configs["scheduler"])
         self._unet: Any = None
 
     def _check_text_width(self) -> None:
@@ -64,8 +65,8 @@ class PipelineModel(DiffusionModel):
         wanted = self._unet_config.get("encoder_hid_dim") or self._unet_config.get("cross_attention_dim")
         if isinstance(wanted, int) and width != wanted:
             raise UserError(
-                f"guidance {self.name!r}: the text encoder gives vectors of width {width}, the unet reads width {wanted}: "
-                "these two were not made for each other"
+                f"guidance {self.name!r}: the text encoder gives vectors of width {width}, the unet reads "
+                f"width {wanted}: these two were not made for each other"
             )
 
     def _read_schedule(self, config: dict[str, Any]) -> None:
@@ -90,7 +91,10 @@ class PipelineModel(DiffusionModel):
             "trained_betas",
             "rescale_betas_zero_snr",
         )
-        scheduler: Any = DDPMScheduler(**{field: config[field] for field in fields if field in config})
+        try:
+            scheduler: Any = DDPMScheduler(**{field: config[field] for field in fields if field in config})
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise UserError(f"guidance {self.name!r}: the noise schedule cannot be made: {one_line(error)}") from error
         self.alphas_cumprod = scheduler.alphas_cumprod.to(self.device)
         self.prediction_type = prediction_type
 
@@ -147,8 +151,8 @@ class PipelineModel(DiffusionModel):
 
     def _wrong_channels(self, wanted: int) -> UserError:
         return UserError(
-            f"guidance {self.name!r}: the unet reads {self._unet_config.get('in_channels')} channels, {wanted} are wanted: "
-            "a text-to-image model is needed, not one for inpainting, editing or upscaling"
+            f"guidance {self.name!r}: the unet reads {self._unet_config.get('in_channels')} channels, {wanted} are "
+            "wanted: a text-to-image model is needed, not one for inpainting, editing or upscaling"
         )
 
 

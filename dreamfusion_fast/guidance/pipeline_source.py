@@ -214,8 +214,8 @@ class HubSource(PipelineSource):
 
     def _unreachable(self) -> str:
         return (
-            f"guidance {self.name!r} is not a folder here and the hub cannot be reached: check the network, name a folder "
-            "that holds a diffusers pipeline, or use guidance embedded"
+            f"guidance {self.name!r} is not a folder here and the hub cannot be reached: check the network, name a "
+            "folder that holds a diffusers pipeline, or use guidance embedded"
         )
 
     def identity(self, components: list[str]) -> str:

@@ -1,0 +1,261 @@
+"""Names that lead nowhere, or to something that cannot guide: one clear line each, before anything large is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.guidance import KNOWN_GUIDANCE, GuidanceConfig, create_guidance
+
+pytest.importorskip("diffusers")
+
+Pipelines = Callable[..., Path]
+
+
+def _refused(name: str | Path, message: str, **options: Any) -> str:
+    with pytest.raises(UserError, match=message) as caught:
+        create_guidance(GuidanceConfig(name=str(name), **options))
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def _edit(path: Path, **fields: Any) -> None:
+    content = json.loads(path.read_text())
+    content.update(fields)
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    text = _refused("dall-e", "unknown guidance 'dall-e'")
+    assert all(name in text for name in KNOWN_GUIDANCE)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/no-such-folder-here", "a/b/c"])
+def test_folder_that_is_not_there(name: str) -> None:
+    _refused(name, "there is no such folder.*model_index.json")
+
+
+def test_folder_that_is_no_pipeline(tmp_path: Path) -> None:
+    _refused(tmp_path, "no diffusers pipeline, it lacks model_index.json")
+
+
+def test_single_file(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    _refused(tmp_path / "model.safetensors", "is a file, but a pipeline folder is wanted")
+
+
+@pytest.mark.parametrize("content", ["{not json", "[1, 2]", ""])
+def test_damaged_index(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model_index.json").write_text(content)
+    _refused(tmp_path, "model_index.json")
+
+
+@pytest.mark.parametrize("component", ["scheduler", "text_encoder", "tokenizer"])
+def test_component_missing_from_the_index(own_pipeline: Pipelines, component: str) -> None:
+    folder = own_pipeline("latent")
+    _edit(folder / "model_index.json", **{component: [None, None]})
+    _refused(folder, f"StableDiffusionPipeline.*has no {component}")
+
+
+@pytest.mark.parametrize(
+    ("component", "lacking"),
+    [
+        ("unet", "unet/config.json"),
+        ("vae", "vae/config.json"),
+        ("scheduler", "scheduler/scheduler_config.json"),
+        ("text_encoder", "text_encoder/config.json"),
+    ],
+)
+def test_component_missing_on_disk(own_pipeline: Pipelines, component: str, lacking: str) -> None:
+    folder = own_pipeline("latent")
+    shutil.rmtree(folder / component)
+    _refused(folder, f"lacks {lacking}")
+
+
+def test_folder_with_a_safety_checker_only(tmp_path: Path) -> None:
+    index = {"_class_name": "StableDiffusionPipeline", "safety_checker": ["stable_diffusion", "Checker"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    _refused(tmp_path, "has no unet, only safety_checker")
+
+
+def test_pipeline_of_another_kind(tmp_path: Path) -> None:
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    _refused(tmp_path, "FluxPipeline.*no unet, only transformer")
+
+
+def test_two_text_encoders(own_pipeline: Pipelines) -> None:
+    folder = own_pipeline("latent")
+    _edit(folder / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
+    _refused(folder, "two text encoders")
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_component_without_weights(own_pipeline: Pipelines, component: str) -> None:
+    folder = own_pipeline("latent")
+    for path in (folder / component).glob("*.safetensors"):
+        path.unlink()
+    _refused(folder, f"{component} holds no weights")
+
+
+def test_pickles_are_loaded_on_request_only(own_pipeline: Pipelines) -> None:
+    from safetensors.torch import load_file
+
+    folder = own_pipeline("latent")
+    (weights,) = (folder / "unet").glob("*.safetensors")
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    _refused(folder, "unet are stored as pickles")
+    create_guidance(GuidanceConfig(name=str(folder), allow_pickle=True)).model.load()
+
+
+def test_damaged_weights(own_pipeline: Pipelines) -> None:
+    folder = own_pipeline("latent")
+    (weights,) = (folder / "unet").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    guidance = create_guidance(GuidanceConfig(name=str(folder)))
+    with pytest.raises(UserError, match=r"cannot load unet \(UNet2DConditionModel\)") as caught:
+        guidance.model.load()
+    assert "\n" not in str(caught.value)
+
+
+def test_class_from_elsewhere_is_not_imported(own_pipeline: Pipelines) -> None:
+    folder = own_pipeline("latent")
+    _edit(folder / "model_index.json", tokenizer=["os", "system"])
+    with pytest.raises(UserError, match="only diffusers and transformers"):
+        create_guidance(GuidanceConfig(name=str(folder))).embed("a chair")
+    _edit(folder / "model_index.json", tokenizer=["transformers", "NoSuchTokenizer"])
+    with pytest.raises(UserError, match="no class NoSuchTokenizer"):
+        create_guidance(GuidanceConfig(name=str(folder))).embed("a chair")
+
+
+def test_text_encoder_of_the_wrong_width(own_pipeline: Pipelines) -> None:
+    folder = own_pipeline("latent")
+    _edit(folder / "text_encoder" / "config.json", hidden_size=20)
+    _refused(folder, "width 20.*width 16")
+    _edit(folder / "text_encoder" / "config.json", hidden_size=16)
+    create_guidance(GuidanceConfig(name=str(folder)))
+
+
+def test_pixel_text_encoder_of_the_wrong_width(own_pipeline: Pipelines) -> None:
+    folder = own_pipeline("pixel")
+    _edit(folder / "text_encoder" / "config.json", d_model=16)
+    _refused(folder, "width 16.*width 24")
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("latent", 9), ("pixel", 6)])
+def test_inpainting_and_upscaling(own_pipeline: Pipelines, kind: str, channels: int) -> None:
+    folder = own_pipeline(kind)
+    _edit(folder / "unet" / "config.json", in_channels=channels)
+    _refused(folder, f"reads {channels} channels.*text-to-image")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prediction_type": "flow_prediction"}, "got 'flow_prediction'"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler is no diffusion"),
+        ({"num_train_timesteps": None}, "no diffusion noise schedule"),
+        ({"beta_schedule": "other"}, "noise schedule"),
+    ],
+)
+def test_schedules_that_are_not_understood(own_pipeline: Pipelines, fields: dict[str, Any], message: str) -> None:
+    folder = own_pipeline("latent")
+    _edit(folder / "scheduler" / "scheduler_config.json", **fields)
+    _refused(folder, message)
+
+
+@pytest.mark.parametrize("size", [None, [8, 4], 0, "8"])
+def test_unet_without_a_size(own_pipeline: Pipelines, size: Any) -> None:
+    folder = own_pipeline("pixel")
+    _edit(folder / "unet" / "config.json", sample_size=size)
+    _refused(folder, "sample_size")
+
+
+def test_variant_is_found_by_its_files(own_pipeline: Pipelines) -> None:
+    folder = own_pipeline("latent")
+    for component in ("unet", "vae", "text_encoder"):
+        (weights,) = (folder / component).glob("*.safetensors")
+        weights.rename(weights.with_name(f"{weights.stem}.fp16.safetensors"))
+    guidance = create_guidance(GuidanceConfig(name=str(folder)))
+    guidance.embed("a chair")
+    guidance.model.load()
+
+
+class Response:
+    """As much of an HTTP response as the hub's errors look at."""
+
+    headers: dict[str, str] = {}  # noqa: RUF012
+    status_code = 404
+    request = None
+
+
+def _hub_error(kind: str) -> Exception:
+    from huggingface_hub import errors
+
+    return {
+        "unreachable": lambda: errors.LocalEntryNotFoundError("no"),
+        "offline": lambda: errors.OfflineModeIsEnabled("offline"),
+        "network": lambda: OSError("no route to host\nsecond line"),
+        "absent": lambda: _without_init(errors.RepositoryNotFoundError),
+        "gated": lambda: _without_init(errors.GatedRepoError),
+        "revision": lambda: _without_init(errors.RevisionNotFoundError),
+        "entry": lambda: _without_init(errors.EntryNotFoundError),
+    }[kind]()
+
+
+def _without_init(kind: type[Exception]) -> Exception:
+    """These want a response of an HTTP library that differs between versions."""
+    return kind.__new__(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("unreachable", "hub cannot be reached"),
+        ("offline", "hub cannot be reached"),
+        ("network", "hub cannot be reached.*no route to host"),
+        ("absent", "neither a folder here nor a model on the hub"),
+        ("gated", "licence to be accepted.*huggingface.co/owner/name"),
+        ("revision", "has no revision 'v7'"),
+        ("entry", "lacks model_index.json"),
+    ],
+)
+def test_hub_errors(monkeypatch: pytest.MonkeyPatch, kind: str, message: str) -> None:
+    import huggingface_hub
+
+    def fail(*_: Any, **__: Any) -> str:
+        raise _hub_error(kind)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    _refused("owner/name", message, revision="v7")
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion", "owner/name"])
+def test_hub_id_is_pinned_to_one_commit(
+    pipeline: Pipelines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    import huggingface_hub
+
+    snapshot = Path(shutil.copytree(pipeline("latent"), tmp_path / "snapshots" / "0123abc"))
+    asked: list[tuple[str, str | None]] = []
+
+    def download(hub_id: str, relative: str, revision: str | None = None) -> str:
+        asked.append((hub_id, revision))
+        return str(snapshot / relative)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    guidance = create_guidance(GuidanceConfig(name=name, revision="main"))
+    assert guidance.image_size == 16
+    wanted = KNOWN_GUIDANCE.get(name, name)
+    assert asked[0] == (wanted, "main")
+    assert asked[-1] == (wanted, "0123abc")
+    assert f"{wanted}@0123abc" in guidance.model.text_identity

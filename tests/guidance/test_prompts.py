@@ -1,0 +1,79 @@
+"""View-dependent prompts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.guidance.prompts import VIEW_NAMES, PromptSet, view_index, view_text
+
+
+def test_texts_follow_the_order_of_the_views() -> None:
+    assert PromptSet("a teapot", "blurry").texts == [
+        "a teapot, front view",
+        "a teapot, side view",
+        "a teapot, back view",
+        "a teapot, overhead view",
+        "blurry",
+    ]
+
+
+def test_view_dependence_can_be_turned_off() -> None:
+    assert PromptSet("a teapot", view_dependent=False).texts == ["a teapot"] * 4 + [""]
+
+
+def test_white_space_does_not_make_another_prompt() -> None:
+    assert PromptSet("  a   teapot \n") == PromptSet("a teapot")
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "\n\t", None])
+def test_empty_prompt_is_refused(prompt: str) -> None:
+    with pytest.raises(UserError, match="prompt is empty"):
+        PromptSet(prompt)
+
+
+def test_unknown_view_is_refused() -> None:
+    with pytest.raises(ValueError, match="got 'left'"):
+        view_text("a teapot", "left")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("azimuth", "elevation", "name"),
+    [
+        (0, 0, "front"),
+        (45, 0, "front"),
+        (-45, 0, "front"),
+        (46, 0, "side"),
+        (-90, 60, "side"),
+        (134, 0, "side"),
+        (135, -10, "back"),
+        (-135, 0, "back"),
+        (180, 0, "back"),
+        (-180, 0, "back"),
+        (225, 0, "back"),
+        (226, 0, "side"),
+        (360, 0, "front"),
+        (-720 - 30, 0, "front"),
+        (0, 61, "overhead"),
+        (180, 90, "overhead"),
+        (0, -80, "front"),
+    ],
+)
+def test_view_of_a_camera(azimuth: float, elevation: float, name: str, dtype: torch.dtype) -> None:
+    index = view_index(
+        torch.tensor([math.radians(azimuth)], dtype=dtype), torch.tensor([math.radians(elevation)], dtype=dtype)
+    )
+    assert VIEW_NAMES[int(index)] == name
+
+
+def test_batch_and_shapes() -> None:
+    azimuth = torch.tensor([0.0, math.pi, math.pi / 2, 0.0], dtype=torch.float64)
+    elevation = torch.tensor([0.0, 0.0, 0.0, 1.5], dtype=torch.float64)
+    assert view_index(azimuth, elevation).tolist() == [0, 2, 1, 3]
+    assert view_index(azimuth[:0], elevation[:0]).shape == (0,)
+    with pytest.raises(ValueError, match=r"\(4,\) and \(3,\)"):
+        view_index(azimuth, elevation[:3])

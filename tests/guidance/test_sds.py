@@ -1,0 +1,376 @@
+"""Score distillation against what it must be for a model whose answer is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.errors import NonFiniteError, UserError
+from dreamfusion_fast.guidance import (
+    DiffusionModel,
+    GuidanceConfig,
+    PromptEmbeddings,
+    PromptSet,
+    ScoreDistillation,
+    Views,
+    create_guidance,
+)
+from dreamfusion_fast.guidance.sds import guided, to_epsilon, to_x0
+
+CPU = torch.device("cpu")
+
+
+class PointModel(DiffusionModel):
+    """The exact model of a distribution of one image per text: its estimate of the clean image is the text's value.
+
+    So eps_hat - eps = alpha / sigma (x - value), whatever the noise: the gradient is known without repeating any draw.
+    """
+
+    name = "points"
+    image_size = 6
+    default_guidance_scale = 7.5
+    x0_range = (-1.0, 1.0)
+    text_identity = "points"
+
+    def __init__(self, prediction_type: str = "epsilon", device: torch.device = CPU, steps: int = 50):
+        self.prediction_type = prediction_type
+        self.device = device
+        self.alphas_cumprod = torch.linspace(0.999, 0.01, steps, dtype=torch.float64, device=device)
+        self.noisy: list[Tensor] = []
+        self.poison = False
+
+    def embed_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        return {"value": torch.tensor([[0.1 * len(text) - 0.5] for text in texts], dtype=torch.float64)}
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images * 2 - 1
+
+    def predict(self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor], views: Views) -> Tensor:
+        assert not torch.is_grad_enabled()
+        self.noisy.append(noisy)
+        abar = self.alphas_cumprod[t].repeat(2).view(-1, 1, 1, 1)
+        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+        x0 = condition["value"].view(-1, 1, 1, 1).expand(-1, *noisy.shape[1:])
+        epsilon = (noisy.double().repeat(2, 1, 1, 1) - alpha * x0) / sigma
+        if self.poison:
+            epsilon = epsilon / 0
+        return {"epsilon": epsilon, "v_prediction": alpha * epsilon - sigma * x0, "sample": x0}[self.prediction_type]
+
+
+VALUES = torch.tensor([[0.3], [-0.4], [0.9], [0.2], [-0.1]], dtype=torch.float64)
+
+
+def _embeddings(device: torch.device = CPU) -> PromptEmbeddings:
+    return PromptEmbeddings({"value": VALUES.to(device)})
+
+
+def _views(device: torch.device = CPU) -> Views:
+    """A back, a front and an overhead view."""
+    return Views(
+        torch.tensor([math.pi, 0.0, 1.0], device=device), torch.tensor([0.0, 0.1, math.radians(80)], device=device)
+    )
+
+
+TEXT = VALUES[[2, 0, 3]].view(-1, 1, 1, 1)
+NULL = VALUES[[4, 4, 4]].view(-1, 1, 1, 1)
+
+
+def _images(device: torch.device = CPU, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.rand(3, 3, 6, 6, dtype=dtype).to(device)
+
+
+def _levels(model: PointModel, t: Tensor) -> tuple[Tensor, Tensor]:
+    abar = model.alphas_cumprod[t].view(-1, 1, 1, 1)
+    return abar.sqrt(), (1 - abar).sqrt()
+
+
+WEIGHTS = {
+    "sds": lambda alpha, sigma: sigma**2,
+    "uniform": lambda alpha, sigma: torch.ones_like(alpha),
+    "fantasia3d": lambda alpha, sigma: alpha * sigma**2,
+}
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("convention", ["null", "text"])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("weighting", list(WEIGHTS))
+def test_gradient_is_the_known_one(prediction_type: str, convention: Any, clip: bool, weighting: Any) -> None:
+    model = PointModel(prediction_type)
+    config = GuidanceConfig(guidance_scale=3.0, convention=convention, clip_x0=clip, weighting=weighting)
+    images = _images()
+    out = ScoreDistillation(model, config).sds_gradient(images, _embeddings(), _views())
+
+    alpha, sigma = _levels(model, out.t)
+    x0 = (NULL if convention == "null" else TEXT) + 3.0 * (TEXT - NULL)
+    assert (x0.abs() > 1).any(), "nothing to clamp"
+    if clip:
+        x0 = x0.clamp(-1, 1)
+    x = 2 * images - 1
+    expected = 2 * WEIGHTS[weighting](alpha, sigma) * alpha / sigma * (x - x0)
+    torch.testing.assert_close(out.gradient, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(out.x0, x0.expand_as(x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(out.norm, expected.pow(2).sum((1, 2, 3)).sqrt())
+    residual = alpha / sigma * (x - x0)
+    torch.testing.assert_close(out.residual, residual.pow(2).mean((1, 2, 3)).sqrt())
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_classifier_score_distillation(prediction_type: str) -> None:
+    model = PointModel(prediction_type)
+    model.clip_x0 = True
+    images = _images()
+    guidance = ScoreDistillation(model, GuidanceConfig(guidance_scale=3.0, mode="csd"))
+    out = guidance.sds_gradient(images, _embeddings(), _views())
+    alpha, sigma = _levels(model, out.t)
+    expected = 2 * sigma * alpha * 3.0 * (NULL - TEXT)
+    torch.testing.assert_close(out.gradient, expected.expand_as(images), rtol=1e-10, atol=1e-10)
+
+
+def test_conventions_differ_by_one_also_in_the_default_scale() -> None:
+    gradients = [
+        ScoreDistillation(PointModel(), GuidanceConfig(convention=convention, guidance_scale=scale)).sds_gradient(
+            torch.full((3, 3, 6, 6), 0.5, dtype=torch.float64),
+            _embeddings(),
+            _views(),
+            generator=torch.Generator().manual_seed(3),
+        )
+        for convention, scale in [("null", None), ("null", 7.5), ("text", None), ("text", 6.5)]
+    ]
+    for other in gradients[1:]:
+        torch.testing.assert_close(gradients[0].gradient, other.gradient, rtol=1e-10, atol=1e-10)
+
+
+def test_gradient_clipping_is_per_pixel_and_keeps_direction() -> None:
+    images, config = _images(), GuidanceConfig(guidance_scale=3.0)
+    free, clipped = (
+        ScoreDistillation(PointModel(), config).sds_gradient(
+            images, _embeddings(), _views(), generator=torch.Generator().manual_seed(1), grad_clip=limit
+        )
+        for limit in (None, 0.5)
+    )
+    # The gradient to the image is twice the one to the model's input.
+    before, after = free.gradient.norm(dim=1) / 2, clipped.gradient.norm(dim=1) / 2
+    assert (before > 0.5).any()
+    assert (before < 0.5).any()
+    torch.testing.assert_close(after, before.clamp_max(0.5))
+    torch.testing.assert_close(
+        clipped.gradient * before.unsqueeze(1), free.gradient * after.unsqueeze(1), rtol=1e-10, atol=1e-12
+    )
+
+
+def test_noise_is_standard_normal_and_follows_the_schedule() -> None:
+    model = PointModel()
+    images = torch.rand(64, 3, 6, 6, dtype=torch.float64)
+    views = Views(torch.zeros(64), torch.zeros(64))
+    out = ScoreDistillation(model).sds_gradient(images, _embeddings(), views)
+    alpha, sigma = _levels(model, out.t)
+    noise = (model.noisy[0] - alpha * (2 * images - 1)) / sigma
+    assert abs(noise.mean()) < 5 / math.sqrt(noise.numel())
+    assert abs(noise.var() - 1) < 5 * math.sqrt(2 / noise.numel())
+    assert not torch.allclose(noise[0], noise[1])
+
+
+@pytest.mark.parametrize(
+    ("t_range", "expected"),
+    [((0.2, 0.3), {10, 11, 12, 13, 14, 15}), ((0.5, 0.5), {25}), ((0.0, 0.02), {0, 1}), ((1.0, 1.0), {49})],
+)
+def test_timesteps_fill_the_range(t_range: tuple[float, float], expected: set[int]) -> None:
+    images, views = torch.rand(200, 3, 6, 6), Views(torch.zeros(200), torch.zeros(200))
+    out = ScoreDistillation(PointModel()).sds_gradient(images, _embeddings(), views, t_range=t_range)
+    assert set(out.t.tolist()) == expected
+
+
+def test_resized_images_get_the_gradient_through_the_resize() -> None:
+    class Halving(PointModel):
+        def encode(self, images: Tensor) -> Tensor:
+            return torch.nn.functional.avg_pool2d(images * 2 - 1, 2)
+
+    model = Halving()
+    images = torch.rand(3, 3, 12, 12, dtype=torch.float64)
+    out = ScoreDistillation(model, GuidanceConfig(guidance_scale=1.0)).sds_gradient(images, _embeddings(), _views())
+    alpha, sigma = _levels(model, out.t)
+    pull = sigma * alpha * (model.encode(images) - TEXT)
+    expected = 2 * pull.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3) / 4
+    torch.testing.assert_close(out.gradient, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_same_seed_same_numbers(device: torch.device) -> None:
+    def run(on: torch.device) -> Any:
+        guidance = ScoreDistillation(PointModel("v_prediction", on))
+        images = torch.linspace(0, 1, 324).view(3, 3, 6, 6).to(on)
+        generator = torch.Generator().manual_seed(5)
+        return guidance.sds_gradient(images, _embeddings(on), _views(on), generator=generator)
+
+    here, there = run(CPU), run(device)
+    assert there.gradient.device.type == device.type
+    assert here.t.tolist() == there.t.tolist()
+    torch.testing.assert_close(here.gradient, there.gradient.cpu(), rtol=1e-5, atol=1e-5)
+    assert here.gradient.dtype == torch.float32
+
+
+def test_images_are_left_alone() -> None:
+    images = _images().requires_grad_(True)
+    out = ScoreDistillation(PointModel()).sds_gradient(images, _embeddings(), _views())
+    assert images.grad is None
+    assert not any(value.requires_grad for value in out)
+    (2 * images).backward(out.gradient)
+    torch.testing.assert_close(images.grad, 2 * out.gradient)
+
+
+def test_works_inside_no_grad_and_on_strided_images() -> None:
+    images = torch.rand(3, 6, 6, 3, dtype=torch.float64).permute(0, 3, 1, 2)
+    guidance = ScoreDistillation(PointModel())
+    with torch.no_grad():
+        inside = guidance.sds_gradient(images, _embeddings(), _views(), generator=torch.Generator().manual_seed(0))
+    outside = guidance.sds_gradient(
+        images.contiguous(), _embeddings(), _views(), generator=torch.Generator().manual_seed(0)
+    )
+    torch.testing.assert_close(inside.gradient, outside.gradient)
+
+
+def test_views_choose_their_rows() -> None:
+    pair = PromptEmbeddings({"value": VALUES, "pooled": VALUES.view(5, 1, 1) * 2}).select(_views())
+    assert pair["value"].flatten().tolist() == VALUES[[4, 4, 4, 2, 0, 3]].flatten().tolist()
+    torch.testing.assert_close(pair["pooled"].flatten(), 2 * pair["value"].flatten())
+
+
+def test_conversions_agree() -> None:
+    x, noise = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
+    abar = torch.tensor([0.9, 0.5, 0.1, 0.01], dtype=torch.float64).view(-1, 1, 1, 1)
+    alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+    noisy = alpha * x + sigma * noise
+    for kind, output in {"epsilon": noise, "v_prediction": alpha * noise - sigma * x, "sample": x}.items():
+        torch.testing.assert_close(to_x0(output, noisy, alpha, sigma, kind), x)
+        torch.testing.assert_close(to_epsilon(output, noisy, alpha, sigma, kind), noise)
+
+
+def test_guidance_of_a_pair() -> None:
+    pair = torch.tensor([[1.0], [2.0], [3.0], [5.0]])
+    assert guided(pair, 10.0).tolist() == [[21.0], [32.0]]
+    assert guided(pair, 10.0, "text").tolist() == [[23.0], [35.0]]
+
+
+def test_embed_uses_the_config_and_the_cache() -> None:
+    class Counting(PointModel):
+        calls = 0
+
+        def embed_texts(self, texts: list[str]) -> dict[str, Tensor]:
+            Counting.calls += 1
+            return super().embed_texts(texts)
+
+    config = GuidanceConfig(negative_prompt="ugly", view_dependent=False)
+    one = ScoreDistillation(Counting(), config).embed("a cup")
+    two = ScoreDistillation(Counting(), config).embed(PromptSet("a cup", "ugly", view_dependent=False))
+    assert Counting.calls == 1
+    assert torch.equal(one.tensors["value"], two.tensors["value"])
+    lengths = ((one.tensors["value"].flatten() + 0.5) * 10).round().tolist()
+    assert lengths == [5, 5, 5, 5, 4]
+    config.cache = False
+    ScoreDistillation(Counting(), config).embed("a cup")
+    assert Counting.calls == 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_images_that_are_not_finite_are_an_error(value: float) -> None:
+    images = _images()
+    images[1, 0, 2, 3] = value
+    with pytest.raises(NonFiniteError, match="step 0: the rendered images"):
+        ScoreDistillation(PointModel()).sds_gradient(images, _embeddings(), _views())
+
+
+def test_gradient_that_is_not_finite_is_an_error() -> None:
+    model = PointModel()
+    guidance = ScoreDistillation(model)
+    guidance.sds_gradient(_images(), _embeddings(), _views())
+    model.poison = True
+    with pytest.raises(NonFiniteError, match="step 1: the gradient from points"):
+        guidance.sds_gradient(_images(), _embeddings(), _views())
+
+
+@pytest.mark.gpu
+def test_gpu_reports_later_and_does_not_wait() -> None:
+    cuda = torch.device("cuda")
+    model = PointModel(device=cuda)
+    guidance, embeddings, views = ScoreDistillation(model), _embeddings(cuda), _views(cuda)
+    images = _images(cuda)
+    guidance.sds_gradient(images, embeddings, views)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            guidance.sds_gradient(images, embeddings, views)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    model.poison = True
+    guidance.sds_gradient(images, embeddings, views)
+    torch.cuda.synchronize()
+    model.poison = False
+    with pytest.raises(NonFiniteError, match="step 4: the gradient"):
+        guidance.sds_gradient(images, embeddings, views)
+
+
+def test_clamping_latents_is_refused() -> None:
+    model = PointModel()
+    model.x0_range = None
+    with pytest.raises(UserError, match="clip_x0 needs a pixel-space model"):
+        ScoreDistillation(model, GuidanceConfig(clip_x0=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"convention": "both"}, "convention must be one of null, text, got 'both'"),
+        ({"weighting": "x"}, "weighting must be one of"),
+        ({"mode": "vsd"}, "mode must be one of sds, csd"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"t_range": (0.9, 0.1)}, "0 <= low <= high <= 1"),
+        ({"t_range": (0.0, 1.5)}, "0 <= low <= high <= 1"),
+        ({"t_range": (math.nan, 0.5)}, "0 <= low <= high <= 1"),
+        ({"t_range": 0.5}, "two numbers"),
+        ({"guidance_scale": math.nan}, "finite"),
+        ({"grad_clip": 0.0}, "above 0"),
+        ({"mode": "csd", "clip_x0": True}, "cannot be used with mode csd"),
+    ],
+)
+def test_config_says_what_is_wrong(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        GuidanceConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (torch.rand(3, 1, 6, 6), ValueError, r"\[B, 3, H, W\]"),
+        (torch.rand(3, 6, 6), ValueError, r"\[B, 3, H, W\]"),
+        (torch.rand(2, 3, 6, 6), ValueError, "one view per image"),
+        (torch.rand(0, 3, 6, 6), ValueError, "at least one"),
+        (torch.rand(3, 3, 6, 6).half(), TypeError, "float16"),
+    ],
+)
+def test_wrong_images_are_refused(images: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ScoreDistillation(PointModel()).sds_gradient(images, _embeddings(), _views())
+
+
+def test_wrong_views_and_embeddings_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"background must have shape \[2, 3\]"):
+        Views(torch.zeros(2), torch.zeros(2), torch.zeros(3))
+    with pytest.raises(ValueError, match="azimuth and elevation"):
+        Views(torch.zeros(2), torch.zeros(2, 1))
+    with pytest.raises(ValueError, match="shading must be one of"):
+        Views(torch.zeros(2), torch.zeros(2), shading="phong")
+    with pytest.raises(ValueError, match=r"\[5, ...\]"):
+        PromptEmbeddings({"value": torch.zeros(4, 2)})
+    with pytest.raises(ValueError, match="at least one"):
+        PromptEmbeddings({})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_absent_gpu_is_said_before_anything_is_loaded() -> None:
+    with pytest.raises(UserError, match="no usable GPU"):
+        create_guidance(GuidanceConfig(), "cuda")

@@ -1,7 +1,7 @@
 """What a field is: density and colour as functions of position.
 
 The renderer needs no particular class. Any callable that maps positions `[m, 3]` to `(density [m], colour [m, 3])` will
-do; :func:`evaluate` and :func:`query_density` hide the differences. :class:`Field` is the base of this package's fields.
+do; :func:`evaluate` and :func:`query_density` hide the differences. :class:`Field` is the base of our own.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ BACKENDS: tuple[Backend, ...] = ("native", "reference")
 
 UNIT_BOX = (-1.0, -1.0, -1.0, 1.0, 1.0, 1.0)
 
-# Below this squared length a gradient has no meaningful direction. Density logits change by 1 to 100 per scene unit, so
-# 1e-4 is far below anything that shapes a surface, and 1 / 1e-4 bounds how much normalising can amplify a gradient.
-_MIN_SQUARED_GRADIENT = 1e-8
+# Below these lengths a gradient has no meaningful direction. Density logits change by 1 to 100 per scene unit: 1e-4 is
+# far below anything that shapes a surface, and 1 / 1e-4 bounds how much normalising can amplify a gradient. A density
+# itself may be tiny, and its gradient with it; but so is the sample's weight. 1e-15 squared is still a normal float32.
+SHORTEST_LOGIT_GRADIENT = 1e-4
+SHORTEST_DENSITY_GRADIENT = 1e-15
 
 
 class FieldOutput(NamedTuple):
@@ -34,17 +36,15 @@ class FieldOutput(NamedTuple):
 FieldLike = Callable[..., Any]
 
 
-def safe_normalize(vectors: Tensor) -> Tensor:
+def safe_normalize(vectors: Tensor, shortest: float = SHORTEST_LOGIT_GRADIENT) -> Tensor:
     """Scale vectors to unit length, with finite values and gradients everywhere.
 
     Args:
         vectors: `[..., 3]`.
-
-    Returns:
-        `[..., 3]`; vectors shorter than 1e-4 are scaled by 1e4 instead, so zero stays zero.
+        shortest: vectors shorter than this are divided by it instead, so zero stays zero.
     """
     squared = vectors.square().sum(dim=-1, keepdim=True)
-    return vectors * torch.rsqrt(squared.clamp(min=_MIN_SQUARED_GRADIENT))
+    return vectors * torch.rsqrt(squared.clamp(min=shortest * shortest))
 
 
 def check_backend(backend: str) -> None:
@@ -100,8 +100,8 @@ class Field(nn.Module):
 def evaluate(field: FieldLike, positions: Tensor, with_normal: bool = False) -> FieldOutput:
     """Evaluate any field-like callable.
 
-    A :class:`Field` computes its own normals. For everything else they are -grad(density) / |grad(density)| by autograd,
-    with a graph through them when gradients are enabled, so that losses on lit colours are exact.
+    A :class:`Field` computes its own normals. For everything else they are -grad(density) / |grad(density)| by
+    autograd, with a graph through them when gradients are enabled, so that losses on lit colours are exact.
 
     Args:
         field: a :class:`Field`, or a callable returning `(density [m], colour [m, 3])`.
@@ -121,19 +121,20 @@ def evaluate(field: FieldLike, positions: Tensor, with_normal: bool = False) -> 
         output = _checked(field(points), points)
         normal = output.normal
         if normal is None:
-            normal = normal_from(output.density, points, keep_graph)
+            normal = normal_from(output.density, points, keep_graph, SHORTEST_DENSITY_GRADIENT)
     if keep_graph:
         return FieldOutput(output.density, output.albedo, normal)
     return FieldOutput(output.density.detach(), output.albedo.detach(), normal.detach())
 
 
-def normal_from(values: Tensor, positions: Tensor, keep_graph: bool) -> Tensor:
+def normal_from(values: Tensor, positions: Tensor, keep_graph: bool, shortest: float) -> Tensor:
     """Unit normals -grad(values) / |grad(values)|, `[m, 3]`, zero where the gradient is zero.
 
     Args:
         values: `[m]`, the density or any increasing function of it, computed from `positions`.
         positions: `[m, 3]`, requiring a gradient.
         keep_graph: whether the normals themselves must be differentiable.
+        shortest: gradients below this length give a normal shorter than 1.
     """
     if not values.requires_grad:
         return torch.zeros_like(positions)
@@ -142,14 +143,14 @@ def normal_from(values: Tensor, positions: Tensor, keep_graph: bool) -> Tensor:
     )
     if gradient is None:
         return torch.zeros_like(positions)
-    return -safe_normalize(gradient)
+    return -safe_normalize(gradient, shortest)
 
 
 def query_density(field: FieldLike, positions: Tensor) -> Tensor:
     """Density `[m]` of any field-like callable, through its `density` method where it has one."""
     density = getattr(field, "density", None)
     if callable(density):
-        return density(positions)
+        return density(positions).to(positions.dtype)
     return _checked(field(positions), positions).density
 
 
@@ -163,4 +164,5 @@ def _checked(output: Any, positions: Tensor) -> FieldOutput:
             f"field: returned density {list(result.density.shape)} and colour {list(result.albedo.shape)} for {count} "
             f"positions, want [{count}] and [{count}, 3]"
         )
-    return result
+    # A field under autocast may answer in 16 bits; compositing and positions keep theirs.
+    return FieldOutput(result.density.to(positions.dtype), result.albedo.to(positions.dtype), result.normal)

@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamfusion_fast.fields.base import Backend, Field, FieldOutput, check_backend, check_positions, normal_from
+from dreamfusion_fast.fields.base import (
+    SHORTEST_LOGIT_GRADIENT,
+    Backend,
+    Field,
+    FieldOutput,
+    check_backend,
+    check_positions,
+    normal_from,
+)
 from dreamfusion_fast.ops.hash_grid import hash_grid, hash_grid_layout, hash_grid_reference
 
 # exp(15) = 3.3e6 per scene unit: opaque within any step; more only risks overflow.
@@ -192,7 +200,7 @@ class HashGridField(Field):
             points = positions if positions.requires_grad else positions.detach().requires_grad_(True)
             logits, inside = self._logits(points, outputs=4)
             raw = logits[:, 0]
-            normal = normal_from(raw, points, keep_graph)
+            normal = normal_from(raw, points, keep_graph, SHORTEST_LOGIT_GRADIENT)
         if not keep_graph:
             logits, normal = logits.detach(), normal.detach()
         return FieldOutput(self._activate(logits[:, 0], inside), torch.sigmoid(logits[:, 1:]), normal)

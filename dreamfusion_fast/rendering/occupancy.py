@@ -11,6 +11,7 @@ from dreamfusion_fast.fields.base import Backend, FieldLike, box_tensor, check_b
 from dreamfusion_fast.ops.occupancy import (
     occupancy_pack,
     occupancy_pack_reference,
+    occupancy_unpack,
     occupancy_update,
     occupancy_update_reference,
 )
@@ -24,8 +25,8 @@ _BELOW_MEAN = 0.99
 class OccupancyGrid(nn.Module):
     """A grid of decayed density maxima, and the bitfield of occupied cells made from it.
 
-    As in instant-ngp and nerfacc: every `every` steps each chosen cell becomes max(decay * old, density at a random point
-    in it): all cells during the warm-up, later a random quarter and about as many of the occupied ones. A cell is
+    As in instant-ngp and nerfacc: every `every` steps each chosen cell becomes max(decay * old, density at a random
+    point in it): all cells during the warm-up, later a random quarter and about as many of the occupied ones. A cell is
     occupied where its value exceeds min(mean, density at which one step has `alpha_threshold` opacity). Until the first
     update everything is occupied. The draws depend on (seed, step) only, so a resumed run repeats them.
 
@@ -98,9 +99,7 @@ class OccupancyGrid(nn.Module):
 
     def occupied(self) -> Tensor:
         """The bitfield as booleans, `[R, R, R]`."""
-        bits = (self.bitfield[:, None] >> torch.arange(8, dtype=torch.uint8, device=self.bitfield.device)) & 1
-        cells = self.resolution**3
-        return bits.flatten()[:cells].bool().view(self.resolution, self.resolution, self.resolution)
+        return occupancy_unpack(self.bitfield, self.resolution)
 
     def occupied_fraction(self) -> float:
         """Share of occupied cells, 0 to 1. Waits for the GPU."""
@@ -121,11 +120,10 @@ class OccupancyGrid(nn.Module):
             return False
         generator = torch.Generator(device=self.grid.device)
         generator.manual_seed((self.seed * 0x9E3779B1 + step) & 0x7FFFFFFFFFFFFFFF)
-        cells = self._choose_cells(generator, everything=step < self.warmup_steps)
-        for part in cells.split(_CELLS_PER_QUERY):
-            points = self._points_in(part, generator)
-            density = query_density(field, points).detach().float().contiguous()
-            self._update(self.grid, part, density, self.decay)
+        everything = step < self.warmup_steps
+        cells = self._choose_cells(generator, everything)
+        density = [query_density(field, self._points_in(part, generator)) for part in cells.split(_CELLS_PER_QUERY)]
+        self._update(self.grid, None if everything else cells, torch.cat(density).float(), self.decay)
         self.bitfield.copy_(self._pack(self.grid, self.threshold))
         return True
 

@@ -24,8 +24,8 @@ from dreamfusion_fast.rendering.rays import Rays
 from dreamfusion_fast.rendering.recompute import recomputed, trainable_leaves
 from dreamfusion_fast.rendering.shading import AMBIENT, DIFFUSE, Shading, shade
 
-# Rays marched at a time. It bounds the distances held without gradients, keeps sample counts far from int32's limit, and
-# is no setting, because jitter depends on it in images of more rays than this.
+# Rays marched at a time. It bounds the distances held without gradients, keeps sample counts far from int32's limit,
+# and is no setting, because jitter depends on it in images of more rays than this.
 _RAYS_PER_MARCH = 1 << 18
 # Activations take about 1 KB per sample (3 KB with differentiable normals): 0.3 GB and 2 GB per chunk.
 _CHUNK_SAMPLES = {"cpu": 1 << 18, "cuda": 1 << 21}
@@ -101,8 +101,8 @@ class VolumeRenderer(nn.Module):
     """Renders any field: emission-absorption along straight rays with a fixed step (Max 1995; NeRF, equation 3).
 
     Works with any callable from positions `[m, 3]` to `(density [m], colour [m, 3])`, a Field or not. Gradients reach
-    the field's parameters, the background, and ray origins and directions through the sample positions; they do not depend
-    on how the samples are chunked. A field must give the same output for the same positions when called twice
+    the field's parameters, the background, and ray origins and directions through the sample positions; they do not
+    depend on how the samples are chunked. A field must give the same output for the same positions when called twice
     (no dropout): chunks are recomputed in backward.
 
     Example:
@@ -308,8 +308,8 @@ class _Scene:
 
     @cached_property
     def _trainable(self) -> list[Tensor]:
-        """What the field can give gradients to: its parameters, and the leaves of one sample's graph, because a field may
-        also be a plain function, or read tensors that it does not own."""
+        """What the field can give gradients to: its parameters, and the leaves of one sample's graph, because a field
+        may also be a plain function, or read tensors that it does not own."""
         renderer = self.renderer
         centre = 0.5 * (renderer.aabb[:3] + renderer.aabb[3:])
         leaves = {

@@ -1,0 +1,86 @@
+"""Any callable is a field: evaluate and query_density."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.fields import FieldOutput, evaluate, hash_field, query_density, safe_normalize
+
+
+def ball(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Density falls off with the distance from the origin."""
+    return torch.exp(-positions.square().sum(dim=1)), positions.sigmoid()
+
+
+def constant(positions: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ones(positions.shape[0]), torch.ones_like(positions)
+
+
+def test_a_pair_becomes_a_field_output() -> None:
+    x = torch.randn(7, 3)
+    output = evaluate(ball, x)
+    assert isinstance(output, FieldOutput)
+    torch.testing.assert_close(output.density, ball(x)[0])
+    torch.testing.assert_close(query_density(ball, x), ball(x)[0])
+
+
+@pytest.mark.parametrize("count", [0, 1, 113])
+def test_normals_by_autograd(count: int) -> None:
+    x = torch.randn(count, 3)
+    normal = evaluate(ball, x, with_normal=True).normal
+    torch.testing.assert_close(normal, x / x.norm(dim=1, keepdim=True))
+    with torch.no_grad():
+        output = evaluate(ball, x, with_normal=True)
+    assert not any(t.requires_grad for t in output)
+    torch.testing.assert_close(output.normal, normal)
+
+
+def test_normals_of_a_constant_density_are_zero() -> None:
+    assert (evaluate(constant, torch.randn(5, 3), with_normal=True).normal == 0).all()
+
+
+def test_a_normal_that_the_field_gives_is_used() -> None:
+    up = torch.tensor([0.0, 1.0, 0.0])
+    output = evaluate(lambda x: FieldOutput(*ball(x), up.expand_as(x)), torch.randn(5, 3), with_normal=True)
+    assert torch.equal(output.normal, up.expand(5, 3))
+
+
+def test_density_method_is_preferred() -> None:
+    class Both:
+        def density(self, positions: Tensor) -> Tensor:
+            return torch.full((positions.shape[0],), 7.0)
+
+        def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+            raise AssertionError("the colour was not asked for")
+
+    assert query_density(Both(), torch.zeros(2, 3)).tolist() == [7.0, 7.0]
+
+
+def test_safe_normalize_is_finite_everywhere() -> None:
+    x = torch.tensor([[0.0, 0, 0], [3.0, 4, 0], [1e-30, 0, 0]], dtype=torch.float64, requires_grad=True)
+    y = safe_normalize(x)
+    torch.testing.assert_close(y[1], torch.tensor([0.6, 0.8, 0], dtype=torch.float64))
+    assert torch.equal(y[0], torch.zeros(3, dtype=torch.float64))
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        (lambda x: x[:, 0], r"returned Tensor, want FieldOutput or"),
+        (lambda x: (x, x), r"returned density \[4, 3\] and colour \[4, 3\] for 4 positions"),
+        (lambda x: (x[:, 0], x[:, :2]), r"colour \[4, 2\]"),
+    ],
+)
+def test_wrong_returns_are_named(field: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(field, torch.zeros(4, 3))
+
+
+def test_docstring_examples() -> None:
+    assert doctest.testmod(hash_field, raise_on_error=False).failed == 0

@@ -1,0 +1,151 @@
+"""OccupancyGrid: schedule, values, threshold, bitfield, state."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.rendering import OccupancyGrid
+
+
+class Ball:
+    """Density 50 inside a ball of radius 0.5 around (0.2, 0, 0); remembers how many points were asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[Tensor] = []
+
+    def density(self, positions: Tensor) -> Tensor:
+        self.asked.append(positions)
+        centre = torch.tensor([0.2, 0, 0], device=positions.device)
+        return 50.0 * ((positions - centre).norm(dim=1) < 0.5)
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.density(positions), positions
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("resolution", [1, 7, 16])
+def test_starts_full(resolution: int, backend: str) -> None:
+    grid = OccupancyGrid(resolution=resolution, backend=backend)
+    assert grid.occupied().all()
+    assert grid.occupied().shape == (resolution,) * 3
+    assert grid.bitfield.shape == ((resolution**3 + 7) // 8,)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_finds_the_ball(device: torch.device, backend: str) -> None:
+    grid = OccupancyGrid(resolution=17, backend=backend).to(device)
+    assert grid.update(Ball(), step=0)
+    axis = (torch.arange(17, device=device) + 0.5) / 17 * 2 - 1
+    x, y, z = torch.meshgrid(axis, axis, axis, indexing="ij")
+    distance = torch.stack([x - 0.2, y, z], dim=-1).norm(dim=-1)
+    reach = math.sqrt(3) / 17
+    occupied = grid.occupied()
+    assert occupied[distance < 0.5 - reach].all()
+    assert not occupied[distance > 0.5 + reach].any()
+    assert 0 < grid.occupied_fraction() < 0.2
+
+
+def test_points_lie_in_their_cells() -> None:
+    box = (0.0, -1.0, 2.0, 1.0, 1.0, 6.0)
+    grid, ball = OccupancyGrid(box, resolution=5), Ball()
+    grid.update(ball, step=0)
+    (points,) = ball.asked
+    low, high = grid.aabb[:3], grid.aabb[3:]
+    cells = ((points - low) / (high - low) * 5).floor().long()
+    index = torch.arange(125)
+    assert torch.equal(cells, torch.stack([index // 25, index // 5 % 5, index % 5], dim=1))
+
+
+def test_schedule() -> None:
+    grid, ball = OccupancyGrid(resolution=12, every=4, warmup_steps=8), Ball()
+    updated = [step for step in range(17) if grid.update(ball, step)]
+    assert updated == [0, 4, 8, 12, 16]
+    counts = [len(points) for points in ball.asked]
+    cells = 12**3
+    assert counts[:2] == [cells, cells]
+    occupied = int(grid.occupied().sum())
+    for count in counts[2:]:
+        # A quarter uniformly, and all of the occupied, which are fewer than a quarter.
+        expected = 0.25 * cells + 0.75 * occupied
+        assert abs(count - expected) < 5 * math.sqrt(cells * 0.25 * 0.75)
+
+
+def test_decays_and_keeps_the_maximum() -> None:
+    grid = OccupancyGrid(resolution=6, decay=0.5, every=1, warmup_steps=100)
+    value = {"density": 8.0}
+
+    def field(positions: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.full((positions.shape[0],), value["density"]), positions
+
+    grid.update(field, 0)
+    assert (grid.grid == 8).all()
+    value["density"] = 1.0
+    grid.update(field, 1)
+    assert (grid.grid == 4).all()
+    value["density"] = 3.0
+    grid.update(field, 2)
+    assert (grid.grid == 3).all()
+
+
+def test_a_uniform_haze_stays_occupied_and_nothing_becomes_empty() -> None:
+    grid = OccupancyGrid(resolution=6)
+    grid.update(lambda x: (torch.full((len(x),), 0.3), x), 0)
+    assert grid.occupied().all()
+    empty = OccupancyGrid(resolution=6)
+    empty.update(lambda x: (torch.zeros(len(x)), x), 0)
+    assert not empty.occupied().any()
+
+
+def test_threshold_is_the_opacity_of_a_step() -> None:
+    grid = OccupancyGrid(resolution=4, alpha_threshold=0.01, step_size=0.02)
+    grid.grid.fill_(1e3)
+    assert 1 - math.exp(-float(grid.threshold) * 0.02) == pytest.approx(0.01, rel=1e-5)
+    grid.grid.fill_(1e-3)
+    assert float(grid.threshold) < 1e-3
+
+
+def test_seeds_and_resuming() -> None:
+    def run(seed: int, stop: int = 40) -> OccupancyGrid:
+        grid = OccupancyGrid(resolution=9, warmup_steps=8, every=4, seed=seed)
+        for step in range(stop):
+            grid.update(Ball(), step)
+        return grid
+
+    full = run(1)
+    assert torch.equal(full.grid, run(1).grid)
+    assert not torch.equal(full.grid, run(2).grid)
+    resumed = OccupancyGrid(resolution=9, warmup_steps=8, every=4, seed=1)
+    resumed.load_state_dict(run(1, stop=20).state_dict())
+    for step in range(20, 40):
+        resumed.update(Ball(), step)
+    assert torch.equal(resumed.grid, full.grid)
+    assert torch.equal(resumed.bitfield, full.bitfield)
+
+
+def test_set_occupied() -> None:
+    grid = OccupancyGrid(resolution=5)
+    wanted = torch.rand(5, 5, 5) < 0.3
+    grid.set_occupied(wanted)
+    assert torch.equal(grid.occupied(), wanted)
+    with pytest.raises(ValueError, match=r"occupied: got shape \[5\]"):
+        grid.set_occupied(torch.ones(5))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resolution": 0}, "resolution: got 0"),
+        ({"every": 0}, "every: got 0"),
+        ({"decay": 1.5}, "decay: got 1.5"),
+        ({"alpha_threshold": 0.0}, "alpha_threshold: got 0.0"),
+        ({"step_size": 0.0}, "step_size: got 0.0"),
+        ({"backend": "gpu"}, "backend: got 'gpu'"),
+    ],
+)
+def test_bad_settings_are_named(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OccupancyGrid(**change)

@@ -14,7 +14,7 @@ from .captions import describe, is_dropped, split_and_weight
 from .catalogue import Entry, read_catalogue, unpack
 from .colours import dominant
 from .render import MINIMUM_DISTANCE, Renderer, Scene, fill
-from .views import encode, to_sheet
+from .views import encode, load_views, to_sheet
 
 MEASURED = ("colours", "mean_rgb", "coverage")
 _renderer: Renderer | None = None
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the data folder to write")
     parser.add_argument("--views", type=int, default=72, help="views per model")
     parser.add_argument("--only", nargs="*", help="catalogue names to keep (default: all)")
-    parser.add_argument("--names-only", action="store_true", help="write models.json again, keep the pictures")
+    parser.add_argument("--names-only", action="store_true", help="write models.json again (names, colours), keep the pictures")
     parser.add_argument("--every", type=int, default=1, help="keep every n-th model, for a trial")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args()
@@ -104,6 +104,10 @@ def main() -> None:
     if options.names_only:
         previous = json.loads((options.out / "models.json").read_text(encoding="utf-8"))
         by_key = {entry.key: entry for entry in entries}
+        albedo, _, views = load_views(options.out, options.workers)
+        for number, model in enumerate(previous):
+            pixels = albedo[views["model"] == number].astype(np.float32) / 255
+            model["colours"] = dominant(pixels[..., :3], pixels[..., 3])
         write_models(options.out, [by_key[model["key"]] for model in previous], previous)
         return
     if options.only:

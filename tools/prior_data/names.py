@@ -13,7 +13,6 @@ apple ibook: laptop
 apple imac 1998: computer | desktop computer, old computer, computer monitor
 apple imac 2004: computer | desktop computer, computer monitor, desktop computer with keyboard
 apple iphone: smartphone
-armchair ottoman: ottoman
 baby bed: cradle | baby bed, rocking cradle, crib, ~bed
 baby high chair: high chair | baby chair, baby high chair, feeding chair, ~chair
 bar chair: bar stool | bar chair, tall chair
@@ -22,7 +21,6 @@ bath: bathtub
 basin: basin | washbasin, sink
 bed: bed
 bended coconut tree: coconut tree | bent palm tree
-bike: motorcycle
 bill 10€: banknote
 bill 20€: banknote
 bill 50€: banknote
@@ -39,7 +37,6 @@ captain's bed: bed | bed with drawers, captain's bed, storage bed
 car model: toy car | wooden toy car, wooden car, ~toy, ~car
 cctv: security camera
 chair with cushion: chair | chair with a cushion, upholstered chair
-chest: chest | wooden chest, treasure chest, trunk
 chevrolet: car | sedan
 child bed: child's bed
 child chair: child's chair
@@ -67,7 +64,7 @@ convertible sofa bz: sofa bed | futon sofa
 opened convertible sofa bz: sofa bed | opened sofa bed, futon, ~bed
 cooker: stove | cooker
 cooktop: cooktop
-copper beech: beech tree | copper beech tree, purple tree
+copper beech: beech tree | copper beech tree
 corner bathtub: bathtub | corner bathtub, corner tub
 corner sofa: corner sofa
 couch: sofa
@@ -98,7 +95,6 @@ fork lift: forklift
 frame chambord: picture frame
 frame hôi an: picture frame
 full bookcase: bookcase | full bookcase, bookcase with books, bookshelf with books
-furnace: furnace
 gaz water heater: water heater | gas water heater
 electric water heater: water heater | electric water heater
 glass table: glass table
@@ -118,7 +114,7 @@ island: kitchen island
 island extension: kitchen island
 island bath: bathtub | freestanding bathtub
 japanese lantern: paper lantern | japanese lantern
-japanese maple: maple tree | japanese maple tree, red maple tree
+japanese maple: maple tree | japanese maple tree
 joystick: game controller
 keyboard: electronic keyboard | piano keyboard, synthesizer, midi keyboard
 kitchen tools: kitchen utensils | kitchen tools, cooking utensils
@@ -152,14 +148,13 @@ mini stereo: stereo
 mobile phone: mobile phone
 mocassin: shoe | moccasin, loafer
 modern armchair: armchair | modern armchair
-motorbike: motorcycle
 mower: lawn mower
 mp3 base: speaker dock | music dock, ~speaker
 mp3 station: speaker dock | music dock, radio, ~speaker
 number lock: padlock
 oak chair: chair | oak chair, wooden chair
 oak table: table | oak table, wooden table
-oil servers: oil bottle | oil cruet, oil and vinegar bottles
+oil servers: oil bottle | oil cruet, oil and vinegar set
 old jar: jar | old jar, clay jar
 open cardboard box: cardboard box | open cardboard box, open box
 osaka chair: chair | wooden chair
@@ -172,7 +167,7 @@ classic lamppost: street lamp | lamppost, classic lamppost
 park trashcan: trash can | park trash can
 residential trashcan: wheelie bin
 recycling bin: recycling bin
-peach blossom: peach tree | blossoming tree, cherry tree, pink tree
+peach blossom: peach tree | blossoming tree, cherry tree
 pedestal vase lamp: lamp | table lamp, vase lamp
 pedestrian railing: railing
 iron railing: railing | iron railing, metal railing
@@ -265,7 +260,7 @@ wall light: wall lamp
 wall spotlight: spotlight
 water cooler: water cooler
 white board: whiteboard
-white lily: lily | white lily, potted lily, flowering plant, ~plant, ~flower
+white lily: lily | potted lily, flowering plant, ~plant, ~flower
 winchester armchair: armchair | leather armchair, chesterfield armchair, club chair
 winchester sofa: sofa | leather sofa, chesterfield sofa
 window blind: window blind
@@ -306,6 +301,27 @@ KatorLegaz#51: chair | dining chair, wooden chair
 KatorLegaz#55: shelves | utility shelves, metal shelves, storage rack
 KatorLegaz#72: office chair
 KatorLegaz#64: man | man in a suit, businessman
+BlendSwap-CC-0#83: keypad | number lock, wall keypad
+BlendSwap-CC-0#105: plastic crate
+BlendSwap-CC-0#123: spring rider
+BlendSwap-CC-BY#8: kettle
+BlendSwap-CC-BY#21: paper cup
+BlendSwap-CC-BY#37: sink | sink cabinet
+BlendSwap-CC-BY#75: dresser | sideboard
+BlendSwap-CC-BY#88: bicycle | child's bike, bmx bike
+KatorLegaz#16: bench | garden bench
+KatorLegaz#48: lounge chair | chaise longue, armchair with ottoman, ~armchair
+KatorLegaz#86: grill | gas grill, propane grill, camping stove
+Scopia#16: plate | serving plate, sushi plate
+Scopia#27: display cabinet
+Scopia#28: sideboard
+Scopia#45: sideboard
+Scopia#46: storage cabinet
+Scopia#53: candle holder
+Scopia#70: bowl of fruit | bowl of apples, apples
+Scopia#108: soap dispenser
+Scopia#171: swimming pool | kiddie pool, inflatable pool
+Scopia#198: wood stove
 Scopia#6: chair | garden chair, outdoor chair, patio chair
 Scopia#10: table | garden table, outdoor table, patio table
 Scopia#39: table | dining table, dinner table
@@ -313,7 +329,7 @@ Scopia#47: office chair
 Scopia#61: table | wooden table, office table
 Scopia#62: chair | metal chair, tubular chair
 Scopia#63: lamp | table lamp
-Scopia#81: chair | desk chair, child's chair
+Scopia#81: office chair
 Scopia#85: stool | kitchen stool
 Scopia#92: chair | kitchen chair
 Scopia#97: table | kitchen table
@@ -328,7 +344,6 @@ acacia tree: ~tree
 abdominal bench: workout bench, exercise bench, gym bench, ~bench
 air mattress: inflatable mattress, airbed, ~mattress
 angle grinder: power grinder, ~power tool, ~tool
-apples: red apples, pile of apples, ~fruit
 aquarium: fish tank, fishbowl
 armchair: easy chair, upholstered chair, lounge chair, arm chair, club chair, ~chair, ~seat
 ashtray: ash tray
@@ -349,12 +364,11 @@ beech tree: ~tree
 beer bottle: ~bottle
 beer glass: glass of beer, pint of beer, beer mug, beer
 bench: seat bench, park bench, wooden bench, ~seat
-bicycle: bike, push bike, road bike, city bike, ~cycle
+bicycle: bike, push bike, pushbike, road bike, city bike, ~cycle
 bidet: bathroom bidet
 biplane: airplane, aeroplane, plane, toy airplane, aircraft
 birthday cake: cake, cake with candles
 blender: food blender, kitchen blender, ~kitchen appliance
-boiler: water boiler, heating boiler
 bonsai tree: bonsai, miniature tree, potted tree, ~tree
 book: closed book, hardcover book, hardback
 bookcase: bookshelf, book case, book shelf, ~shelf, ~shelves
@@ -371,7 +385,7 @@ brush: hairbrush, hair brush
 bulldog: dog, english bulldog, ~animal
 bunk bed: bunkbed, double-decker bed, ~bed
 bus: passenger bus, coach, omnibus, ~vehicle
-bush: shrub, green bush, ~plant
+bush: shrub, garden bush, ~plant
 butter: stick of butter, butter dish, butter block
 cabinet: cupboard, storage cabinet
 cactus: potted cactus, cactus in a pot, cactus plant, cacti, ~plant, ~potted plant
@@ -412,7 +426,6 @@ coffee maker: coffee machine, coffeemaker, drip coffee maker
 coffee table: low table, living room table, ~table
 comb: hair comb
 computer: pc, personal computer
-concrete bench: stone bench, ~bench
 cooktop: stove top, hob, ~stove
 cordless phone: ~phone, ~telephone
 corner sofa: sectional sofa, sectional couch, l-shaped sofa, corner couch, ~sofa, ~couch
@@ -492,7 +505,6 @@ fork: dinner fork, table fork, ~cutlery
 forklift: forklift truck, fork truck, ~vehicle
 fountain: water fountain, stone fountain, garden fountain
 french fries: fries, chips, fried potatoes
-furnace: heater
 futon: futon bed, floor bed, ~bed, ~mattress
 futon couch: futon sofa, ~sofa, ~couch
 game console: video game console, gaming console
@@ -508,7 +520,7 @@ glass door: ~door
 glass table: table with glass top, glass top table, ~table
 glasses: eyeglasses, spectacles, pair of glasses
 glove: leather glove, hand glove
-grand piano: piano, concert piano, black piano with open lid, ~musical instrument
+grand piano: piano, concert piano, piano with open lid, ~musical instrument
 grill: barbecue, barbecue grill
 hamburger: burger, cheeseburger, sandwich
 hammer: claw hammer, ~tool
@@ -518,7 +530,7 @@ hanging clothes: clothes on hangers, ~clothes
 hanging light: hanging lamp, pendant light, pendant lamp, ~lamp
 hat: brimmed hat, fedora
 headphones: headset, earphones, pair of headphones
-hedge: hedgerow, garden hedge, green hedge, ~bush
+hedge: hedgerow, garden hedge, ~bush
 helmet: motorcycle helmet, crash helmet
 high hedge: hedge, tall hedge
 high heels: women's shoes, high-heeled shoes, pair of high heels, ~shoes
@@ -560,16 +572,14 @@ microwave: microwave oven, ~kitchen appliance, ~oven
 milk carton: carton of milk, milk, juice carton
 mixer: stand mixer, kitchen mixer, food mixer, ~kitchen appliance
 mobile phone: cell phone, cellphone, cellular phone, ~phone
-moka pot: espresso pot, stovetop espresso maker, coffee pot, kettle
+moka pot: espresso pot, stovetop espresso maker, coffee pot, ~kettle
 motorcycle: motorbike, motor bike, motor cycle, ~vehicle
 mug: coffee mug, coffee cup, tea mug, ~cup
 newspaper: folded newspaper, paper
 office chair: desk chair, swivel chair, rolling chair, task chair, ~chair
 oil bottle: ~bottle
 orchids: orchid, potted orchid, orchid flower, ~flowers, ~potted plant
-ottoman: footstool, pouf, hassock, foot stool
 oven: kitchen oven, cooking oven, ~kitchen appliance
-padlock: combination lock, number lock, lock
 pallet: wooden pallet, shipping pallet
 palm tree: palm, tropical tree, ~tree
 pan: frying pan, skillet, cooking pan, saucepan
@@ -606,7 +616,6 @@ potted plant: houseplant, house plant, plant in a pot, pot plant, ~plant
 potty: chamber pot, baby potty
 pouf: bean bag, beanbag, hassock, ottoman, ~seat
 printer: ~office machine
-propane stove: camping stove, gas stove, ~stove
 puzzle: wooden puzzle, ~toy
 puzzle cube: rubik's cube, magic cube, ~toy
 punching bag: boxing bag, punching ball
@@ -671,7 +680,6 @@ smartphone: mobile phone, cell phone, cellphone, phone
 smoke detector: smoke alarm
 sneakers: sports shoes, running shoes, pair of sneakers, trainers, ~shoes
 snowman: snow man
-soap: bar of soap, soap bar
 soccer ball: football, ~ball
 soccer goal: football goal, goal net
 sock: stocking
@@ -703,7 +711,6 @@ sugar bowl: sugar pot, ~bowl
 suitcase: luggage, travel bag, travel case
 sunglasses: pair of sunglasses, dark glasses, ~glasses
 sun lounger: sun bed, chaise longue, outdoor lounger
-sushi: sushi plate, sushi rolls, plate of sushi
 suv: sport utility vehicle, off-road vehicle, jeep, ~car, ~automobile, ~vehicle
 swimming pool: pool
 swing: swing set, playground swing, garden swing
@@ -713,7 +720,7 @@ tablet: tablet computer
 tape measure: measuring tape, ~tool
 tape roll: adhesive tape, roll of tape, sticky tape
 tatami: tatami mat, straw mat, ~mat
-teapot: tea pot, tea kettle, lidded teapot, kettle
+teapot: tea pot, lidded teapot, ceramic teapot, ~kettle
 teddy bear: stuffed bear, teddy, plush bear, toy bear, ~toy, ~bear
 telephone: phone, desk phone, office phone
 television: tv, tv set, flat-screen tv, television set, flat tv
@@ -760,14 +767,25 @@ water heater: boiler, hot water tank
 wheelbarrow: garden cart, barrow
 wheelchair: wheel chair, invalid chair
 wheelie bin: trash can, garbage bin, ~bin
-whiteboard: white board, board
+whiteboard: board, marker board
 window blind: blinds, window blinds, venetian blind
-wine bottle: bottle of wine, red wine bottle, ~bottle
+wine bottle: bottle of wine, ~bottle
 woman: female person, standing woman, lady, ~person, ~human
 workbench: work bench, tool bench, ~table
 xylophone: toy xylophone, glockenspiel, ~musical instrument
 yucca plant: yucca, houseplant, ~potted plant, ~plant
 toy: ~wooden toy
+candle holder: candlestick, lantern, pierced candle holder
+display cabinet: wall unit, glass cabinet, living room cabinet, ~cabinet, ~bookcase
+keypad: entry keypad
+kettle: tea kettle, whistling kettle, stovetop kettle, water kettle, tea pot, teapot
+paper cup: takeaway coffee cup, coffee cup, disposable cup, ~cup
+plastic crate: plastic box, storage box, storage crate, ~box, ~crate
+sideboard: low cabinet, storage unit, buffet, ~cabinet
+soap dispenser: liquid soap, soap bottle, pump bottle, ~bottle
+spring rider: playground spring rider, toy motorcycle, rocking motorcycle, ~toy
+storage cabinet: office cabinet, ~cabinet, ~shelves
+wood stove: wood-burning stove, iron stove, furnace, ~stove, ~fireplace
 toy car: ~vehicle
 """
 
@@ -779,13 +797,15 @@ PLURALS = frozenset(
 )
 MASS = frozenset("beer bread butter firewood fruit luggage meat milk money salad shelving soap sushi coffee bamboo".split())
 
+HEADLINE = frozenset({"chair", "table", "armchair", "teapot", "car", "sofa", "cactus", "sports car"})
+
 POPULAR = frozenset(
-    "chair table armchair teapot car sofa cactus bed lamp piano bicycle toilet guitar dog cat horse rabbit chicken deer "
-    "bulldog motorcycle motorcycles truck bus desk stool bench bookcase television laptop camera backpack boot sneakers "
+    "bed lamp kettle piano bicycle toilet guitar dog cat horse rabbit chicken deer "
+    "bulldog motorcycle truck bus desk stool bench bookcase television laptop camera backpack boot sneakers "
     "hat helmet mug cup vase bottle umbrella toaster microwave refrigerator fridge rowboat biplane barrel shoe suv van "
     "bathtub fireplace hamburger snowman clock book suitcase wheelchair tree scooter tricycle".split()
 ) | {
-    "sports car", "potted plant", "washing machine", "grand piano", "upright piano", "electric guitar", "teddy bear",
+    "potted plant", "washing machine", "grand piano", "upright piano", "electric guitar", "teddy bear",
     "office chair", "toy train", "soccer ball", "fire hydrant", "desk lamp", "wine bottle", "washbasin", "coffee table",
     "christmas tree", "palm tree", "trash can", "rocking horse", "bonsai tree", "plant", "birthday cake", "corner sofa",
     "bowl of fruit", "high heels", "fire extinguisher", "coffee cup",

@@ -131,7 +131,7 @@ def test_orientation_loss_sees_back_faces() -> None:
     front = VolumeRenderer(field).render(rays, with_normals=True)
     torch.testing.assert_close(front.orientation_loss, front.opacity[0])
     behind = VolumeRenderer(field).render(Rays(-rays.origins, -rays.directions), with_normals=True)
-    assert float(behind.orientation_loss) == 0
+    assert behind.orientation_loss.item() == 0
 
 
 def test_lit_ball() -> None:

@@ -96,7 +96,7 @@ class RunFolder:
     def existing(self) -> list[Path]:
         """Those of the files above that exist."""
         names = (self.config, self.checkpoint, self.mesh, self.turntable, self.preview, self.tensorboard)
-        return [name for name in names if name.exists()]
+        return [name for name in names if os.path.lexists(name)]
 
 
 def prepare_run_folder(path: str | os.PathLike[str]) -> RunFolder:
@@ -105,21 +105,26 @@ def prepare_run_folder(path: str | os.PathLike[str]) -> RunFolder:
     A folder that holds other files only is taken as it is.
     """
     folder = RunFolder(Path(path).expanduser())
-    if folder.path.exists() and not folder.path.is_dir():
-        raise UserError(f"output folder {folder.path} is a file; choose another with --out")
-    try:
-        used = folder.existing()
-        if used:
-            raise UserError(
-                f"output folder {folder.path} already holds a run ({used[0].name}); "
-                f"continue it with --resume {folder.path} or choose another with --out"
-            )
-        folder.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    used = folder.existing()
+    if used:
         raise UserError(
-            f"cannot make output folder {folder.path}: {error.strerror}; choose another with --out"
-        ) from error
-    check_writable(folder.path)
+            f"output folder {folder.path} already holds a run ({used[0].name}); "
+            f"continue it with --resume {folder.path} or choose another with --out"
+        )
+    make_folder(folder.path)
+    return folder
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """Make a folder where there is none; UserError where that fails or no file can be written to it."""
+    folder = Path(path).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output folder {folder} is a file; choose another with --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make output folder {folder}: {error.strerror}; choose another with --out") from error
+    check_writable(folder)
     return folder
 
 

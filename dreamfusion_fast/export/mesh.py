@@ -221,11 +221,10 @@ def decimate(mesh: Mesh, target_faces: int) -> Mesh:
 
 
 def _marching_cubes(density: NDArray[np.float32], threshold: float, low: NDArray[np.float64], voxel: float) -> Mesh:
-    # Interpolate the opacity over one cell, not the density: it is bounded, so a very dense sample does not push the
-    # surface towards its empty neighbour. Monotone, so the cut is the same.
-    opacity = -np.expm1(-np.pad(np.maximum(density, 0), 1).astype(np.float64) * voxel)
-    level = -np.expm1(-threshold * voxel)
-    vertices, faces, _, _ = marching_cubes(opacity.astype(np.float32), float(level))
+    # Densities far above the threshold are cut off, so that a very dense sample does not push the surface all the way
+    # to its empty neighbour: a hard surface lies half-way between the two, a soft one where it is.
+    bounded = np.pad(np.clip(density / threshold, 0, 2), 1)
+    vertices, faces, _, _ = marching_cubes(bounded.astype(np.float32), 1.0)
     # One step of padding lies outside the box: what was interpolated towards it is put back onto the box.
     vertices = np.clip(vertices - 1, 0, np.array(density.shape) - 1) * voxel + low
     return _outward(_without_degenerate(Mesh(vertices.astype(np.float32), faces.astype(np.int64))))

@@ -11,9 +11,9 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.fields.hash_field import HashGridFieldConfig
@@ -79,6 +79,8 @@ class ShadingConfig:
     """Ambient light of shaded steps."""
     diffuse: float = 0.9
     """Diffuse light of shaded steps."""
+    light_distance: tuple[float, float] = (2.5, 4.0)
+    """Range of the light's distance from the origin, scene units."""
 
     def __post_init__(self) -> None:
         total = self.albedo_probability + self.textureless_probability
@@ -98,8 +100,41 @@ class LossConfig:
     """sqrt(opacity^2 + 0.01) per ray: empty space stays empty."""
     entropy: Ramp = Ramp(0.0, 1e-3, 0.4, 0.6)
     """Binary entropy of the opacity per ray: a ray hits or it misses."""
-    total_variation: Ramp = Ramp(0.0, 0.0)
-    """Differences between neighbouring table entries or field values."""
+
+
+@dataclass(frozen=True)
+class OccupancyConfig:
+    """The grid that tells the renderer which space is empty."""
+
+    resolution: int = 64
+    """Cells per side of the scene box."""
+    every: int = 16
+    """Steps between two updates."""
+    warmup_steps: int = 96
+    """Steps during which an update visits every cell."""
+    decay: float = 0.8
+    """Decay of a cell's density per update."""
+    alpha_threshold: float = 0.01
+    """A cell is empty below this opacity of one render step."""
+
+
+@dataclass(frozen=True)
+class BackgroundConfig:
+    """What is behind the object: a plain colour per view, or a learned background around the scene."""
+
+    plain: float = 1.0
+    """Probability that a step's views have plain backgrounds; the others show the learned one (DreamFusion: 0)."""
+    white: float = 0.4
+    """Share of the plain backgrounds that are white; the others are random colours."""
+    frequencies: int = 4
+    """Octaves of the learned background's direction encoding."""
+    hidden: int = 32
+    """Width of the learned background's network."""
+
+    def __post_init__(self) -> None:
+        for name in ("plain", "white"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} has to be between 0 and 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -210,7 +245,7 @@ class ExportConfig:
 class Config:
     """One run, from a prompt to a mesh."""
 
-    prompt: Positional[str] = ""
+    prompt: Annotated[Positional[str], arg(metavar="PROMPT")] = ""
     """What to make."""
     out: str = ""
     """Folder for everything the run writes; by default out/ and the prompt. A folder that holds a run is refused."""
@@ -226,6 +261,8 @@ class Config:
     camera: CameraConfig = dataclasses.field(default_factory=CameraConfig)
     field: HashGridFieldConfig = dataclasses.field(default_factory=HashGridFieldConfig)
     renderer: RendererConfig = dataclasses.field(default_factory=RendererConfig)
+    occupancy: OccupancyConfig = OccupancyConfig()
+    background: BackgroundConfig = BackgroundConfig()
     optim: OptimConfig = OptimConfig()
     shading: ShadingConfig = ShadingConfig()
     loss: LossConfig = LossConfig()
@@ -270,4 +307,9 @@ class Config:
 
     def architecture(self) -> dict[str, Any]:
         """The part that decides names and shapes of the parameters: a checkpoint fits where this is the same."""
-        return {"field": config_io.to_dict(self.field)}
+        background = {"frequencies": self.background.frequencies, "hidden": self.background.hidden}
+        return {
+            "field": config_io.to_dict(self.field),
+            "background": background,
+            "occupancy": {"resolution": self.occupancy.resolution},
+        }

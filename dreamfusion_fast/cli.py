@@ -1,0 +1,279 @@
+"""The command line: generate, export, sample, doctor.
+
+Only parsing and messages are here. torch and what is built on it are imported inside the commands, so that help and
+doctor are quick and work where torch does not.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import io
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from dreamfusion_fast import __version__
+from dreamfusion_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from dreamfusion_fast.training.config import Config
+
+T = TypeVar("T")
+
+PROG = "dreamfusion-fast"
+USAGE = f"""\
+Text to textured 3D mesh, by score distillation.
+
+usage:
+  {PROG} generate "an armchair" --out out/armchair   a prompt to mesh.glb, turntable.mp4, preview.png
+  {PROG} generate --resume out/armchair              continue an interrupted run
+  {PROG} export out/armchair --resolution 256        make mesh and pictures again with other settings
+  {PROG} sample "an armchair" -n 9 --out grid.png    what the embedded 2D prior makes of a prompt
+  {PROG} doctor                                      what works on this machine, what is missing, how to get it
+
+{PROG} COMMAND --help lists the options of a command; --version prints the version.
+--debug (or DREAMFUSION_FAST_DEBUG=1) shows the traceback of an error."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (by default the process's) and return the exit code.
+
+    0: done. 2: something the user has to change, said in one line on stderr. 130: interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments or os.environ.get("DREAMFUSION_FAST_DEBUG", "0") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        return _run(arguments)
+    except SystemExit as stop:  # argparse and tyro have printed their message
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        message = _message(error)
+        if debug or message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if arguments[0] == "--version":
+        print(f"{PROG} {__version__}")
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f'for a prompt: {PROG} generate "{command}"'
+        raise UserError(f"unknown command {command!r}; known: {', '.join(COMMANDS)}; {hint}")
+    return COMMANDS[command](rest)
+
+
+def _message(error: Exception) -> str | None:
+    """The line to print for an error that is not a bug; None for one that is."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the GPU is out of memory; use --batch 1, a smaller --schedule.render-size, or --device cpu"
+    return None
+
+
+def _parse(kind: type[T], arguments: list[str], command: str, description: str, default: T | None = None) -> T:
+    import tyro
+
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(kind, args=arguments, prog=f"{PROG} {command}", description=description, **options)
+    except ValueError as error:  # a config's own check of its values
+        raise UserError(str(error)) from error
+    except SystemExit as stop:
+        if stop.code:
+            raise UserError(f"{_sentence(printed.getvalue())}; see {PROG} {command} --help") from None
+        raise
+
+
+def _sentence(box: str) -> str:
+    """What tyro says in the first part of a framed message, as one line."""
+    words: list[str] = []
+    for line in box.splitlines():
+        text = line.strip("│╭╮╰╯─ ")
+        if line.startswith("╭"):  # the title says less than what follows
+            continue
+        if words and not text:
+            break
+        words.append(text)
+    return " ".join(words).strip().rstrip(".").removeprefix("Error parsing ") or "wrong options"
+
+
+def _generate(arguments: list[str]) -> int:
+    # What --config or --resume hold are the defaults for the rest, so these two are read first.
+    first = argparse.ArgumentParser(prog=f"{PROG} generate", add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--resume")
+    known, rest = first.parse_known_args(arguments)
+    if known.config is not None and known.resume is not None:
+        raise UserError("give --config or --resume, not both; a resumed run has its own config")
+
+    from dreamfusion_fast.io import open_run_folder
+    from dreamfusion_fast.training.config import Config
+    from dreamfusion_fast.training.device import resolve_device
+
+    base = Config()
+    if known.config is not None:
+        base = Config.load(known.config)
+    elif known.resume is not None:
+        base = dataclasses.replace(Config.load(open_run_folder(known.resume).config), out=known.resume)
+    config = _parse(
+        Config,
+        rest,
+        "generate",
+        "Make a textured mesh of what the prompt says.\n\n"
+        "Besides the options below: --config FILE.yaml reads options from a file (the command line wins), "
+        "--resume RUN continues an interrupted run.",
+        base,
+    )
+    config.check()
+    resolve_device(config.device)
+    if known.resume is None:
+        result = _generator().Generator(config).run()
+    else:
+        _check_same_run(base, config)
+        result = _generator().Generator.resume(known.resume, config).run()
+    print(f"done: {result.folder}")
+    return 0
+
+
+def _check_same_run(saved: "Config", given: "Config") -> None:
+    if given.prompt != saved.prompt:
+        raise UserError(
+            f"--resume continues a run with the prompt {saved.prompt!r}; for {given.prompt!r} start another with --out"
+        )
+    if given.out != saved.out:
+        raise UserError("--resume writes to the folder that it resumes; leave --out away")
+
+
+def _export(arguments: list[str]) -> int:
+    import tyro
+
+    from dreamfusion_fast.io import open_run_folder
+    from dreamfusion_fast.training.config import Config, ExportConfig
+    from dreamfusion_fast.training.device import resolve_device
+
+    @dataclasses.dataclass(frozen=True)
+    class Export:
+        run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+        """Output folder of an earlier run."""
+        settings: tyro.conf.OmitArgPrefixes[ExportConfig] = dataclasses.field(default_factory=ExportConfig)
+        out: str = ""
+        """Folder to write to; by default the run's own, where older results are replaced."""
+        device: str = "auto"
+        """auto (the GPU if there is one), cpu, cuda or cuda:1."""
+
+    description = "Make mesh.glb, turntable.mp4 and preview.png of a run again; what is not given is as in the run."
+    run = _parse(Export, arguments, "export", description).run
+    # The run's own settings are the defaults, and only now is it known which run.
+    folder = open_run_folder(run, writable=False)
+    saved = Config.load(folder.config)
+    given = _parse(Export, arguments, "export", description, Export(run=run, settings=saved.export))
+    resolve_device(given.device)
+    out = _writable_folder(given.out or run)
+    config = dataclasses.replace(saved, export=given.settings, device=given.device, out=run)
+    _generator().Generator.resume(run, config).export(out)
+    print(f"done: {out}")
+    return 0
+
+
+def _sample(arguments: list[str]) -> int:
+    import tyro
+
+    @dataclasses.dataclass(frozen=True)
+    class Sample:
+        prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
+        """What to draw; may end in front view, side view, back view or overhead view."""
+        n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 9
+        """Number of pictures."""
+        out: str = "grid.png"
+        """Picture to write. One that exists is refused, unless --overwrite is given."""
+        overwrite: bool = False
+        """Replace an existing picture."""
+        seed: int = 0
+        """Seeds the noise."""
+        guidance_scale: float = 3.0
+        """Strength of classifier-free guidance; 1 for none."""
+        steps: int = 50
+        """Denoising steps."""
+        device: str = "auto"
+        """auto (the GPU if there is one), cpu, cuda or cuda:1."""
+
+    given = _parse(Sample, arguments, "sample", "Draw pictures with the embedded 2D prior, without any 3D.")
+    if not given.prompt.strip():
+        raise UserError('the prompt is empty; say what to draw, such as "an armchair, side view"')
+    for name in ("n", "steps"):
+        if getattr(given, name) < 1:
+            raise UserError(f"--{name} has to be at least 1, not {getattr(given, name)}")
+    out = Path(given.out).expanduser()
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out has to end in .png, not {given.out!r}")
+    if out.exists() and not given.overwrite:
+        raise UserError(f"{out} exists; choose another with --out, or give --overwrite")
+    _writable_folder(out.parent)
+
+    from dreamfusion_fast.export.turntable import save_png, tile
+    from dreamfusion_fast.guidance.prior.sample import sample_images
+    from dreamfusion_fast.training.device import resolve_device
+
+    images = sample_images(
+        given.prompt, given.n, given.seed, given.guidance_scale, given.steps, str(resolve_device(given.device))
+    )
+    save_png(out, tile(list(images), math.ceil(math.sqrt(given.n))))
+    print(f"done: {out}")
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    argparse.ArgumentParser(
+        prog=f"{PROG} doctor",
+        description="Say what works on this machine, what is missing, how to get it. Exit code 0: generate can run.",
+    ).parse_args(arguments)
+    from dreamfusion_fast.doctor import examine, report
+
+    checks = examine()
+    print(report(checks))
+    return 1 if any(check.fatal for check in checks) else 0
+
+
+def _generator() -> Any:
+    from dreamfusion_fast.training import generator
+
+    return generator
+
+
+def _writable_folder(folder: str | os.PathLike[str]) -> Path:
+    from dreamfusion_fast.io import make_folder
+
+    return make_folder(folder)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "generate": _generate,
+    "export": _export,
+    "sample": _sample,
+    "doctor": _doctor,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -49,6 +49,8 @@ class PipelineModel(DiffusionModel):
         self.name = source.name
         self.device = device
         self.dtype = dtype
+        # Not every transformers version can mask in float64.
+        self._text_dtype = torch.float32 if dtype == torch.float64 else dtype
         self._source = source
         configs = {component: source.config(component) for component in self._components if component != "tokenizer"}
         for component in configs:
@@ -100,12 +102,12 @@ class PipelineModel(DiffusionModel):
 
     @property
     def text_identity(self) -> str:
-        return f"{type(self).__name__}:{self.dtype}:{self._source.identity(['tokenizer', 'text_encoder'])}"
+        return f"{type(self).__name__}:{self._text_dtype}:{self._source.identity(['tokenizer', 'text_encoder'])}"
 
     def embed_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """See `DiffusionModel.embed_texts`: "hidden" [n, tokens, width] on the CPU."""
         tokenizer = self._source.load("tokenizer")
-        encoder = self._source.load("text_encoder", self.dtype).to(self.device)
+        encoder = self._source.load("text_encoder", self._text_dtype).to(self.device)
         tokens = self._tokenize(tokenizer, texts)
         masked = encoder.config.model_type == "t5" or getattr(encoder.config, "use_attention_mask", False)
         with torch.no_grad():

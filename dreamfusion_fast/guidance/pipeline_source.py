@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import re
 from abc import ABC, abstractmethod
@@ -54,6 +55,12 @@ class PipelineSource(ABC):
     """
 
     def __init__(self, name: str, config: GuidanceConfig):
+        absent = [library for library in ("diffusers", "transformers") if importlib.util.find_spec(library) is None]
+        if absent:
+            raise UserError(
+                f"guidance {name!r} needs {' and '.join(absent)}, not installed here: pip install "
+                "'dreamfusion-fast[diffusers]'"
+            )
         self.name = name
         self.variant = config.variant
         self._allow_pickle = config.allow_pickle

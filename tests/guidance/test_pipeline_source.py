@@ -190,12 +190,14 @@ def test_variant_is_found_by_its_files(own_pipeline: Pipelines) -> None:
     guidance.model.load()
 
 
-class Response:
-    """As much of an HTTP response as the hub's errors look at."""
+def test_diffusers_not_installed(pipeline: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
 
-    headers: dict[str, str] = {}  # noqa: RUF012
-    status_code = 404
-    request = None
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "diffusers" else find(name, *rest)
+    )
+    _refused(pipeline("latent"), r"needs diffusers, not installed here: pip install 'dreamfusion-fast\[diffusers\]'")
 
 
 def _hub_error(kind: str) -> Exception:

@@ -1,9 +1,9 @@
 """Whole render, forward + backward: the native core against the pure-PyTorch twins.
 
 The workload: one camera at distance 2 (azimuth and elevation 0.3 rad, 60 degrees field of view) in front of the box
-[-1, 1]^3, occupancy 128^3 holding a ball, step 2 sqrt(3) / 512, jitter, no early stop; hash grid 16 x 2, 2^19 rows, 16 to 2048;
-MLP 32-64-64-4; softplus density with Magic3D's blob; the gradient of a random image; parameter gradients cleared
-each step.
+[-1, 1]^3, occupancy 128^3 holding a ball, step 2 sqrt(3) / 512, jitter, no early stop; hash grid 16 x 2, 2^19 rows,
+16 to 2048; MLP 32-64-64-4; softplus density with Magic3D's blob; the gradient of a random image; parameter gradients
+cleared each step.
 
     python benchmarks/bench_render.py                       # what the machine has: a GPU at 256^2 or the CPU at 64^2
     python benchmarks/bench_render.py --sizes 64 128 256 512 --radius 0.5 1.0 --shading albedo lambertian --out

@@ -2,12 +2,11 @@
 # Sets build_cuda, cuda_reason (why not, for people) and CMAKE_CUDA_ARCHITECTURES, and enables the language.
 
 set(build_cuda OFF)
-set(cuda_reason "")
+set(cuda_reason "${DREAMFUSION_FAST_CUDA_REASON}")
 
 if(DREAMFUSION_FAST_CUDA STREQUAL "0")
-  set(cuda_reason "it was built with DREAMFUSION_FAST_CUDA=0")
-  if(DREAMFUSION_FAST_CUDA_REASON)
-    set(cuda_reason "${DREAMFUSION_FAST_CUDA_REASON}")
+  if(cuda_reason STREQUAL "")
+    set(cuda_reason "it was built with DREAMFUSION_FAST_CUDA=0")
   endif()
   return()
 endif()

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 _REBUILD = "pip install . (in the source tree; DREAMFUSION_FAST_CUDA=1 makes a missing nvcc an error)"
+_SUFFIXES = {torch.float32: "_f32", torch.float64: "_f64"}
 
 
 @functools.cache
@@ -70,28 +72,34 @@ def pointer(tensor: Tensor | None) -> int:
 
 
 def call(name: str, like: Tensor, *arguments: int | float | bool) -> None:
-    """Calls the native function `name` for the dtype and on the device of `like`, on torch's current stream there.
+    """Calls the native function `name` on the device of `like`, on torch's current stream there.
+
+    A function that exists for several dtypes is called for the dtype of `like`.
 
     Raises:
         RuntimeError: no native core for that device, or the launch failed.
         TypeError: a dtype the core has no code for.
     """
     device = like.device
-    suffix = {torch.float32: "_f32", torch.float64: "_f64"}.get(like.dtype)
-    if suffix is None:
-        raise TypeError(f"dreamfusion_fast.ops.{name}: the native core computes in float32 or float64, not {like.dtype}")
     if device.type == "cpu":
         module, _ = _load("_core")
         if module is None:
             raise RuntimeError(f"dreamfusion_fast.ops.{name}: {cpu_reason()}")
-        getattr(module, name + suffix)(*arguments, torch.get_num_threads())
+        _function(module, name, like.dtype)(*arguments, torch.get_num_threads())
     elif device.type == "cuda":
         module, _ = _load("_core_cuda")
         if module is None:
             raise RuntimeError(f"dreamfusion_fast.ops.{name}: {cuda_reason()}")
-        function = getattr(module, name + suffix)
+        function = _function(module, name, like.dtype)
         stream = torch.cuda.current_stream(device).cuda_stream
         with torch.cuda.device(device):
             function(*arguments, stream)
     else:
         raise RuntimeError(f"dreamfusion_fast.ops.{name}: no native core for device {device}, only for cpu and cuda")
+
+
+def _function(module: ModuleType, name: str, dtype: torch.dtype) -> Callable[..., None]:
+    function = getattr(module, name + _SUFFIXES.get(dtype, ""), None) or getattr(module, name, None)
+    if function is None:
+        raise TypeError(f"dreamfusion_fast.ops.{name}: the native core has no code for {dtype}")
+    return function

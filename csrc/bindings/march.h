@@ -1,0 +1,68 @@
+#pragma once
+
+#include "bindings/bind.h"
+#include "dreamfusion_fast/march.h"
+
+namespace dff {
+namespace bindings {
+
+inline void march_blocks(Address bitfield, int32_t resolution, Address blocks, std::uintptr_t where) {
+  MarchBlocks op;
+  op.bitfield = pointer<const uint8_t>(bitfield);
+  op.blocks = pointer<uint8_t>(blocks);
+  op.resolution = resolution;
+  check("march", backend::march_blocks(op, launch_at(where)));
+}
+
+template <typename T>
+MarchRays<T> march_rays(Address origins, Address directions, Address t_near, Address t_far, Address aabb,
+                        Address bitfield, Address blocks, int32_t resolution, double step, bool jitter, uint64_t seed, int64_t n_rays) {
+  MarchRays<T> rays;
+  rays.origins = pointer<const T>(origins);
+  rays.directions = pointer<const T>(directions);
+  rays.t_near = pointer<const T>(t_near);
+  rays.t_far = pointer<const T>(t_far);
+  rays.aabb = pointer<const T>(aabb);
+  rays.bitfield = pointer<const uint8_t>(bitfield);
+  rays.blocks = pointer<const uint8_t>(blocks);
+  rays.step = static_cast<T>(step);
+  rays.resolution = resolution;
+  rays.jitter = jitter;
+  rays.seed = seed;
+  rays.n_rays = n_rays;
+  return rays;
+}
+
+template <typename T>
+void march_count(Address origins, Address directions, Address t_near, Address t_far, Address aabb, Address bitfield,
+                 Address blocks, int32_t resolution, double step, bool jitter, uint64_t seed, int64_t n_rays, Address counts,
+                 Address firsts, std::uintptr_t where) {
+  MarchCount<T> op;
+  op.rays = march_rays<T>(origins, directions, t_near, t_far, aabb, bitfield, blocks, resolution, step, jitter, seed, n_rays);
+  op.counts = pointer<int32_t>(counts);
+  op.firsts = pointer<int32_t>(firsts);
+  check("march", backend::march_count(op, launch_at(where)));
+}
+
+template <typename T>
+void march_write(Address origins, Address directions, Address t_near, Address t_far, Address aabb, Address bitfield,
+                 Address blocks, int32_t resolution, double step, bool jitter, uint64_t seed, int64_t n_rays, Address firsts, Address offsets, Address t,
+                 Address ray_indices, int64_t capacity, std::uintptr_t where) {
+  MarchWrite<T> op;
+  op.rays = march_rays<T>(origins, directions, t_near, t_far, aabb, bitfield, blocks, resolution, step, jitter, seed, n_rays);
+  op.firsts = pointer<const int32_t>(firsts);
+  op.offsets = pointer<const int32_t>(offsets);
+  op.t = pointer<T>(t);
+  op.ray_indices = pointer<int32_t>(ray_indices);
+  op.capacity = capacity;
+  check("march", backend::march_write(op, launch_at(where)));
+}
+
+inline void bind_march(py::module_& module) {
+  module.def("march_blocks", &march_blocks, py::call_guard<py::gil_scoped_release>());
+  DFF_DEF(module, "march_count", march_count);
+  DFF_DEF(module, "march_write", march_write);
+}
+
+}  // namespace bindings
+}  // namespace dff

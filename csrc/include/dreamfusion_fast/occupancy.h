@@ -1,0 +1,58 @@
+// The occupancy grid: a running maximum of the density in each cell of the scene box, and its threshold as one bit each.
+#pragma once
+
+#include "dreamfusion_fast/common.h"
+
+namespace dff {
+
+// The first half of an update: what each listed cell becomes, read from the old grid. It is not written back at once,
+// because a cell listed twice would then decay twice.
+struct OccupancyDecay {
+  const float* grid;     // [n_cells]
+  const int64_t* cells;  // [n] flat index (x * R + y) * R + z; nullptr: all cells in order, n = n_cells
+  const float* density;  // [n]
+  float* decayed;        // [n] max(grid * decay, density); may be grid itself where cells is nullptr
+  float decay;
+  int64_t n;
+  int64_t n_cells;
+
+  DFF_HD void operator()(int64_t i) const {
+    const int64_t cell = cells == nullptr ? i : cells[i];
+    if (cell < 0 || cell >= n_cells) return;
+    const float old = grid[cell] * decay;
+    decayed[i] = density[i] > old ? density[i] : old;
+  }
+};
+
+// Empties the listed cells, for the maxima of the second half.
+struct OccupancyClear {
+  float* grid;
+  const int64_t* cells;
+  int64_t n_cells;
+
+  DFF_HD void operator()(int64_t i) const {
+    if (cells[i] >= 0 && cells[i] < n_cells) grid[cells[i]] = -INFINITY;
+  }
+};
+
+struct OccupancyPack {
+  const float* grid;       // [n_cells]
+  const float* threshold;  // [1]
+  uint8_t* bits;           // [ceil(n_cells / 8)] bit i of byte b is cell 8 b + i: grid > threshold
+  int64_t n_cells;
+
+  DFF_HD void operator()(int64_t byte) const {
+    unsigned value = 0;
+    for (int bit = 0; bit < 8; ++bit) {
+      const int64_t cell = 8 * byte + bit;
+      if (cell < n_cells && grid[cell] > *threshold) value |= 1u << bit;
+    }
+    bits[byte] = static_cast<uint8_t>(value);
+  }
+};
+
+// The whole update. `decay.grid` and `grid` are the same array.
+DFF_LAUNCHER(Status occupancy_update(float* grid, const OccupancyDecay& decay, const Launch& launch);)
+DFF_LAUNCHER(Status occupancy_pack(const OccupancyPack& op, const Launch& launch);)
+
+}  // namespace dff

@@ -1,0 +1,148 @@
+"""The occupancy grid's two operations: a decaying maximum of the density per cell, and its threshold as a bitfield."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.ops._checks import INTEGERS, check_same_length, check_tensor
+from dreamfusion_fast.ops._native import call, pointer
+
+
+def occupancy_update(grid: Tensor, cells: Tensor | None, density: Tensor, decay: float) -> None:
+    """Lets the listed cells decay and raises them to the density seen now: ``max(grid * decay, density)``, in place.
+
+    A cell listed several times decays once and takes the largest of its densities (instant-ngp, Mueller et al. 2022, section 5.1
+    and appendix E). No waiting for the GPU.
+
+    Args:
+        grid: ``[R, R, R]`` float32, contiguous; changed in place.
+        cells: ``[n]`` int32 or int64, flat indices ``(x * R + y) * R + z``; None = all cells in order, n = R^3.
+        density: ``[n]`` float32. A NaN in it is ignored.
+        decay: factor in [0, 1].
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape or device, or a decay out of range.
+        IndexError: a cell out of range (CPU; on a GPU, where telling would mean to wait, such cells are left out).
+        RuntimeError: the native core for this device was not built.
+    """
+    _check_update("occupancy_update", grid, cells, density, decay)
+    if not grid.is_contiguous():
+        raise ValueError("dreamfusion_fast.ops.occupancy_update: grid must be contiguous, since it is changed in place")
+    _occupancy_update(grid, cells, density.detach(), decay)
+
+
+def occupancy_pack(grid: Tensor, threshold: float | Tensor) -> Tensor:
+    """One bit per cell: bit i of byte b tells whether cell ``8 b + i`` is above the threshold.
+
+    Args:
+        grid: ``[R, R, R]`` float32.
+        threshold: a number, or a 0-dim tensor on the grid's device (then nothing waits for the GPU).
+
+    Returns:
+        uint8 ``[ceil(R^3 / 8)]``; the bits past the last cell are 0.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape or device.
+        RuntimeError: the native core for this device was not built.
+    """
+    return _occupancy_pack(grid.detach(), _check_pack("occupancy_pack", grid, threshold))
+
+
+def _check_grid(op: str, grid: Tensor, dtypes: tuple[torch.dtype, ...]) -> int:
+    size = grid.shape[0] if isinstance(grid, Tensor) and grid.dim() == 3 else 0
+    shape: list[int | str] = [size, size, size] if size > 0 else ["R", "R", "R >= 1"]
+    check_tensor(op, "grid", grid, shape, dtypes)
+    if size == 0 or size**3 >= 2**31:
+        raise ValueError(f"dreamfusion_fast.ops.{op}: grid must have 1 <= R <= 1290, got R = {size}")
+    return size**3
+
+
+def _check_update(op: str, grid: Tensor, cells: Tensor | None, density: Tensor, decay: float) -> None:
+    dtypes = (torch.float32,) if op == "occupancy_update" else (torch.float32, torch.float64)
+    n_cells = _check_grid(op, grid, dtypes)
+    if cells is None:
+        check_tensor(op, "density", density, [n_cells], like=grid, same_dtype=True)
+    else:
+        check_tensor(op, "cells", cells, ["n"], INTEGERS, like=grid)
+        check_tensor(op, "density", density, ["n"], like=grid, same_dtype=True)
+        check_same_length(op, "density", density, "cells", cells)
+    if not 0.0 <= decay <= 1.0:
+        raise ValueError(f"dreamfusion_fast.ops.{op}: decay must be between 0 and 1, got {decay}")
+
+
+def _check_pack(op: str, grid: Tensor, threshold: float | Tensor) -> Tensor:
+    """The threshold as a tensor like the grid's elements."""
+    dtypes = (torch.float32,) if op == "occupancy_pack" else (torch.float32, torch.float64)
+    _check_grid(op, grid, dtypes)
+    if isinstance(threshold, Tensor):
+        check_tensor(op, "threshold", threshold, [], like=grid)
+        return threshold.detach().to(grid.dtype)
+    if math.isnan(threshold):
+        raise ValueError(f"dreamfusion_fast.ops.{op}: threshold must be a number, got {threshold}")
+    return grid.new_full((), threshold)
+
+
+@torch.library.custom_op("dreamfusion_fast::occupancy_update", mutates_args=("grid",))
+def _occupancy_update(grid: Tensor, cells: Tensor | None, density: Tensor, decay: float) -> None:
+    density = density.contiguous()
+    decayed = grid
+    if cells is not None:
+        cells = cells.to(torch.int64).contiguous()
+        if cells.device.type == "cpu" and cells.numel() > 0:
+            lowest, highest = (int(bound) for bound in cells.aminmax())
+            if lowest < 0 or highest >= grid.numel():
+                raise IndexError(
+                    f"dreamfusion_fast.ops.occupancy_update: cells must be in [0, {grid.numel()}), "
+                    f"got {lowest} to {highest}"
+                )
+        decayed = torch.empty_like(density)
+    if density.numel() > 0:
+        addresses = (pointer(grid), pointer(cells), pointer(density), pointer(decayed))
+        call("occupancy_update", grid, *addresses, decay, density.numel(), grid.numel())
+
+
+@_occupancy_update.register_fake
+def _(grid: Tensor, cells: Tensor | None, density: Tensor, decay: float) -> None:
+    return None
+
+
+@torch.library.custom_op("dreamfusion_fast::occupancy_pack", mutates_args=())
+def _occupancy_pack(grid: Tensor, threshold: Tensor) -> Tensor:
+    grid = grid.contiguous()
+    bits = grid.new_empty((grid.numel() + 7) // 8, dtype=torch.uint8)
+    call("occupancy_pack", grid, pointer(grid), pointer(threshold), pointer(bits), grid.numel())
+    return bits
+
+
+@_occupancy_pack.register_fake
+def _(grid: Tensor, threshold: Tensor) -> Tensor:
+    return grid.new_empty((grid.numel() + 7) // 8, dtype=torch.uint8)
+
+
+def occupancy_update_reference(grid: Tensor, cells: Tensor | None, density: Tensor, decay: float) -> None:
+    """The PyTorch twin of `occupancy_update`: float32 or float64, any device."""
+    _check_update("occupancy_update_reference", grid, cells, density, decay)
+    flat = grid.detach().view(-1)
+    old = (flat if cells is None else flat[cells.long()]) * decay
+    new = torch.where(density > old, density, old)
+    if cells is None:
+        flat.copy_(new)
+    else:
+        flat.index_reduce_(0, cells.long(), new, "amax", include_self=False)
+
+
+def occupancy_pack_reference(grid: Tensor, threshold: float | Tensor) -> Tensor:
+    """The PyTorch twin of `occupancy_pack`: float32 or float64, any device."""
+    above = (grid > _check_pack("occupancy_pack_reference", grid, threshold)).reshape(-1)
+    above = torch.nn.functional.pad(above, (0, -above.numel() % 8)).view(-1, 8)
+    place = 2 ** torch.arange(8, device=grid.device)
+    return (above * place).sum(dim=-1).to(torch.uint8)
+
+
+def occupancy_unpack(bitfield: Tensor, resolution: int) -> Tensor:
+    """The bool grid ``[R, R, R]`` of a bitfield made by `occupancy_pack`."""
+    bits = (bitfield[:, None] >> torch.arange(8, dtype=torch.uint8, device=bitfield.device)) & 1
+    return bits.reshape(-1)[: resolution**3].bool().view(resolution, resolution, resolution)

@@ -1,0 +1,34 @@
+"""Fixtures for all tests: where they run, and one thread for what they time or compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dreamfusion_fast.ops import _native
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips, and so counts, what needs a GPU where none can be used, and says why."""
+    reason = _native.cuda_reason()
+    if reason:
+        skip = pytest.mark.skip(reason=f"GPU test: {reason}")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, and as a test of its own, the GPU."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Each test starts from the same random state, whatever ran before it, and leaves none behind."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield

@@ -1,0 +1,236 @@
+"""Compositing: native core against the twin, and both against what is known in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.ops import composite, composite_reference
+
+STEP = 0.03
+
+
+def scene(counts: list[int], channels: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Random density, values, t and offsets for rays with these numbers of samples."""
+    m = sum(counts)
+    density = torch.rand(m, dtype=torch.float64) ** 4 * 30
+    values = torch.randn(m, channels, dtype=torch.float64)
+    t = 1 + torch.rand(m, dtype=torch.float64)
+    offsets = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+    return *(x.to(device, dtype) for x in (density, values, t)), offsets.to(device)
+
+
+def assert_near(actual: Tensor, expected: Tensor, roundings: float) -> None:
+    """Within so many roundings of the dtype of `actual`, relative to the largest expected value (or 1)."""
+    assert actual.shape == expected.shape
+    if actual.numel() == 0:
+        return
+    scale = max(1.0, expected.abs().max().item())
+    error = (actual.double() - expected.double()).abs().max().item()
+    assert error <= roundings * torch.finfo(actual.dtype).eps * scale
+
+
+COUNTS = [[], [0], [1], [0, 0, 5, 0, 1, 31, 32, 33, 0], [1023, 0, 113], [2] * 113]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [1, 3, 4, 5, 9])
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_matches_the_twin(counts: list[int], channels: int, dtype: torch.dtype, device: torch.device) -> None:
+    density, values, t, offsets = scene(counts, channels, dtype, device)
+    twins = [x.double() for x in (density, values, t)]
+    for x in (density, values, twins[0], twins[1]):
+        x.requires_grad_()
+    actual = composite(density, values, t, STEP, offsets)
+    expected = composite_reference(*twins, STEP, offsets)
+    grads = [torch.randn_like(x) for x in actual]
+    gradient = torch.autograd.grad(actual, (density, values), grads)
+    expected_gradient = torch.autograd.grad(expected, twins[:2], [g.double() for g in grads])
+    # Sums of up to 1023 terms. In float64 the twin, with its sum over all rays, rounds no less than the core does.
+    for a, e in zip((*actual, *gradient), (*expected, *expected_gradient), strict=True):
+        assert_near(a, e, roundings=64 if dtype == torch.float32 else 256)
+
+
+@pytest.mark.parametrize("output", range(4), ids=["weights", "opacity", "depth", "accumulated"])
+def test_gradient_of_each_output_alone(output: int, device: torch.device) -> None:
+    density, values, t, offsets = scene([3, 0, 40, 1], 3, torch.float64, device)
+    density.requires_grad_()
+    values.requires_grad_()
+    weight = torch.randn_like(composite(density, values, t, STEP, offsets)[output])
+    loss = (composite(density, values, t, STEP, offsets)[output] * weight).sum()
+    expected = (composite_reference(density, values, t, STEP, offsets)[output] * weight).sum()
+    wanted = torch.autograd.grad(expected, (density, values), allow_unused=True, materialize_grads=True)
+    for a, e in zip(torch.autograd.grad(loss, (density, values)), wanted, strict=True):
+        assert_near(a, e, roundings=64)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 6])
+def test_gradcheck(channels: int) -> None:
+    density, values, t, offsets = scene([2, 0, 4, 1], channels, torch.float64, torch.device("cpu"))
+    density.requires_grad_()
+    values.requires_grad_()
+    assert torch.autograd.gradcheck(lambda d, v: composite(d, v, t, STEP, offsets), (density, values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constant_density_has_its_closed_form(dtype: torch.dtype, device: torch.device) -> None:
+    n = 500
+    density = torch.full((n,), 4.0, dtype=dtype, device=device)
+    t = (torch.arange(n, dtype=dtype, device=device) + 0.5) * 0.01
+    offsets = torch.tensor([0, n], dtype=torch.int32, device=device)
+    weights, opacity, _, accumulated = composite(
+        density, torch.ones(n, 1, dtype=dtype, device=device), t, 0.01, offsets
+    )
+    k = torch.arange(n, dtype=torch.float64, device=device)
+    assert_near(weights, torch.exp(-0.04 * k) * -math.expm1(-0.04), roundings=64)
+    assert_near(opacity, torch.full_like(opacity, -math.expm1(-0.04 * n)), roundings=8)
+    assert_near(accumulated[0], opacity.double(), roundings=64)
+
+
+def test_thin_samples_keep_their_digits(device: torch.device) -> None:
+    """1 - exp(-x) of a small x, computed as such, has no digit right in float32."""
+    density = torch.full((4,), 1e-7, device=device)
+    offsets = torch.tensor([0, 4], dtype=torch.int32, device=device)
+    weights, opacity, *_ = composite(
+        density, torch.ones(4, 1, device=device), torch.ones(4, device=device), 0.1, offsets
+    )
+    torch.testing.assert_close(weights, torch.full_like(weights, 1e-8), rtol=1e-6, atol=0)
+    torch.testing.assert_close(opacity, torch.full_like(opacity, 4e-8), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dense", [math.inf, 1e30])
+@pytest.mark.parametrize("place", [0, 5, 39])
+def test_opaque_sample(dense: float, place: int, device: torch.device) -> None:
+    """Behind an infinite density there is nothing, and no gradient is NaN."""
+    density, values, t, offsets = scene([40, 40], 3, torch.float32, device)
+    density[place] = dense
+    density.requires_grad_()
+    values.requires_grad_()
+    outputs = composite(density, values, t, STEP, offsets)
+    expected = composite_reference(density, values, t, STEP, offsets)
+    assert outputs[0][place + 1 : 40].abs().sum() == 0
+    assert outputs[1][0] == 1
+    gradient = torch.autograd.grad(outputs, (density, values), [torch.ones_like(x) for x in outputs])
+    wanted = torch.autograd.grad(expected, (density, values), [torch.ones_like(x) for x in expected])
+    assert gradient[0][place] == 0
+    for a, e in zip((*outputs, *gradient), (*expected, *wanted), strict=True):
+        assert torch.isfinite(a).all()
+        assert_near(a, e, roundings=64)
+
+
+def test_opacity_never_exceeds_one(device: torch.device) -> None:
+    density, values, t, offsets = scene([1000] * 20, 1, torch.float32, device)
+    opacity = composite(density * 10, values, t, STEP, offsets)[1]
+    assert opacity.max() <= 1
+    assert opacity.max() > 0.99
+
+
+def test_unused_rest_of_a_buffer(device: torch.device) -> None:
+    density, values, t, offsets = scene([7, 3, 5], 3, torch.float32, device)
+    offsets = offsets[:-1]  # the last five samples belong to no ray
+    density[10:] = math.nan
+    density.requires_grad_()
+    values.requires_grad_()
+    outputs = composite(density, values, t, STEP, offsets)
+    expected = composite_reference(density, values, t, STEP, offsets)
+    for a, e in zip(outputs, expected, strict=True):
+        assert_near(a, e, roundings=16)
+    gradient = torch.autograd.grad(outputs, (density, values), [torch.ones_like(x) for x in outputs])
+    assert all(g[10:].abs().sum() == 0 for g in gradient)
+
+
+def test_strided_arguments(device: torch.device) -> None:
+    density, values, t, offsets = scene([7, 30, 5], 3, torch.float32, device)
+    strided = (torch.stack([density, density], 1)[:, 0], values.t().contiguous().t(), torch.stack([t, t], 1)[:, 1])
+    assert not any(x.is_contiguous() for x in strided)
+    expected = composite(density, values, t, STEP, offsets)
+    actual = composite(*strided, STEP, torch.stack([offsets, offsets], 1)[:, 0])
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    values.requires_grad_()
+    total = composite(density, values, t, STEP, offsets)[3].sum()  # its gradient is an expanded scalar
+    assert torch.equal(torch.autograd.grad(total, values)[0], expected[0].unsqueeze(1).expand(-1, 3))
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    density, values, t, offsets = scene([17] * 1023, 3, torch.float32, torch.device("cpu"))
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            results.append(composite(density, values, t, STEP, offsets))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, e) for other in results[1:] for a, e in zip(other, results[0], strict=True))
+
+
+def test_no_second_derivative(device: torch.device) -> None:
+    density, values, t, offsets = scene([4], 1, torch.float32, device)
+    density.requires_grad_()
+    (gradient,) = torch.autograd.grad(composite(density, values, t, STEP, offsets)[1].sum(), density, create_graph=True)
+    with pytest.raises(RuntimeError, match="composite_backward"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(dtype: torch.dtype, device: torch.device) -> None:
+    density, values, t, offsets = scene([2, 0, 4], 3, dtype, device)
+    density.requires_grad_()
+    values.requires_grad_()
+    torch.library.opcheck(torch.ops.dreamfusion_fast.composite.default, (density, values, t, STEP, offsets))
+    density, values = density.detach(), values.detach()
+    weights = composite(density, values, t, STEP, offsets)[0]
+    arguments = (
+        density,
+        values,
+        t,
+        STEP,
+        offsets,
+        weights,
+        None,
+        torch.ones(3, dtype=dtype, device=device),
+        None,
+        None,
+    )
+    torch.library.opcheck(torch.ops.dreamfusion_fast.composite_backward.default, arguments)
+
+
+def wrong_arguments() -> list[tuple[dict[str, object], type[Exception], str]]:
+    return [
+        ({"density": torch.rand(6, 1)}, ValueError, r"density must have shape \[n_samples\]"),
+        ({"density": torch.rand(6).half()}, TypeError, "density must be torch.float32"),
+        ({"density": [1.0]}, TypeError, r"density must be a torch.Tensor, got list"),
+        ({"values": torch.rand(5, 3)}, ValueError, "values has 5 rows, density has 6"),
+        ({"values": torch.rand(6, 3).double()}, TypeError, "values must be torch.float32"),
+        ({"values": torch.rand(6, 0)}, ValueError, "values must have at least one channel"),
+        ({"t": torch.rand(7)}, ValueError, "t has 7 rows"),
+        ({"offsets": torch.tensor([0, 6])}, TypeError, "offsets must be torch.int32, got torch.int64"),
+        ({"offsets": torch.zeros(0, dtype=torch.int32)}, ValueError, "offsets must have n_rays"),
+        (
+            {"offsets": torch.tensor([0, 7], dtype=torch.int32)},
+            ValueError,
+            "there are 6 samples, got offsets from 0 to 7",
+        ),
+        ({"offsets": torch.tensor([1, 6], dtype=torch.int32)}, ValueError, "offsets must rise from 0"),
+        ({"offsets": torch.tensor([0, 5, 2, 6], dtype=torch.int32)}, ValueError, "offsets must rise"),
+        ({"step": 0.0}, ValueError, "step must be positive and finite, got 0.0"),
+        ({"step": math.nan}, ValueError, "step must be positive and finite, got nan"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"), wrong_arguments(), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_wrong_arguments(change: dict[str, object], error: type[Exception], message: str) -> None:
+    arguments: dict[str, object] = {
+        "density": torch.rand(6),
+        "values": torch.rand(6, 3),
+        "t": torch.rand(6),
+        "step": STEP,
+        "offsets": torch.tensor([0, 2, 6], dtype=torch.int32),
+    }
+    with pytest.raises(error, match=message):
+        composite(**{**arguments, **change})  # type: ignore[arg-type]

@@ -20,8 +20,8 @@ UNIT_BOX = (-1.0, -1.0, -1.0, 1.0, 1.0, 1.0)
 # Below these lengths a gradient has no meaningful direction. Density logits change by 1 to 100 per scene unit: 1e-4 is
 # far below anything that shapes a surface, and 1 / 1e-4 bounds how much normalising can amplify a gradient. A density
 # itself may be tiny, and its gradient with it; but so is the sample's weight. 1e-15 squared is still a normal float32.
-SHORTEST_LOGIT_GRADIENT = 1e-4
-SHORTEST_DENSITY_GRADIENT = 1e-15
+_SHORTEST_LOGIT_GRADIENT = 1e-4
+_SHORTEST_DENSITY_GRADIENT = 1e-15
 
 
 class FieldOutput(NamedTuple):
@@ -36,7 +36,7 @@ class FieldOutput(NamedTuple):
 FieldLike = Callable[..., Any]
 
 
-def safe_normalize(vectors: Tensor, shortest: float = SHORTEST_LOGIT_GRADIENT) -> Tensor:
+def safe_normalize(vectors: Tensor, shortest: float = _SHORTEST_LOGIT_GRADIENT) -> Tensor:
     """Scale vectors to unit length, with finite values and gradients everywhere.
 
     Args:
@@ -121,29 +121,10 @@ def evaluate(field: FieldLike, positions: Tensor, with_normal: bool = False) -> 
         output = _checked(field(points), points)
         normal = output.normal
         if normal is None:
-            normal = normal_from(output.density, points, keep_graph, SHORTEST_DENSITY_GRADIENT)
+            normal = _normal_from(output.density, points, keep_graph)
     if keep_graph:
         return FieldOutput(output.density, output.albedo, normal)
     return FieldOutput(output.density.detach(), output.albedo.detach(), normal.detach())
-
-
-def normal_from(values: Tensor, positions: Tensor, keep_graph: bool, shortest: float) -> Tensor:
-    """Unit normals -grad(values) / |grad(values)|, `[m, 3]`, zero where the gradient is zero.
-
-    Args:
-        values: `[m]`, the density or any increasing function of it, computed from `positions`.
-        positions: `[m, 3]`, requiring a gradient.
-        keep_graph: whether the normals themselves must be differentiable.
-        shortest: gradients below this length give a normal shorter than 1.
-    """
-    if not values.requires_grad:
-        return torch.zeros_like(positions)
-    (gradient,) = torch.autograd.grad(
-        values.sum(), positions, create_graph=keep_graph, retain_graph=keep_graph, allow_unused=True
-    )
-    if gradient is None:
-        return torch.zeros_like(positions)
-    return -safe_normalize(gradient, shortest)
 
 
 def query_density(field: FieldLike, positions: Tensor) -> Tensor:
@@ -166,3 +147,15 @@ def _checked(output: Any, positions: Tensor) -> FieldOutput:
         )
     # A field under autocast may answer in 16 bits; compositing and positions keep theirs.
     return FieldOutput(result.density.to(positions.dtype), result.albedo.to(positions.dtype), result.normal)
+
+
+def _normal_from(density: Tensor, positions: Tensor, keep_graph: bool) -> Tensor:
+    """Unit normals -grad(density) / |grad(density)|, `[m, 3]`, zero where the density is flat."""
+    if not density.requires_grad:
+        return torch.zeros_like(positions)
+    (gradient,) = torch.autograd.grad(
+        density.sum(), positions, create_graph=keep_graph, retain_graph=keep_graph, allow_unused=True
+    )
+    if gradient is None:
+        return torch.zeros_like(positions)
+    return -safe_normalize(gradient, _SHORTEST_DENSITY_GRADIENT)

@@ -13,15 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamfusion_fast.fields.base import (
-    SHORTEST_LOGIT_GRADIENT,
     Backend,
     Field,
     FieldOutput,
     check_backend,
     check_positions,
-    normal_from,
+    safe_normalize,
 )
-from dreamfusion_fast.ops.hash_grid import hash_grid, hash_grid_layout, hash_grid_reference
+from dreamfusion_fast.ops.hash_grid import hash_grid, hash_grid_layout, hash_grid_position_gradient, hash_grid_reference
 
 # exp(15) = 3.3e6 per scene unit: opaque within any step; more only risks overflow.
 _MAX_EXPONENT = 15.0
@@ -47,6 +46,16 @@ class _TruncatedExp(torch.autograd.Function):
 def truncated_exp(x: Tensor) -> Tensor:
     """exp(x), saturated at x = 15 with the gradient of the saturation point above it. Any shape."""
     return _TruncatedExp.apply(x)
+
+
+def _position_gradient_reference(grad_output: Tensor, positions: Tensor, *grid: Any) -> Tensor:
+    """`hash_grid_position_gradient` by autograd through the twin, for any dtype and device."""
+    keep_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        points = positions if positions.requires_grad else positions.detach().requires_grad_(True)
+        features = hash_grid_reference(points, *grid)
+        (gradient,) = torch.autograd.grad(features, points, grad_output, create_graph=keep_graph)
+    return gradient
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,9 @@ class HashGridField(Field):
                 bound = 1.0 / math.sqrt(layer.in_features)
                 layer.weight.uniform_(-bound, bound, generator=generator)
                 layer.bias.zero_()
-        self._hash_grid = hash_grid if c.backend == "native" else hash_grid_reference
+        native = c.backend == "native"
+        self._hash_grid = hash_grid if native else hash_grid_reference
+        self._position_gradient = hash_grid_position_gradient if native else _position_gradient_reference
         self._blob_scale = (
             c.blob_scale if c.blob_scale is not None else {"exp": 5.0, "softplus": 10.0}[c.density_activation]
         )
@@ -181,8 +192,8 @@ class HashGridField(Field):
         """Density, albedo and normals.
 
         Normals are -grad / |grad| of the density before its activation, blob included: the same direction as the
-        density's own gradient (both activations increase) and safe where the density under- or overflows. They are
-        analytic, and differentiable to all parameters when gradients are enabled.
+        density's own gradient (both activations increase) and safe where the density under- or overflows. The gradient
+        is derived by hand, J_grid^T W1^T D1 W2^T ... w with D the ReLUs' masks, and differentiable to all parameters.
 
         Args:
             positions: `[m, 3]`, scene units.
@@ -192,57 +203,68 @@ class HashGridField(Field):
             density `[m]` (0 outside the bound), albedo `[m, 3]` in (0, 1), normal `[m, 3]` or None.
         """
         check_positions(positions)
+        unit, grid = self._unit(positions), self._grid()
+        logits, hidden = self._network(self._hash_grid(unit, *grid), outputs=4)
+        offsets = positions - 0.5 * (self.aabb[:3] + self.aabb[3:])
+        density = self._activate(logits[:, 0], offsets, unit)
+        albedo = torch.sigmoid(logits[:, 1:])
         if not with_normal:
-            logits, inside = self._logits(positions, outputs=4)
-            return FieldOutput(self._activate(logits[:, 0], inside), torch.sigmoid(logits[:, 1:]))
-        keep_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            points = positions if positions.requires_grad else positions.detach().requires_grad_(True)
-            logits, inside = self._logits(points, outputs=4)
-            raw = logits[:, 0]
-            normal = normal_from(raw, points, keep_graph, SHORTEST_LOGIT_GRADIENT)
-        if not keep_graph:
-            logits, normal = logits.detach(), normal.detach()
-        return FieldOutput(self._activate(logits[:, 0], inside), torch.sigmoid(logits[:, 1:]), normal)
+            return FieldOutput(density, albedo)
+        gradient = self._position_gradient(self._feature_gradient(hidden), unit, *grid)
+        gradient = gradient * self._scale() + self._blob_gradient(offsets)
+        return FieldOutput(density, albedo, -safe_normalize(gradient))
 
     def density(self, positions: Tensor) -> Tensor:
         """Density `[m]` at `positions` `[m, 3]`, without the albedo's share of the work."""
         check_positions(positions)
-        logits, inside = self._logits(positions, outputs=1)
-        return self._activate(logits[:, 0], inside)
+        unit = self._unit(positions)
+        logits, _ = self._network(self._hash_grid(unit, *self._grid()), outputs=1)
+        return self._activate(logits[:, 0], positions - 0.5 * (self.aabb[:3] + self.aabb[3:]), unit)
 
-    def _logits(self, positions: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
-        """First `outputs` columns of (density logit with blob, albedo logits), and the inside mask."""
-        low, high = self.aabb[:3], self.aabb[3:]
-        unit = (positions - low) * (1.0 / (high - low))
-        inside = self._inside(unit.detach())
+    def _scale(self) -> Tensor:
+        return 1.0 / (self.aabb[3:] - self.aabb[:3])
+
+    def _unit(self, positions: Tensor) -> Tensor:
+        """Scene box to [0, 1]^3; the hash grid clamps what lies outside."""
+        return (positions - self.aabb[:3]) * self._scale()
+
+    def _grid(self) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """The active part of the hash grid: table, level_offsets, resolutions, smoothstep."""
         levels = self._active_levels
         table = self.table if levels == self.config.levels else self.table[: self._level_rows[levels]]
-        features = self._hash_grid(
-            unit.clamp(0.0, 1.0),
-            table,
-            self.level_offsets[: levels + 1],
-            self.resolutions[:levels],
-            self.config.smoothstep,
-        )
+        return table, self.level_offsets[: levels + 1], self.resolutions[:levels], self.config.smoothstep
+
+    def _weights(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias of each layer, the first one's without the columns of inactive levels."""
+        layers: list[tuple[Tensor, Tensor]]
+        layers = [(layer.weight, layer.bias) for layer in self.layers if isinstance(layer, nn.Linear)]
+        if self._active_levels < self.config.levels:
+            layers[0] = (layers[0][0][:, : self._active_levels * self.config.features], layers[0][1])
+        return layers
+
+    def _network(self, features: Tensor, outputs: int) -> tuple[Tensor, list[Tensor]]:
+        """The first `outputs` of (density logit, albedo logits), `[m, outputs]`, and the MLP's hidden activations."""
+        *inner, (weight, bias) = self._weights()
+        hidden: list[Tensor] = []
         with self._autocast(features.device.type):
-            hidden = features
-            for index, layer in enumerate(self.layers):
-                assert isinstance(layer, nn.Linear)
-                weight, bias = layer.weight, layer.bias
-                if index == 0 and features.shape[1] != weight.shape[1]:
-                    weight = weight[:, : features.shape[1]]
-                if index == len(self.layers) - 1:
-                    hidden = F.linear(hidden, weight[:outputs], bias[:outputs])
-                else:
-                    hidden = torch.relu(F.linear(hidden, weight, bias))
-        logits = hidden.to(positions.dtype)
-        if self._blob_scale == 0.0:
-            return logits, inside
-        blob = self._blob(positions - 0.5 * (low + high))
-        if outputs == 1:
-            return logits + blob[:, None], inside
-        return torch.cat([(logits[:, 0] + blob)[:, None], logits[:, 1:]], dim=1), inside
+            x = features
+            for inner_weight, inner_bias in inner:
+                x = torch.relu(F.linear(x, inner_weight, inner_bias))
+                hidden.append(x)
+            logits = F.linear(x, weight[:outputs], bias[:outputs])
+        return logits.to(features.dtype), hidden
+
+    def _feature_gradient(self, hidden: list[Tensor]) -> Tensor:
+        """Gradient of the density logit by the hash grid's features, `[m, levels * features]`.
+
+        ReLU has no second derivative, so its masks are constants, and autograd does the rest for the weights.
+        """
+        *inner, (weight, _) = self._weights()
+        with self._autocast(hidden[0].device.type):
+            gradient = weight[:1]
+            for (inner_weight, _), activation in zip(reversed(inner), reversed(hidden), strict=True):
+                gradient = (gradient * (activation.detach() > 0)) @ inner_weight
+        return gradient.to(self.table.dtype)
 
     def _inside(self, unit: Tensor) -> Tensor:
         centred = 2.0 * unit - 1.0
@@ -256,9 +278,17 @@ class HashGridField(Field):
             return self._blob_scale * torch.exp(squared * (-0.5 / self.config.blob_std**2))
         return self._blob_scale * (1.0 - torch.sqrt(squared + _BLOB_CENTRE_EPS) * (1.0 / self.config.blob_radius))
 
-    def _activate(self, raw: Tensor, inside: Tensor) -> Tensor:
+    def _blob_gradient(self, offsets: Tensor) -> Tensor:
+        if self.config.density_activation == "exp":
+            return offsets * (self._blob(offsets) * (-1.0 / self.config.blob_std**2))[:, None]
+        length = torch.sqrt(offsets.square().sum(dim=1, keepdim=True) + _BLOB_CENTRE_EPS)
+        return offsets * (-self._blob_scale / self.config.blob_radius) / length
+
+    def _activate(self, logit: Tensor, offsets: Tensor, unit: Tensor) -> Tensor:
+        """Density from its logit without the blob; zero outside the bound."""
+        raw = logit + self._blob(offsets) if self._blob_scale != 0.0 else logit
         density = truncated_exp(raw) if self.config.density_activation == "exp" else F.softplus(raw)
-        return torch.where(inside, density, torch.zeros_like(density))
+        return torch.where(self._inside(unit.detach()), density, torch.zeros_like(density))
 
     def _autocast(self, device_type: str) -> AbstractContextManager[Any]:
         if self.config.mlp_dtype == "float32":

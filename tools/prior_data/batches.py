@@ -12,10 +12,12 @@ from torch import Tensor
 from dreamfusion_fast.guidance.prior.model import SHADINGS, ViewCondition
 from dreamfusion_fast.guidance.prior.text_encoder import TextEncoder
 
-from .captions import CLAY, COLOURS, SUFFIXES, compose
+from .captions import TEXTURELESS as CLAY
+from .captions import VIEWS, compose, noun_phrases
+from .colours import COLOURS
 from .views import load_views
 
-ALBEDO, LAMBERTIAN, TEXTURELESS = (SHADINGS.index(name) for name in ("albedo", "lambertian", "textureless"))
+ALBEDO, TEXTURELESS = SHADINGS.index("albedo"), SHADINGS.index("textureless")
 HELD_OUT_VIEWS = 2  # of every model, for the probe
 # Display colours of the caption's colour words, in the order of COLOURS; training jitters them.
 COLOUR_VALUES = {
@@ -70,21 +72,24 @@ class CatalogueSampler:
         self.weight = weight.to(device)
         self.held_out_models = (~trained & (counts > 0)).nonzero().flatten().to(device)
 
-        phrases = sorted({p for m in models for p in (m["phrase"], *m["aliases"])})
+        phrases = noun_phrases(models)
+        index = {p: i for i, p in enumerate(phrases)}
         self.phrases = phrases
-        width = 1 + max(len(m["aliases"]) for m in models)
+        width = max(len(m["phrases"]) for m in models)
         choices, chances = torch.zeros(len(models), width, dtype=torch.long), torch.zeros(len(models), width)
         natural, has_natural = torch.zeros(len(models), 2, dtype=torch.long), torch.zeros(len(models), dtype=torch.bool)
         for i, model in enumerate(models):
-            names = [model["phrase"], *model["aliases"]]
-            choices[i, : len(names)] = torch.tensor([phrases.index(p) for p in names])
-            chances[i, : len(names)] = torch.tensor([1.0] + [1.0 / len(model["aliases"])] * len(model["aliases"]))
+            count = len(model["phrases"])
+            choices[i, :count] = torch.tensor([index[p] for p in model["phrases"]])
+            chances[i, :count] = torch.tensor([float(w) for w in model["phrases"].values()])
             words = [1 + COLOURS.index(c) for c in model["colours"][:2]]
             if words:
                 natural[i] = torch.tensor([words[0], words[-1]])
                 has_natural[i] = True
         self.choices, self.chances = choices.to(device), chances.to(device)
         self.natural, self.has_natural = natural.to(device), has_natural.to(device)
+        # In the order of SHADINGS; here and not where it is drawn, since a copy to the GPU would make every step wait.
+        self.shading_chances = torch.tensor([0.5, 0.35, 0.15], device=device)
         self.colour_values = torch.tensor([COLOUR_VALUES[c] for c in COLOURS], device=device)
         self.encoder = TextEncoder(text_encoder).to(device)
         self._encode_captions()
@@ -95,8 +100,8 @@ class CatalogueSampler:
 
     def _encode_captions(self) -> None:
         words = ["", *COLOURS, CLAY]
-        captions = [compose(p, word=w, suffix=s) for p in self.phrases for w in words for s in ("", *SUFFIXES)]
-        self.words, self.suffixes = len(words), 1 + len(SUFFIXES)
+        captions = [compose(phrase, word, view) for phrase in self.phrases for word in words for view in VIEWS]
+        self.words, self.suffixes = len(words), len(VIEWS)
         pieces = [self.encoder(chunk) for chunk in _chunks([*captions, ""], 4096)]
         self.tokens = torch.cat([p[0].bfloat16() for p in pieces])
         self.pooled = torch.cat([p[1] for p in pieces])
@@ -130,9 +135,7 @@ class CatalogueSampler:
         albedo, alpha = rgba[:, :3], rgba[:, 3:]
         normal = torch.nn.functional.normalize(self.normal[view].permute(0, 3, 1, 2).float() / 127.5 - 1, dim=1)
 
-        kind = torch.multinomial(torch.tensor([0.5, 0.35, 0.15], device=self.device), n, replacement=True)
-        order = torch.tensor([ALBEDO, LAMBERTIAN, TEXTURELESS], device=self.device)
-        shading = order[kind]
+        shading = torch.multinomial(self.shading_chances, n, replacement=True)
         textureless = shading == TEXTURELESS
         recoloured = ~textureless & (self._rand(n) < 0.35)
         colour = torch.randint(len(COLOURS), (n,), device=self.device)
@@ -182,7 +185,7 @@ class CatalogueSampler:
 
 
 def view_class(azimuth: Tensor, elevation: Tensor) -> Tensor:
-    """Index into SUFFIXES: front within 45 degrees, back beyond 135, else side; overhead above 60 degrees of elevation."""
+    """Index into VIEWS[1:]: front within 45 degrees, back beyond 135, else side; overhead above 60 degrees of elevation."""
     around = torch.atan2(azimuth.sin(), azimuth.cos()).abs()
     index = torch.where(around <= torch.pi / 4, 0, torch.where(around >= 3 * torch.pi / 4, 2, 1))
     return torch.where(elevation > torch.pi / 3, 3, index)

@@ -1,0 +1,20 @@
+"""The embedded prior: a small text-to-image diffusion model that ships with the package and knows a few hundred things.
+
+Names are loaded on first use, since the network needs diffusers, which takes seconds to import.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from dreamfusion_fast.guidance.base import DiffusionModel, GuidanceConfig
+
+
+def create_prior(config: GuidanceConfig, device: torch.device) -> DiffusionModel:
+    """The embedded prior as a guidance model; see `dreamfusion_fast.guidance.prior.guide.EmbeddedPrior`."""
+    from .guide import EmbeddedPrior
+
+    return EmbeddedPrior(device, config.dtype)

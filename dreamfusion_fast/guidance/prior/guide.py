@@ -1,0 +1,94 @@
+"""The embedded prior as guidance: 64x64 pixels in, told the camera, the background and the shading that the renderer knows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.guidance.base import DiffusionModel, DtypeName, Views, resolve_dtype
+
+from .model import IMAGE_SIZE, SHADINGS, ViewCondition, load_prior, noise_schedule
+from .text_encoder import WEIGHTS, TextEncoder
+
+
+class EmbeddedPrior(DiffusionModel):
+    """See the module; a `DiffusionModel` of known cameras.
+
+    The guided half is told caption and camera, the other half neither, so that guidance strengthens both. Background and
+    shading are told to both halves: they are facts about the render, nothing to be pulled towards.
+
+    Args:
+        device: where it runs.
+        dtype: arithmetic; "auto" is bfloat16 on a GPU and on CPUs that multiply it in hardware, else float32.
+        folder: weights; default: the package's own.
+    """
+
+    name = "the embedded prior"
+    prediction_type = "v_prediction"
+    image_size = IMAGE_SIZE
+    default_guidance_scale = 10.0
+    x0_range = (-1.0, 1.0)
+    clip_x0 = True
+
+    def __init__(self, device: torch.device | str, dtype: DtypeName = "auto", folder: Path = WEIGHTS) -> None:
+        self.device = torch.device(device)
+        self.folder = folder
+        for file in ("prior.safetensors", "text_encoder.safetensors", "tokenizer.json"):
+            if not (folder / file).is_file():
+                raise UserError(f"the embedded prior's {file} is missing from {folder}: install the package again")
+        self._dtype = _fast_dtype(self.device) if dtype == "auto" else resolve_dtype(dtype, self.device)
+        network = load_prior(folder)
+        self._network = network.to(self.device, self._dtype, memory_format=torch.channels_last)
+        self.alphas_cumprod = noise_schedule().alphas_cumprod.to(self.device)
+
+    @property
+    def text_identity(self) -> str:
+        digest = hashlib.sha256()
+        for file in ("text_encoder.safetensors", "tokenizer.json"):
+            digest.update((self.folder / file).read_bytes())
+        return f"embedded-prior-text:{digest.hexdigest()}"
+
+    def embed_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        """`tokens` `[n, 20, 384]` and `pooled` `[n, 384]`, float32, on the CPU; see `TextEncoder`."""
+        tokens, pooled = TextEncoder(self.folder)(texts)
+        return {"tokens": tokens, "pooled": pooled}
+
+    def encode(self, images: Tensor) -> Tensor:
+        """`[B, 3, 64, 64]` in [-1, 1]; other sizes are resized with antialiasing."""
+        if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
+            size = (IMAGE_SIZE, IMAGE_SIZE)
+            images = torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+        return images * 2 - 1
+
+    def predict(self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor], views: Views) -> Tensor:
+        background = None if views.background is None else views.background.float()
+        shading = torch.full((len(noisy),), SHADINGS.index(views.shading), device=self.device)
+        blind = ViewCondition(background=background, shading=shading)
+        told = ViewCondition(views.azimuth, views.elevation, background, shading)
+        return self.evaluate(noisy, t, condition, blind, told)
+
+    def evaluate(
+        self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor], null: ViewCondition, text: ViewCondition
+    ) -> Tensor:
+        """`predict` with what each half knows of the views spelled out."""
+        n = len(noisy)
+        view = torch.cat([null.vector(n, self.device), text.vector(n, self.device)])
+        vector = torch.cat([condition["pooled"], view], dim=1)
+        return self._network(
+            torch.cat([noisy, noisy]).to(self._dtype).contiguous(memory_format=torch.channels_last),
+            torch.cat([t, t]),
+            condition["tokens"].to(self._dtype),
+            vector.to(self._dtype),
+        )
+
+
+def _fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where matrix products in it run in hardware; elsewhere it is slower than float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else torch.float32

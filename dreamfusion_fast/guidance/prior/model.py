@@ -1,0 +1,143 @@
+"""The embedded prior's network: a small pixel-space diffusion U-Net told the caption and what the renderer knows of its view.
+
+Images are 64x64. The U-Net (diffusers' `UNet2DConditionModel`) works on 2x2 pixel-unshuffled input, so that its widest level is
+32x32. It predicts v (Salimans and Ho 2022, arXiv 2202.00512) under the cosine schedule (Nichol and Dhariwal 2021, arXiv
+2102.09672). Beside the caption it can be given the camera, the background colour and the kind of shading, each behind a flag that
+says whether it is known: a renderer knows them, and what the model need not guess it does not blur.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .quantize import dequantize_state_dict, quantize_state_dict
+from .text_encoder import WEIGHTS, WIDTH
+
+IMAGE_SIZE = 64
+TRAIN_TIMESTEPS = 1000
+SHADINGS = ("albedo", "lambertian", "textureless")
+# A pooled caption has 384 entries of unit variance; the few entries of a view are scaled up to be heard beside it.
+_VIEW_SCALE = 3.0
+_CAMERA, _BACKGROUND, _SHADING = 7, 4, 1 + len(SHADINGS)
+CONDITION_WIDTH = WIDTH + _CAMERA + _BACKGROUND + _SHADING
+
+UNET_CONFIG: dict[str, Any] = {
+    "sample_size": IMAGE_SIZE // 2,
+    "in_channels": 12,
+    "out_channels": 12,
+    "block_out_channels": (128, 192, 224),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": WIDTH,
+    "attention_head_dim": 4,
+    "norm_num_groups": 16,
+    "use_linear_projection": True,
+    "resnet_time_scale_shift": "scale_shift",
+    "class_embed_type": "projection",
+    "projection_class_embeddings_input_dim": CONDITION_WIDTH,
+}
+
+
+@dataclass
+class ViewCondition:
+    """What is known of each image besides its caption; None leaves it to the model.
+
+    Attributes:
+        azimuth, elevation: `[n]` radians, 0 = front at eye level.
+        background: `[n, 3]` colour in [0, 1].
+        shading: `[n]` int64, index into `SHADINGS`.
+        camera_known, background_known, shading_known: `[n]` bool; default: true where the values are given.
+    """
+
+    azimuth: Tensor | None = None
+    elevation: Tensor | None = None
+    background: Tensor | None = None
+    shading: Tensor | None = None
+    camera_known: Tensor | None = None
+    background_known: Tensor | None = None
+    shading_known: Tensor | None = None
+
+    def vector(self, n: int, device: torch.device | str) -> Tensor:
+        """The condition as `[n, 15]` float32: a flag and scaled values for camera, background and shading; zeros if unknown."""
+        out = torch.zeros(n, _CAMERA + _BACKGROUND + _SHADING, device=device)
+        if self.azimuth is not None and self.elevation is not None:
+            a, e = self.azimuth.float(), self.elevation.float()
+            camera = torch.stack(
+                [torch.ones_like(a), a.sin(), a.cos(), (2 * a).sin(), (2 * a).cos(), e.sin(), e.cos()], -1
+            )
+            out[:, :_CAMERA] = _masked(camera, self.camera_known)
+        if self.background is not None:
+            colour = torch.cat([torch.ones_like(self.background[:, :1]), self.background * 2 - 1], -1)
+            out[:, _CAMERA : _CAMERA + _BACKGROUND] = _masked(colour, self.background_known)
+        if self.shading is not None:
+            kind = nn.functional.one_hot(self.shading, len(SHADINGS)).float()
+            out[:, _CAMERA + _BACKGROUND :] = _masked(
+                torch.cat([torch.ones_like(kind[:, :1]), kind], -1), self.shading_known
+            )
+        return out * _VIEW_SCALE
+
+
+def _masked(values: Tensor, known: Tensor | None) -> Tensor:
+    return values if known is None else values * known[:, None]
+
+
+class PriorNetwork(nn.Module):
+    """v-prediction for 64x64 images.
+
+    `forward(noisy, timestep, tokens, condition)`:
+        noisy: `[n, 3, 64, 64]`, x_t with x in [-1, 1].
+        timestep: `[n]` int64 or float, 0..999.
+        tokens: `[n, 20, 384]` from `TextEncoder`.
+        condition: `[n, CONDITION_WIDTH]`: pooled caption, then `ViewCondition.vector`.
+        returns v `[n, 3, 64, 64]`.
+    """
+
+    def __init__(self, config: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        from diffusers import UNet2DConditionModel
+
+        self.config = dict(UNET_CONFIG if config is None else config)
+        self.unet = UNet2DConditionModel(**self.config)
+
+    def forward(self, noisy: Tensor, timestep: Tensor, tokens: Tensor, condition: Tensor) -> Tensor:
+        packed = nn.functional.pixel_unshuffle(noisy, 2)
+        out = self.unet(packed, timestep, tokens, class_labels=condition, return_dict=False)[0]
+        return nn.functional.pixel_shuffle(out, 2)
+
+
+def noise_schedule() -> Any:
+    """The diffusers scheduler whose `alphas_cumprod` the prior was trained with."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        num_train_timesteps=TRAIN_TIMESTEPS,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        clip_sample=True,
+        clip_sample_range=1.0,
+        timestep_spacing="trailing",
+    )
+
+
+def save_prior(network_state: dict[str, Tensor], config: dict[str, Any], path: Path, card: dict[str, str]) -> None:
+    """Write weights (int8 with row scales), architecture and card to one safetensors file."""
+    metadata = {"config": json.dumps(config), **card}
+    save_file(quantize_state_dict(network_state), path, metadata=metadata)
+
+
+def load_prior(folder: Path = WEIGHTS) -> PriorNetwork:
+    """The trained network from `prior.safetensors`, float32, on the CPU, in evaluation mode, its parameters frozen."""
+    with safe_open(folder / "prior.safetensors", framework="pt") as file:
+        network = PriorNetwork(json.loads(file.metadata()["config"]))
+        network.load_state_dict(dequantize_state_dict({name: file.get_tensor(name) for name in file.keys()}))
+    return network.eval().requires_grad_(False)

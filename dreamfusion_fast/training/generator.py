@@ -1,0 +1,210 @@
+"""From a prompt to a folder with a textured mesh: the main job as one object."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreamfusion_fast.errors import NonFiniteError, UserError
+from dreamfusion_fast.export import MeshSummary, export_field, render_preview, render_turntable
+from dreamfusion_fast.fields.base import evaluate
+from dreamfusion_fast.guidance.base import Guidance
+from dreamfusion_fast.io import RunFolder, default_run_folder, make_folder, open_run_folder, prepare_run_folder
+from dreamfusion_fast.training.callbacks import Callback, Checkpoints, Curves, Preview, ProgressBar
+from dreamfusion_fast.training.checkpoint import Checkpoint, load_checkpoint
+from dreamfusion_fast.training.config import Config
+from dreamfusion_fast.training.device import resolve_device
+from dreamfusion_fast.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left: its folder, the steps done and the mesh's size."""
+
+    folder: Path
+    steps: int
+    mesh: MeshSummary
+
+
+class Generator:
+    """Makes a 3D object of a prompt.
+
+    Args:
+        prompt: what to make, or a whole `Config`.
+        callbacks: called at the start, after every step and at the end; see `Callback`.
+        guidance: a `Guidance` to use in place of the one the config names.
+        **settings: fields of `Config`, such as `steps=500` or `out="out/armchair"`.
+
+    Raises:
+        UserError: what was asked for cannot be done; the message says why and what to do.
+
+    Example:
+        >>> from dreamfusion_fast import Generator
+        >>> result = Generator("an armchair", out="out/armchair", steps=600).run()  # doctest: +SKIP
+        >>> result.mesh.faces  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        prompt: str | Config,
+        callbacks: Sequence[Callback] = (),
+        guidance: Guidance | None = None,
+        **settings: Any,
+    ) -> None:
+        config = prompt if isinstance(prompt, Config) else Config(prompt=prompt)
+        self._setup(dataclasses.replace(config, **settings), callbacks, guidance)
+
+    def _setup(self, config: Config, callbacks: Sequence[Callback], guidance: Guidance | None) -> None:
+        config.check()
+        self.config = config
+        self.callbacks = list(callbacks)
+        self.device = resolve_device(config.device)
+        self._guidance = guidance
+        self._checkpoint: Checkpoint | None = None
+        self._folder: RunFolder | None = None
+
+    @classmethod
+    def resume(
+        cls,
+        run: str | Path,
+        config: Config | None = None,
+        callbacks: Sequence[Callback] = (),
+        guidance: Guidance | None = None,
+    ) -> Generator:
+        """Continue the run in folder `run`, with its own config or with one of the same architecture.
+
+        Raises:
+            UserError: `run` holds no run, its checkpoint is corrupt, or of another config than `config`.
+        """
+        folder = open_run_folder(run)
+        checkpoint = load_checkpoint(folder.checkpoint, config)
+        generator = cls.__new__(cls)
+        generator._setup(checkpoint.config if config is None else config, callbacks, guidance)
+        generator._checkpoint, generator._folder = checkpoint, folder
+        return generator
+
+    def run(self) -> RunResult:
+        """Optimise, then export. On Ctrl-C a checkpoint is written, and how to continue is said, before KeyboardInterrupt is raised."""
+        config = self.config
+        new = self._folder is None
+        if self._folder is None:
+            self._folder = prepare_run_folder(config.out or default_run_folder(config.prompt))
+        folder = self._folder
+        trainer = self._trainer(self._guidance)
+        config.save(folder.config)
+        checkpoints = Checkpoints(folder, config.log.checkpoint_every)
+        if new:
+            checkpoints.save(trainer)  # from here on the run can be resumed, whatever happens
+        self._train(trainer, folder, checkpoints)
+        return RunResult(folder.path, trainer.steps_done, self._export(trainer, folder))
+
+    def _trainer(self, guidance: Guidance | None) -> Trainer:
+        trainer = Trainer(self.config, self.device, guidance)
+        if self._checkpoint is not None:
+            trainer.restore(self._checkpoint)
+        return trainer
+
+    def _train(self, trainer: Trainer, folder: RunFolder, checkpoints: Checkpoints) -> None:
+        log, steps = self.config.log, self.config.steps
+        callbacks: list[Callback] = [checkpoints]
+        if log.progress_bar:
+            callbacks.append(ProgressBar(log.log_every))
+        if log.preview_every:
+            callbacks.append(Preview(folder.preview, log.preview_every))
+        if log.tensorboard:
+            callbacks.append(Curves(folder.tensorboard, log.log_every))
+        callbacks += self.callbacks
+        for callback in callbacks:
+            callback.on_start(trainer)
+        try:
+            with _interruptible() as interrupted:
+                while trainer.steps_done < steps and not interrupted.is_set():
+                    result = trainer.step()
+                    for callback in callbacks:
+                        callback.on_step(trainer, result)
+        except NonFiniteError as error:
+            raise UserError(f"{error}; the last good checkpoint is {folder.checkpoint}") from error
+        finally:
+            for callback in callbacks:
+                callback.on_end(trainer)
+        if interrupted.is_set():
+            checkpoints.save(trainer)
+            message = f"stopped after step {trainer.steps_done} of {steps}; continue: dreamfusion-fast generate --resume {folder.path}"
+            print(message, file=sys.stderr)
+            raise KeyboardInterrupt
+
+    def export(self, out: str | Path | None = None) -> MeshSummary:
+        """Make mesh, turntable and preview of a resumed run again, into `out` or its own folder."""
+        if self._folder is None:
+            raise UserError("there is nothing to export yet: run() first, or Generator.resume(folder)")
+        folder = self._folder if out is None else RunFolder(make_folder(out))
+        return self._export(self._trainer(_NoGuidance()), folder)
+
+    def _export(self, trainer: Trainer, folder: RunFolder) -> MeshSummary:
+        e = self.config.export
+        trainer.occupancy.eval()
+
+        def picture(azimuth: float) -> torch.Tensor:
+            return trainer.render_view(azimuth, e.turntable_size, e.elevation_deg)
+
+        def field(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.no_grad():
+                output = evaluate(trainer.field, positions)
+            return output.density, output.albedo
+
+        render_preview(picture, folder.preview, e.preview_views)
+        summary = export_field(
+            field,
+            trainer.field.aabb,
+            folder.mesh,
+            resolution=e.resolution,
+            threshold=e.threshold,
+            smooth_iterations=e.smooth_iterations,
+            min_component=e.min_component,
+            target_faces=e.target_faces,
+            texture_size=e.texture_size,
+        )
+        if e.turntable_frames:
+            render_turntable(picture, folder.turntable, n_frames=e.turntable_frames, fps=e.turntable_fps)
+        return summary
+
+
+class _NoGuidance(Guidance):
+    """Stands in where nothing is optimised, so that an export loads no diffusion model."""
+
+    name, image_size = "none", 0
+
+    def embed(self, prompts: Any) -> Any:
+        return None
+
+    def sds_gradient(self, *args: Any, **options: Any) -> Any:
+        raise RuntimeError("this trainer was made for export and cannot step")
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Within it, the first Ctrl-C sets the event, so that the step in progress ends whole; a second one interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may install handlers
+        yield stop
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)

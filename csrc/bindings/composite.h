@@ -8,8 +8,8 @@ namespace bindings {
 
 template <typename T>
 void composite_forward(Address density, Address values, Address t, double step, Address offsets, Address weights,
-                       Address opacity, Address depth, Address accumulated, int64_t n_rays, int64_t n_channels,
-                       std::uintptr_t where) {
+                       Address opacity, Address depth, Address accumulated, int64_t n_rays, int64_t n_samples,
+                       int64_t n_channels, std::uintptr_t where) {
   CompositeForward<T> op;
   op.density = pointer<const T>(density);
   op.values = pointer<const T>(values);
@@ -20,6 +20,7 @@ void composite_forward(Address density, Address values, Address t, double step, 
   op.depth = pointer<T>(depth);
   op.accumulated = pointer<T>(accumulated);
   op.n_rays = n_rays;
+  op.n_samples = n_samples;
   op.n_channels = n_channels;
   op.step = static_cast<T>(step);
   check("composite", backend::composite_forward(op, launch_at(where)));
@@ -28,8 +29,8 @@ void composite_forward(Address density, Address values, Address t, double step, 
 template <typename T>
 void composite_backward(Address density, Address values, Address t, double step, Address offsets, Address weights,
                         Address grad_weights, Address grad_opacity, Address grad_depth, Address grad_accumulated,
-                        Address grad_density, Address grad_values, int64_t n_rays, int64_t n_channels,
-                        std::uintptr_t where) {
+                        Address grad_density, Address grad_values, int64_t n_rays, int64_t n_samples,
+                        int64_t n_channels, std::uintptr_t where) {
   CompositeBackward<T> op;
   op.density = pointer<const T>(density);
   op.values = pointer<const T>(values);
@@ -43,6 +44,7 @@ void composite_backward(Address density, Address values, Address t, double step,
   op.grad_density = pointer<T>(grad_density);
   op.grad_values = pointer<T>(grad_values);
   op.n_rays = n_rays;
+  op.n_samples = n_samples;
   op.n_channels = n_channels;
   op.step = static_cast<T>(step);
   check("composite", backend::composite_backward(op, launch_at(where)));

@@ -81,7 +81,7 @@ def _composite(
     weights, opacity, depth, accumulated = _empty_outputs(density, values, offsets)
     inputs = (pointer(density), pointer(values), pointer(t), step, pointer(offsets))
     outputs = (pointer(weights), pointer(opacity), pointer(depth), pointer(accumulated))
-    call("composite_forward", density, *inputs, *outputs, opacity.shape[0], values.shape[1])
+    call("composite_forward", density, *inputs, *outputs, opacity.shape[0], *values.shape)
     return weights, opacity, depth, accumulated
 
 
@@ -124,7 +124,7 @@ def _composite_backward(
     grad_density, grad_values = density.new_zeros(density.shape), values.new_zeros(values.shape)
     inputs = (pointer(density), pointer(values), pointer(t), step, pointer(offsets), pointer(weights))
     outputs = (pointer(grad_density), pointer(grad_values))
-    sizes = (offsets.shape[0] - 1, values.shape[1])
+    sizes = (offsets.shape[0] - 1, *values.shape)
     call("composite_backward", density, *inputs, *(pointer(grad) for grad in grads), *outputs, *sizes)
     return grad_density, grad_values
 

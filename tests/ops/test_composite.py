@@ -234,3 +234,15 @@ def test_wrong_arguments(change: dict[str, object], error: type[Exception], mess
     }
     with pytest.raises(error, match=message):
         composite(**{**arguments, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_the_buffer_stay_inside_it_on_the_gpu() -> None:
+    """A march into a buffer that is too small says so by its offsets, which nobody waits to read."""
+    density, values, t, offsets = scene([7, 30, 5], 3, torch.float32, torch.device("cuda"))
+    kept = offsets.clamp(max=20)
+    density[20:] = math.nan
+    actual = composite(density[:20], values[:20], t[:20], STEP, offsets)
+    expected = composite(density[:20], values[:20], t[:20], STEP, kept)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    assert actual[2].isfinite().all()

@@ -24,6 +24,7 @@ struct CompositeForward {
   Scalar* depth;           // [n_rays], out
   Scalar* accumulated;     // [n_rays, n_channels], out
   int64_t n_rays;
+  int64_t n_samples;
   int64_t n_channels;
   Scalar step;  // length of one sample
 };
@@ -42,6 +43,7 @@ struct CompositeBackward {
   Scalar* grad_density;            // [n_samples], out; holds the transmittance between the two passes
   Scalar* grad_values;             // [n_samples, n_channels], out
   int64_t n_rays;
+  int64_t n_samples;
   int64_t n_channels;
   Scalar step;
 };
@@ -64,13 +66,17 @@ struct SingleLane {
   DFF_HD void sync() const {}
 };
 
+// The offsets of a march that found more samples than its buffer holds end behind the buffer. On a GPU nobody has
+// looked.
+DFF_HD int64_t composite_end(int64_t offset, int64_t n_samples) { return offset < n_samples ? offset : n_samples; }
+
 // Channels are summed this many at a time, so that any number of them fits into registers.
 constexpr int kCompositeChannels = 4;
 
 template <typename Scalar, typename Group>
 DFF_HD void composite_forward_ray(const CompositeForward<Scalar>& p, int64_t ray, const Group& group) {
   const int64_t begin = p.offsets[ray];
-  const int64_t end = p.offsets[ray + 1];
+  const int64_t end = composite_end(p.offsets[ray + 1], p.n_samples);
   Scalar passed = 0;  // optical depth of the chunks before this one
   Scalar depth = 0;
   for (int64_t chunk = begin; chunk < end; chunk += Group::kWidth) {
@@ -117,7 +123,7 @@ DFF_HD void composite_forward_ray(const CompositeForward<Scalar>& p, int64_t ray
 template <typename Scalar, typename Group>
 DFF_HD void composite_backward_ray(const CompositeBackward<Scalar>& p, int64_t ray, const Group& group) {
   const int64_t begin = p.offsets[ray];
-  const int64_t end = p.offsets[ray + 1];
+  const int64_t end = composite_end(p.offsets[ray + 1], p.n_samples);
   Scalar passed = 0;
   for (int64_t chunk = begin; chunk < end; chunk += Group::kWidth) {
     const int64_t i = chunk + group.lane();

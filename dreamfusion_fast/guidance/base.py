@@ -131,7 +131,8 @@ class GuidanceConfig:
         grad_clip: largest norm over channels of the weighted residual at a pixel of the model's input; None: no limit.
         negative_prompt: text of the unconditional half.
         view_dependent: name the view's direction in the prompt.
-        dtype: arithmetic of the diffusion model; "auto" is float16 on a GPU and float32 on a CPU.
+        dtype: arithmetic of the diffusion model; "auto" leaves it to the model (diffusers pipelines: float16 on a GPU,
+            float32 on a CPU).
         variant: file variant of a diffusers pipeline, such as "fp16".
         revision: branch, tag or commit of a hub id.
         allow_pickle: also load weights stored as pickles, which can run code on loading; only safetensors otherwise.
@@ -309,7 +310,7 @@ def create_model(config: GuidanceConfig, device: torch.device) -> DiffusionModel
 
 
 def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
-    """The dtype a config means on a device: "auto" is float16 on a GPU and float32 elsewhere."""
+    """The dtype a config means on a device: "auto" is float16 on a GPU, float32 elsewhere."""
     if name == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
     named = {

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from dreamfusion_fast.export.mesh import extract_mesh
-from dreamfusion_fast.export.texture import FieldFn, bake, composited, save_glb, unwrap
+from dreamfusion_fast.export.texture import bake, composited, save_glb, unwrap
+from dreamfusion_fast.fields.base import FieldLike, evaluate, query_density
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class MeshSummary:
 
 
 def export_field(
-    field_fn: FieldFn,
+    field: FieldLike,
     aabb: torch.Tensor,
     path: str | os.PathLike[str],
     *,
@@ -35,7 +36,8 @@ def export_field(
     """Extract the surface of a field, bake its colour into a texture and write both as GLB, whole or not at all.
 
     Args:
-        field_fn: positions [m, 3] (scene units, on the device of `aabb`) to (density [m], albedo [m, 3] in [0, 1]).
+        field: a Field, or a callable of positions [m, 3] (scene units, on the device of `aabb`) that returns
+            (density [m], albedo [m, 3] in [0, 1]).
         aabb: [6], (xmin, ymin, zmin, xmax, ymax, zmax).
         path: file to write.
         resolution, threshold, smooth_iterations, min_component, target_faces: see extract_mesh.
@@ -50,11 +52,13 @@ def export_field(
         ...     density = 100 * (positions.norm(dim=-1) < 0.5).float()
         ...     return density, torch.tensor([1.0, 0.0, 0.0]).expand(len(positions), 3)
         >>> path = os.path.join(tempfile.mkdtemp(), "ball.glb")
-        >>> export_field(red_ball, torch.tensor([-1.0, -1, -1, 1, 1, 1]), path, resolution=32, texture_size=64).faces >
-        100 True
+        >>> box = torch.tensor([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0])
+        >>> summary = export_field(red_ball, box, path, resolution=32, texture_size=64)
+        >>> summary.faces > 100 and os.path.getsize(path) > 1000
+        True
     """
     mesh = extract_mesh(
-        lambda positions: field_fn(positions)[0],
+        lambda positions: query_density(field, positions),
         aabb,
         resolution=resolution,
         threshold=threshold,
@@ -64,6 +68,7 @@ def export_field(
     )
     voxel = float((aabb[3:] - aabb[:3]).max()) / resolution
     unwrapped = unwrap(mesh, texture_size)
-    texture = bake(unwrapped, composited(field_fn, voxel), texture_size, aabb.device)
+    colors = composited(lambda positions: evaluate(field, positions)[:2], voxel)
+    texture = bake(unwrapped, colors, texture_size, aabb.device)
     save_glb(path, unwrapped, texture)
     return MeshSummary(vertices=len(mesh.vertices), faces=len(mesh.faces), texture_size=texture_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import io
 import json
 import os
@@ -14,9 +15,10 @@ import trimesh
 from PIL import Image
 
 from dreamfusion_fast.errors import UserError
-from dreamfusion_fast.export import export_field
+from dreamfusion_fast.export import export_field, field
 from dreamfusion_fast.export.mesh import Mesh, extract_mesh
 from dreamfusion_fast.export.texture import at_surface, bake, composited, rasterize, save_glb, unwrap
+from dreamfusion_fast.fields.hash_field import HashGridField, HashGridFieldConfig
 
 BOX = torch.tensor([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0])
 
@@ -129,6 +131,22 @@ def test_trimesh_reads_it_back(glb):
     assert merged.is_watertight
     assert merged.volume > 0
     assert os.listdir(path.parent) == ["mesh.glb"]
+
+
+def test_example_of_the_documentation_runs():
+    results = doctest.testmod(field)
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+def test_any_field_of_the_package_can_be_exported(tmp_path):
+    config = HashGridFieldConfig(levels=2, finest_resolution=16, log2_rows=8, hidden=8, backend="reference")
+    summary = export_field(
+        HashGridField(config), BOX, tmp_path / "a.glb", resolution=12, threshold=1.0, target_faces=0, texture_size=32
+    )
+    _document, _, attributes, faces, _ = read_glb(tmp_path / "a.glb")
+    assert summary.faces == len(faces) > 50
+    assert np.linalg.norm(attributes["POSITION"], axis=1).max() < 1
 
 
 def test_seams_share_normals():

@@ -96,7 +96,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the data folder to write")
     parser.add_argument("--views", type=int, default=72, help="views per model")
     parser.add_argument("--only", nargs="*", help="catalogue names to keep (default: all)")
-    parser.add_argument("--names-only", action="store_true", help="write models.json again (names, colours), keep the pictures")
+    parser.add_argument(
+        "--names-only", action="store_true", help="write models.json again (names, colours), keep the pictures"
+    )
     parser.add_argument("--every", type=int, default=1, help="keep every n-th model, for a trial")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args()

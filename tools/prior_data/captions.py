@@ -11,7 +11,8 @@ import numpy as np
 
 from .catalogue import Entry
 from .colours import COLOURS
-from .names import HEADLINE, MASS, NAMES, PLURALS, POPULAR, SYNONYMS
+from .names import NAMES
+from .synonyms import HEADLINE, MASS, PLURALS, POPULAR, SYNONYMS
 
 VIEWS = ("", "front view", "side view", "back view", "overhead view")
 TEXTURELESS = "clay"

@@ -85,7 +85,9 @@ def read_catalogue(libraries: Path) -> list[Entry]:
     for library in LIBRARIES:
         root = libraries / library
         for number, item in sorted(_properties(root / "PluginFurnitureCatalog.properties").items()):
-            rotation = np.array([float(x) for x in item.get("modelRotation", "1 0 0 0 1 0 0 0 1").split()]).reshape(3, 3)
+            rotation = np.array([float(x) for x in item.get("modelRotation", "1 0 0 0 1 0 0 0 1").split()]).reshape(
+                3, 3
+            )
             entries.append(
                 Entry(
                     key=f"{library}#{number}",

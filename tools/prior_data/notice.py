@@ -13,10 +13,10 @@ Licensed under the Apache License, Version 2.0 (see LICENSE).
 
 Weights of the embedded prior
 =============================
-The diffusion model shipped in dreamfusion_fast/guidance/prior/weights was trained on pictures rendered from the 3D models
-listed below. They come from Sweet Home 3D's additional furniture libraries 1.8 (https://www.sweethome3d.com), as packaged
-in Debian's sweethome3d-furniture 1.8-1, which Emmanuel Puybaret (eTeks) cleaned and converted to OBJ. The models themselves
-are not part of this package; their pictures were rendered at 64x64 without other changes, some of them recoloured. Their
+The diffusion model shipped in dreamfusion_fast/guidance/prior/weights was trained on pictures rendered from the 3D
+models listed below. They come from Sweet Home 3D's additional furniture libraries 1.8 (https://www.sweethome3d.com),
+as packaged in Debian's sweethome3d-furniture 1.8-1, cleaned and converted to OBJ by Emmanuel Puybaret (eTeks). The
+models themselves are not part of this package; their pictures were rendered at 64x64, some of them recoloured. Their
 licences, in full: licenses/sweethome3d-furniture.txt. No creator endorses this project.
 
 Its text encoder derives from sentence-transformers/all-MiniLM-L6-v2 (Apache License, Version 2.0): vocabulary pruned,
@@ -26,7 +26,8 @@ LIBRARIES = {
     "BlendSwap-CC-0": "Blend Swap models (https://www.blendswap.com), CC0 1.0; credits are given although not required",
     "BlendSwap-CC-BY": "Blend Swap models (https://www.blendswap.com), Creative Commons Attribution 3.0",
     "KatorLegaz": "Copyright 2003-2008 Andrew Kator and Jennifer Legaz, Creative Commons Attribution 3.0 United States",
-    "Reallusion": "Copyright 2008-2015 Reallusion (http://www.reallusion.com), Creative Commons Attribution 3.0 United States",
+    "Reallusion": "Copyright 2008-2015 Reallusion (http://www.reallusion.com), "
+    "Creative Commons Attribution 3.0 United States",
     "Scopia": "Copyright 2010-2012 Scopia Visual Interfaces Systems, s.l. (http://www.scopia.es), "
     "Creative Commons Attribution 3.0",
 }

@@ -1,6 +1,7 @@
 """A small OBJ + MTL reader that keeps what an albedo render needs: triangles, normals, texture coordinates, colours."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,7 @@ def read_obj(path: Path) -> list[Part]:
             uvs.append([float(x) for x in words[1:3]])
         elif key == "f":
             face = [corner(word) for word in words[1:]]
-            for second, third in zip(face[1:], face[2:], strict=False):
+            for second, third in pairwise(face[1:]):
                 current += (face[0], second, third)
         elif key == "usemtl":
             current = corners.setdefault(line.strip()[6:].strip(), [])
@@ -111,7 +112,7 @@ def read_obj(path: Path) -> list[Part]:
 
     position_table = np.array(positions, np.float32).reshape(-1, 3)
     normal_table = np.nan_to_num(np.array(normals, np.float32).reshape(-1, 3))
-    uv_table = np.array([(uv + [0.0])[:2] for uv in uvs], np.float32).reshape(-1, 2)
+    uv_table = np.array([[*uv, 0.0][:2] for uv in uvs], np.float32).reshape(-1, 2)
     parts = []
     for name, indices in corners.items():
         if not indices:

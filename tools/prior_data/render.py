@@ -121,7 +121,7 @@ class Scene:
                 drawable.texture.release()
 
     def view(self, azimuth: float, elevation: float, distance: float) -> tuple[np.ndarray, np.ndarray]:
-        """Albedo [S, S, 4] (straight alpha) and normals [S, S, 3] in [-1, 1] (zero where empty), float32, row 0 on top."""
+        """Albedo [S, S, 4] (straight alpha) and normals [S, S, 3] in [-1, 1] (zero where empty), float32."""
         renderer = self.renderer
         eye = distance * np.array(
             [np.cos(elevation) * np.sin(azimuth), np.sin(elevation), np.cos(elevation) * np.cos(azimuth)]

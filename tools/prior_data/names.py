@@ -2,7 +2,7 @@
 
 One line per catalogue name (or per model, by its key): ``name: noun | synonym, ..., ~generic word, ...``. The part
 after the bar adds to what SYNONYMS says about the noun. A name without a line is its own noun, in lower case.
-Trademarks give way to the thing they name. ``+word`` in the middle field puts a material, part or style in front.
+Trademarks give way to the thing they name.
 """
 
 NAMES = """

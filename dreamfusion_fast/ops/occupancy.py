@@ -131,7 +131,7 @@ def occupancy_update_reference(grid: Tensor, cells: Tensor | None, density: Tens
     if cells is None:
         flat.copy_(new)
     else:
-        flat.index_reduce_(0, cells.long(), new, "amax", include_self=False)
+        flat.scatter_reduce_(0, cells.long(), new, "amax", include_self=False)
 
 
 def occupancy_pack_reference(grid: Tensor, threshold: float | Tensor) -> Tensor:

@@ -307,10 +307,14 @@ def test_gpu_reports_later_and_does_not_wait() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     model.poison = True
-    with pytest.raises(NonFiniteError, match="step 4: the gradient"):
+
+    def two_steps() -> None:
         for _ in range(2):
             guidance.sds_gradient(images, embeddings, views)
             torch.cuda.synchronize()
+
+    with pytest.raises(NonFiniteError, match="step 4: the gradient"):
+        two_steps()
 
 
 def test_clamping_latents_is_refused() -> None:

@@ -15,7 +15,7 @@ WIDTH = 16
 TOKENS = 12
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Models this small only lose by sharing their work out."""
     threads = torch.get_num_threads()

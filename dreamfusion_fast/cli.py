@@ -213,7 +213,7 @@ def _sample(arguments: list[str]) -> int:
         """Seeds the noise."""
         guidance_scale: float = 3.0
         """Strength of classifier-free guidance; 1 for none."""
-        steps: int = 50
+        steps: int = 40
         """Denoising steps."""
         device: str = "auto"
         """auto (the GPU if there is one), cpu, cuda or cuda:1."""

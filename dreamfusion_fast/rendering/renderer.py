@@ -27,8 +27,9 @@ from dreamfusion_fast.rendering.shading import AMBIENT, DIFFUSE, Shading, shade
 # Rays marched at a time. It bounds the distances held without gradients, keeps sample counts far from int32's limit,
 # and is no setting, because jitter depends on it in images of more rays than this.
 _RAYS_PER_MARCH = 1 << 18
-# Activations take about 1 KB per sample (3 KB with differentiable normals): 0.3 GB and 2 GB per chunk.
-_CHUNK_SAMPLES = {"cpu": 1 << 18, "cuda": 1 << 21}
+# Activations take 1.7 KB per sample, 3.5 KB with normals (bench_render.py, on a CPU): at most 0.9 GB a chunk on
+# a CPU and 3.7 GB on a GPU, which leaves room on a 16 GB card.
+_CHUNK_SAMPLES = {"cpu": 1 << 18, "cuda": 1 << 20}
 
 Background = Tensor | Callable[[Tensor], Tensor] | None
 
@@ -46,7 +47,7 @@ class RendererConfig:
     far: float = math.inf
     """Distance beyond which nothing is sampled."""
     max_samples_per_chunk: int | None = None
-    """Samples held at a time; None: 2^18 on a CPU, 2^21 on a GPU. A chunk holds at least one whole ray."""
+    """Samples held at a time; None: 2^18 on a CPU, 2^20 on a GPU. A chunk holds at least one whole ray."""
     early_stop: float = 0.0
     """Drop samples that less than this share of the light reaches, found by a density pass of its own; 0: keep all."""
     backend: Backend = "native"

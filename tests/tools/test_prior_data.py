@@ -152,11 +152,19 @@ def test_judge_verdict():
     assert judge.verdict(views_of, (900,))["rank"] > 5
 
 
+def test_lower_bound():
+    assert judge.lower_bound(1.0, 8) == pytest.approx(0.6756, abs=1e-4)
+    assert judge.lower_bound(0.9, 800) > judge.lower_bound(1.0, 16)
+
+
 def test_judge_chooses_by_category():
-    base = {"models": ["a"], "classes": [1]}
+    base = {"models": ["a"], "classes": [1], "shaded_views_top1": 0.5, "albedo_views_top5": 0.9}
     records = [
         base | {"prompt": p, "category": c, "shaded_views_top5": s}
         for p, c, s in [("a", "x", 1.0), ("b", "x", 0.95), ("c", "y", 0.85), ("d", "z", 0.79)]
     ]
+    records.append(records[0] | {"prompt": "e", "category": "w", "albedo_views_top5": 0.5})
     assert [r["prompt"] for r in judge.choose(records, count=2)] == ["a", "c"]
     assert [r["prompt"] for r in judge.choose(records)] == ["a", "c", "b"]
+    records[1]["models"] = ["a", "b", "c", "d"]
+    assert [r["prompt"] for r in judge.choose(records, count=1)] == ["b"]

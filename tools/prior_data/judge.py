@@ -236,22 +236,31 @@ def ceiling(models: list[dict], entries: dict, judge: Judge) -> list[dict]:
     return records
 
 
-def choose(records: list[dict], count: int = 10, threshold: float = 0.8) -> list[dict]:
-    """The best candidate of each category by its ceiling (shaded, top 5 of the views), then second ones, until full.
+def lower_bound(share: float, count: int, z: float = 1.96) -> float:
+    """Wilson's lower confidence bound of a share measured on ``count`` views: few models cannot promise much."""
+    centre = share + z * z / (2 * count)
+    spread = z * np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return float((centre - spread) / (1 + z * z / count))
 
-    Only candidates whose ceiling reaches ``threshold`` count; ties go to the one with more models, which says more.
+
+def choose(records: list[dict], count: int = 10, threshold: float = 0.8) -> list[dict]:
+    """The best candidate of each category, then the second ones, until ``count`` are found.
+
+    Only candidates whose ceiling (top 5 of the views) reaches ``threshold`` both shaded and as plain albedo count. Best
+    means the highest lower bound of the shaded ceiling; ties go to the higher top-1 share, then to the alphabet.
     """
-    good = sorted(
-        (r for r in records if r["shaded_views_top5"] >= threshold),
-        key=lambda r: (-r["shaded_views_top5"], -len(r["models"]), r["prompt"]),
-    )
+
+    def key(record: dict) -> tuple:
+        bound = lower_bound(record["shaded_views_top5"], len(AZIMUTHS) * len(record["models"]))
+        return -round(bound, 4), -record["shaded_views_top1"], record["prompt"]
+
+    good = [r for r in records if min(r["shaded_views_top5"], r["albedo_views_top5"]) >= threshold]
     turn: dict[str, int] = {}
     rounds = []
-    for record in good:
+    for record in sorted(good, key=key):
         turn[record["category"]] = turn.get(record["category"], 0) + 1
-        rounds.append((turn[record["category"]], record))
-    rounds.sort(key=lambda pair: pair[0])
-    return [record for _, record in rounds[:count]]
+        rounds.append((turn[record["category"]], key(record), record))
+    return [record for *_, record in sorted(rounds, key=lambda item: item[:2])[:count]]
 
 
 def read_views(folder: Path) -> np.ndarray:

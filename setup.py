@@ -1,7 +1,8 @@
 """Builds the native core with CMake; everything else about the package is in pyproject.toml.
 
-Read from the environment: DREAMFUSION_FAST_CUDA, DREAMFUSION_FAST_ARCHS, DREAMFUSION_FAST_PORTABLE (see CMakeLists.txt),
-CUDA_HOME or CUDACXX for a CUDA toolkit outside the path, CMAKE_BUILD_PARALLEL_LEVEL for the number of compilers at once.
+Read from the environment: DREAMFUSION_FAST_CUDA, DREAMFUSION_FAST_ARCHS, DREAMFUSION_FAST_PORTABLE (CMakeLists.txt says
+what they do), CUDA_HOME or CUDACXX for a CUDA toolkit outside the path, CMAKE_BUILD_PARALLEL_LEVEL for the number of
+compilers at once.
 """
 
 import os
@@ -96,7 +97,7 @@ class CMakeBuild(build_ext):
             if "CMAKE_CXX_COMPILER:" not in log or "CMAKE_CXX_COMPILER-NOTFOUND" in log:
                 raise SystemExit(
                     "dreamfusion_fast: no C++ compiler was found, and its native core has to be compiled.\n"
-                    "  Debian, Ubuntu: apt install g++    Fedora: dnf install gcc-c++    macOS: xcode-select --install\n"
+                    "  Debian, Ubuntu: apt install g++   Fedora: dnf install gcc-c++   macOS: xcode-select --install\n"
                     "  Windows: the Build Tools for Visual Studio, from their developer prompt\n"
                     "  or name one: CXX=/path/to/compiler pip install ."
                 ) from None

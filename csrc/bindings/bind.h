@@ -39,8 +39,8 @@ inline void check(const char* op, Status status) {
 }
 
 // Registers function<float> as name_f32 and function<double> as name_f64, both without the GIL held.
-#define DFF_DEF(module, name, function)                                                                     \
-  (module).def(name "_f32", &function<float>, pybind11::call_guard<pybind11::gil_scoped_release>());        \
+#define DFF_DEF(module, name, function)                                                              \
+  (module).def(name "_f32", &function<float>, pybind11::call_guard<pybind11::gil_scoped_release>()); \
   (module).def(name "_f64", &function<double>, pybind11::call_guard<pybind11::gil_scoped_release>())
 
 }  // namespace bindings

@@ -16,7 +16,8 @@ inline void march_blocks(Address bitfield, int32_t resolution, Address blocks, s
 
 template <typename T>
 MarchRays<T> march_rays(Address origins, Address directions, Address t_near, Address t_far, Address aabb,
-                        Address bitfield, Address blocks, int32_t resolution, double step, bool jitter, uint64_t seed, int64_t n_rays) {
+                        Address bitfield, Address blocks, int32_t resolution, double step, bool jitter, uint64_t seed,
+                        int64_t n_rays) {
   MarchRays<T> rays;
   rays.origins = pointer<const T>(origins);
   rays.directions = pointer<const T>(directions);
@@ -35,10 +36,11 @@ MarchRays<T> march_rays(Address origins, Address directions, Address t_near, Add
 
 template <typename T>
 void march_count(Address origins, Address directions, Address t_near, Address t_far, Address aabb, Address bitfield,
-                 Address blocks, int32_t resolution, double step, bool jitter, uint64_t seed, int64_t n_rays, Address counts,
-                 Address firsts, std::uintptr_t where) {
+                 Address blocks, int32_t resolution, double step, bool jitter, uint64_t seed, int64_t n_rays,
+                 Address counts, Address firsts, std::uintptr_t where) {
   MarchCount<T> op;
-  op.rays = march_rays<T>(origins, directions, t_near, t_far, aabb, bitfield, blocks, resolution, step, jitter, seed, n_rays);
+  op.rays =
+      march_rays<T>(origins, directions, t_near, t_far, aabb, bitfield, blocks, resolution, step, jitter, seed, n_rays);
   op.counts = pointer<int32_t>(counts);
   op.firsts = pointer<int32_t>(firsts);
   check("march", backend::march_count(op, launch_at(where)));
@@ -46,10 +48,12 @@ void march_count(Address origins, Address directions, Address t_near, Address t_
 
 template <typename T>
 void march_write(Address origins, Address directions, Address t_near, Address t_far, Address aabb, Address bitfield,
-                 Address blocks, int32_t resolution, double step, bool jitter, uint64_t seed, int64_t n_rays, Address firsts, Address offsets, Address t,
-                 Address ray_indices, int64_t capacity, std::uintptr_t where) {
+                 Address blocks, int32_t resolution, double step, bool jitter, uint64_t seed, int64_t n_rays,
+                 Address firsts, Address offsets, Address t, Address ray_indices, int64_t capacity,
+                 std::uintptr_t where) {
   MarchWrite<T> op;
-  op.rays = march_rays<T>(origins, directions, t_near, t_far, aabb, bitfield, blocks, resolution, step, jitter, seed, n_rays);
+  op.rays =
+      march_rays<T>(origins, directions, t_near, t_far, aabb, bitfield, blocks, resolution, step, jitter, seed, n_rays);
   op.firsts = pointer<const int32_t>(firsts);
   op.offsets = pointer<const int32_t>(offsets);
   op.t = pointer<T>(t);

@@ -7,8 +7,8 @@ namespace dff {
 namespace bindings {
 
 template <typename T>
-void ray_box(Address origins, Address directions, Address aabb, double t_min, double t_max, Address t_near, Address t_far,
-             int64_t n_rays, std::uintptr_t where) {
+void ray_box(Address origins, Address directions, Address aabb, double t_min, double t_max, Address t_near,
+             Address t_far, int64_t n_rays, std::uintptr_t where) {
   RayBox<T> op;
   op.origins = pointer<const T>(origins);
   op.directions = pointer<const T>(directions);

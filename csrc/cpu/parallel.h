@@ -16,7 +16,8 @@ namespace cpu {
 // The first exception thrown by body is rethrown here.
 void parallel_ranges(int64_t n, int threads, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 
-// Calls op(i) for each i of [0, n). `grain` is how many of them are worth handing to another thread (some 10 us of work).
+// Calls op(i) for each i of [0, n). `grain` is how many of them are worth handing to another thread (some 10 us of
+// work).
 template <typename Op>
 Status for_each(int64_t n, const Launch& launch, const Op& op, int64_t grain = 1024) {
   parallel_ranges(n, launch.threads, grain, [&op](int64_t begin, int64_t end) {

@@ -1,10 +1,8 @@
 #include "dreamfusion_fast/march.h"
-
 #include "parallel.cuh"
 
 namespace dff {
 namespace cuda {
-
 
 Status march_blocks(const MarchBlocks& op, const Launch& launch) {
   const int64_t n = blocks_along(op.resolution);

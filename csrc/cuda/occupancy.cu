@@ -1,5 +1,4 @@
 #include "dreamfusion_fast/occupancy.h"
-
 #include "parallel.cuh"
 
 namespace dff {

@@ -27,8 +27,8 @@ template <int kThreads = 128, typename Op>
 Status for_each(int64_t n, const Launch& launch, const Op& op) {
   if (n <= 0) return nullptr;
   const int64_t blocks = std::min<int64_t>((n + kThreads - 1) / kThreads, 0x7fffffff);
-  for_each_kernel<kThreads><<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(
-      n, op);
+  for_each_kernel<kThreads>
+      <<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(n, op);
   return launch_status();
 }
 

@@ -1,5 +1,4 @@
 #include "dreamfusion_fast/ray_box.h"
-
 #include "parallel.cuh"
 
 namespace dff {

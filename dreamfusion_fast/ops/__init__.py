@@ -1,4 +1,4 @@
-"""The ops: each a `torch.library` op over the native core, with its pure-PyTorch twin ``<name>_reference`` beside it."""
+"""The ops: each a `torch.library` op over the native core, its pure-PyTorch twin ``<name>_reference`` beside it."""
 
 from dreamfusion_fast.ops.composite import composite, composite_reference
 from dreamfusion_fast.ops.hash_grid import (

@@ -49,13 +49,15 @@ def march(
         step: distance between samples, > 0. A ray has at most 2^24 steps.
         jitter: u is uniform in [0, 1), one number per ray from (seed, ray index), instead of 0.5.
         seed: 0 <= seed < 2^63.
-        capacity: number of samples to make room for. None = as many as there are. With a number, `t` and `ray_indices` have this
-            length whatever comes: those that do not fit are missing from their end, so compare it with ``offsets[-1]``, which
-            tells the true count, whenever it suits; the unused rest is t = 0 and the last ray's index.
+        capacity: number of samples to make room for. None = as many as there are. With a number, `t` and
+            `ray_indices` have this length whatever comes. ``offsets[-1]`` tells the true count: where it is above the
+            capacity, samples are missing at the end, and the caller has to march again with more room; where it is
+            below, the unused rest is t = 0 and the last ray's index.
 
     Returns:
-        ``offsets`` int32 ``[n_rays + 1]``, exclusive prefix sum of the samples per ray; ``t [n_samples]``, ``ray_indices``
-        int32 ``[n_samples]``, both in the order of the rays and along each ray. No gradient flows through them.
+        ``offsets`` int32 ``[n_rays + 1]``, exclusive prefix sum of the samples per ray; ``t [n_samples]``,
+        ``ray_indices`` int32 ``[n_samples]``, both in the order of the rays and along each ray. No gradient flows
+        through them.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or range.
@@ -131,7 +133,9 @@ def _march(
     if capacity is None:
         size = int(totals[-1])  # the one wait for the GPU
         if size > _MAX_SAMPLES:
-            raise RuntimeError(f"dreamfusion_fast.ops.march: {size} samples, more than 2^31 - 1: march fewer rays at once")
+            raise RuntimeError(
+                f"dreamfusion_fast.ops.march: {size} samples, more than 2^31 - 1: march fewer rays at once"
+            )
         t, ray_indices = origins.new_empty(size), counts.new_empty(size)
     else:
         size = capacity
@@ -215,7 +219,9 @@ def march_reference(
 
     k = torch.arange(n_steps, device=device).to(dtype)
     t = t_near[:, None] + (k + offset[:, None]) * steps
-    place = (origins[:, None] + t[..., None] * directions[:, None] - low) * (origins.new_full((), resolution) / (high - low))
+    place = (origins[:, None] + t[..., None] * directions[:, None] - low) * (
+        origins.new_full((), resolution) / (high - low)
+    )
     kept = crosses[:, None] & (t < t_far[:, None]) & ((place >= 0) & (place < resolution)).all(dim=-1)
     if bitfield is not None:
         x, y, z = torch.where(kept[..., None], place, 0.0).long().unbind(dim=-1)

@@ -14,8 +14,8 @@ from dreamfusion_fast.ops._native import call, pointer
 def occupancy_update(grid: Tensor, cells: Tensor | None, density: Tensor, decay: float) -> None:
     """Lets the listed cells decay and raises them to the density seen now: ``max(grid * decay, density)``, in place.
 
-    A cell listed several times decays once and takes the largest of its densities (instant-ngp, Mueller et al. 2022, section 5.1
-    and appendix E). No waiting for the GPU.
+    A cell listed several times decays once and takes the largest of its densities. The rule is that of the occupancy
+    grids of instant-ngp (Mueller et al. 2022). No waiting for the GPU.
 
     Args:
         grid: ``[R, R, R]`` float32, contiguous; changed in place.

@@ -45,9 +45,7 @@ def _check(op: str, origins: Tensor, directions: Tensor, aabb: Tensor, near: flo
 
 
 @torch.library.custom_op("dreamfusion_fast::ray_box", mutates_args=())
-def _ray_box(
-    origins: Tensor, directions: Tensor, aabb: Tensor, near: float, far: float
-) -> tuple[Tensor, Tensor]:
+def _ray_box(origins: Tensor, directions: Tensor, aabb: Tensor, near: float, far: float) -> tuple[Tensor, Tensor]:
     origins, directions, aabb = origins.contiguous(), directions.contiguous(), aabb.contiguous()
     n_rays = origins.shape[0]
     t_near, t_far = origins.new_empty(n_rays), origins.new_empty(n_rays)

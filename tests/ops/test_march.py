@@ -94,7 +94,9 @@ def test_packing(device: torch.device) -> None:
     origins, directions = make_rays(113, torch.float32, device)
     aabb = torch.tensor(BOX, device=device)
     t_near, t_far = ray_box(origins, directions, aabb)
-    offsets, t, ray_indices = march(origins, directions, t_near, t_far, aabb, make_bits(13, 0.3, device), 13, 0.03, True)
+    offsets, t, ray_indices = march(
+        origins, directions, t_near, t_far, aabb, make_bits(13, 0.3, device), 13, 0.03, True
+    )
     assert (offsets.dtype, t.dtype, ray_indices.dtype) == (torch.int32, torch.float32, torch.int32)
     assert offsets[0] == 0
     assert offsets[-1] == len(t) == len(ray_indices)
@@ -163,7 +165,9 @@ def test_non_contiguous_input(device: torch.device) -> None:
     t_near, t_far = ray_box(origins, directions, aabb)
     bits = make_bits(13, 0.3, device)
     expected = march(origins, directions, t_near, t_far, aabb, bits, 13, 0.05)
-    wide = [torch.stack([tensor, tensor], dim=-1)[..., 0] for tensor in (origins, directions, t_near, t_far, aabb, bits)]
+    wide = [
+        torch.stack([tensor, tensor], dim=-1)[..., 0] for tensor in (origins, directions, t_near, t_far, aabb, bits)
+    ]
     assert not any(tensor.is_contiguous() for tensor in wide)
     assert_same(march(*wide, 13, 0.05), expected)
 

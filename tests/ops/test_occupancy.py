@@ -106,7 +106,12 @@ def test_opcheck(device: torch.device) -> None:
     ],
 )
 def test_update_bad_input(change: dict, error: type[Exception], message: str) -> None:
-    arguments = {"grid": torch.zeros(2, 2, 2), "cells": torch.tensor([0, 1, 2]), "density": torch.zeros(3), "decay": 0.9}
+    arguments = {
+        "grid": torch.zeros(2, 2, 2),
+        "cells": torch.tensor([0, 1, 2]),
+        "density": torch.zeros(3),
+        "decay": 0.9,
+    }
     with pytest.raises(error, match=message):
         occupancy_update(**{**arguments, **change})
 

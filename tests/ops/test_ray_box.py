@@ -57,7 +57,9 @@ def test_known_distances(device: torch.device) -> None:
 
 def test_ends_lie_on_the_box(device: torch.device) -> None:
     origins, directions = (tensor.to(device) for tensor in make_rays(1023, torch.float64))
-    t_near, t_far = ray_box(origins, directions, torch.tensor(BOXES[0], dtype=torch.float64, device=device), near=-math.inf)
+    t_near, t_far = ray_box(
+        origins, directions, torch.tensor(BOXES[0], dtype=torch.float64, device=device), near=-math.inf
+    )
     hits = t_near.isfinite()
     for t in (t_near[hits], t_far[hits]):
         ends = origins[hits] + t[:, None] * directions[hits]

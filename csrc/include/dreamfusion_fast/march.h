@@ -1,11 +1,11 @@
 // Marching rays through the occupancy grid: equally spaced samples, those in empty cells left out.
 //
-// The set of samples is defined by visiting every k = 0, 1, 2, ...: t_k = t_near + (k + u) step, kept when t_k < t_far and
-// the cell of origin + t_k direction is occupied. Empty space is crossed in one go, by cells and by blocks of cells,
-// without changing that set by a bit: the index of a cell along one axis is a chain of rounded operations each of which is
-// monotone in k, so it is monotone itself. Hence if samples k and n - 1 lie in the same cell (block), so do all between
-// them, and where the analytic exit of the cell suggests to go on with sample n, looking up sample n - 1 proves or
-// refutes it. The same holds for a ray that has yet to enter the box along some axis.
+// The set of samples is defined by visiting every k = 0, 1, 2, ...: t_k = t_near + (k + u) step, kept when t_k < t_far
+// and the cell of origin + t_k direction is occupied. Empty space is crossed in one go, by cells and by blocks of
+// cells, without changing that set by a bit: the index of a cell along one axis is a chain of rounded operations each
+// of which is monotone in k, so it is monotone itself. Hence if samples k and n - 1 lie in the same cell (block), so do
+// all between them, and where the analytic exit of the cell suggests to go on with sample n, looking up sample n - 1
+// proves or refutes it. The same holds for a ray that has yet to enter the box along some axis.
 #pragma once
 
 #include "dreamfusion_fast/common.h"
@@ -30,7 +30,7 @@ struct MarchRays {
   const T* t_far;           // [n_rays]
   const T* aabb;            // [6] xmin, ymin, zmin, xmax, ymax, zmax; nothing outside it is occupied
   const uint8_t* bitfield;  // [ceil(resolution^3 / 8)] bit i of byte b is cell 8 b + i; nullptr: all cells are occupied
-  const uint8_t* blocks;    // [ceil(resolution / 8)^3] whether any cell of the block is occupied; unused without bitfield
+  const uint8_t* blocks;  // [ceil(resolution / 8)^3] whether any cell of the block is occupied; unused without bitfield
   T step;
   int32_t resolution;
   bool jitter;  // u uniform in [0, 1) per ray instead of 0.5

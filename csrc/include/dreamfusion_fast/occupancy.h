@@ -1,4 +1,5 @@
-// The occupancy grid: a running maximum of the density in each cell of the scene box, and its threshold as one bit each.
+// The occupancy grid: a running maximum of the density in each cell of the scene box, and its threshold as one bit
+// each.
 #pragma once
 
 #include "dreamfusion_fast/common.h"

@@ -1,4 +1,5 @@
-// Counter-based random numbers: a hash of (seed, index), the same on every device and in the PyTorch twin, with no state to keep.
+// Counter-based random numbers: a hash of (seed, index), the same on every device and in the PyTorch twin, with no
+// state to keep.
 #pragma once
 
 #include "dreamfusion_fast/common.h"

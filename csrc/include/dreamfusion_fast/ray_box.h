@@ -10,8 +10,8 @@ struct RayBox {
   const T* origins;     // [n_rays, 3]
   const T* directions;  // [n_rays, 3]
   const T* aabb;        // [6] xmin, ymin, zmin, xmax, ymax, zmax
-  T t_min;               // no entry before this distance
-  T t_max;                // no exit after this distance
+  T t_min;              // no entry before this distance
+  T t_max;              // no exit after this distance
   T* t_near;            // [n_rays] +inf on a miss
   T* t_far;             // [n_rays] +inf on a miss
   int64_t n_rays;

@@ -96,25 +96,46 @@ void stage(const HashGridLevel& level, bool smoothstep, Block<Scalar>& block) {
   smoothstep ? run(std::true_type()) : run(std::false_type());
 }
 
-// Calls run(std::integral_constant<int, n_features>).
-template <typename Run>
-void with_features(int n_features, const Run& run) {
+// A level beyond this size does not stay in L2: fetching the rows a dozen samples ahead then saves a quarter to a third
+// of the time (16 levels of 2^19 rows, Zen 4), while below it costs a tenth.
+constexpr int64_t kPrefetchBytes = 1 << 20;
+constexpr int kAhead = 12;
+
+// Calls run(std::integral_constant<int, n_features>, std::bool_constant<whether to prefetch>).
+template <typename Scalar, typename Run>
+void with_features(int n_features, const HashGridLevel& level, const Run& run) {
+  const auto run_for = [&](auto features) {
+    const int64_t bytes = static_cast<int64_t>(level.rows) * decltype(features)::value * sizeof(Scalar);
+    bytes > kPrefetchBytes ? run(features, std::true_type()) : run(features, std::false_type());
+  };
   switch (n_features) {
     case 1:
-      return run(std::integral_constant<int, 1>());
+      return run_for(std::integral_constant<int, 1>());
     case 2:
-      return run(std::integral_constant<int, 2>());
+      return run_for(std::integral_constant<int, 2>());
     case 4:
-      return run(std::integral_constant<int, 4>());
+      return run_for(std::integral_constant<int, 4>());
     default:
-      return run(std::integral_constant<int, 8>());
+      return run_for(std::integral_constant<int, 8>());
   }
 }
 
-// output [count, stride]: the weighted sum of the corners' rows.
+// Asks for the rows of sample i + kAhead of the block (of its first ones at its end, at no harm).
 template <int kFeatures, typename Scalar>
+DFF_HD void prefetch_rows(const Block<Scalar>& block, int i, const Scalar* table) {
+#if defined(__GNUC__)
+  DFF_UNROLL
+  for (int corner = 0; corner < kCorners; ++corner) {
+    __builtin_prefetch(table + static_cast<int64_t>(block.rows[corner][(i + kAhead) % kBlock]) * kFeatures);
+  }
+#endif
+}
+
+// output [count, stride]: the weighted sum of the corners' rows.
+template <int kFeatures, bool kPrefetch, typename Scalar>
 void interpolate(const Block<Scalar>& block, const Scalar* table, Scalar* output, int64_t stride) {
   for (int i = 0; i < block.count; ++i) {
+    if (kPrefetch) prefetch_rows<kFeatures>(block, i, table);
     Scalar sums[kFeatures] = {};
     DFF_UNROLL
     for (int corner = 0; corner < kCorners; ++corner) {
@@ -126,9 +147,10 @@ void interpolate(const Block<Scalar>& block, const Scalar* table, Scalar* output
 }
 
 // block.weights = the corners' values, each row's product with the sample's grad_output [count, stride].
-template <int kFeatures, typename Scalar>
+template <int kFeatures, bool kPrefetch, typename Scalar>
 void corner_values(Block<Scalar>& block, const Scalar* table, const Scalar* grad_output, int64_t stride) {
   for (int i = 0; i < block.count; ++i) {
+    if (kPrefetch) prefetch_rows<kFeatures>(block, i, table);
     Scalar grad[kFeatures];
     for (int f = 0; f < kFeatures; ++f) grad[f] = grad_output[i * stride + f];
     DFF_UNROLL
@@ -148,10 +170,11 @@ struct RowRange {
   bool whole;  // all rows of the level: no need to look
 };
 
-template <int kFeatures, typename Scalar>
+template <int kFeatures, bool kPrefetch, typename Scalar>
 void scatter(const Block<Scalar>& block, const RowRange& owned, Scalar* grad_table, const Scalar* grad_output,
              int64_t stride) {
   for (int i = 0; i < block.count; ++i) {
+    if (kPrefetch) prefetch_rows<kFeatures>(block, i, grad_table);
     Scalar grad[kFeatures];
     for (int f = 0; f < kFeatures; ++f) grad[f] = grad_output[i * stride + f];
     DFF_UNROLL
@@ -231,10 +254,11 @@ Status add_table_gradient(const HashGridLevels& levels, const Scalar* direction,
         } else {
           stage<Stage::kRowsAndWeights>(level, levels.smoothstep, block);
         }
-        with_features(levels.n_features, [&](auto features) {
+        with_features<Scalar>(levels.n_features, level, [&](auto features, auto prefetch) {
           constexpr int kFeatures = decltype(features)::value;
-          scatter<kFeatures>(block, owned, grad_table + level.first_row * kFeatures,
-                             grad_output + block.first * stride + index * kFeatures, stride);
+          constexpr bool kPrefetch = decltype(prefetch)::value;
+          scatter<kFeatures, kPrefetch>(block, owned, grad_table + level.first_row * kFeatures,
+                                        grad_output + block.first * stride + index * kFeatures, stride);
         });
       }
     });
@@ -254,10 +278,11 @@ Status positions_gradient(const HashGridLevels& levels, const Scalar* direction,
       for (int index = 0; index < levels.n_levels; ++index) {
         const HashGridLevel level = hash_grid_level(levels, index);
         stage<Stage::kRows>(level, levels.smoothstep, block);
-        with_features(levels.n_features, [&](auto features) {
+        with_features<Scalar>(levels.n_features, level, [&](auto features, auto prefetch) {
           constexpr int kFeatures = decltype(features)::value;
-          corner_values<kFeatures>(block, table + level.first_row * kFeatures,
-                                   grad_output + block.first * stride + index * kFeatures, stride);
+          constexpr bool kPrefetch = decltype(prefetch)::value;
+          corner_values<kFeatures, kPrefetch>(block, table + level.first_row * kFeatures,
+                                              grad_output + block.first * stride + index * kFeatures, stride);
         });
         add_gradient<kSecond>(level, levels.smoothstep, block);
       }
@@ -282,10 +307,11 @@ Status encode(const HashGridLevels& levels, const Scalar* direction, const Scala
         } else {
           stage<Stage::kRowsAndWeights>(level, levels.smoothstep, block);
         }
-        with_features(levels.n_features, [&](auto features) {
+        with_features<Scalar>(levels.n_features, level, [&](auto features, auto prefetch) {
           constexpr int kFeatures = decltype(features)::value;
-          interpolate<kFeatures>(block, table + level.first_row * kFeatures,
-                                 output + block.first * stride + index * kFeatures, stride);
+          constexpr bool kPrefetch = decltype(prefetch)::value;
+          interpolate<kFeatures, kPrefetch>(block, table + level.first_row * kFeatures,
+                                            output + block.first * stride + index * kFeatures, stride);
         });
       }
     });

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -186,6 +189,23 @@ def test_threads_do_not_matter() -> None:
         torch.set_num_threads(threads)
     assert_same(results[1], results[0])
     assert_same(results[2], results[0])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+def test_after_a_fork() -> None:
+    """A forked process, such as a data loader's, has none of the threads that its parent has started."""
+    program = """
+import os, torch
+from dreamfusion_fast.ops import ray_box
+torch.set_num_threads(3)
+rays = torch.zeros(10_000, 3), torch.ones(10_000, 3), torch.tensor([-1.0, -1, -1, 1, 1, 1])
+assert ray_box(*rays)[1].eq(1).all()
+child = os.fork()
+if child == 0:
+    os._exit(0 if ray_box(*rays)[1].eq(1).all() else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_uniform_numbers() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -30,7 +31,13 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
 def cpu_reason() -> str:
     """Why the CPU core cannot be used; empty when it can."""
     module, reason = _load("_core")
-    return "" if module is not None else f"the CPU core was not built or does not load: {reason}. Build it: {_REBUILD}"
+    if module is not None:
+        return ""
+    root = Path(__file__).resolve().parents[2]
+    hidden = ""
+    if (root / "CMakeLists.txt").is_file():
+        hidden = f". This is the source tree {root}, which hides an installed package: use another working folder"
+    return f"the CPU core was not built or does not load: {reason}. Build it: {_REBUILD}{hidden}"
 
 
 def cuda_reason() -> str:

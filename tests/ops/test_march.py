@@ -4,11 +4,13 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import dreamfusion_fast
 from dreamfusion_fast.ops import march, march_reference, occupancy_pack, ray_box
 from dreamfusion_fast.ops.march import _march, uniform_reference
 
@@ -205,7 +207,9 @@ if child == 0:
     os._exit(0 if ray_box(*rays)[1].eq(1).all() else 1)
 assert os.waitpid(child, 0)[1] == 0
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    # From where the package under test lies: a source tree as working folder would hide an installed one.
+    folder = Path(dreamfusion_fast.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=folder)
 
 
 def test_uniform_numbers() -> None:

@@ -1,24 +1,27 @@
-"""What watches a run: a progress bar, a preview picture, curves, checkpoints. All of them are callbacks, as a user's own are."""
+"""What watches a run: a progress bar, a preview picture, curves, checkpoints. All are callbacks, like a user's own."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreamfusion_fast.export import render_preview
+from dreamfusion_fast.export import save_png, tile
+from dreamfusion_fast.export.turntable import to_uint8
 from dreamfusion_fast.io import RunFolder
+from dreamfusion_fast.rendering.shading import Shading
 from dreamfusion_fast.training.checkpoint import save_checkpoint
 from dreamfusion_fast.training.trainer import StepResult, Trainer
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from torch.utils.tensorboard import SummaryWriter
 
 PREVIEW_SIZE = 128
 PREVIEW_VIEWS = 4
 
 
 class Callback:
-    """Override what is of interest; every method gets the trainer, whose state may be read (and rendered) but not changed."""
+    """Override what is of interest. Every method gets the trainer, to read and to render, not to change."""
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step of this call; `trainer.steps_done` is above 0 when a run is resumed."""
@@ -31,7 +34,7 @@ class Callback:
 
 
 def due(result: StepResult, every: int, last: int) -> bool:
-    """Whether something done every `every` steps (0: never) is due; always true at the last step if it is done at all."""
+    """Whether something done every `every` steps (0: never) is due; at the last step it is, if it is done at all."""
     return every > 0 and (result.step % every == 0 or result.step == last)
 
 
@@ -44,7 +47,14 @@ class ProgressBar(Callback):
         self._task: Any = None
 
     def on_start(self, trainer: Trainer) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -63,7 +73,7 @@ class ProgressBar(Callback):
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         assert self._progress is not None
-        fields = {}
+        fields: dict[str, Any] = {}
         if due(result, self._every, trainer.config.steps):  # reading a loss waits for a GPU
             task = self._progress.tasks[0]
             fields["rate"] = f"{task.speed:.1f} it/s" if task.speed else ""
@@ -76,33 +86,44 @@ class ProgressBar(Callback):
 
 
 class Preview(Callback):
-    """preview.png, refreshed while the run goes on: four views, and the same views lit on white, which shows the shape."""
+    """preview.png, refreshed while the run goes on: four views, below them the same views lit on white: the shape."""
 
     def __init__(self, path: Path, every: int) -> None:
         self._path, self._every = path, every
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         if due(result, self._every, 0):
-            render_preview(lambda azimuth: trainer.render_view(azimuth, PREVIEW_SIZE), self._path, PREVIEW_VIEWS)
+            images = [
+                to_uint8(trainer.render_view(360.0 * view / PREVIEW_VIEWS, PREVIEW_SIZE, shading=shading))
+                for shading in (Shading.ALBEDO, Shading.TEXTURELESS)
+                for view in range(PREVIEW_VIEWS)
+            ]
+            save_png(self._path, tile(images, PREVIEW_VIEWS))
 
 
 class Curves(Callback):
     """TensorBoard scalars of the losses and of how much is rendered."""
 
     def __init__(self, folder: Path, every: int) -> None:
+        self._folder, self._every = folder, every
+        self._writer: SummaryWriter | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer, self._every = SummaryWriter(str(folder)), every
+        # What an interrupted run wrote after its last checkpoint is hidden when the steps are done again.
+        self._writer = SummaryWriter(str(self._folder), purge_step=trainer.steps_done + 1)
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
-        if due(result, self._every, trainer.config.steps):
+        if self._writer is not None and due(result, self._every, trainer.config.steps):
             for name, value in result.losses.items():
                 self._writer.add_scalar(f"loss/{name}", float(value), result.step)
             self._writer.add_scalar("render/samples", result.samples, result.step)
             self._writer.add_scalar("render/occupied", trainer.occupancy.occupied_fraction(), result.step)
 
     def on_end(self, trainer: Trainer) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class Checkpoints(Callback):
@@ -114,13 +135,19 @@ class Checkpoints(Callback):
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         if due(result, self._every, trainer.config.steps):
-            trainer.check_finite(result)
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Write a checkpoint now, unless this step's is there."""
+        """Write a checkpoint now, unless this step's is there.
+
+        Raises:
+            NonFiniteError: a parameter is not finite; the checkpoint that was there is kept.
+        """
         if self._saved_step == trainer.steps_done:
             return
+        trainer.check_parameters()
         tensors, meta = trainer.state()
-        save_checkpoint(self._folder.checkpoint, tensors=tensors, config=trainer.config, step=trainer.steps_done, meta=meta)
+        save_checkpoint(
+            self._folder.checkpoint, tensors=tensors, config=trainer.config, step=trainer.steps_done, meta=meta
+        )
         self._saved_step = trainer.steps_done

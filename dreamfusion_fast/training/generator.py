@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import signal
 import sys
 import threading
@@ -17,7 +18,7 @@ import torch
 from dreamfusion_fast.errors import NonFiniteError, UserError
 from dreamfusion_fast.export import MeshSummary, export_field, render_preview, render_turntable
 from dreamfusion_fast.fields.base import evaluate
-from dreamfusion_fast.guidance.base import Guidance
+from dreamfusion_fast.guidance.base import Guidance, GuidanceConfig
 from dreamfusion_fast.io import RunFolder, default_run_folder, make_folder, open_run_folder, prepare_run_folder
 from dreamfusion_fast.training.callbacks import Callback, Checkpoints, Curves, Preview, ProgressBar
 from dreamfusion_fast.training.checkpoint import Checkpoint, load_checkpoint
@@ -41,26 +42,44 @@ class Generator:
     Args:
         prompt: what to make, or a whole `Config`.
         callbacks: called at the start, after every step and at the end; see `Callback`.
-        guidance: a `Guidance` to use in place of the one the config names.
+        guidance: a `Guidance` to use in place of the one the config names, or a `GuidanceConfig` that names another.
         **settings: fields of `Config`, such as `steps=500` or `out="out/armchair"`.
 
     Raises:
         UserError: what was asked for cannot be done; the message says why and what to do.
 
     Example:
+        >>> import tempfile
         >>> from dreamfusion_fast import Generator
-        >>> result = Generator("an armchair", out="out/armchair", steps=600).run()  # doctest: +SKIP
-        >>> result.mesh.faces  # doctest: +SKIP
+        >>> from dreamfusion_fast.training.config import ExportConfig, LogConfig
+        >>> class Watch(Callback):
+        ...     def on_step(self, trainer, result):
+        ...         print(f"step {result.step}: {', '.join(sorted(result.losses))}")
+        >>> generator = Generator(
+        ...     "an armchair",
+        ...     callbacks=[Watch()],
+        ...     out=tempfile.mkdtemp(),
+        ...     steps=2,  # leave it away for a good armchair, and the coarse export, too
+        ...     log=LogConfig(progress_bar=False),
+        ...     export=ExportConfig(resolution=32, texture_size=64, turntable_frames=2, turntable_size=32),
+        ... )
+        >>> result = generator.run()
+        step 1: entropy, opacity, sds
+        step 2: entropy, opacity, sds
+        >>> result.mesh.faces > 0 and (result.folder / "mesh.glb").is_file()
+        True
     """
 
     def __init__(
         self,
         prompt: str | Config,
         callbacks: Sequence[Callback] = (),
-        guidance: Guidance | None = None,
+        guidance: Guidance | GuidanceConfig | None = None,
         **settings: Any,
     ) -> None:
         config = prompt if isinstance(prompt, Config) else Config(prompt=prompt)
+        if isinstance(guidance, GuidanceConfig):
+            settings["guidance"], guidance = guidance, None
         self._setup(dataclasses.replace(config, **settings), callbacks, guidance)
 
     def _setup(self, config: Config, callbacks: Sequence[Callback], guidance: Guidance | None) -> None:
@@ -93,7 +112,12 @@ class Generator:
         return generator
 
     def run(self) -> RunResult:
-        """Optimise, then export. On Ctrl-C a checkpoint is written, and how to continue is said, before KeyboardInterrupt is raised."""
+        """Optimise, then export.
+
+        Raises:
+            KeyboardInterrupt: on Ctrl-C, after a checkpoint was written and it was said how to continue.
+            UserError: a used or unwritable folder, a NaN in training, no surface to export.
+        """
         config = self.config
         new = self._folder is None
         if self._folder is None:
@@ -105,7 +129,11 @@ class Generator:
         if new:
             checkpoints.save(trainer)  # from here on the run can be resumed, whatever happens
         self._train(trainer, folder, checkpoints)
-        return RunResult(folder.path, trainer.steps_done, self._export(trainer, folder))
+        try:
+            return RunResult(folder.path, trainer.steps_done, self._export(trainer, folder))
+        except KeyboardInterrupt:
+            print(f"stopped during the export; continue: {_resume_command(folder)}", file=sys.stderr)
+            raise
 
     def _trainer(self, guidance: Guidance | None) -> Trainer:
         trainer = Trainer(self.config, self.device, guidance)
@@ -131,15 +159,15 @@ class Generator:
                     result = trainer.step()
                     for callback in callbacks:
                         callback.on_step(trainer, result)
+                checkpoints.save(trainer)
         except NonFiniteError as error:
             raise UserError(f"{error}; the last good checkpoint is {folder.checkpoint}") from error
         finally:
             for callback in callbacks:
                 callback.on_end(trainer)
         if interrupted.is_set():
-            checkpoints.save(trainer)
-            message = f"stopped after step {trainer.steps_done} of {steps}; continue: dreamfusion-fast generate --resume {folder.path}"
-            print(message, file=sys.stderr)
+            done = f"stopped after step {trainer.steps_done} of {steps}"
+            print(f"{done}; continue: {_resume_command(folder)}", file=sys.stderr)
             raise KeyboardInterrupt
 
     def export(self, out: str | Path | None = None) -> MeshSummary:
@@ -151,7 +179,6 @@ class Generator:
 
     def _export(self, trainer: Trainer, folder: RunFolder) -> MeshSummary:
         e = self.config.export
-        trainer.occupancy.eval()
 
         def picture(azimuth: float) -> torch.Tensor:
             return trainer.render_view(azimuth, e.turntable_size, e.elevation_deg)
@@ -178,6 +205,10 @@ class Generator:
         return summary
 
 
+def _resume_command(folder: RunFolder) -> str:
+    return f"dreamfusion-fast generate --resume {shlex.quote(str(folder.path))}"
+
+
 class _NoGuidance(Guidance):
     """Stands in where nothing is optimised, so that an export loads no diffusion model."""
 
@@ -192,7 +223,7 @@ class _NoGuidance(Guidance):
 
 @contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """Within it, the first Ctrl-C sets the event, so that the step in progress ends whole; a second one interrupts at once."""
+    """Within it, the first Ctrl-C sets the event, so that the step in progress ends whole; a second one interrupts."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may install handlers
         yield stop

@@ -1,8 +1,8 @@
 """The optimisation: render random views, ask the guidance for a gradient, push it back through the renderer.
 
-One step is DreamFusion's algorithm (Poole et al. 2022, section 3): camera and light are drawn, the field is rendered with a shading
-drawn with them, the guidance returns the score distillation gradient of the images, and regularisers on opacity and normals are
-added. Nothing here knows which diffusion model guides.
+One step is DreamFusion's algorithm (Poole et al. 2022, section 3): camera and light are drawn, the field is rendered
+with a shading drawn with them, the guidance returns the score distillation gradient of the images, and regularisers on
+opacity and normals are added. Nothing here knows which diffusion model guides.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.errors import NonFiniteError
+from dreamfusion_fast.errors import NonFiniteError, UserError
 from dreamfusion_fast.fields.background import MlpBackground, per_view, random_colors
 from dreamfusion_fast.fields.hash_field import HashGridField
 from dreamfusion_fast.guidance.base import Guidance, Views, create_guidance
@@ -54,8 +54,8 @@ class Trainer:
         device: where it runs.
         guidance: what pulls; by default the model that the config names.
 
-    Everything random comes from one CPU generator seeded by `config.seed`, so the same seed gives the same numbers on every device
-    up to rounding, and on a CPU the same mesh.
+    Everything random comes from one CPU generator seeded by `config.seed`, so the same seed gives the same numbers on
+    every device up to rounding, and on a CPU the same mesh.
     """
 
     def __init__(self, config: Config, device: torch.device, guidance: Guidance | None = None) -> None:
@@ -113,23 +113,36 @@ class Trainer:
         # The guidance's gradient is a sum over its pixels; per pixel it has one size whatever the model's resolution.
         total = (images * pull.gradient).sum() / (config.batch * self.guidance.image_size**2)
         total = total + sum(weights[name] * losses[name] for name in weights)
+        losses = {name: value.detach() for name, value in losses.items()}
+        result = StepResult(self.steps_done + 1, losses, shading, size, output.samples)
+        if self.device.type == "cpu":  # before the parameters are touched; on a GPU it would wait
+            self.check_finite(result, total.detach())
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         self.optimizer.step()
         self.steps_done += 1
-        result = StepResult(self.steps_done, {k: v.detach() for k, v in losses.items()}, shading, size, output.samples)
-        if self.device.type == "cpu":
-            self.check_finite(result)
         return result
 
-    def check_finite(self, result: StepResult) -> None:
-        """Raise NonFiniteError if a loss of `result` is not finite; waits for the GPU."""
-        for name, value in result.losses.items():
+    def check_finite(self, result: StepResult, total: Tensor | None = None) -> None:
+        """Raise NonFiniteError if a loss of `result`, or their weighted sum, is not finite; waits for the GPU."""
+        sums = {} if total is None else {"total": total}
+        for name, value in (result.losses | sums).items():
             if not math.isfinite(float(value)):
                 raise NonFiniteError(
-                    f"the {name} loss became {float(value)} at step {result.step}: lower --optim.lr-table or its loss weight and "
-                    "resume from the last checkpoint"
+                    f"the {name} loss became {float(value)} at step {result.step}: lower --optim.lr-table or a loss "
+                    "weight and resume from the last checkpoint"
                 )
+
+    def check_parameters(self) -> None:
+        """Raise NonFiniteError if a parameter is not finite; waits for the GPU."""
+        for module_name, module in self._modules():
+            for name, parameter in module.named_parameters():
+                # The sum is not finite where one element is not, and needs no mask of the table's size.
+                if not math.isfinite(float(parameter.detach().double().sum())):
+                    raise NonFiniteError(
+                        f"the parameters {module_name}.{name} hold a NaN or an infinity after step {self.steps_done}: "
+                        "lower --optim.lr-table or a loss weight and resume from the last checkpoint"
+                    )
 
     def _set_learning_rates(self, progress: float) -> None:
         c = self.config.optim
@@ -185,7 +198,7 @@ class Trainer:
     def render_view(
         self, azimuth_deg: float, size: int, elevation_deg: float = 15.0, shading: Shading | str = Shading.ALBEDO
     ) -> Tensor:
-        """A picture `[size, size, 3]` on white, float32 in [0, 1], lit from the camera where the shading asks for light."""
+        """A picture `[size, size, 3]` on white, float32 in [0, 1]; light, where the shading asks for it, from above."""
         camera = orbit_cameras(1, elevation_deg, start_deg=azimuth_deg, device=self.device)
         light = camera.positions[0] + torch.tensor([0.5, 1.0, 0.0], device=self.device)
         output = self.renderer.render(
@@ -207,11 +220,18 @@ class Trainer:
         return tensors | moments, {"optimizer": rest}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue where `checkpoint` was written; its architecture must be this config's (`load_checkpoint` checks it)."""
-        for name, module in self._modules():
-            module.load_state_dict(checkpoint.group(name))
-        restore_optimizer(self.optimizer, checkpoint.tensors, checkpoint.meta["optimizer"])
-        self.generator.set_state(checkpoint.tensors["generator"])
+        """Continue where `checkpoint` was written, by a config of this architecture (`load_checkpoint` checks it).
+
+        Raises:
+            UserError: it lacks something, or something in it has another shape.
+        """
+        try:
+            for name, module in self._modules():
+                module.load_state_dict(checkpoint.group(name))
+            restore_optimizer(self.optimizer, checkpoint.tensors, checkpoint.meta["optimizer"])
+            self.generator.set_state(checkpoint.tensors["generator"])
+        except (KeyError, RuntimeError) as error:  # load_state_dict raises the latter
+            raise UserError(f"the checkpoint does not fit this config: {' '.join(str(error).split())}") from error
         self.steps_done = checkpoint.step
 
     def _modules(self) -> list[tuple[str, torch.nn.Module]]:

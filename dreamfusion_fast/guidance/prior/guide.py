@@ -1,4 +1,4 @@
-"""The embedded prior as guidance: 64x64 pixels in, told the camera, the background and the shading that the renderer knows."""
+"""The embedded prior as guidance: 64x64 pixels in, told the camera, the background and the shading of the render."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .text_encoder import WEIGHTS, TextEncoder
 class EmbeddedPrior(DiffusionModel):
     """See the module; a `DiffusionModel` of known cameras.
 
-    The guided half is told caption and camera, the other half neither, so that guidance strengthens both. Background and
-    shading are told to both halves: they are facts about the render, nothing to be pulled towards.
+    The guided half is told caption and camera, the other half neither, so that guidance strengthens both. Background
+    and shading are told to both halves: they are facts about the render, nothing to be pulled towards.
 
     Args:
         device: where it runs.
@@ -43,7 +43,8 @@ class EmbeddedPrior(DiffusionModel):
                 raise UserError(f"the embedded prior's {file} is missing from {folder}: install the package again")
         self._dtype = _fast_dtype(self.device) if dtype == "auto" else resolve_dtype(dtype, self.device)
         network = load_prior(folder)
-        self._network = network.to(self.device, self._dtype, memory_format=torch.channels_last)
+        self._network = network.to(self.device, self._dtype)
+        self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # in torch's docs only
         self.alphas_cumprod = noise_schedule().alphas_cumprod.to(self.device)
 
     @property
@@ -91,4 +92,6 @@ def _fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where matrix products in it run in hardware; elsewhere it is slower than float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else torch.float32
+    return (
+        torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else torch.float32
+    )

@@ -1,9 +1,10 @@
-"""The embedded prior's network: a small pixel-space diffusion U-Net told the caption and what the renderer knows of its view.
+"""The embedded prior's network: a small pixel-space diffusion U-Net, told the caption and what a renderer knows.
 
-Images are 64x64. The U-Net (diffusers' `UNet2DConditionModel`) works on 2x2 pixel-unshuffled input, so that its widest level is
-32x32. It predicts v (Salimans and Ho 2022, arXiv 2202.00512) under the cosine schedule (Nichol and Dhariwal 2021, arXiv
-2102.09672). Beside the caption it can be given the camera, the background colour and the kind of shading, each behind a flag that
-says whether it is known: a renderer knows them, and what the model need not guess it does not blur.
+Images are 64x64. The U-Net (diffusers' `UNet2DConditionModel`) works on 2x2 pixel-unshuffled input, so that its widest
+level is 32x32. It predicts v (Salimans and Ho 2022, arXiv 2202.00512) under the cosine schedule (Nichol and Dhariwal
+2021, arXiv 2102.09672). Beside the caption it can be given the camera, the background colour and the kind of shading,
+each behind a flag that says whether it is known: a renderer knows them, and what the model need not guess it does not
+blur.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class ViewCondition:
     shading_known: Tensor | None = None
 
     def vector(self, n: int, device: torch.device | str) -> Tensor:
-        """The condition as `[n, 15]` float32: a flag and scaled values for camera, background and shading; zeros if unknown."""
+        """`[n, 15]` float32: for camera, background and shading a flag and values, scaled; zeros where unknown."""
         out = torch.zeros(n, _CAMERA + _BACKGROUND + _SHADING, device=device)
         if self.azimuth is not None and self.elevation is not None:
             a, e = self.azimuth.float(), self.elevation.float()
@@ -107,7 +108,7 @@ class PriorNetwork(nn.Module):
         from diffusers import UNet2DConditionModel
 
         self.config = dict(UNET_CONFIG if config is None else config)
-        self.unet = UNet2DConditionModel(**self.config)
+        self.unet: Any = UNet2DConditionModel(**self.config)
 
     def forward(self, noisy: Tensor, timestep: Tensor, tokens: Tensor, condition: Tensor) -> Tensor:
         packed = nn.functional.pixel_unshuffle(noisy, 2)
@@ -139,5 +140,5 @@ def load_prior(folder: Path = WEIGHTS) -> PriorNetwork:
     """The trained network from `prior.safetensors`, float32, on the CPU, in evaluation mode, its parameters frozen."""
     with safe_open(folder / "prior.safetensors", framework="pt") as file:
         network = PriorNetwork(json.loads(file.metadata()["config"]))
-        network.load_state_dict(dequantize_state_dict({name: file.get_tensor(name) for name in file.keys()}))
+        network.load_state_dict(dequantize_state_dict({name: file.get_tensor(name) for name in file.keys()}))  # noqa: SIM118
     return network.eval().requires_grad_(False)

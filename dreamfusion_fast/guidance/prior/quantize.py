@@ -1,6 +1,7 @@
-"""Weights as int8 with one float32 scale per output row: a quarter of float32's size at about 0.4 % rounding error per weight.
+"""Weights as int8 with one float32 scale per output row: rounded to 1/254 of the row's largest.
 
-Only the file is small: weights are expanded when they are loaded, and all arithmetic stays in the type that the model runs in.
+Only the file is small: weights are expanded when they are loaded, and all arithmetic stays in the type that the model
+runs in.
 """
 
 from __future__ import annotations

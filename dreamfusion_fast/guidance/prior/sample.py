@@ -21,8 +21,8 @@ def sample_images(
 ) -> np.ndarray:
     """Draw images on white by DDIM (Song et al. 2021, arXiv 2010.02502).
 
-    A view named in the prompt (", side view") is heard from the text; otherwise the cameras go around the object, the first at
-    the front left.
+    A view named in the prompt (", side view") is heard from the text; otherwise the cameras go around the object, the
+    first at the front left.
 
     Args:
         prompt: what to draw.
@@ -44,9 +44,14 @@ def sample_images(
         raise UserError(f"n and steps must be at least 1, got {n} and {steps}")
     model = EmbeddedPrior(device)
     embedded = model.embed_texts(["", prompt])
-    pair = {k: torch.cat([v[:1].expand(n, *v.shape[1:]), v[1:].expand(n, *v.shape[1:])]).to(device) for k, v in embedded.items()}
+    pair = {
+        k: torch.cat([v[:1].expand(n, *v.shape[1:]), v[1:].expand(n, *v.shape[1:])]).to(device)
+        for k, v in embedded.items()
+    }
     azimuth = torch.arange(n, device=device) * (2 * math.pi / n) - math.pi / 6
-    blind = ViewCondition(background=torch.ones(n, 3, device=device), shading=torch.zeros(n, dtype=torch.long, device=device))
+    blind = ViewCondition(
+        background=torch.ones(n, 3, device=device), shading=torch.zeros(n, dtype=torch.long, device=device)
+    )
     told = dataclasses.replace(blind, azimuth=azimuth, elevation=torch.full_like(azimuth, math.radians(20)))
     told = blind if " view" in prompt else told
     scheduler = noise_schedule()

@@ -36,7 +36,7 @@ class TextEncoder(nn.Module):
 
         with safe_open(folder / "text_encoder.safetensors", framework="pt") as file:
             config = BertConfig(**json.loads(file.metadata()["config"]))
-            state = dequantize_state_dict({name: file.get_tensor(name) for name in file.keys()})
+            state = dequantize_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         self.bert = BertModel(config, add_pooling_layer=False)
         self.bert.load_state_dict(state)
         self.bert.eval().requires_grad_(False)

@@ -1,0 +1,121 @@
+"""Stand-ins that keep tests of whole runs small: a guidance that wants a coloured ball, a prior of a few weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.fields.hash_field import HashGridFieldConfig
+from dreamfusion_fast.guidance.base import Guidance, PromptEmbeddings, SDSOutput, Views
+from dreamfusion_fast.rendering.renderer import RendererConfig
+from dreamfusion_fast.training.config import (
+    BackgroundConfig,
+    Config,
+    ExportConfig,
+    LogConfig,
+    OccupancyConfig,
+    OptimConfig,
+    ScheduleConfig,
+)
+
+RADIUS = 0.4  # of the wanted disc, as a share of half the image
+COLOR = (0.8, 0.2, 0.1)
+
+
+def small_config(**settings: Any) -> Config:
+    """A run that takes milliseconds a step and writes little."""
+    config = Config(
+        prompt="a red ball",
+        steps=12,
+        batch=2,
+        device="cpu",
+        field=HashGridFieldConfig(levels=4, base_resolution=4, finest_resolution=32, log2_rows=12, hidden=16),
+        renderer=RendererConfig(samples_across=48),
+        occupancy=OccupancyConfig(resolution=16, every=4, warmup_steps=8),
+        background=BackgroundConfig(plain=0.75, frequencies=2, hidden=8),
+        optim=OptimConfig(warmup_steps=5),
+        schedule=ScheduleConfig(render_size_start=12, render_size=16, render_size_until=0.5),
+        log=LogConfig(preview_every=0, checkpoint_every=0, tensorboard=False, progress_bar=False),
+        export=ExportConfig(resolution=32, texture_size=64, turntable_frames=3, turntable_size=32, preview_views=2),
+    )
+    return dataclasses.replace(config, **settings)
+
+
+def target(views: Views, size: int) -> Tensor:
+    """What the guidance wants to see `[B, 3, size, size]`: a disc in one colour before the views' background."""
+    axis = (torch.arange(size) + 0.5) * (2.0 / size) - 1.0
+    disc = (axis[:, None].square() + axis.square() < RADIUS**2).float()
+    background = torch.zeros(len(views), 3) if views.background is None else views.background.cpu()
+    return disc * torch.tensor(COLOR)[:, None, None] + (1 - disc) * background[:, :, None, None]
+
+
+class BallGuidance(Guidance):
+    """Pulls images towards `target`, and notes what it was asked.
+
+    Args:
+        nan_at: the call, from 0, whose gradient is NaN.
+        strength: of the pull; 0 for none.
+    """
+
+    name, image_size = "ball", 16
+
+    def __init__(self, nan_at: int = -1, strength: float = 1.0) -> None:
+        self.nan_at, self.strength = nan_at, strength
+        self.calls: list[dict[str, Any]] = []
+
+    def embed(self, prompts: Any) -> PromptEmbeddings:
+        return PromptEmbeddings({"nothing": torch.zeros(PromptEmbeddings.ROWS, 1)})
+
+    def sds_gradient(
+        self,
+        images: Tensor,
+        embeddings: PromptEmbeddings,
+        views: Views,
+        t_range: tuple[float, float] | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | None = None,
+        grad_clip: float | None = None,
+    ) -> SDSOutput:
+        size = images.shape[-1]
+        difference = images.detach() - target(views, size).to(images.device)
+        gradient = self.strength * difference * (self.image_size / size) ** 2
+        if len(self.calls) == self.nan_at:
+            gradient[0, 0, 0, 0] = float("nan")
+        arrived: dict[str, Any] = {"images": images.detach(), "views": views, "t_range": t_range, "gradient": gradient}
+        images.register_hook(lambda grad: arrived.update(image_grad=grad))
+        self.calls.append(arrived)
+        t = torch.randint(0, 1000, (len(images),), generator=generator)
+        residual = difference.square().flatten(1).mean(dim=1).sqrt()
+        return SDSOutput(gradient, t, gradient.flatten(1).norm(dim=1), residual, images.detach())
+
+
+def write_tiny_prior(folder: Path) -> Path:
+    """A folder as the package's weights are, with a network of random weights that takes milliseconds."""
+    from dreamfusion_fast.guidance.prior.model import UNET_CONFIG, PriorNetwork, save_prior
+    from dreamfusion_fast.guidance.prior.text_encoder import WEIGHTS
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("text_encoder.safetensors", "tokenizer.json"):
+        (folder / name).symlink_to(WEIGHTS / name)
+    config = UNET_CONFIG | {"block_out_channels": (8, 8, 16), "norm_num_groups": 4, "attention_head_dim": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = PriorNetwork(config)
+    save_prior(network.state_dict(), network.config, folder / "prior.safetensors", {"trained": "no"})
+    return folder
+
+
+def use_prior(folder: Path, patch: Any = None) -> None:
+    """Let the package find its prior in `folder`; undone with `patch`, pytest's monkeypatch, if given."""
+    from dreamfusion_fast.guidance import prior
+    from dreamfusion_fast.guidance.prior import guide, sample
+
+    found = functools.partial(guide.EmbeddedPrior, folder=folder)
+    put = setattr if patch is None else patch.setattr
+    put(prior, "create_prior", lambda config, device: found(device, config.dtype))
+    put(sample, "EmbeddedPrior", found)

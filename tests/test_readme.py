@@ -1,0 +1,88 @@
+"""The README tells the truth: its Python runs, and the commands, options, variables and files it names exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import BallGuidance, small_config
+
+import dreamfusion_fast
+from dreamfusion_fast import cli
+from dreamfusion_fast.training.generator import Generator
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [
+    shlex.split(line.split(" && ")[-1], comments=True)[1:]
+    for block in blocks("bash")
+    for line in block.splitlines()
+    if line.split(" && ")[-1].startswith("dreamfusion-fast ")
+]
+
+
+class SmallGenerator(Generator):
+    """The README's Generator, with a few short steps and without a diffusion model."""
+
+    def __init__(self, prompt: str, **settings: Any) -> None:
+        super().__init__(small_config(prompt=prompt), guidance=BallGuidance(), **settings)
+
+
+def test_it_has_examples() -> None:
+    assert len(blocks("python")) >= 3
+    assert len(COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n")[1])
+def test_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dreamfusion_fast, "Generator", SmallGenerator)
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+def test_command_and_its_options_exist(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([arguments[0], "--help"]) == 0
+    described = capsys.readouterr().out
+    for option in (word for word in arguments if word.startswith("-")):
+        assert re.search(rf"(?<![\w-]){option}(?![\w-])", described), f"{arguments[0]} has no {option}"
+
+
+def test_options_of_the_table_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--help"]) == 0
+    described = capsys.readouterr().out
+    named = re.findall(r"(?m)^\| (`--.*?) \|", README)
+    assert named
+    for option in re.findall(r"`(--[\w.-]+)`", " ".join(named)):
+        assert re.search(rf"(?<![\w-]){option}(?![\w-])", described), f"generate has no {option}"
+
+
+def test_environment_variables_are_read_somewhere() -> None:
+    sources = [ROOT / "setup.py", *(ROOT / "dreamfusion_fast").rglob("*.py")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    names = set(re.findall(r"DREAMFUSION_FAST_[A-Z]+", README))
+    assert names
+    assert [name for name in sorted(names) if name not in code] == []
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/design.md", "tools/README.md"])
+def test_links_and_anchors_lead_somewhere(document: str) -> None:
+    path = ROOT / document
+    text = path.read_text(encoding="utf-8")
+    anchors = {
+        re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in re.findall(r"(?m)^#+ (.+)$", text)
+    }
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif not target.startswith(("https://", "http://")):
+            assert (path.parent / target).exists(), target

@@ -1,0 +1,142 @@
+"""What watches a run: when it acts and what it leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import pytest
+import torch
+from fakes import BallGuidance, small_config
+from PIL import Image
+
+from dreamfusion_fast.errors import NonFiniteError
+from dreamfusion_fast.io import RunFolder
+from dreamfusion_fast.rendering.shading import Shading
+from dreamfusion_fast.training.callbacks import (
+    PREVIEW_SIZE,
+    PREVIEW_VIEWS,
+    Checkpoints,
+    Curves,
+    Preview,
+    ProgressBar,
+    due,
+)
+from dreamfusion_fast.training.checkpoint import load_checkpoint
+from dreamfusion_fast.training.trainer import StepResult, Trainer
+
+
+@pytest.fixture
+def trainer():
+    return Trainer(small_config(steps=7), torch.device("cpu"), BallGuidance())
+
+
+def run(trainer, callback, steps=7):
+    callback.on_start(trainer)
+    for _ in range(steps):
+        callback.on_step(trainer, trainer.step())
+    callback.on_end(trainer)
+
+
+def test_due():
+    def steps(every, last):
+        return [k for k in range(1, 11) if due(StepResult(k, {}, Shading.ALBEDO, 8, 0), every, last)]
+
+    assert steps(4, 10) == [4, 8, 10]
+    assert steps(4, 0) == [4, 8]
+    assert steps(1, 10) == list(range(1, 11))
+    assert steps(0, 10) == []
+
+
+def test_preview_shows_colour_above_shape(trainer, tmp_path):
+    path = tmp_path / "preview.png"
+    run(trainer, Preview(path, 4), steps=3)
+    assert not path.exists()
+    run(trainer, Preview(path, 4), steps=1)
+    picture = Image.open(path)
+    assert picture.size == (PREVIEW_VIEWS * PREVIEW_SIZE, 2 * PREVIEW_SIZE)
+    colored, lit = (picture.crop((0, y, picture.width, y + PREVIEW_SIZE)) for y in (0, PREVIEW_SIZE))
+    assert colored.getpixel((0, 0)) == lit.getpixel((0, 0)) == (255, 255, 255)
+    red, green, blue = lit.getpixel((PREVIEW_SIZE // 2, PREVIEW_SIZE // 2))
+    assert red == green == blue < 250
+    assert len(set(colored.getpixel((PREVIEW_SIZE // 2, PREVIEW_SIZE // 2)))) > 1
+    assert [file.name for file in tmp_path.iterdir()] == ["preview.png"]
+
+
+def read_scalars(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_curves_hold_the_losses(trainer, tmp_path):
+    curves, losses = Curves(tmp_path, 3), {}
+    curves.on_start(trainer)
+    for _ in range(7):
+        result = trainer.step()
+        losses[result.step] = {name: float(value) for name, value in result.losses.items()}
+        curves.on_step(trainer, result)
+    curves.on_end(trainer)
+    scalars = read_scalars(tmp_path)
+    assert scalars["loss/sds"] == [(step, pytest.approx(losses[step]["sds"])) for step in (3, 6, 7)]
+    assert {"loss/opacity", "loss/entropy", "render/samples", "render/occupied"} <= scalars.keys()
+    assert 0 < scalars["render/occupied"][-1][1] <= 1
+
+
+def test_curves_of_a_resumed_run_hold_each_step_once(trainer, tmp_path):
+    """What was written after the checkpoint is done again."""
+    run(trainer, Curves(tmp_path, 1), steps=5)
+    trainer.steps_done = 3
+    run(trainer, Curves(tmp_path, 1), steps=4)
+    assert [step for step, _ in read_scalars(tmp_path)["loss/sds"]] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_curves_that_never_started_can_end(trainer, tmp_path):
+    Curves(tmp_path / "t", 1).on_end(trainer)
+    assert not (tmp_path / "t").exists()
+
+
+def test_checkpoints_come_regularly_and_at_the_end(trainer, tmp_path):
+    folder, seen = RunFolder(tmp_path), []
+    checkpoints = Checkpoints(folder, 3)
+    for _ in range(7):
+        checkpoints.on_step(trainer, trainer.step())
+        seen.append(load_checkpoint(folder.checkpoint).step if folder.checkpoint.exists() else 0)
+    assert seen == [0, 0, 3, 3, 3, 6, 7]
+    written = folder.checkpoint.stat().st_mtime_ns
+    checkpoints.save(trainer)
+    assert folder.checkpoint.stat().st_mtime_ns == written  # this step's is there
+
+
+def test_a_checkpoint_with_nan_is_not_written(trainer, tmp_path):
+    folder = RunFolder(tmp_path)
+    checkpoints = Checkpoints(folder, 1)
+    checkpoints.on_step(trainer, trainer.step())
+    before = folder.checkpoint.read_bytes()
+    result = trainer.step()
+    with torch.no_grad():
+        trainer.field.table[0, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match=r"field\.table"):
+        checkpoints.on_step(trainer, result)
+    assert folder.checkpoint.read_bytes() == before
+
+
+def test_progress_bar_shows_rate_and_losses(trainer, monkeypatch):
+    import rich.console
+    import rich.progress
+
+    printed = io.StringIO()
+    console = rich.console.Console(file=printed, force_terminal=True, width=160)
+    progress = rich.progress.Progress
+    monkeypatch.setattr(rich.progress, "Progress", lambda *columns: progress(*columns, console=console))
+    trainer.config = dataclasses.replace(trainer.config, prompt="a red ball")
+    run(trainer, ProgressBar(2))
+    shown = printed.getvalue()
+    for words in ("a red ball", "7/7", "it/s", "sds 0.", "opacity 0.", "entropy 0."):
+        assert words in shown
+
+
+def test_progress_bar_that_never_started_can_end(trainer):
+    ProgressBar(1).on_end(trainer)

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from dreamfusion_fast.export import save_png, tile
 from dreamfusion_fast.export.turntable import to_uint8
@@ -13,7 +28,6 @@ from dreamfusion_fast.training.checkpoint import save_checkpoint
 from dreamfusion_fast.training.trainer import StepResult, Trainer
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
     from torch.utils.tensorboard import SummaryWriter
 
 PREVIEW_SIZE = 128
@@ -38,46 +52,46 @@ def due(result: StepResult, every: int, last: int) -> bool:
     return every > 0 and (result.step % every == 0 or result.step == last)
 
 
+class _BarAndLosses(Progress):
+    """A bar that fits a terminal of 80 columns, and the losses in a line of their own below it."""
+
+    losses = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.losses, overflow="ellipsis", no_wrap=True)
+
+
 class ProgressBar(Callback):
     """Steps done, rate, time left and the loss terms, in the terminal."""
 
     def __init__(self, every: int) -> None:
         self._every = every
-        self._progress: Progress | None = None
-        self._task: Any = None
+        self._progress: _BarAndLosses | None = None
+        self._task = TaskID(0)
 
     def on_start(self, trainer: Trainer) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self._progress = Progress(
+        self._progress = _BarAndLosses(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=14),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
         )
-        self._task = self._progress.add_task(
-            trainer.config.prompt, total=trainer.config.steps, completed=trainer.steps_done, rate="", losses=""
-        )
+        prompt, steps = textwrap.shorten(trainer.config.prompt, 20, placeholder="..."), trainer.config.steps
+        self._task = self._progress.add_task(escape(prompt), total=steps, completed=trainer.steps_done, rate="")
         self._progress.start()
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
-        assert self._progress is not None
+        if self._progress is None:
+            return
         fields: dict[str, Any] = {}
         if due(result, self._every, trainer.config.steps):  # reading a loss waits for a GPU
             task = self._progress.tasks[0]
             fields["rate"] = f"{task.speed:.1f} it/s" if task.speed else ""
-            fields["losses"] = " ".join(f"{name} {float(value):.3f}" for name, value in result.losses.items())
+            self._progress.losses = "  ".join(f"{name} {float(value):.3f}" for name, value in result.losses.items())
         self._progress.update(self._task, completed=result.step, **fields)
 
     def on_end(self, trainer: Trainer) -> None:

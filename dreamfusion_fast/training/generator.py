@@ -54,7 +54,7 @@ class Generator:
         >>> from dreamfusion_fast.training.config import ExportConfig, LogConfig
         >>> class Watch(Callback):
         ...     def on_step(self, trainer, result):
-        ...         print(f"step {result.step}: {', '.join(sorted(result.losses))}")
+        ...         print(f"step {result.step} of {trainer.config.steps}")
         >>> generator = Generator(
         ...     "an armchair",
         ...     callbacks=[Watch()],
@@ -64,8 +64,8 @@ class Generator:
         ...     export=ExportConfig(resolution=32, texture_size=64, turntable_frames=2, turntable_size=32),
         ... )
         >>> result = generator.run()
-        step 1: entropy, opacity, sds
-        step 2: entropy, opacity, sds
+        step 1 of 2
+        step 2 of 2
         >>> result.mesh.faces > 0 and (result.folder / "mesh.glb").is_file()
         True
     """

@@ -6,6 +6,7 @@ import dataclasses
 import io
 
 import pytest
+import rich.console
 import torch
 from fakes import BallGuidance, small_config
 from PIL import Image
@@ -124,18 +125,16 @@ def test_a_checkpoint_with_nan_is_not_written(trainer, tmp_path):
 
 
 def test_progress_bar_shows_rate_and_losses(trainer, monkeypatch):
-    import rich.console
-    import rich.progress
-
     printed = io.StringIO()
-    console = rich.console.Console(file=printed, force_terminal=True, width=160)
-    progress = rich.progress.Progress
-    monkeypatch.setattr(rich.progress, "Progress", lambda *columns: progress(*columns, console=console))
-    trainer.config = dataclasses.replace(trainer.config, prompt="a red ball")
+    console = rich.console.Console(file=printed, width=80)
+    monkeypatch.setattr("rich.progress.get_console", lambda: console)
+    trainer.config = dataclasses.replace(trainer.config, prompt="a [red] ball beside a blue one")
     run(trainer, ProgressBar(2))
-    shown = printed.getvalue()
-    for words in ("a red ball", "7/7", "it/s", "sds 0.", "opacity 0.", "entropy 0."):
-        assert words in shown
+    bar, losses = (line.strip() for line in printed.getvalue().strip().splitlines())
+    for words in ("a [red] ball...", "7/7", "it/s", "left"):
+        assert words in bar
+    for words in ("sds 0.", "opacity 0.", "entropy 0."):
+        assert words in losses
 
 
 def test_progress_bar_that_never_started_can_end(trainer):

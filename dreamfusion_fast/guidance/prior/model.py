@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from dreamfusion_fast.errors import UserError
 
 from .quantize import dequantize_state_dict, quantize_state_dict
 from .text_encoder import WEIGHTS, WIDTH
@@ -137,8 +139,19 @@ def save_prior(network_state: dict[str, Tensor], config: dict[str, Any], path: P
 
 
 def load_prior(folder: Path = WEIGHTS) -> PriorNetwork:
-    """The trained network from `prior.safetensors`, float32, on the CPU, in evaluation mode, its parameters frozen."""
-    with safe_open(folder / "prior.safetensors", framework="pt") as file:
-        network = PriorNetwork(json.loads(file.metadata()["config"]))
-        network.load_state_dict(dequantize_state_dict({name: file.get_tensor(name) for name in file.keys()}))  # noqa: SIM118
+    """The trained network from `prior.safetensors`, float32, on the CPU, in evaluation mode, its parameters frozen.
+
+    Raises:
+        UserError: the file is damaged, or the network it describes has other parameters.
+    """
+    path = folder / "prior.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = json.loads(file.metadata()["config"])
+            state = dequantize_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        network = PriorNetwork(config)
+        network.load_state_dict(state)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"the embedded prior's {path} cannot be read ({why}): install the package again") from error
     return network.eval().requires_grad_(False)

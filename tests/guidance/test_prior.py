@@ -1,0 +1,309 @@
+"""The embedded prior on a network of few, random weights: what it is told, what comes out, what its file holds."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from fakes import use_prior, write_tiny_prior
+from safetensors import safe_open
+
+from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.guidance.base import GuidanceConfig, Views, create_guidance
+from dreamfusion_fast.guidance.prior import create_prior
+from dreamfusion_fast.guidance.prior.guide import EmbeddedPrior
+from dreamfusion_fast.guidance.prior.model import (
+    CONDITION_WIDTH,
+    SHADINGS,
+    ViewCondition,
+    load_prior,
+    noise_schedule,
+    save_prior,
+)
+from dreamfusion_fast.guidance.prior.quantize import SCALE_SUFFIX, dequantize_state_dict, quantize_state_dict
+from dreamfusion_fast.guidance.prior.sample import sample_images
+from dreamfusion_fast.guidance.prior.text_encoder import MAX_TOKENS, WIDTH
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_prior(tmp_path_factory.mktemp("prior"))
+
+
+@pytest.fixture(scope="module")
+def prior(folder):
+    return EmbeddedPrior("cpu", "float32", folder)
+
+
+def inputs(n, seed=0):
+    """noisy, t, condition and views of `n` images."""
+    g = torch.Generator().manual_seed(seed)
+    condition = {
+        "tokens": torch.randn(2 * n, MAX_TOKENS, WIDTH, generator=g),
+        "pooled": torch.randn(2 * n, WIDTH, generator=g),
+    }
+    views = Views(torch.rand(n, generator=g) * 6 - 3, torch.rand(n, generator=g), torch.rand(n, 3, generator=g))
+    return torch.randn(n, 3, 64, 64, generator=g), torch.randint(0, 1000, (n,), generator=g), condition, views
+
+
+# Quantisation
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (113, 37, 3, 3), (1, 5000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_quantised_weights_are_off_by_half_a_step_of_their_row(shape, dtype):
+    weight = (torch.randn(shape) * torch.logspace(-3, 2, shape[0]).view(-1, *[1] * (len(shape) - 1))).to(dtype)
+    state = quantize_state_dict({"w": weight})
+    assert state["w"].dtype == torch.int8
+    assert state["w"].shape == shape
+    assert state["w" + SCALE_SUFFIX].shape == (shape[0],)
+    restored = dequantize_state_dict(state)
+    assert restored.keys() == {"w"}
+    assert restored["w"].dtype == torch.float32
+    largest = weight.float().flatten(1).abs().amax(dim=1)
+    error = (restored["w"] - weight.float()).flatten(1).abs().amax(dim=1)
+    assert bool((error <= largest / 254 * (1 + 1e-5)).all())
+    assert float((error / largest).max()) > 1e-4  # it is quantised
+    # What is quantised already is not changed again.
+    again = quantize_state_dict(restored)
+    assert torch.equal(again["w"], state["w"])
+
+
+def test_small_tensors_and_vectors_stay_as_they_are():
+    state = {"bias": torch.randn(9000), "small": torch.randn(63, 64), "zero": torch.zeros(64, 64)}
+    quantised = quantize_state_dict(state)
+    assert quantised.keys() == {"bias", "small", "zero", "zero" + SCALE_SUFFIX}
+    restored = dequantize_state_dict(quantised)
+    for name, value in state.items():
+        assert torch.equal(restored[name], value), name
+
+
+# What the network is told of a view
+
+
+def test_view_condition_says_camera_background_and_shading():
+    azimuth, elevation = torch.tensor([0.0, math.pi / 2, -1.0]), torch.tensor([0.0, 0.3, -0.2])
+    background = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.5, 1.0], [0.0, 0.0, 0.0]])
+    vector = ViewCondition(azimuth, elevation, background, torch.tensor([0, 1, 2])).vector(3, "cpu")
+    assert vector.shape == (3, 15)
+    vector = vector / vector[0, 0]  # all flags and values have one scale
+    a, e = azimuth, elevation
+    camera = [torch.ones(3), a.sin(), a.cos(), (2 * a).sin(), (2 * a).cos(), e.sin(), e.cos()]
+    torch.testing.assert_close(vector[:, :7], torch.stack(camera, dim=1))
+    torch.testing.assert_close(vector[:, 7], torch.ones(3))
+    torch.testing.assert_close(vector[:, 8:11], 2 * background - 1)
+    torch.testing.assert_close(vector[:, 11], torch.ones(3))
+    torch.testing.assert_close(vector[:, 12:], torch.eye(3))
+
+
+def test_what_is_unknown_is_zero():
+    assert not ViewCondition().vector(4, "cpu").any()
+    ones, white, kind = torch.ones(2), torch.ones(2, 3), torch.ones(2, dtype=torch.long)
+    known = torch.tensor([True, False])
+    whole = ViewCondition(ones, ones, white, kind).vector(2, "cpu")
+    for columns, condition in (
+        (slice(0, 7), ViewCondition(ones, ones, white, kind, camera_known=known)),
+        (slice(7, 11), ViewCondition(ones, ones, white, kind, background_known=known)),
+        (slice(11, 15), ViewCondition(ones, ones, white, kind, shading_known=known)),
+    ):
+        vector = condition.vector(2, "cpu")
+        assert torch.equal(vector[0], whole[0])
+        assert not vector[1, columns].any()
+        assert int((vector[1] != whole[1]).sum()) == int((whole[1, columns] != 0).sum())
+
+
+# Network and file
+
+
+def test_network_is_saved_and_loaded_up_to_quantisation(folder, tmp_path):
+    network = load_prior(folder)
+    assert not network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    g = torch.Generator().manual_seed(0)
+    arguments = (
+        torch.randn(3, 3, 64, 64, generator=g),
+        torch.tensor([0, 500, 999]),
+        torch.randn(3, MAX_TOKENS, WIDTH, generator=g),
+        torch.randn(3, CONDITION_WIDTH, generator=g),
+    )
+    out = network(*arguments)
+    assert out.shape == (3, 3, 64, 64)
+    save_prior(network.state_dict(), network.config, tmp_path / "prior.safetensors", {"trained": "no"})
+    again = load_prior(tmp_path)
+    torch.testing.assert_close(again(*arguments), out)
+    with safe_open(tmp_path / "prior.safetensors", framework="pt") as file:
+        assert file.metadata()["trained"] == "no"
+        for name, parameter in network.named_parameters():
+            large = parameter.ndim > 1 and parameter.numel() >= 4096
+            assert file.get_slice(name).get_dtype() == ("I8" if large else "F32")
+
+
+@pytest.mark.parametrize("index", [1, 2, 3])
+def test_network_hears_time_caption_and_condition(folder, index):
+    network = load_prior(folder)
+    x, t, tokens, condition = (
+        torch.randn(1, 3, 64, 64),
+        torch.tensor([500]),
+        *(torch.randn(1, *s) for s in ((20, 384), (399,))),
+    )
+    arguments = [x, t, tokens, condition]
+    before = network(*arguments)
+    arguments[index] = torch.tensor([100]) if index == 1 else torch.randn_like(arguments[index])
+    assert float((network(*arguments) - before).abs().max()) > 1e-4 * float(before.abs().max())
+
+
+def test_noise_schedule_is_the_cosine():
+    alphas = noise_schedule().alphas_cumprod
+    assert alphas.shape == (1000,)
+    t = (torch.arange(1, 999, dtype=torch.float64) + 1) / 1000
+    cosine = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+    torch.testing.assert_close(alphas[1:999].double(), cosine, atol=2e-5, rtol=0)
+
+
+# The prior as a guidance model
+
+
+def test_predict_gives_both_halves(prior):
+    noisy, t, condition, views = inputs(3)
+    out = prior.predict(noisy, t, condition, views)
+    assert out.shape == (6, 3, 64, 64)
+    assert bool(out.isfinite().all())
+
+
+def test_only_the_guided_half_knows_the_camera(prior):
+    noisy, t, condition, views = inputs(2)
+    turned = Views(views.azimuth + 1.0, views.elevation, views.background)
+    raised = Views(views.azimuth, views.elevation + 0.5, views.background)
+    out = prior.predict(noisy, t, condition, views)
+    for other in (turned, raised):
+        changed = prior.predict(noisy, t, condition, other)
+        assert torch.equal(changed[:2], out[:2])
+        assert not torch.allclose(changed[2:], out[2:])
+
+
+@pytest.mark.parametrize("what", ["background", "shading", "no background"])
+def test_both_halves_know_background_and_shading(prior, what):
+    noisy, t, condition, views = inputs(2)
+    background = {"background": 1 - views.background, "shading": views.background, "no background": None}[what]
+    shading = "lambertian" if what == "shading" else views.shading
+    out = prior.predict(noisy, t, condition, views)
+    changed = prior.predict(noisy, t, condition, Views(views.azimuth, views.elevation, background, shading))
+    assert not torch.allclose(changed[:2], out[:2])
+    assert not torch.allclose(changed[2:], out[2:])
+
+
+def test_images_of_a_batch_do_not_see_each_other(prior):
+    noisy, t, condition, views = inputs(3)
+    whole = prior.predict(noisy, t, condition, views)
+    one = slice(1, 2)
+    alone = prior.predict(
+        noisy[one],
+        t[one],
+        {name: value[[1, 4]] for name, value in condition.items()},
+        Views(views.azimuth[one], views.elevation[one], views.background[one]),
+    )
+    torch.testing.assert_close(alone, whole[[1, 4]], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [64, 32, 113])
+def test_encode_resizes_and_scales(prior, size):
+    images = torch.rand(2, 3, size, size, requires_grad=True)
+    encoded = prior.encode(images)
+    least, most = encoded.detach().aminmax()
+    assert encoded.shape == (2, 3, 64, 64)
+    assert encoded.dtype == images.dtype
+    assert -1 <= least < most <= 1
+    (gradient,) = torch.autograd.grad(encoded.sum(), images)
+    # A constant stays one, so each pixel of the model's image passes on its 2 somewhere.
+    torch.testing.assert_close(gradient.sum(), torch.tensor(2.0 * encoded.numel()))
+    torch.testing.assert_close(prior.encode(torch.full((1, 3, size, size), 0.25)), torch.full((1, 3, 64, 64), -0.5))
+
+
+@pytest.mark.parametrize("shading", SHADINGS)
+def test_guidance_pulls(folder, monkeypatch, shading):
+    """The whole way that a trainer goes, by the config's default name."""
+    use_prior(folder, monkeypatch)
+    guidance = create_guidance(GuidanceConfig(dtype="float32"), "cpu")
+    assert guidance.image_size == 64
+    embeddings = guidance.embed("a chair")
+    assert {name: tuple(value.shape) for name, value in embeddings.tensors.items()} == {
+        "tokens": (5, MAX_TOKENS, WIDTH),
+        "pooled": (5, WIDTH),
+    }
+    views = Views(torch.zeros(2), torch.zeros(2), torch.ones(2, 3), shading)
+    images = torch.rand(2, 3, 32, 32)
+
+    def pull():
+        return guidance.sds_gradient(images, embeddings, views, generator=torch.Generator().manual_seed(1))
+
+    out = pull()
+    assert out.gradient.shape == images.shape
+    assert bool(out.gradient.isfinite().all())
+    assert float(out.norm.min()) > 0
+    assert float(out.x0.abs().max()) <= 1.0
+    assert torch.equal(pull().gradient, out.gradient)
+
+
+@pytest.mark.parametrize("missing", ["prior.safetensors", "text_encoder.safetensors", "tokenizer.json"])
+def test_a_missing_file_is_named(tmp_path, missing):
+    folder = write_tiny_prior(tmp_path / "prior")
+    (folder / missing).unlink()
+    with pytest.raises(UserError, match=f"embedded prior's {missing} is missing .*install the package again"):
+        EmbeddedPrior("cpu", folder=folder)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    folder = write_tiny_prior(tmp_path / "prior")
+    (folder / "prior.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(UserError, match=r"prior\.safetensors.*cannot be read.*install the package again"):
+        EmbeddedPrior("cpu", folder=folder)
+
+
+def test_create_prior_takes_the_dtype(folder, monkeypatch):
+    use_prior(folder, monkeypatch)
+    prior = create_prior(GuidanceConfig(dtype="bfloat16"), torch.device("cpu"))
+    noisy, t, condition, views = inputs(1)
+    assert prior.predict(noisy, t, condition, views).dtype == torch.bfloat16
+
+
+def test_text_identity_changes_with_the_encoder(folder, prior, tmp_path):
+    other = write_tiny_prior(tmp_path / "prior")
+    assert EmbeddedPrior("cpu", folder=other).text_identity == prior.text_identity
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").unlink()
+    (other / "tokenizer.json").write_text(text + " ")
+    assert EmbeddedPrior("cpu", folder=other).text_identity != prior.text_identity
+
+
+# Samples
+
+
+def test_samples(folder, monkeypatch):
+    use_prior(folder, monkeypatch)
+    images = sample_images("a chair", n=3, seed=5, steps=2)
+    assert images.shape == (3, 64, 64, 3)
+    assert images.dtype == "uint8"
+    assert (sample_images("a chair", n=3, seed=5, steps=2) == images).all()
+    assert (sample_images("a chair", n=3, seed=6, steps=2) != images).any()
+    assert (sample_images("a table", n=3, seed=5, steps=2) != images).any()
+    assert len({image.tobytes() for image in images}) == 3
+
+
+def test_a_view_in_the_prompt_replaces_the_cameras(folder, monkeypatch):
+    """Then nothing but the noise differs between the pictures."""
+    use_prior(folder, monkeypatch)
+    monkeypatch.setattr(torch, "randn", lambda *shape, generator: torch.zeros(shape))
+    around = sample_images("a chair", n=2, steps=2)
+    side = sample_images("a chair, side view", n=2, steps=2)
+    assert (around[0] != around[1]).any()
+    assert abs(side[0].astype(int) - side[1]).max() <= 1  # batched products may round differently
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"prompt": " "}, "prompt is empty"), ({"n": 0}, "at least 1, got 0 and 40"), ({"steps": 0}, "got 9 and 0")],
+)
+def test_wrong_arguments_of_sample(arguments, message):
+    with pytest.raises(UserError, match=message):
+        sample_images(**({"prompt": "a chair"} | arguments))

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable
 
-import imageio_ffmpeg
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
@@ -44,6 +43,8 @@ def render_turntable(
     """
     if n_frames < 1:
         raise ValueError(f"n_frames has to be at least 1, not {n_frames}")
+    import imageio_ffmpeg  # 70 MB of ffmpeg that everything but a video does without
+
     try:
         imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as error:

@@ -28,6 +28,10 @@ MarchRays<T> march_rays(Address origins, Address directions, Address t_near, Add
   rays.blocks = pointer<const uint8_t>(blocks);
   rays.step = static_cast<T>(step);
   rays.resolution = resolution;
+  for (int axis = 0; axis < 3; ++axis) {
+    rays.low[axis] = 0;
+    rays.high[axis] = resolution;
+  }
   rays.jitter = jitter;
   rays.seed = seed;
   rays.n_rays = n_rays;

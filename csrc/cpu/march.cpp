@@ -1,5 +1,7 @@
 #include "dreamfusion_fast/march.h"
 
+#include <algorithm>
+
 #include "parallel.h"
 
 namespace dff {
@@ -12,14 +14,40 @@ Status march_blocks(const MarchBlocks& op, const Launch& launch) {
   return for_each(n * n * n, launch, op, 64);
 }
 
+// Shrinks the box of cells that rays are followed through to the blocks that are occupied: most rays of a picture miss
+// the object, and now end at once.
+template <typename T>
+void shrink(MarchRays<T>& rays) {
+  if (rays.bitfield == nullptr) return;
+  const int32_t n = blocks_along(rays.resolution);
+  int32_t low[3] = {n, n, n};
+  int32_t high[3] = {0, 0, 0};
+  for (int32_t block = 0; block < n * n * n; ++block) {
+    if (!rays.blocks[block]) continue;
+    const int32_t place[3] = {block / (n * n), block / n % n, block % n};
+    for (int axis = 0; axis < 3; ++axis) {
+      low[axis] = std::min(low[axis], place[axis]);
+      high[axis] = std::max(high[axis], place[axis] + 1);
+    }
+  }
+  for (int axis = 0; axis < 3; ++axis) {
+    rays.low[axis] = low[axis] * kBlock;
+    rays.high[axis] = std::min(high[axis] * kBlock, rays.resolution);
+  }
+}
+
 template <typename T>
 Status march_count(const MarchCount<T>& op, const Launch& launch) {
-  return for_each(op.rays.n_rays, launch, op, kRaysPerPiece);
+  MarchCount<T> shrunk = op;
+  shrink(shrunk.rays);
+  return for_each(op.rays.n_rays, launch, shrunk, kRaysPerPiece);
 }
 
 template <typename T>
 Status march_write(const MarchWrite<T>& op, const Launch& launch) {
-  return for_each(op.rays.n_rays, launch, op, kRaysPerPiece);
+  MarchWrite<T> shrunk = op;
+  shrink(shrunk.rays);
+  return for_each(op.rays.n_rays, launch, shrunk, kRaysPerPiece);
 }
 
 template Status march_count(const MarchCount<float>&, const Launch&);

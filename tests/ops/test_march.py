@@ -62,7 +62,7 @@ def test_rays_that_were_not_cut_to_the_box(resolution: int, device: torch.device
     aabb = torch.tensor(BOX, device=device)
     t_near = torch.zeros(257, device=device)
     t_far = torch.full((257,), math.inf, device=device)
-    for bits in (None, make_bits(resolution, 0.01, device)):
+    for bits in (None, make_bits(resolution, 0.1, device)):
         arguments = (origins, directions, t_near, t_far, aabb, bits, resolution, 0.0137, True, 5)
         found = march(*arguments)
         assert_same(found, march_reference(*arguments))
@@ -70,6 +70,24 @@ def test_rays_that_were_not_cut_to_the_box(resolution: int, device: torch.device
         rays = found[2].long()
         positions = origins[rays] + found[1][:, None] * directions[rays]
         assert positions.abs().max() <= 1.0
+
+
+@pytest.mark.parametrize("resolution", [13, 64])
+@pytest.mark.parametrize("part", [(0, 3), (5, 8), (10, 13), (0, 13), (0, 0)])
+def test_all_that_is_occupied_lies_in_one_part(resolution: int, part: tuple[int, int], device: torch.device) -> None:
+    """The rays that miss it need not be followed, and those that graze it must not be lost."""
+    low, high = (resolution * edge // 13 for edge in part)
+    grid = torch.zeros(resolution, resolution, resolution, device=device)
+    grid[low:high, : high - low, low:high] = 1.0
+    bits = occupancy_pack(grid, 0.5)
+    origins, directions = make_rays(1023, torch.float32, device)
+    aabb = torch.tensor(OTHER_BOX, device=device)
+    t_near, t_far = ray_box(origins, directions, aabb)
+    for step in (0.011, 0.1, 0.7):
+        arguments = (origins, directions, t_near, t_far, aabb, bits, resolution, step, True, 3)
+        found = march(*arguments)
+        assert_same(found, march_reference(*arguments))
+        assert (len(found[1]) > 0) == (high > low)
 
 
 def test_far_from_the_origin(device: torch.device) -> None:

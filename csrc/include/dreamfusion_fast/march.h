@@ -19,6 +19,9 @@ constexpr int32_t kBlock = 8;
 
 DFF_HD int32_t blocks_along(int32_t resolution) { return (resolution + kBlock - 1) / kBlock; }
 
+// A step of more than this part of a cell leaves it so soon that finding out when takes longer than stepping.
+constexpr float kWorthSkipping = 0.4f;
+
 // A ray has at most this many steps: up to here a float counts them exactly.
 constexpr int32_t kMaxSteps = 1 << 24;
 
@@ -33,7 +36,9 @@ struct MarchRays {
   const uint8_t* blocks;  // [ceil(resolution / 8)^3] whether any cell of the block is occupied; unused without bitfield
   T step;
   int32_t resolution;
-  bool jitter;  // u uniform in [0, 1) per ray instead of 0.5
+  int32_t low[3];  // the box of cells in which all occupied ones lie, low <= cell < high: the whole grid, or less where
+  int32_t high[3];  // finding it costs less than what it saves
+  bool jitter;      // u uniform in [0, 1) per ray instead of 0.5
   uint64_t seed;
   int64_t n_rays;
 };
@@ -73,6 +78,7 @@ class RayMarcher {
   DFF_HD RayMarcher(const MarchRays<T>& rays, int64_t ray)
       : rays_(rays), t_near_(rays.t_near[ray]), t_far_(rays.t_far[ray]) {
     bool moves = false;
+    skips_cells_ = false;
     for (int axis = 0; axis < 3; ++axis) {
       origin_[axis] = rays.origins[3 * ray + axis];
       direction_[axis] = rays.directions[3 * ray + axis];
@@ -81,6 +87,7 @@ class RayMarcher {
       cell_time_[axis] = T(1) / (scale_[axis] * direction_[axis]);
       low_time_[axis] = (low_[axis] - origin_[axis]) / direction_[axis];
       moves = moves || direction_[axis] != T(0);
+      skips_cells_ = skips_cells_ || rays.step * scale_[axis] < kWorthSkipping;
     }
     valid_ = moves && t_near_ - t_near_ == T(0);
     inverse_step_ = T(1) / rays.step;
@@ -109,7 +116,7 @@ class RayMarcher {
           continue;
         }
         if (!occupied(cell)) {
-          k = next_after(k, cell, 1);
+          k = skips_cells_ ? next_after(k, cell, 1) : k + 1;
           continue;
         }
       }
@@ -129,9 +136,11 @@ class RayMarcher {
   }
 
   DFF_HD bool inside(const T place[3]) const {
-    const T size = static_cast<T>(rays_.resolution);
-    return place[0] >= T(0) && place[0] < size && place[1] >= T(0) && place[1] < size && place[2] >= T(0) &&
-           place[2] < size;
+    return inside_along(0, place[0]) && inside_along(1, place[1]) && inside_along(2, place[2]);
+  }
+
+  DFF_HD bool inside_along(int axis, T place) const {
+    return place >= static_cast<T>(rays_.low[axis]) && place < static_cast<T>(rays_.high[axis]);
   }
 
   DFF_HD bool occupied(const int32_t cell[3]) const {
@@ -181,14 +190,13 @@ class RayMarcher {
 
   // The same for sample k outside the box; -1 when the ray does not come (back) in.
   DFF_HD int32_t next_towards_box(int32_t k, const T place[3]) const {
-    const T size = static_cast<T>(rays_.resolution);
     int last_axis = -1;
     T enter = -T(INFINITY);
     for (int axis = 0; axis < 3; ++axis) {
-      if (place[axis] >= T(0) && place[axis] < size) continue;
+      if (inside_along(axis, place[axis])) continue;
       const bool approaches = before_box(axis, place[axis]);
       if (!approaches) return -1;
-      const T t = crossing(axis, direction_[axis] > T(0) ? T(0) : size);
+      const T t = crossing(axis, static_cast<T>(direction_[axis] > T(0) ? rays_.low[axis] : rays_.high[axis]));
       if (last_axis < 0 || t > enter) {
         enter = t;
         last_axis = axis;
@@ -204,8 +212,8 @@ class RayMarcher {
   }
 
   DFF_HD bool before_box(int axis, T place) const {
-    return direction_[axis] > T(0) ? place < T(0)
-                                   : direction_[axis] < T(0) && place >= static_cast<T>(rays_.resolution);
+    return direction_[axis] > T(0) ? place < static_cast<T>(rays_.low[axis])
+                                   : direction_[axis] < T(0) && place >= static_cast<T>(rays_.high[axis]);
   }
 
   const MarchRays<T>& rays_;
@@ -220,6 +228,7 @@ class RayMarcher {
   T t_far_;
   T offset_;
   bool valid_;
+  bool skips_cells_;
 };
 
 template <typename T>

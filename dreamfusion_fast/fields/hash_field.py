@@ -259,11 +259,14 @@ class HashGridField(Field):
 
         ReLU has no second derivative, so its masks are constants, and autograd does the rest for the weights.
         """
-        *inner, (weight, _) = self._weights()
-        with self._autocast(hidden[0].device.type):
-            gradient = weight[:1]
-            for (inner_weight, _), activation in zip(reversed(inner), reversed(hidden), strict=True):
-                gradient = (gradient * (activation.detach() > 0)) @ inner_weight
+        *inner, (last_weight, _), (weight, _) = self._weights()
+        # Of what passed a ReLU, the sign is its mask, as numbers in the type that the products below want.
+        *masks, last_mask = (activation.detach().sign() for activation in hidden)
+        with self._autocast(last_mask.device.type):
+            # The output's row is the same for all samples: it goes into the matrix, not into each sample's mask.
+            gradient = last_mask @ (weight[:1].T * last_weight)
+            for (inner_weight, _), mask in zip(reversed(inner), reversed(masks), strict=True):
+                gradient = (gradient * mask) @ inner_weight
         return gradient.to(self.table.dtype)
 
     def _inside(self, unit: Tensor) -> Tensor:

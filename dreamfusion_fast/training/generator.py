@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,13 @@ class Generator:
         if self._folder is None:
             self._folder = prepare_run_folder(config.out or default_run_folder(config.prompt))
         folder = self._folder
-        trainer = self._trainer(self._guidance)
+        try:
+            trainer = self._trainer(self._guidance)
+        except BaseException:
+            with contextlib.suppress(OSError):  # a folder that was there before, with files of others in it, stays
+                folder.path.rmdir()
+            self._folder = None if new else folder
+            raise
         config.save(folder.config)
         checkpoints = Checkpoints(folder, config.log.checkpoint_every)
         if new:
@@ -221,7 +227,7 @@ class _NoGuidance(Guidance):
         raise RuntimeError("this trainer was made for export and cannot step")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _interruptible() -> Iterator[threading.Event]:
     """Within it, the first Ctrl-C sets the event, so that the step in progress ends whole; a second one interrupts."""
     stop = threading.Event()

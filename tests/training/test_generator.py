@@ -123,6 +123,13 @@ def test_used_folder_is_refused_untouched(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
 
 
+def test_no_folder_is_left_where_the_guidance_cannot_be_had(tmp_path):
+    config = small_config(out=str(tmp_path / "run"), guidance=GuidanceConfig(name="nonsense"))
+    with pytest.raises(UserError, match="nonsense"):
+        Generator(config).run()
+    assert not (tmp_path / "run").exists()
+
+
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_continue(tmp_path, capsys):
     handler, record = signal.getsignal(signal.SIGINT), Record(3, interrupt)
     folder = tmp_path / "a run"

@@ -49,9 +49,9 @@ class Ramp:
 class OptimConfig:
     """Adam, with one learning rate per kind of parameter, a linear warm-up and a cosine to `final_lr_factor`."""
 
-    lr_table: float = 0.01
+    lr_table: float = 0.03
     """Learning rate of the hash table."""
-    lr_mlp: float = 0.002
+    lr_mlp: float = 0.005
     """Learning rate of the field's networks."""
     lr_background: float = 0.001
     """Learning rate of the background."""
@@ -75,9 +75,9 @@ class ShadingConfig:
     """After that: probability of a step without shading."""
     textureless_probability: float = 0.375
     """After that: probability of a step with shading on white. The rest is shaded albedo."""
-    ambient: float = 0.1
+    ambient: float = 0.3
     """Ambient light of shaded steps."""
-    diffuse: float = 0.9
+    diffuse: float = 0.7
     """Diffuse light of shaded steps."""
     light_distance: tuple[float, float] = (2.5, 4.0)
     """Range of the light's distance from the origin, scene units."""
@@ -94,12 +94,12 @@ class ShadingConfig:
 class LossConfig:
     """Weights of the regularisers beside the score distillation gradient, which has weight 1."""
 
-    orientation: Ramp = Ramp(1e-4, 1e-2, 0.0, 0.5)
+    orientation: Ramp = Ramp(0.01, 0.1, 0.0, 0.5)
     """Normals of visible samples that point away from the camera (Ref-NeRF)."""
-    opacity: Ramp = Ramp(1e-3, 1e-3)
-    """sqrt(opacity^2 + 0.01) per ray: empty space stays empty."""
-    entropy: Ramp = Ramp(0.0, 1e-3, 0.4, 0.6)
-    """Binary entropy of the opacity per ray: a ray hits or it misses."""
+    opacity: Ramp = Ramp(0.0, 0.0)
+    """sqrt(opacity^2 + 0.01) per ray: empty space stays empty. Off by default: it takes the legs of chairs."""
+    entropy: Ramp = Ramp(0.0, 0.0)
+    """Binary entropy of the opacity per ray: a ray hits or it misses. Off by default, for the same reason."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class ScheduleConfig:
     """Smallest diffusion time."""
     t_max: float = 0.98
     """Largest diffusion time at the beginning."""
-    t_max_end: float = 0.5
+    t_max_end: float = 0.3
     """Largest diffusion time at the end; equal to t_max for no annealing (DreamFusion)."""
     t_anneal: str = "linear"
     """How t_max goes to t_max_end: linear, sqrt (HiFA: fast at first), or none."""
@@ -241,8 +241,8 @@ class ExportConfig:
             raise ValueError(f"min_component has to be between 0 and 1, not {self.min_component}")
 
 
-# Guidance of 64 pixels shows nothing finer than 1/32 of the box, so the run's field and step stop at a quarter of that; on two CPU
-# cores a step takes a third of the time it takes with the field's own defaults, which are for guidance of 512 pixels.
+# Guidance of 64 pixels shows nothing finer than 1/32 of the box, so a run's field and step stop at a quarter of that.
+# The field's own defaults are for guidance of 512 pixels.
 SMALL_FIELD = HashGridFieldConfig(
     levels=8, base_resolution=8, finest_resolution=128, log2_rows=16, hidden=32, blob_scale=5.0, blob_radius=0.75
 )

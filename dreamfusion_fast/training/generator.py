@@ -181,7 +181,11 @@ class Generator:
         if self._folder is None:
             raise UserError("there is nothing to export yet: run() first, or Generator.resume(folder)")
         folder = self._folder if out is None else RunFolder(make_folder(out))
-        return self._export(self._trainer(_NoGuidance()), folder)
+        return self._export(self.trainer_for_rendering(), folder)
+
+    def trainer_for_rendering(self) -> Trainer:
+        """The resumed run's field and renderer without any diffusion model: it renders, and cannot step."""
+        return self._trainer(_NoGuidance())
 
     def _export(self, trainer: Trainer, folder: RunFolder) -> MeshSummary:
         e = self.config.export

@@ -48,17 +48,17 @@ def sample_images(
         k: torch.cat([v[:1].expand(n, *v.shape[1:]), v[1:].expand(n, *v.shape[1:])]).to(device)
         for k, v in embedded.items()
     }
-    azimuth = torch.arange(n, device=device) * (2 * math.pi / n) - math.pi / 6
-    blind = ViewCondition(
+    known = ViewCondition(
         background=torch.ones(n, 3, device=device), shading=torch.zeros(n, dtype=torch.long, device=device)
     )
-    told = dataclasses.replace(blind, azimuth=azimuth, elevation=torch.full_like(azimuth, math.radians(20)))
-    told = blind if " view" in prompt else told
+    if " view" not in prompt:
+        azimuth = torch.arange(n, device=device) * (2 * math.pi / n) - math.pi / 6
+        known = dataclasses.replace(known, azimuth=azimuth, elevation=torch.full_like(azimuth, math.radians(20)))
     scheduler = noise_schedule()
     scheduler.set_timesteps(steps, device=device)
     noise = torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
     x = noise.to(device)
     for t in scheduler.timesteps:
-        output = model.evaluate(x, t.expand(n), pair, blind, told).float()
+        output = model.evaluate(x, t.expand(n), pair, known).float()
         x = scheduler.step(guided(output, guidance_scale), t, x).prev_sample
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -1,0 +1,51 @@
+"""Render finished runs as the judge wants them: eight views on white, lit as the real models of its ceiling were.
+
+dreamfusion-fast generate "a barrel" --out out/a_barrel          # and so on for the prompts of prior_judge_prompts.json
+python tools/judge_views.py out/a_barrel out/a_chair --out renders
+cd tools && python -m prior_data.judge score --prompts prior_judge_prompts.json ../renders
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from dreamfusion_fast.export import save_png
+from dreamfusion_fast.rendering import orbit_cameras
+from dreamfusion_fast.training.generator import Generator
+from dreamfusion_fast.training.trainer import Trainer
+
+SIZE, VIEWS, ELEVATION_DEG = 224, 8, 15.0
+AMBIENT, DIFFUSE = 0.55, 0.5  # of prior_data.judge
+
+
+@torch.no_grad()
+def lit_view(trainer: Trainer, azimuth_deg: float) -> torch.Tensor:
+    """`[224, 224, 3]` on white, light beside the camera."""
+    camera = orbit_cameras(1, ELEVATION_DEG, start_deg=azimuth_deg, device=trainer.device)
+    light = camera.positions[0] + torch.tensor([0.5, 1.0, 0.0], device=trainer.device)
+    white = torch.ones(3, device=trainer.device)
+    rays = camera.rays(SIZE, SIZE)
+    output = trainer.renderer.render(rays, white, "lambertian", light, ambient=AMBIENT, diffuse=DIFFUSE)
+    return output.color.view(SIZE, SIZE, 3)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="output folders of `generate`")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    for run in args.runs:
+        trainer = Generator.resume(run).trainer_for_rendering()
+        folder = args.out / trainer.config.prompt.replace(" ", "_")
+        folder.mkdir(parents=True, exist_ok=True)
+        for index in range(VIEWS):
+            save_png(folder / f"{index}.png", lit_view(trainer, 360.0 * index / VIEWS))
+        print(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -85,7 +85,7 @@ class BallGuidance(Guidance):
         difference = images.detach() - target(views, size).to(images.device)
         gradient = self.strength * difference * (self.image_size / size) ** 2
         if len(self.calls) == self.nan_at:
-            gradient[0, 0, 0, 0] = float("nan")
+            gradient[0, 0, images.shape[2] // 2, images.shape[3] // 2] = float("nan")  # a ray in a corner meets nothing
         arrived: dict[str, Any] = {"images": images.detach(), "views": views, "t_range": t_range, "gradient": gradient}
         images.register_hook(lambda grad: arrived.update(image_grad=grad))
         self.calls.append(arrived)

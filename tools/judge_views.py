@@ -36,15 +36,24 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="output folders of `generate`")
+    parser.add_argument("--untrained", action="store_true", help="also the first run's field before its first step")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     for run in args.runs:
         trainer = Generator.resume(run).trainer_for_rendering()
-        folder = args.out / trainer.config.prompt.replace(" ", "_")
-        folder.mkdir(parents=True, exist_ok=True)
-        for index in range(VIEWS):
-            save_png(folder / f"{index}.png", lit_view(trainer, 360.0 * index / VIEWS))
-        print(folder)
+        save_views(trainer, args.out / trainer.config.prompt.replace(" ", "_"))
+    if args.untrained:
+        fresh = Trainer(trainer.config, trainer.device, trainer.guidance)
+        fresh.occupancy.update(fresh.field, 0)
+        save_views(fresh, args.out / "untrained_field")
+
+
+def save_views(trainer: Trainer, folder: Path) -> None:
+    """Write `VIEWS` pictures around the object, the first from the front."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(VIEWS):
+        save_png(folder / f"{index}.png", lit_view(trainer, 360.0 * index / VIEWS))
+    print(folder)
 
 
 if __name__ == "__main__":

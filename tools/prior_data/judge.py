@@ -292,10 +292,16 @@ def control_pictures(count: int = 8) -> dict[str, np.ndarray]:
     }
 
 
-def controls(judge: Judge, prompts: list[dict]) -> dict[str, dict]:
-    """Per control picture: how many of the prompts it would pass, and what the judge says of it."""
+def controls(judge: Judge, prompts: list[dict], root: Path | None = None) -> dict[str, dict]:
+    """Per control picture: how many of the prompts it would pass, and what the judge says of it.
+
+    The folder ``root/untrained_field``, as ``tools/judge_views.py --untrained`` writes it, is a control of its own.
+    """
     report = {}
-    for name, views in control_pictures().items():
+    pictures = control_pictures()
+    if root is not None and (root / "untrained_field").is_dir():
+        pictures["untrained field"] = read_views(root / "untrained_field")
+    for name, views in pictures.items():
         probabilities = judge.probabilities(views)
         verdicts = [verdict(probabilities, tuple(prompt["classes"])) for prompt in prompts]
         passed = [prompt["prompt"] for prompt, v in zip(prompts, verdicts, strict=True) if v["rank"] <= 5]
@@ -323,7 +329,7 @@ def score(judge: Judge, prompts: list[dict], root: Path) -> dict:
         "passed": passed,
         "of": len(report),
         "wrong_prompt_rate": round(float(np.mean(matrix)), 3) if matrix else None,
-        "controls": controls(judge, prompts),
+        "controls": controls(judge, prompts, root),
     }
 
 

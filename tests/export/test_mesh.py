@@ -123,19 +123,20 @@ def test_automatic_threshold_puts_a_hard_surface_where_it_is():
     assert np.abs(np.linalg.norm(mesh.vertices, axis=1) - 0.5).max() < 2 / 40
 
 
-def test_automatic_threshold_puts_a_soft_surface_where_half_the_light_is_absorbed():
+def test_automatic_threshold_puts_a_soft_surface_where_it_begins_to_be_seen():
     def soft(positions):
         return 30 * torch.exp(-0.5 * (positions.norm(dim=-1) / 0.25) ** 2)
 
     _low, voxel, density = sample_density(soft, BOX, 64)
     threshold = automatic_threshold(density, voxel)
     radius = 0.25 * np.sqrt(2 * np.log(30 / threshold))
-    # Along the axis, where does the optical depth reach ln 2?
+    seen = -np.log(1 - 0.15)
+    # Along the axis, where does the optical depth reach that?
     x = np.linspace(1, 0, 10_001)
     depth = np.cumsum(30 * np.exp(-0.5 * (x / 0.25) ** 2)) * 1e-4
-    half_absorbed = x[np.searchsorted(depth, np.log(2))]
-    outline = 0.25 * np.sqrt(2 * np.log(30 * 0.25 * np.sqrt(2 * np.pi) / np.log(2)))
-    assert half_absorbed - voxel < radius < outline + voxel
+    absorbed = x[np.searchsorted(depth, seen)]
+    outline = 0.25 * np.sqrt(2 * np.log(30 * 0.25 * np.sqrt(2 * np.pi) / seen))
+    assert absorbed - voxel < radius < outline + voxel
 
 
 def test_haze_does_not_become_the_surface():
@@ -147,8 +148,8 @@ def test_haze_does_not_become_the_surface():
 def test_empty_fields_say_what_to_try():
     with pytest.raises(UserError, match=r"never exceeds the threshold 200 .*100.*lower --threshold, such as 50"):
         extract_mesh(lambda positions: torch.full((len(positions),), 100.0), BOX, resolution=8, threshold=200.0)
-    with pytest.raises(UserError, match=r"nowhere opaque .*0\.1.*--threshold, such as 0\.05"):
-        extract_mesh(lambda positions: torch.full((len(positions),), 0.1), BOX, resolution=8)
+    with pytest.raises(UserError, match=r"nowhere opaque .*0\.05.*--threshold, such as 0\.025"):
+        extract_mesh(lambda positions: torch.full((len(positions),), 0.05), BOX, resolution=8)
     with pytest.raises(UserError, match="nowhere opaque"):
         extract_mesh(lambda positions: torch.zeros(len(positions)), BOX, resolution=8)
     with pytest.raises(UserError, match="not finite"):

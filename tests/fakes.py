@@ -84,8 +84,8 @@ class BallGuidance(Guidance):
         size = images.shape[-1]
         difference = images.detach() - target(views, size).to(images.device)
         gradient = self.strength * difference * (self.image_size / size) ** 2
-        if len(self.calls) == self.nan_at:
-            gradient[0, 0, images.shape[2] // 2, images.shape[3] // 2] = float("nan")  # a ray in a corner meets nothing
+        if len(self.calls) == self.nan_at:  # in the middle, since a ray in a corner meets nothing
+            gradient[0, 0, images.shape[2] // 2, images.shape[3] // 2] = float("nan")
         arrived: dict[str, Any] = {"images": images.detach(), "views": views, "t_range": t_range, "gradient": gradient}
         images.register_hook(lambda grad: arrived.update(image_grad=grad))
         self.calls.append(arrived)

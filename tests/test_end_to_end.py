@@ -181,7 +181,9 @@ def test_ctrl_c_of_the_command_and_resume(tmp_path, weights, config_file):
     out = tmp_path / "a run"
     options = ["--steps", "100000", "--log.checkpoint-every", "1", "--config", str(config_file), "--out", str(out)]
     command = [sys.executable, "-c", RUN, str(Path(__file__).parent), str(weights), "generate", "a cup", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # From where the package under test lies: `python -c` would find an uncompiled source tree in the working folder.
+    folder = Path(cli.__file__).parents[1]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
     try:
         deadline = time.monotonic() + 120
         while saved_step(out / "checkpoint.safetensors") < 2 and process.poll() is None:

@@ -132,8 +132,8 @@ def sample_density(
     return low, voxel, density.reshape(shape)
 
 
-# Share of the light that what a person sees has absorbed. At a half, the legs of an armchair were lost, which its render
-# shows; at 0.15 they are there.
+# Share of the light that what a person sees has absorbed. At a half, legs of an armchair that its render shows were
+# lost; at 0.15 they are there.
 _SEEN = 0.15
 
 

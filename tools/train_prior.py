@@ -22,7 +22,7 @@ from prior_data.probe import probe, sample_sheet
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dreamfusion_fast.guidance.prior.model import TRAIN_TIMESTEPS, PriorNetwork, noise_schedule
+from dreamfusion_fast.guidance.prior.model import TRAIN_TIMESTEPS, PriorNetwork, load_prior, noise_schedule
 
 WARMUP_STEPS = 500
 EMA_DECAY = 0.9995
@@ -60,11 +60,14 @@ def save_in_parts(state: dict[str, Tensor], folder: Path, stem: str, limit: int 
 def main() -> None:
     started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder made by tools/prior_data/render.py")
+    parser.add_argument("--data", type=Path, required=True, help="folder made by tools/prior_data/build.py")
     parser.add_argument("--text-encoder", type=Path, required=True, help="folder made by tools/build_text_encoder.py")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=9.0, help="this call ends after so long, start included")
     parser.add_argument("--total-minutes", type=float, help="length of the learning-rate schedule (default: --minutes)")
+    parser.add_argument(
+        "--init", type=Path, help="folder of a prior.safetensors to start from; default: random weights"
+    )
     parser.add_argument("--state", type=Path, help="optimiser state, read if it exists, written at the end")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=8e-4)
@@ -83,7 +86,8 @@ def main() -> None:
 
     sampler = CatalogueSampler(args.data, args.text_encoder, device)
     print(f"{time.monotonic() - started:6.1f} s  data: {sampler.summary()}", flush=True)
-    network = PriorNetwork().to(device)
+    network = load_prior(args.init).train().requires_grad_(True) if args.init else PriorNetwork()
+    network = network.to(device)
     parameters = list(network.parameters())
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(

@@ -45,7 +45,7 @@ def test_no_file_names_the_machine_it_was_written_on() -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("line", ["cd /home/" + "ann/project", "--data=/work/" + "data", "10.0." + "0.7:8080"])
+@pytest.mark.parametrize("line", ["cd /ho" + "me/ann/project", "--data=/wo" + "rk/data", "10.0." + "0.7:8080"])
 def test_such_a_line_would_be_found(line: str) -> None:
     assert LOCAL.search(line)
 

@@ -10,26 +10,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from dreamfusion_fast.export import save_png
-from dreamfusion_fast.rendering import orbit_cameras
 from dreamfusion_fast.training.generator import Generator
 from dreamfusion_fast.training.trainer import Trainer
 
 SIZE, VIEWS, ELEVATION_DEG = 224, 8, 15.0
 AMBIENT, DIFFUSE = 0.55, 0.5  # of prior_data.judge
-
-
-@torch.no_grad()
-def lit_view(trainer: Trainer, azimuth_deg: float) -> torch.Tensor:
-    """`[224, 224, 3]` on white, light beside the camera."""
-    camera = orbit_cameras(1, ELEVATION_DEG, start_deg=azimuth_deg, device=trainer.device)
-    light = camera.positions[0] + torch.tensor([0.5, 1.0, 0.0], device=trainer.device)
-    white = torch.ones(3, device=trainer.device)
-    rays = camera.rays(SIZE, SIZE)
-    output = trainer.renderer.render(rays, white, "lambertian", light, ambient=AMBIENT, diffuse=DIFFUSE)
-    return output.color.view(SIZE, SIZE, 3)
 
 
 def main() -> None:
@@ -52,7 +38,9 @@ def save_views(trainer: Trainer, folder: Path) -> None:
     """Write `VIEWS` pictures around the object, the first from the front."""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(VIEWS):
-        save_png(folder / f"{index}.png", lit_view(trainer, 360.0 * index / VIEWS))
+        azimuth = 360.0 * index / VIEWS
+        image = trainer.render_view(azimuth, SIZE, ELEVATION_DEG, "lambertian", AMBIENT, DIFFUSE)
+        save_png(folder / f"{index}.png", image)
     print(folder)
 
 

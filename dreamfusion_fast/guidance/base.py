@@ -123,7 +123,8 @@ class GuidanceConfig:
         guidance_scale: s in eps_null + s (eps_text - eps_null); None takes the model's own default.
         convention: "null" as above, as in diffusers; "text" for eps_text + s (eps_text - eps_null), as in the
             DreamFusion paper (s = 100 there is s = 101 here).
-        t_range: timesteps are drawn uniformly between these fractions of the schedule.
+        t_range: timesteps are drawn uniformly between these fractions of the schedule where the caller names no other;
+            a run does, by its schedule.t_min, t_max and t_max_end.
         weighting: w(t): "sds" sigma_t^2 (the paper), "uniform" 1, "fantasia3d" alpha_t sigma_t^2.
         mode: "sds" pulls along eps_hat - eps; "csd" along s (eps_text - eps_null), classifier score distillation.
         clip_x0: clamp the model's estimate of the clean image to the range of images and recompute eps_hat (static

@@ -196,9 +196,19 @@ class Trainer:
 
     @torch.no_grad()
     def render_view(
-        self, azimuth_deg: float, size: int, elevation_deg: float = 15.0, shading: Shading | str = Shading.ALBEDO
+        self,
+        azimuth_deg: float,
+        size: int,
+        elevation_deg: float = 15.0,
+        shading: Shading | str = Shading.ALBEDO,
+        ambient: float | None = None,
+        diffuse: float | None = None,
     ) -> Tensor:
-        """A picture `[size, size, 3]` on white, float32 in [0, 1]; light, where the shading asks for it, from above."""
+        """A picture `[size, size, 3]` on white, float32 in [0, 1]; light, where the shading asks for it, from above.
+
+        `ambient` and `diffuse` are the config's where they are None.
+        """
+        c = self.config.shading
         camera = orbit_cameras(1, elevation_deg, start_deg=azimuth_deg, device=self.device)
         light = camera.positions[0] + torch.tensor([0.5, 1.0, 0.0], device=self.device)
         output = self.renderer.render(
@@ -206,8 +216,8 @@ class Trainer:
             torch.ones(3, device=self.device),
             shading,
             light,
-            ambient=self.config.shading.ambient,
-            diffuse=self.config.shading.diffuse,
+            ambient=c.ambient if ambient is None else ambient,
+            diffuse=c.diffuse if diffuse is None else diffuse,
         )
         return output.color.view(size, size, 3)
 

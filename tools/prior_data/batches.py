@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dreamfusion_fast.guidance.prior.model import SHADINGS, ViewCondition
 from dreamfusion_fast.guidance.prior.text_encoder import TextEncoder
+from dreamfusion_fast.guidance.prompts import view_index
 
 from .captions import TEXTURELESS as CLAY
 from .captions import VIEWS, compose, noun_phrases
@@ -157,7 +158,7 @@ class CatalogueSampler:
         image = image * alpha + _plane(background) * (1 - alpha)
 
         phrase = self.choices[model, torch.multinomial(self.chances[model], 1)[:, 0]]
-        suffix = torch.where(self._rand(n) < 0.6, 1 + view_class(azimuth, elevation), 0)
+        suffix = torch.where(self._rand(n) < 0.6, 1 + view_index(azimuth, elevation), 0)
         null = self._rand(n) < 0.1
         camera_known = (self._rand(n) < 0.7) & ~(null & (self._rand(n) < 0.5))
         condition = ViewCondition(
@@ -190,13 +191,6 @@ class CatalogueSampler:
         kind = self._rand(n, 1)
         grey = self._rand(n, 1).expand(-1, 3)
         return torch.where(kind < 0.5, self._rand(n, 3), torch.where(kind < 0.83, torch.ones_like(grey), grey))
-
-
-def view_class(azimuth: Tensor, elevation: Tensor) -> Tensor:
-    """Index into VIEWS[1:]: front within 45 degrees, back beyond 135, else side; overhead above 60 of elevation."""
-    around = torch.atan2(azimuth.sin(), azimuth.cos()).abs()
-    index = torch.where(around <= torch.pi / 4, 0, torch.where(around >= 3 * torch.pi / 4, 2, 1))
-    return torch.where(elevation > torch.pi / 3, 3, index)
 
 
 def _column(mask: Tensor) -> Tensor:

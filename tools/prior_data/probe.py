@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dreamfusion_fast.guidance.prior.model import TRAIN_TIMESTEPS, PriorNetwork, ViewCondition, noise_schedule
 from dreamfusion_fast.guidance.prior.text_encoder import TextEncoder
+from dreamfusion_fast.guidance.prompts import view_index
 
-from .batches import Batch, CatalogueSampler, Parts, view_class
+from .batches import Batch, CatalogueSampler, Parts
 
 PROBE_TIMES = (0.2, 0.4, 0.6, 0.8, 0.95)
 SHEET_PROMPTS = (
@@ -30,7 +31,7 @@ def _variants(parts: Parts, sampler: CatalogueSampler) -> dict[str, Parts]:
     n, device = len(parts.phrase), sampler.device
     view = parts.view
     every, none = torch.ones(n, dtype=torch.bool, device=device), torch.zeros(n, dtype=torch.bool, device=device)
-    right_suffix = 1 + view_class(view.azimuth, view.elevation)
+    right_suffix = 1 + view_index(view.azimuth, view.elevation)
     wrong_suffix = torch.where(right_suffix == 1, 3, torch.where(right_suffix == 3, 1, 1 + right_suffix % 4))
     shuffled = torch.roll(parts.phrase, 1)
     coloured = torch.where(parts.word == 0, 4, parts.word)  # the wrong word must differ and name a colour

@@ -20,7 +20,7 @@ class EmbeddedPrior(DiffusionModel):
     """See the module; a `DiffusionModel` of known cameras.
 
     Camera, background and shading are told to both halves: they are facts about the render, and guidance strengthens
-    the caption alone. With the camera left out of the unconditional half, chairs lost their legs and armchairs swelled.
+    the caption alone.
 
     Args:
         device: where it runs.

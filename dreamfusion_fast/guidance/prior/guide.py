@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance.base import DiffusionModel, DtypeName, Views, resolve_dtype
+from dreamfusion_fast.guidance.capture import CapturedFunction
 
 from .model import IMAGE_SIZE, SHADINGS, ViewCondition, load_prior, noise_schedule
 from .text_encoder import WEIGHTS, TextEncoder
@@ -45,6 +46,7 @@ class EmbeddedPrior(DiffusionModel):
         network = load_prior(folder)
         self._network = network.to(self.device, self._dtype)
         self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # in torch's docs only
+        self._evaluate = CapturedFunction(self._network)
         self.alphas_cumprod = noise_schedule().alphas_cumprod.to(self.device)
 
     @property
@@ -75,7 +77,7 @@ class EmbeddedPrior(DiffusionModel):
         """`predict` with what is known of the views spelled out."""
         view = known.vector(len(noisy), self.device)
         vector = torch.cat([condition["pooled"], torch.cat([view, view])], dim=1)
-        return self._network(
+        return self._evaluate(
             torch.cat([noisy, noisy]).to(self._dtype).contiguous(memory_format=torch.channels_last),
             torch.cat([t, t]),
             condition["tokens"].to(self._dtype),

@@ -19,6 +19,7 @@
 #include "bindings/march.h"
 #include "bindings/occupancy.h"
 #include "bindings/ray_box.h"
+#include "bindings/stream.h"
 
 #if defined(DFF_CUDA_ARCHS)
 #define DFF_MODULE _core_cuda
@@ -36,4 +37,5 @@ PYBIND11_MODULE(DFF_MODULE, module) {
   dff::bindings::bind_march(module);
   dff::bindings::bind_occupancy(module);
   dff::bindings::bind_ray_box(module);
+  dff::bindings::bind_stream(module);
 }

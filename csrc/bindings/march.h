@@ -1,7 +1,8 @@
 #pragma once
 
 #include "bindings/bind.h"
-#include "dreamfusion_fast/march.h"
+#include "bindings/view.h"
+#include "dreamfusion_fast/march_tile.h"
 
 namespace dff {
 namespace bindings {
@@ -66,10 +67,29 @@ void march_write(Address origins, Address directions, Address t_near, Address t_
   check("march", backend::march_write(op, launch_at(where)));
 }
 
+template <typename T>
+void march_tile(Address origins, Address directions, Address t_near, Address t_far, Address aabb, Address bitfield,
+                Address blocks, int32_t resolution, double step, bool jitter, uint64_t seed, int64_t n_rays,
+                Address firsts, Address offsets, Address ray_range, Address t, const ViewArguments& positions,
+                int64_t first, int64_t capacity, std::uintptr_t where) {
+  MarchTile<T> op;
+  op.rays =
+      march_rays<T>(origins, directions, t_near, t_far, aabb, bitfield, blocks, resolution, step, jitter, seed, n_rays);
+  op.firsts = pointer<const int32_t>(firsts);
+  op.offsets = pointer<const int32_t>(offsets);
+  op.ray_range = pointer<const int32_t>(ray_range);
+  op.t = pointer<T>(t);
+  op.positions = view<T>(positions);
+  op.first = first;
+  op.capacity = capacity;
+  check("march_tile", backend::march_tile(op, launch_at(where)));
+}
+
 inline void bind_march(py::module_& module) {
   module.def("march_blocks", &march_blocks, py::call_guard<py::gil_scoped_release>());
   DFF_DEF(module, "march_count", march_count);
   DFF_DEF(module, "march_write", march_write);
+  DFF_DEF(module, "march_tile", march_tile);
 }
 
 }  // namespace bindings

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "dreamfusion_fast/march_tile.h"
 #include "parallel.h"
 
 namespace dff {
@@ -50,10 +51,20 @@ Status march_write(const MarchWrite<T>& op, const Launch& launch) {
   return for_each(op.rays.n_rays, launch, shrunk, kRaysPerPiece);
 }
 
+template <typename T>
+Status march_tile(const MarchTile<T>& op, const Launch& launch) {
+  MarchTile<T> shrunk = op;
+  shrink(shrunk.rays);
+  const int64_t first = op.ray_range[0];
+  return for_each(op.ray_range[1] - first, launch, [&](int64_t i) { shrunk(first + i); }, kRaysPerPiece);
+}
+
 template Status march_count(const MarchCount<float>&, const Launch&);
 template Status march_count(const MarchCount<double>&, const Launch&);
 template Status march_write(const MarchWrite<float>&, const Launch&);
 template Status march_write(const MarchWrite<double>&, const Launch&);
+template Status march_tile(const MarchTile<float>&, const Launch&);
+template Status march_tile(const MarchTile<double>&, const Launch&);
 
 }  // namespace cpu
 }  // namespace dff

@@ -1,8 +1,40 @@
 #include "dreamfusion_fast/march.h"
+#include "dreamfusion_fast/march_tile.h"
 #include "parallel.cuh"
+#include "warp.cuh"
 
 namespace dff {
 namespace cuda {
+
+namespace {
+
+constexpr int kTileThreads = 128;
+constexpr int64_t kTileBlocks = 2048;  // enough for any GPU; more rays are taken in turn
+
+// A tile has few rays with many samples each, so a warp takes a ray, and looks at 32 samples at a time. Crossing empty
+// space that way is no longer than what the rays of one tile have of it.
+template <typename T>
+__global__ void __launch_bounds__(kTileThreads) tile_kernel(const MarchTile<T> op) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t n_warps = static_cast<int64_t>(gridDim.x) * (kTileThreads / kWarp);
+  const int64_t warp = (static_cast<int64_t>(blockIdx.x) * kTileThreads + threadIdx.x) / kWarp;
+  for (int64_t ray = op.ray_range[0] + warp; ray < op.ray_range[1]; ray += n_warps) {
+    int64_t place = op.start(ray);
+    const int64_t stop = op.end(ray);
+    if (place >= stop) continue;
+    const RayMarcher<T> marcher(op.rays, ray);
+    for (int32_t k = op.firsts[ray]; place < stop && k < kMaxSteps; k += kWarp) {
+      T distance;
+      const bool kept = marcher.keeps(k + lane, &distance);
+      const unsigned mask = __ballot_sync(kAllLanes, kept);
+      const int64_t mine = place + __popc(mask & ((1u << lane) - 1u));
+      if (kept && mine >= 0 && mine < stop) op.write(ray, mine, distance);
+      place += __popc(mask);
+    }
+  }
+}
+
+}  // namespace
 
 Status march_blocks(const MarchBlocks& op, const Launch& launch) {
   const int64_t n = blocks_along(op.resolution);
@@ -19,10 +51,21 @@ Status march_write(const MarchWrite<T>& op, const Launch& launch) {
   return for_each(op.rays.n_rays, launch, op);
 }
 
+template <typename T>
+Status march_tile(const MarchTile<T>& op, const Launch& launch) {
+  constexpr int64_t kRays = kTileThreads / kWarp;
+  const int64_t blocks = std::min((std::min(op.rays.n_rays, op.capacity) + kRays - 1) / kRays, kTileBlocks);
+  if (blocks <= 0) return nullptr;
+  tile_kernel<<<static_cast<unsigned>(blocks), kTileThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(op);
+  return launch_status();
+}
+
 template Status march_count(const MarchCount<float>&, const Launch&);
 template Status march_count(const MarchCount<double>&, const Launch&);
 template Status march_write(const MarchWrite<float>&, const Launch&);
 template Status march_write(const MarchWrite<double>&, const Launch&);
+template Status march_tile(const MarchTile<float>&, const Launch&);
+template Status march_tile(const MarchTile<double>&, const Launch&);
 
 }  // namespace cuda
 }  // namespace dff

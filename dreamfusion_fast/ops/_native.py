@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,14 @@ def pointer(tensor: Tensor | None) -> int:
     return tensor.data_ptr()
 
 
-def call(name: str, like: Tensor, *arguments: int | float | bool) -> None:
+def strided(tensor: Tensor | None) -> tuple[int, int, int]:
+    """A tensor `[n, channels]` of any strides as the native core takes it: address and both strides in elements."""
+    if tensor is None:
+        return 0, 0, 0
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+
+
+def call(name: str, like: Tensor, *arguments: Any) -> None:
     """Calls the native function `name` on the device of `like`, on torch's current stream there.
 
     A function that exists for several dtypes is called for the dtype of `like`.

@@ -13,7 +13,7 @@ from dreamfusion_fast.ops.occupancy import occupancy_unpack
 from dreamfusion_fast.ops.ray_box import ray_box_reference
 
 _MAX_STEPS = 1 << 24  # steps of one ray; up to here float32 counts them exactly (kMaxSteps in march.h)
-_BLOCK = 8  # cells along a block (kBlock in march.h)
+BLOCK = 8  # cells along a block (kBlock in march.h)
 _MAX_SAMPLES = 2**31 - 1  # offsets are int32
 
 
@@ -121,7 +121,7 @@ def _march(
     blocks = None
     if bitfield is not None:
         bitfield = bitfield.contiguous()
-        blocks = bitfield.new_empty(((resolution + _BLOCK - 1) // _BLOCK) ** 3)
+        blocks = bitfield.new_empty(((resolution + BLOCK - 1) // BLOCK) ** 3)
         call("march_blocks", bitfield, pointer(bitfield), resolution, pointer(blocks))
     n_rays = origins.shape[0]
     rays = (*map(pointer, (*tensors, bitfield, blocks)), resolution, step, jitter, seed, n_rays)

@@ -125,6 +125,19 @@ class RayMarcher {
     }
   }
 
+  // Whether sample k is kept, found without its neighbours, and its distance.
+  DFF_HD bool keeps(int32_t k, T* t) const {
+    *t = distance(k);
+    if (!valid_ || k >= kMaxSteps || !(*t < t_far_)) return false;
+    T place[3];
+    locate(*t, place);
+    if (!inside(place)) return false;
+    if (rays_.bitfield == nullptr) return true;
+    const int32_t cell[3] = {static_cast<int32_t>(place[0]), static_cast<int32_t>(place[1]),
+                             static_cast<int32_t>(place[2])};
+    return occupied(cell);
+  }
+
  private:
   DFF_HD T distance(int32_t k) const { return t_near_ + (static_cast<T>(k) + offset_) * rays_.step; }
 

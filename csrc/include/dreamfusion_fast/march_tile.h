@@ -1,0 +1,50 @@
+// The march's samples of one tile of the streaming renderer: a window of the packed samples, found again by marching
+// the rays that lie in it. So nothing per sample is held between the tiles, nor between forward and backward.
+#pragma once
+
+#include "dreamfusion_fast/march.h"
+#include "dreamfusion_fast/view.h"
+
+namespace dff {
+
+template <typename T>
+struct MarchTile {
+  MarchRays<T> rays;
+  const int32_t* firsts;     // [n_rays], from MarchCount
+  const int32_t* offsets;    // [n_rays + 1], prefix sum of the counts, or of fewer: then each ray's first samples
+  const int32_t* ray_range;  // [2], the rays with samples in this tile: first, and one past the last
+  T* t;                      // [capacity], out
+  View<T> positions;         // [capacity, 3], out, in the box scaled to [0, 1]^3
+  int64_t first;             // the tile's samples are first <= i < first + capacity
+  int64_t capacity;
+
+  // Where the samples of a ray start in this tile, and where they end; negative starts lie in tiles before.
+  DFF_HD int64_t start(int64_t ray) const { return offsets[ray] - first; }
+  DFF_HD int64_t end(int64_t ray) const {
+    const int64_t stop = offsets[ray + 1] - first;
+    return stop < capacity ? stop : capacity;
+  }
+
+  DFF_HD void write(int64_t ray, int64_t place, T distance) const {
+    t[place] = distance;
+    for (int axis = 0; axis < 3; ++axis) {
+      const T low = rays.aabb[axis];
+      const T position = rays.origins[3 * ray + axis] + distance * rays.directions[3 * ray + axis];
+      positions(place, axis) = (position - low) / (rays.aabb[axis + 3] - low);
+    }
+  }
+
+  DFF_HD void operator()(int64_t ray) const {
+    int64_t place = start(ray);
+    const int64_t stop = end(ray);
+    if (place >= stop) return;
+    RayMarcher<T>(rays, ray).each_sample(firsts[ray], [&](int32_t, T distance) {
+      if (place >= 0) write(ray, place, distance);
+      return ++place < stop;
+    });
+  }
+};
+
+DFF_LAUNCHER(template <typename T> Status march_tile(const MarchTile<T>& op, const Launch& launch);)
+
+}  // namespace dff

@@ -1,0 +1,98 @@
+"""The march in two parts, for a renderer that streams: how many samples each ray has, and the samples of one tile.
+
+A tile is a window of the packed samples of `march`, found again by marching the rays that lie in it. So no sample is
+held outside the tile in work, and the number of samples need not be known on the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.ops._native import call, pointer, strided
+from dreamfusion_fast.ops.march import BLOCK
+
+
+@dataclass(frozen=True, eq=False)
+class MarchedRays:
+    """Rays and the grid they are marched through, as `march` takes them; all tensors contiguous, on one device.
+
+    Attributes:
+        origins, directions: `[n_rays, 3]`.
+        t_near, t_far: `[n_rays]`, as `ray_box` gives them.
+        aabb: `[6]`.
+        bitfield: uint8, or None: all cells are occupied.
+        blocks: uint8 `[ceil(resolution / 8)^3]`, which blocks of cells have an occupied one; None without bitfield.
+        resolution, step, jitter, seed: as in `march`.
+    """
+
+    origins: Tensor
+    directions: Tensor
+    t_near: Tensor
+    t_far: Tensor
+    aabb: Tensor
+    bitfield: Tensor | None
+    blocks: Tensor | None
+    resolution: int
+    step: float
+    jitter: bool
+    seed: int
+
+    def __len__(self) -> int:
+        return self.origins.shape[0]
+
+    def arguments(self) -> tuple[int | float | bool, ...]:
+        """The first arguments of the native march functions."""
+        tensors = (self.origins, self.directions, self.t_near, self.t_far, self.aabb, self.bitfield, self.blocks)
+        return (*map(pointer, tensors), self.resolution, self.step, self.jitter, self.seed, len(self))
+
+
+def occupied_blocks(bitfield: Tensor, resolution: int) -> Tensor:
+    """Which blocks of 8^3 cells hold an occupied one, uint8 `[ceil(resolution / 8)^3]`."""
+    blocks = bitfield.new_empty(((resolution + BLOCK - 1) // BLOCK) ** 3)
+    call("march_blocks", bitfield, pointer(bitfield), resolution, pointer(blocks))
+    return blocks
+
+
+def march_count(rays: MarchedRays) -> tuple[Tensor, Tensor]:
+    """Samples of each ray, and the number k of its first one: int32 `[n_rays]` each."""
+    counts, firsts = rays.origins.new_empty((2, len(rays)), dtype=torch.int32)
+    if len(rays) > 0:
+        call("march_count", rays.origins, *rays.arguments(), pointer(counts), pointer(firsts))
+    return counts, firsts
+
+
+def march_tile(
+    rays: MarchedRays,
+    firsts: Tensor,
+    offsets: Tensor,
+    ray_range: Tensor,
+    first: int,
+    t: Tensor,
+    positions: Tensor,
+) -> None:
+    """Write the samples `first <= i < first + capacity` of all the rays', as far as there are any.
+
+    Args:
+        rays: what is marched.
+        firsts: int32 `[n_rays]` from `march_count`.
+        offsets: int32 `[n_rays + 1]`, prefix sum of the counts, or of smaller counts: then of each ray's first samples.
+        ray_range: int32 `[2]`, the rays that have samples in this tile: first, and one past the last.
+        first: the tile's first sample.
+        t: `[capacity]`, written: distances.
+        positions: `[capacity, 3]` of any strides, written: positions in the scene box scaled to [0, 1]^3.
+    """
+    call(
+        "march_tile",
+        rays.origins,
+        *rays.arguments(),
+        pointer(firsts),
+        pointer(offsets),
+        pointer(ray_range),
+        pointer(t),
+        strided(positions),
+        first,
+        t.shape[0],
+    )

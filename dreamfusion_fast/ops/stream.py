@@ -1,0 +1,278 @@
+"""From what a network says of samples to per-ray sums and back: the compositing of the streaming renderer.
+
+The three native functions work in place on one tile of samples after another; `stream_reference` is the same map of all
+samples at once, in plain PyTorch. csrc/include/dreamfusion_fast/stream.h has the equations with their sources.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dreamfusion_fast.ops._native import call, pointer, strided
+from dreamfusion_fast.ops.composite import composite_reference
+
+# Columns of the sums; the constants of stream.h.
+OPTICAL_DEPTH = 0
+COLOR = slice(1, 4)
+DEPTH = 4
+NORMAL = slice(5, 8)
+ORIENTATION = 8
+DISTORTION = 9
+ENTROPY = 10
+N_SUMS = 11
+# What is kept for a cut between two tiles: optical depth and sum of w t in front of it.
+N_PREFIX = 2
+
+_ACTIVATIONS = {"softplus": 0, "exp": 1}
+_SHADINGS = {"albedo": 0, "lambertian": 1, "textureless": 2}
+_ENTROPY_EPS = 1e-5
+_SHORTEST_SLOPE = 1e-4
+_BLOB_CENTRE_EPS = 1e-10
+_MAX_EXPONENT = 15.0
+
+
+@dataclass(frozen=True, eq=False)
+class StreamHead:
+    """How a network's outputs become density, colour and normal.
+
+    Attributes:
+        centre, extent: of the scene box, scene units.
+        activation: "softplus" or "exp", of the density.
+        blob_scale: height of the density blob at the centre; 0: none.
+        blob_width: its standard deviation (exp) or the radius where it is zero (softplus), scene units.
+        ball: whether density lives in the ball (ellipsoid) inscribed in the box, or in the whole box.
+        shading: "albedo", "lambertian" or "textureless".
+        ambient, diffuse: strengths of the light.
+        light: position `[3]` or `[n_rays, 3]`, contiguous; None with albedo shading.
+    """
+
+    centre: tuple[float, float, float]
+    extent: tuple[float, float, float]
+    activation: str = "softplus"
+    blob_scale: float = 0.0
+    blob_width: float = 1.0
+    ball: bool = True
+    shading: str = "albedo"
+    ambient: float = 0.1
+    diffuse: float = 0.9
+    light: Tensor | None = None
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As the native core takes it."""
+        stride = 3 if self.light is not None and self.light.dim() == 2 else 0
+        return (
+            self.centre,
+            self.extent,
+            _ACTIVATIONS[self.activation],
+            self.blob_scale,
+            self.blob_width,
+            self.ball,
+            _SHADINGS[self.shading],
+            self.ambient,
+            self.diffuse,
+            pointer(self.light),
+            stride,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class StreamTile:
+    """One window of the packed samples, `first <= i < first + capacity`. The last tile may have fewer.
+
+    Attributes:
+        offsets: int32 `[n_rays + 1]`, first sample of each ray.
+        ray_range: int32 `[2]`, the rays that have samples in this tile: first, and one past the last.
+        directions: `[n_rays, 3]`, contiguous.
+        t: `[capacity]`, distances.
+        lengths: `[capacity]`, or None: all `step`.
+        positions: `[capacity, 3]`, in the scene box scaled to [0, 1]^3.
+        logits: `[capacity, 4]`: density, albedo.
+        slopes: `[capacity, 3]`, gradient of the density logit by `positions`; None: no normals.
+        first: the first sample.
+        step: length of a sample.
+    """
+
+    offsets: Tensor
+    ray_range: Tensor
+    directions: Tensor
+    t: Tensor
+    lengths: Tensor | None
+    positions: Tensor
+    logits: Tensor
+    slopes: Tensor | None
+    first: int
+    step: float
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As the native core takes it."""
+        return (
+            pointer(self.offsets),
+            pointer(self.ray_range),
+            pointer(self.directions),
+            pointer(self.t),
+            pointer(self.lengths),
+            strided(self.positions),
+            strided(self.logits),
+            strided(self.slopes),
+            self.offsets.shape[0] - 1,
+            self.first,
+            self.t.shape[0],
+            self.step,
+        )
+
+
+def stream_forward(head: StreamHead, tile: StreamTile, sums: Tensor, prefix: Tensor, distortion: bool) -> None:
+    """Add a tile's samples to the sums. Tiles have to come in order.
+
+    Args:
+        head: what becomes of the network's outputs.
+        tile: the samples.
+        sums: `[n_rays, N_SUMS]`, contiguous, zero before the first tile.
+        prefix: `[N_PREFIX]`, written: what `stream_backward` wants to know of the cut before this tile.
+        distortion: whether to compute that column.
+    """
+    call("stream_forward", sums, head.arguments(), tile.arguments(), pointer(sums), pointer(prefix), distortion)
+
+
+def stream_backward(
+    head: StreamHead,
+    tile: StreamTile,
+    sums: Tensor,
+    grad_sums: Tensor,
+    prefix: Tensor,
+    suffix_after: Tensor,
+    suffix: Tensor,
+    grad_logits: Tensor,
+    grad_slopes: Tensor | None,
+    distortion: bool,
+) -> None:
+    """The gradient of a tile's samples. Tiles have to come in the opposite order.
+
+    Args:
+        head, tile, distortion: as in `stream_forward`.
+        sums: after the last tile.
+        grad_sums: `[n_rays, N_SUMS]`, contiguous.
+        prefix: what `stream_forward` wrote for this tile.
+        suffix_after: `[1]`, the `suffix` of the tile after this one; of the last tile, anything.
+        suffix: `[1]`, written.
+        grad_logits: `[capacity, 4]`, written as far as there are samples.
+        grad_slopes: `[capacity, 3]`, written likewise, or None without normals.
+    """
+    call(
+        "stream_backward",
+        sums,
+        head.arguments(),
+        tile.arguments(),
+        pointer(sums),
+        pointer(grad_sums),
+        pointer(prefix),
+        pointer(suffix_after),
+        pointer(suffix),
+        strided(grad_logits),
+        strided(grad_slopes),
+        distortion,
+    )
+
+
+def stream_visible(head: StreamHead, tile: StreamTile, depths: Tensor, counts: Tensor, limit: float) -> None:
+    """Count, in the tiles' order, the samples in front of which the optical depth is at most `limit`.
+
+    Args:
+        head, tile: as in `stream_forward`; only the density is read.
+        depths: `[n_rays]`, zero before the first tile: optical depth so far.
+        counts: int32 `[n_rays]`, zero before the first tile: such samples so far, the first ones of their ray.
+        limit: -log of the share of light below which a sample does not count.
+    """
+    call("stream_visible", depths, head.arguments(), tile.arguments(), pointer(depths), pointer(counts), limit)
+
+
+def head_reference(
+    head: StreamHead, positions: Tensor, logits: Tensor, slopes: Tensor | None, light: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Density `[n]`, colour `[n, 3]` and normal `[n, 3]` (zero without slopes) of samples; light is `[3]` or `[n, 3]`."""
+    centre, extent = logits.new_tensor(head.centre), logits.new_tensor(head.extent)
+    offset = (positions - 0.5) * extent
+    squared = offset.square().sum(dim=1)
+    centred = 2 * positions - 1
+    inside = centred.square().sum(dim=1) <= 1 if head.ball else (centred.abs() <= 1).all(dim=1)
+    exponential = head.activation == "exp"
+    width = head.blob_width
+    if exponential:
+        blob = head.blob_scale * torch.exp(-0.5 * squared / width**2)
+        raw = logits[:, 0] + blob
+        capped = raw.clamp(max=_MAX_EXPONENT).exp()
+        # The gradient of exp(15) above 15: the value is the constant, the slope is kept.
+        density = torch.where(raw > _MAX_EXPONENT, capped.detach() * (1 + raw - raw.detach()), capped)
+        factor = -blob / width**2
+    else:
+        length = torch.sqrt(squared + _BLOB_CENTRE_EPS)
+        density = F.softplus(logits[:, 0] + head.blob_scale * (1 - length / width))
+        factor = -head.blob_scale / (width * length)
+    density = torch.where(inside, density, torch.zeros_like(density))
+    albedo = torch.sigmoid(logits[:, 1:])
+    if slopes is None:
+        return density, albedo, torch.zeros_like(albedo)
+    gradient = slopes / extent + factor[:, None] * offset
+    scale = gradient.square().sum(dim=1, keepdim=True).clamp(min=_SHORTEST_SLOPE**2).rsqrt()
+    normal = -gradient * scale
+    if head.shading == "albedo":
+        return density, albedo, normal
+    assert light is not None
+    towards = F.normalize(light - (centre + offset), dim=1)
+    lit = head.ambient + head.diffuse * (normal * towards).sum(dim=1, keepdim=True).clamp(min=0)
+    return density, lit.expand_as(albedo) if head.shading == "textureless" else albedo * lit, normal
+
+
+def stream_reference(
+    head: StreamHead,
+    offsets: Tensor,
+    directions: Tensor,
+    t: Tensor,
+    lengths: Tensor,
+    positions: Tensor,
+    logits: Tensor,
+    slopes: Tensor | None,
+    distortion: bool = True,
+) -> Tensor:
+    """The PyTorch twin of all tiles together: sums `[n_rays, N_SUMS]`, differentiable to logits and slopes.
+
+    Args:
+        head: what becomes of the network's outputs.
+        offsets: int32 `[n_rays + 1]`.
+        directions: `[n_rays, 3]`.
+        t, lengths: `[n_samples]`.
+        positions, logits, slopes: as in `StreamTile`, of all samples.
+        distortion: whether to compute that column; it compares all pairs of samples.
+    """
+    n_rays, n = offsets.shape[0] - 1, t.shape[0]
+    ray = torch.repeat_interleave(torch.arange(n_rays, device=t.device), offsets.diff().long())
+    light = head.light
+    if light is not None and light.dim() == 2:
+        light = light[ray]
+    density, color, normal = head_reference(head, positions, logits, slopes, light)
+    tau = density * lengths
+    values = torch.cat([color, normal], dim=1)
+    # With densities in units of the samples' lengths, all samples are of length 1.
+    w, _, depth, accumulated = composite_reference(tau, values, t, 1.0, offsets)
+    clamped = w.clamp(_ENTROPY_EPS, 1 - _ENTROPY_EPS)
+    away = (normal * directions[ray]).sum(dim=1).clamp(min=0)
+    per_sample = {
+        OPTICAL_DEPTH: tau,
+        ORIENTATION: w.detach() * away.square(),
+        ENTROPY: -(clamped * clamped.log() + (1 - clamped) * torch.log1p(-clamped)),
+    }
+    if distortion:
+        same = ray[:, None] == ray
+        pairs = (w[:, None] * w * (t[:, None] - t).abs() * same).sum(dim=1)
+        per_sample[DISTORTION] = pairs + w.square() * lengths / 3
+    sums = {name: tau.new_zeros(n_rays).index_add(0, ray, value) for name, value in per_sample.items()}
+    zero = tau.new_zeros(n_rays)
+    columns = [sums[OPTICAL_DEPTH], *accumulated[:, :3].T, depth, *accumulated[:, 3:].T]
+    columns += [sums[ORIENTATION], sums.get(DISTORTION, zero), sums[ENTROPY]]
+    assert n == ray.shape[0]
+    return torch.stack(columns, dim=1)

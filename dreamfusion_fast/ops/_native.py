@@ -78,7 +78,7 @@ def pointer(tensor: Tensor | None) -> int:
     return tensor.data_ptr()
 
 
-def call(name: str, like: Tensor, *arguments: int | float | bool) -> None:
+def call(name: str, like: Tensor, *arguments: int | float | bool | tuple[int, ...]) -> None:
     """Calls the native function `name` on the device of `like`, on torch's current stream there.
 
     A function that exists for several dtypes is called for the dtype of `like`.

@@ -23,9 +23,12 @@
 
 #if defined(DFF_CUDA_ARCHS)
 #define DFF_MODULE _core_cuda
+#define DFF_HAS_TILES 1
+#include "bindings/hash_grid_tile.h"  // a CPU does a tile with the functions of hash_grid.h
 #else
 #define DFF_CUDA_ARCHS ""
 #define DFF_MODULE _core
+#define DFF_HAS_TILES 0
 #endif
 
 PYBIND11_MODULE(DFF_MODULE, module) {
@@ -38,4 +41,7 @@ PYBIND11_MODULE(DFF_MODULE, module) {
   dff::bindings::bind_occupancy(module);
   dff::bindings::bind_ray_box(module);
   dff::bindings::bind_stream(module);
+#if DFF_HAS_TILES
+  dff::bindings::bind_hash_grid_tile(module);
+#endif
 }

@@ -125,7 +125,7 @@ def _check(op: str, positions: Tensor, table: Tensor, level_offsets: Tensor, res
     check_tensor(op, "level_offsets", level_offsets, [n_levels + 1], dtypes=[torch.int64], like=positions)
 
 
-def _check_levels(level_offsets: Tensor, resolutions: Tensor, n_rows: int) -> None:
+def check_levels(level_offsets: Tensor, resolutions: Tensor, n_rows: int) -> None:
     """On the CPU alone, and inside the ops, where tensors have values."""
     if level_offsets.device.type != "cpu":
         return
@@ -156,7 +156,7 @@ def _levels(
 
 @torch.library.custom_op("dreamfusion_fast::hash_grid", mutates_args=())
 def _forward(positions: Tensor, table: Tensor, level_offsets: Tensor, resolutions: Tensor, smoothstep: bool) -> Tensor:
-    _check_levels(level_offsets, resolutions, table.shape[0])
+    check_levels(level_offsets, resolutions, table.shape[0])
     n_samples, (n_rows, n_features) = positions.shape[0], table.shape
     positions, table = positions.contiguous(), _rows_contiguous(table, n_features)
     level_offsets, resolutions = level_offsets.contiguous(), resolutions.contiguous()
@@ -175,7 +175,7 @@ def _(positions: Tensor, table: Tensor, level_offsets: Tensor, resolutions: Tens
 def _backward_table(
     grad_output: Tensor, positions: Tensor, n_rows: int, level_offsets: Tensor, resolutions: Tensor, smoothstep: bool
 ) -> Tensor:
-    _check_levels(level_offsets, resolutions, n_rows)
+    check_levels(level_offsets, resolutions, n_rows)
     n_samples, n_features = positions.shape[0], grad_output.shape[1] // resolutions.shape[0]
     positions, grad_output = positions.contiguous(), _rows_contiguous(grad_output, n_features)
     level_offsets, resolutions = level_offsets.contiguous(), resolutions.contiguous()
@@ -202,7 +202,7 @@ def _backward_positions(
     resolutions: Tensor,
     smoothstep: bool,
 ) -> Tensor:
-    _check_levels(level_offsets, resolutions, table.shape[0])
+    check_levels(level_offsets, resolutions, table.shape[0])
     n_samples, (n_rows, n_features) = positions.shape[0], table.shape
     positions, table = positions.contiguous(), _rows_contiguous(table, n_features)
     grad_output = _rows_contiguous(grad_output, n_features)
@@ -238,7 +238,7 @@ def _backward_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``sum(direction * _backward_positions(...))``; empty where `needs` says that one is not needed."""
-    _check_levels(level_offsets, resolutions, table.shape[0])
+    check_levels(level_offsets, resolutions, table.shape[0])
     n_samples, (n_rows, n_features) = positions.shape[0], table.shape
     direction, positions = direction.contiguous(), positions.contiguous()
     grad_output, table = _rows_contiguous(grad_output, n_features), _rows_contiguous(table, n_features)

@@ -1,0 +1,184 @@
+// Encoding of a tile, its derivative along a direction, and its gradient by the positions: what reads the table.
+#include <limits>
+
+#include "hash_grid_cell.cuh"
+#include "tile_array.cuh"
+
+namespace dff {
+namespace cuda {
+
+namespace {
+
+// One thread per sample and group of levels, which it goes through one by one: position and cell arithmetic stay in
+// registers, and a group is as large as its table may be to stay in L2 (groups are blockIdx.y, so the GPU works on one
+// at a time). Successive threads have successive samples, so that channel-major arrays are read and written in whole
+// sectors. Occupancy hides the latency of the rows; 8 loads of a level are in flight per thread.
+constexpr int kThreads = 128;
+
+template <typename Table>
+using ScalarOf = std::conditional_t<std::is_same_v<Table, double>, double, float>;
+
+__device__ __forceinline__ float to_scalar(__half value) { return __half2float(value); }
+__device__ __forceinline__ float to_scalar(float value) { return value; }
+__device__ __forceinline__ double to_scalar(double value) { return value; }
+
+template <typename Scalar>
+__device__ __forceinline__ void load_vector3(const TileArray& array, uint32_t sample, Scalar (&vector)[3]) {
+#pragma unroll
+  for (int axis = 0; axis < 3; ++axis) vector[axis] = load_element<Scalar>(array, sample, axis);
+}
+
+// The levels [begin, end), once per block.
+__device__ __forceinline__ void read_levels(const HashGridLevels& levels, int begin, int end,
+                                            HashGridLevel (&read)[kMaxLevelsPerThread]) {
+  const int mine = begin + static_cast<int>(threadIdx.x);
+  if (mine < end) read[threadIdx.x] = hash_grid_level(levels, mine);
+  __syncthreads();
+}
+
+template <typename Table, int kFeatures, bool kAlong>
+__global__ void __launch_bounds__(kThreads) encode_kernel(const HashGridTileEncode op) {
+  using Scalar = ScalarOf<Table>;
+  __shared__ HashGridLevel levels[kMaxLevelsPerThread];
+  const uint32_t n_samples = live_samples(op.tile), first = blockIdx.x * kThreads, sample = first + threadIdx.x;
+  if (first >= n_samples) return;
+  const int begin = static_cast<int>(blockIdx.y) * op.levels_per_thread;
+  const int end = min(begin + op.levels_per_thread, op.tile.levels.n_levels);
+  read_levels(op.tile.levels, begin, end, levels);
+  if (sample >= n_samples) return;
+
+  Scalar position[3], direction[3];
+  load_vector3(op.tile.positions, sample, position);
+  if (kAlong) load_vector3(op.direction, sample, direction);
+  for (int index = begin; index < end; ++index) {
+    const HashGridLevel level = levels[index - begin];
+    Scalar output[kFeatures] = {};
+    if (level.rows == 0) {  // loud, and without waiting: the host cannot check this where it would not synchronise
+      for (int f = 0; f < kFeatures; ++f) output[f] = std::numeric_limits<Scalar>::quiet_NaN();
+    } else {
+      HashGridAxis<Scalar> axes[3];
+      cell_axes(level, op.tile.levels.smoothstep, position, axes);
+      uint32_t rows[kCorners];
+      cell_rows(level, axes, rows);
+      Row<Table, kFeatures> corners[kCorners];
+      load_corners(static_cast<const Table*>(op.table), level, rows, corners);
+      Scalar weights[kCorners];
+      if constexpr (kAlong) {
+        hash_grid_weights_along(axes, direction, weights);
+      } else {
+        hash_grid_weights(axes, weights);
+      }
+#pragma unroll
+      for (int i = 0; i < kCorners; ++i) {
+#pragma unroll
+        for (int f = 0; f < kFeatures; ++f) output[f] += weights[i] * to_scalar(corners[i].values[f]);
+      }
+    }
+#pragma unroll
+    for (int f = 0; f < kFeatures; ++f) store_element(op.output, sample, index * kFeatures + f, output[f]);
+  }
+}
+
+// Writes the sum over the levels [begin, end), or adds it to what is there.
+template <typename Table, int kFeatures>
+__global__ void __launch_bounds__(kThreads)
+    position_gradient_kernel(const HashGridTilePositionGradient op, int begin, int end, bool add) {
+  using Scalar = ScalarOf<Table>;
+  __shared__ HashGridLevel levels[kMaxLevelsPerThread];
+  const uint32_t n_samples = live_samples(op.tile), first = blockIdx.x * kThreads, sample = first + threadIdx.x;
+  if (first >= n_samples) return;
+  read_levels(op.tile.levels, begin, end, levels);
+  if (sample >= n_samples) return;
+
+  Scalar position[3], sum[3] = {};
+  load_vector3(op.tile.positions, sample, position);
+  if (add) load_vector3(op.gradient, sample, sum);
+  for (int index = begin; index < end; ++index) {
+    const HashGridLevel level = levels[index - begin];
+    if (level.rows == 0) continue;
+    HashGridAxis<Scalar> axes[3];
+    cell_axes(level, op.tile.levels.smoothstep, position, axes);
+    uint32_t rows[kCorners];
+    cell_rows(level, axes, rows);
+    Row<Table, kFeatures> corners[kCorners];
+    load_corners(static_cast<const Table*>(op.table), level, rows, corners);
+    Scalar grad[kFeatures];
+#pragma unroll
+    for (int f = 0; f < kFeatures; ++f) {
+      grad[f] = load_element<Scalar>(op.grad_features, sample, index * kFeatures + f);
+    }
+    Scalar values[kCorners] = {};
+#pragma unroll
+    for (int i = 0; i < kCorners; ++i) {
+#pragma unroll
+      for (int f = 0; f < kFeatures; ++f) values[i] += grad[f] * to_scalar(corners[i].values[f]);
+    }
+    Scalar gradient[3];
+    hash_grid_gradient(axes, values, gradient);
+#pragma unroll
+    for (int axis = 0; axis < 3; ++axis) sum[axis] += gradient[axis];
+  }
+#pragma unroll
+  for (int axis = 0; axis < 3; ++axis) store_element(op.gradient, sample, axis, sum[axis]);
+}
+
+unsigned blocks_for(const HashGridTile& tile) {
+  return static_cast<unsigned>((tile.levels.n_samples + kThreads - 1) / kThreads);
+}
+
+Status tile_status(const HashGridTile& tile, int32_t levels_at_once) {
+  if (tile.levels.n_samples > kMaxTileSamples) return "a tile has at most 2^24 samples";
+  if (levels_at_once < 1 || levels_at_once > kMaxLevelsPerThread) return "levels at once must lie in [1, 16]";
+  return nullptr;
+}
+
+// Calls start(table element, std::integral_constant<int, n_features>), which launches a kernel.
+template <typename Start>
+Status with_table(ElementType type, int n_features, const Start& start) {
+  switch (type) {
+    case ElementType::kFloat16:
+      return with_features(n_features, [&](auto features) { start(__half(), features); });
+    case ElementType::kFloat32:
+      return with_features(n_features, [&](auto features) { start(float(), features); });
+    case ElementType::kFloat64:
+      return with_features(n_features, [&](auto features) { start(double(), features); });
+    default:
+      return "a table is float16, float32 or float64";
+  }
+}
+
+}  // namespace
+
+Status hash_grid_tile_encode(const HashGridTileEncode& op, const Launch& launch) {
+  if (const Status status = tile_status(op.tile, op.levels_per_thread)) return status;
+  if (op.tile.levels.n_samples <= 0) return nullptr;
+  const int groups = (op.tile.levels.n_levels + op.levels_per_thread - 1) / op.levels_per_thread;
+  const dim3 blocks(blocks_for(op.tile), static_cast<unsigned>(groups));
+  const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
+  return with_table(op.table_type, op.tile.levels.n_features, [&](auto table, auto features) {
+    using Table = decltype(table);
+    constexpr int kFeatures = decltype(features)::value;
+    if (op.direction.data != nullptr) {
+      encode_kernel<Table, kFeatures, true><<<blocks, kThreads, 0, stream>>>(op);
+    } else {
+      encode_kernel<Table, kFeatures, false><<<blocks, kThreads, 0, stream>>>(op);
+    }
+  });
+}
+
+Status hash_grid_tile_position_gradient(const HashGridTilePositionGradient& op, const Launch& launch) {
+  if (const Status status = tile_status(op.tile, op.levels_per_launch)) return status;
+  if (op.tile.levels.n_samples <= 0) return nullptr;
+  const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
+  const int n_levels = op.tile.levels.n_levels;
+  return with_table(op.table_type, op.tile.levels.n_features, [&](auto table, auto features) {
+    for (int begin = 0; begin < n_levels; begin += op.levels_per_launch) {
+      const int end = std::min(begin + op.levels_per_launch, n_levels);
+      position_gradient_kernel<decltype(table), decltype(features)::value>
+          <<<blocks_for(op.tile), kThreads, 0, stream>>>(op, begin, end, begin > 0);
+    }
+  });
+}
+
+}  // namespace cuda
+}  // namespace dff

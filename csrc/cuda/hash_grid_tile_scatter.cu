@@ -1,0 +1,168 @@
+// The table's gradient from a tile, of first and second order at once: what writes to the table.
+#include "hash_grid_cell.cuh"
+#include "tile_array.cuh"
+
+namespace dff {
+namespace cuda {
+
+namespace {
+
+// One thread per run of successive samples and level. Samples lie along rays, so that in coarse levels successive ones
+// share a cell: their contributions are summed in registers, and atomics are spent on a cell once. The level is
+// blockIdx.y, so that the GPU works on one level at a time, whose gradients (4 MB at 2^19 rows of 2 float32) then stay
+// in L2. Atomics need no answer, so that few threads suffice: registers are better spent.
+constexpr int kThreads = 128;
+// Samples loaded at once: one vector load of 16 bytes for a plane of float32. Of float64 one, whose registers run out.
+template <typename Scalar>
+constexpr int kChunk = std::is_same_v<Scalar, float> ? 4 : 1;
+
+// A channel of samples [first, first + kCount), as far as they lie before `end`.
+template <typename Scalar, int kCount>
+__device__ __forceinline__ void load_chunk(const TileArray& array, bool vectors, uint32_t first, uint32_t end,
+                                           uint32_t channel, Scalar (&values)[kCount]) {
+  if constexpr (std::is_same_v<Scalar, float>) {
+    if (vectors) return load_vector(array, first, channel, values);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    values[i] = first + i < end ? load_element<Scalar>(array, first + i, channel) : Scalar(0);
+  }
+}
+
+// What successive samples in one cell add to its corners.
+template <int kFeatures, typename Scalar>
+struct Run {
+  HashGridAxis<Scalar> axes[3];  // of any of its samples: only the cell is looked at
+  Scalar sums[kCorners][kFeatures];
+  bool empty = true;
+
+  __device__ __forceinline__ bool has(const HashGridAxis<Scalar> (&others)[3]) const {
+    return !empty && axes[0].cell == others[0].cell && axes[1].cell == others[1].cell && axes[2].cell == others[2].cell;
+  }
+
+  __device__ __forceinline__ void start(const HashGridAxis<Scalar> (&first)[3]) {
+#pragma unroll
+    for (int axis = 0; axis < 3; ++axis) axes[axis] = first[axis];
+#pragma unroll
+    for (int i = 0; i < kCorners; ++i) {
+#pragma unroll
+      for (int f = 0; f < kFeatures; ++f) sums[i][f] = Scalar(0);
+    }
+    empty = false;
+  }
+
+  __device__ __forceinline__ void add(const Scalar (&weights)[kCorners], const Scalar (&grad)[kFeatures]) {
+#pragma unroll
+    for (int i = 0; i < kCorners; ++i) {
+#pragma unroll
+      for (int f = 0; f < kFeatures; ++f) sums[i][f] += weights[i] * grad[f];
+    }
+  }
+
+  __device__ __forceinline__ void flush(const HashGridLevel& level, Scalar* grad_table) const {
+    if (empty) return;
+    uint32_t rows[kCorners];
+    cell_rows(level, axes, rows);
+    atomic_add_corners(grad_table, level, rows, sums);
+  }
+};
+
+template <int kCount, typename Scalar>
+__device__ __forceinline__ bool any(const Scalar (&values)[kCount]) {
+  bool found = false;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) found |= values[i] != Scalar(0);  // NaN is not zero
+  return found;
+}
+
+template <int kChannels, int kCount, typename Scalar>
+__device__ __forceinline__ void take(const Scalar (&chunk)[kChannels][kCount], int i, Scalar (&values)[kChannels]) {
+#pragma unroll
+  for (int channel = 0; channel < kChannels; ++channel) values[channel] = chunk[channel][i];
+}
+
+template <typename Scalar, int kFeatures>
+__global__ void __launch_bounds__(kThreads) scatter_kernel(const HashGridTileScatter op, bool vectors) {
+  constexpr int kCount = kChunk<Scalar>;
+  const uint32_t n_samples = live_samples(op.tile), run_length = op.samples_per_thread;
+  const uint32_t begin = (blockIdx.x * kThreads + threadIdx.x) * run_length;
+  if (begin >= n_samples) return;
+  const uint32_t end = min(begin + run_length, n_samples);
+  const uint32_t capacity = static_cast<uint32_t>(op.tile.levels.n_samples);
+  const int index = static_cast<int>(blockIdx.y);
+  const HashGridLevel level = hash_grid_level(op.tile.levels, index);
+  if (level.rows == 0) return;
+  Scalar* grad_table = static_cast<Scalar*>(op.grad_table);
+  const bool has_first = op.grad_features.data != nullptr, has_second = op.grad_of_along.data != nullptr;
+
+  Run<kFeatures, Scalar> run;
+  for (uint32_t first = begin; first < end; first += kCount) {
+    const bool wide = vectors && first + kCount <= capacity;
+    Scalar positions[3][kCount], directions[3][kCount] = {};
+    Scalar grads[kFeatures][kCount] = {}, along_grads[kFeatures][kCount] = {};
+#pragma unroll
+    for (int axis = 0; axis < 3; ++axis) {
+      load_chunk(op.tile.positions, wide, first, end, axis, positions[axis]);
+      if (has_second) load_chunk(op.direction, wide, first, end, axis, directions[axis]);
+    }
+#pragma unroll
+    for (int f = 0; f < kFeatures; ++f) {
+      const uint32_t channel = index * kFeatures + f;
+      if (has_first) load_chunk(op.grad_features, wide, first, end, channel, grads[f]);
+      if (has_second) load_chunk(op.grad_of_along, wide, first, end, channel, along_grads[f]);
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (first + i >= end) break;
+      Scalar position[3], direction[3], grad[kFeatures], along_grad[kFeatures];
+      take(positions, i, position);
+      take(directions, i, direction);
+      take(grads, i, grad);
+      take(along_grads, i, along_grad);
+      const bool second = any(along_grad) && any(direction);
+      if (!second && !any(grad)) continue;  // an empty sample beyond a surface, say: it costs no atomics
+      HashGridAxis<Scalar> axes[3];
+      cell_axes(level, op.tile.levels.smoothstep, position, axes);
+      if (!run.has(axes)) {
+        run.flush(level, grad_table);
+        run.start(axes);
+      }
+      Scalar weights[kCorners];
+      hash_grid_weights(axes, weights);
+      run.add(weights, grad);
+      if (second) {
+        hash_grid_weights_along(axes, direction, weights);
+        run.add(weights, along_grad);
+      }
+    }
+  }
+  run.flush(level, grad_table);
+}
+
+}  // namespace
+
+Status hash_grid_tile_scatter(const HashGridTileScatter& op, const Launch& launch) {
+  const HashGridLevels& levels = op.tile.levels;
+  if (levels.n_samples > kMaxTileSamples) return "a tile has at most 2^24 samples";
+  if (op.samples_per_thread < 4 || op.samples_per_thread % 4 != 0) {
+    return "samples per thread must be a multiple of 4";
+  }
+  if (levels.n_samples <= 0) return nullptr;
+  const int64_t per_block = int64_t(kThreads) * op.samples_per_thread;
+  const dim3 blocks(static_cast<unsigned>((levels.n_samples + per_block - 1) / per_block),
+                    static_cast<unsigned>(levels.n_levels));
+  const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
+  const bool vectors = has_vectors(op.tile.positions) && has_vectors(op.direction) && has_vectors(op.grad_features) &&
+                       has_vectors(op.grad_of_along);
+  return with_features(levels.n_features, [&](auto features) {
+    constexpr int kFeatures = decltype(features)::value;
+    if (op.tile.positions.type == ElementType::kFloat64) {
+      scatter_kernel<double, kFeatures><<<blocks, kThreads, 0, stream>>>(op, vectors);
+    } else {
+      scatter_kernel<float, kFeatures><<<blocks, kThreads, 0, stream>>>(op, vectors);
+    }
+  });
+}
+
+}  // namespace cuda
+}  // namespace dff

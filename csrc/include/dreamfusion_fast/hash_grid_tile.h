@@ -1,0 +1,68 @@
+// The multiresolution hash grid over one tile of samples, on a GPU: arrays that the caller owns, of any strides and of
+// several types, and a number of samples that only the GPU knows. The arithmetic is that of hash_grid.h.
+#pragma once
+
+#include "dreamfusion_fast/hash_grid.h"
+
+namespace dff {
+
+constexpr int kMaxTileSamples = 1 << 24;
+constexpr int kMaxLevelsPerThread = 16;
+
+enum class ElementType : int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
+
+// A logical [n_samples, n_channels] array. Strides count elements; the last index must fit into 32 bits.
+struct TileArray {
+  void* data = nullptr;  // null: none
+  uint32_t sample_stride = 0;
+  uint32_t channel_stride = 0;
+  ElementType type = ElementType::kFloat32;
+};
+
+// Everything below is computed in float64 if the positions are, and then every array is; else in float32.
+struct HashGridTile {
+  HashGridLevels levels;           // n_samples: at most kMaxTileSamples
+  const int32_t* count = nullptr;  // on the GPU: only samples below it are touched; null: all
+  TileArray positions;             // [n_samples, 3], clamped to [0, 1]
+};
+
+// The encoding, or (with a direction) its derivative along the direction. NaN for a level outside the table.
+struct HashGridTileEncode {
+  HashGridTile tile;
+  const void* table;  // [n_rows, n_features], aligned to 16 bytes
+  ElementType table_type;
+  TileArray direction;        // [n_samples, 3] or none
+  TileArray output;           // [n_samples, n_levels * n_features], out
+  int32_t levels_per_thread;  // at most kMaxLevelsPerThread
+};
+
+// The gradient of sum(grad_features * encoding) by the positions.
+struct HashGridTilePositionGradient {
+  HashGridTile tile;
+  const void* table;  // [n_rows, n_features], aligned to 16 bytes
+  ElementType table_type;
+  TileArray grad_features;    // [n_samples, n_levels * n_features]
+  TileArray gradient;         // [n_samples, 3], out
+  int32_t levels_per_launch;  // at most kMaxLevelsPerThread
+};
+
+// The table's gradient from the encoding (grad_features) and from its derivative along a direction (grad_of_along), in
+// one pass. Samples whose gradients are zero are skipped, whatever their position.
+struct HashGridTileScatter {
+  HashGridTile tile;
+  TileArray grad_features;  // [n_samples, n_levels * n_features] or none
+  TileArray direction;      // [n_samples, 3], or none, like the next
+  TileArray grad_of_along;  // [n_samples, n_levels * n_features]
+  void* grad_table;         // [n_rows, n_features] of the positions' type, aligned to 16 bytes, added to
+  int32_t samples_per_thread;
+};
+
+namespace cuda {
+
+Status hash_grid_tile_encode(const HashGridTileEncode& op, const Launch& launch);
+Status hash_grid_tile_position_gradient(const HashGridTilePositionGradient& op, const Launch& launch);
+Status hash_grid_tile_scatter(const HashGridTileScatter& op, const Launch& launch);
+
+}  // namespace cuda
+
+}  // namespace dff

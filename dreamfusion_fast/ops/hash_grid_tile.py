@@ -1,0 +1,353 @@
+"""The hash grid of `hash_grid` over one tile of samples, in place: what a renderer that streams samples is made of.
+
+Nothing is allocated and nothing recorded for autograd. The caller owns every buffer, and gives the number of samples
+as a tensor that is never read on the host of a GPU, so that a tile can be captured into a CUDA graph. With
+``E(p) = W(p) table`` the encoding of a position p, and J = dE/dp:
+
+- `encode` writes E;
+- `position_gradient` writes J^T g, the gradient of ``g . E`` by the position, which makes normals;
+- `along` writes J d, which is what the backward of `position_gradient` gives to g;
+- `scatter` adds to the table's gradient, from E and from J d at once.
+
+All tensors over samples are logically ``[n_samples, n_channels]`` with any strides. On a GPU, where successive threads
+take successive samples, planes are fast: allocate ``[n_channels, n_samples]``, with n_samples a multiple of 8, and pass
+``.t()``. On a CPU, contiguous ``[n_samples, n_channels]`` is used as it is and anything else copied.
+
+Types. On a GPU positions, direction and gradient are float32; the table is float16 or float32 (a float16 table is half
+the traffic; its float32 master stays with the caller); everything over channels is float16, bfloat16 or float32 (mind
+that gradients of score distillation underflow float16); grad_table is float32, and so is all arithmetic. Or everything
+is float64. On a CPU everything has one type, float32 or float64.
+
+Source: Müller et al. 2022, "Instant Neural Graphics Primitives", sections 3 and 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.ops._checks import check_tensor
+from dreamfusion_fast.ops._native import call, pointer
+from dreamfusion_fast.ops.hash_grid import FEATURES, check_levels
+
+MAX_SAMPLES = 2**24
+# Levels that one thread of `encode` and `along` goes through, at most 16. More reuse position and cell arithmetic; the
+# tables of so many levels, 2 MB each at 2^19 rows of 2 float16, should stay in L2.
+LEVELS_PER_THREAD = 8
+# A smaller launch takes fewer levels per thread, until there are so many threads: 132 multiprocessors hold 270,000.
+ENOUGH_THREADS = 2**18
+# The same for `position_gradient`, which has to bring the levels of a sample together: so many at a time in registers,
+# at most 16, the rest in further launches.
+LEVELS_PER_LAUNCH = 16
+# Successive samples that one thread of `scatter` takes, a multiple of 4. Along a ray, up to 18 share a cell of the
+# coarsest level, and atomics are spent once for each cell that a thread meets; more samples leave fewer threads.
+SAMPLES_PER_THREAD = 8
+
+_ELEMENT_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+_NONE = (0, 0, 0, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class HashGridTileLayout:
+    """The levels of a hash grid.
+
+    Attributes:
+        level_offsets: ``[n_levels + 1]`` int64, contiguous, on the samples' device; see `hash_grid_layout`.
+        resolutions: ``[n_levels]`` int32, likewise.
+        smoothstep: as in `hash_grid`.
+        active_levels: how many levels, from the coarsest one, take part; None: all. The channels of others are neither
+            read nor written.
+    """
+
+    level_offsets: Tensor
+    resolutions: Tensor
+    smoothstep: bool = False
+    active_levels: int | None = None
+
+    def __post_init__(self) -> None:
+        op = "HashGridTileLayout"
+        check_tensor(op, "resolutions", self.resolutions, ["n_levels"], dtypes=[torch.int32])
+        n_levels = self.resolutions.shape[0]
+        offsets = self.level_offsets
+        check_tensor(op, "level_offsets", offsets, [n_levels + 1], dtypes=[torch.int64], like=self.resolutions)
+        for name, tensor in (("level_offsets", offsets), ("resolutions", self.resolutions)):
+            if not tensor.is_contiguous():
+                raise ValueError(f"dreamfusion_fast.ops.{op}: {name} must be contiguous")
+        if not 1 <= self.levels <= n_levels:
+            raise ValueError(f"dreamfusion_fast.ops.{op}: active_levels must lie in [1, {n_levels}], got {self.levels}")
+
+    @property
+    def levels(self) -> int:
+        """How many levels take part."""
+        return self.resolutions.shape[0] if self.active_levels is None else self.active_levels
+
+
+def encode(
+    positions: Tensor, table: Tensor, layout: HashGridTileLayout, features: Tensor, count: Tensor | None = None
+) -> None:
+    """Writes the encoding of each position.
+
+    Args:
+        positions: ``[n_samples, 3]``, clamped to [0, 1]; NaN gives NaN. At most 2^24 samples.
+        table: ``[n_rows, n_features]``, contiguous, n_features one of 1, 2, 4, 8; on a GPU aligned to 16 bytes.
+        layout: the levels.
+        features: ``[n_samples, at least levels * n_features]``, out: the features of level 0, then of level 1, ...
+        count: ``[1]`` int32: samples from this one on are left alone; None: all are meant.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or layout. A level that does not lie inside
+            the table is found on the CPU only; on a GPU its features are NaN.
+        RuntimeError: the native core for this device was not built.
+    """
+    _check("encode", positions, table, layout, count)
+    _check_channels("encode", "features", features, positions, layout.levels * table.shape[1])
+    if positions.device.type == "cpu":
+        _encode_on_cpu(None, positions, table, layout, features, count)
+    else:
+        _encode_on_gpu(None, positions, table, layout, features, count)
+
+
+def along(
+    direction: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    layout: HashGridTileLayout,
+    features_along: Tensor,
+    count: Tensor | None = None,
+) -> None:
+    """Writes J d, the derivative of the encoding along a direction.
+
+    It is the gradient of ``d . position_gradient(g, ...)`` by g.
+
+    Args:
+        direction: ``[n_samples, 3]``, of the positions' dtype. No component counts where the position was clamped.
+        positions, table, layout, count: as in `encode`.
+        features_along: ``[n_samples, at least levels * n_features]``, out.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `encode`.
+    """
+    _check("along", positions, table, layout, count)
+    check_tensor("hash_grid_tile.along", "direction", direction, positions.shape, like=positions, same_dtype=True)
+    _check_channels("along", "features_along", features_along, positions, layout.levels * table.shape[1])
+    if positions.device.type == "cpu":
+        _encode_on_cpu(direction, positions, table, layout, features_along, count)
+    else:
+        _encode_on_gpu(direction, positions, table, layout, features_along, count)
+
+
+def position_gradient(
+    grad_features: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    layout: HashGridTileLayout,
+    gradient: Tensor,
+    count: Tensor | None = None,
+) -> None:
+    """Writes J^T g, the gradient of ``g . encoding`` by the position. The sum over levels has a fixed order.
+
+    Args:
+        grad_features: g, ``[n_samples, at least levels * n_features]``.
+        positions, table, layout, count: as in `encode`.
+        gradient: ``[n_samples, 3]``, of the positions' dtype, out. Zero where a position was clamped.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `encode`. A level that does not lie inside the table adds nothing.
+    """
+    op = "position_gradient"
+    _check(op, positions, table, layout, count)
+    channels = layout.levels * table.shape[1]
+    _check_channels(op, "grad_features", grad_features, positions, channels)
+    check_tensor(f"hash_grid_tile.{op}", "gradient", gradient, positions.shape, like=positions, same_dtype=True)
+    if positions.device.type == "cpu":
+        n = _live(positions, count)
+        p, g = _rows(positions, n, 3), _rows(grad_features, n, channels)
+        out = _rows(gradient, n, 3)
+        tensors = (pointer(g), pointer(p), pointer(table), pointer(out))
+        call("hash_grid_backward_positions", p, *tensors, *_levels(layout, table.shape[0], n, table.shape[1]))
+        _write_back(out, gradient)
+        return
+    table_arguments = (pointer(table), _ELEMENT_TYPES[table.dtype])
+    at_once = min(layout.levels, LEVELS_PER_LAUNCH)
+    tile = _tile(positions, layout, count, *table.shape)
+    arrays = (_array(grad_features), *table_arguments, _array(gradient))
+    call("hash_grid_tile_position_gradient", positions, *arrays, at_once, *tile)
+
+
+def scatter(
+    grad_table: Tensor,
+    positions: Tensor,
+    layout: HashGridTileLayout,
+    grad_features: Tensor,
+    count: Tensor | None = None,
+    direction: Tensor | None = None,
+    grad_of_features: Tensor | None = None,
+) -> None:
+    """Adds the table's gradient of ``grad_features . E + grad_of_features . (J direction)``, in one pass.
+
+    The second term is the table's share of the backward of `position_gradient`: grad_of_features is what that function
+    was given, direction the gradient of what it wrote. On a GPU a sample whose gradients are all zero costs nothing and
+    adds nothing, not even NaN where its position is NaN; the order of the sums is not fixed.
+
+    Args:
+        grad_table: ``[n_rows, n_features]``, float32 (float64 if the positions are), contiguous, added to; on a GPU
+            aligned to 16 bytes.
+        positions, layout, count: as in `encode`.
+        grad_features: ``[n_samples, at least levels * n_features]``.
+        direction: ``[n_samples, 3]``, of the positions' dtype.
+        grad_of_features: ``[n_samples, at least levels * n_features]``; with direction, or neither.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `encode`. A level that does not lie inside the table adds nothing.
+    """
+    op = "scatter"
+    _check(op, positions, grad_table, layout, count, "grad_table", [positions.dtype])
+    channels = layout.levels * grad_table.shape[1]
+    _check_channels(op, "grad_features", grad_features, positions, channels)
+    if (direction is None) != (grad_of_features is None):
+        raise ValueError(f"dreamfusion_fast.ops.hash_grid_tile.{op}: direction and grad_of_features go together")
+    if direction is not None and grad_of_features is not None:
+        check_tensor(f"hash_grid_tile.{op}", "direction", direction, positions.shape, like=positions, same_dtype=True)
+        _check_channels(op, "grad_of_features", grad_of_features, positions, channels)
+    if positions.device.type == "cpu":
+        n = _live(positions, count)
+        p, g = _rows(positions, n, 3), _rows(grad_features, n, channels)
+        levels = _levels(layout, grad_table.shape[0], n, grad_table.shape[1])
+        call("hash_grid_backward_table", p, pointer(g), pointer(p), pointer(grad_table), *levels)
+        if direction is not None and grad_of_features is not None:
+            d, v = _rows(direction, n, 3), _rows(grad_of_features, n, channels)
+            tensors = (pointer(d), pointer(v), pointer(p), 0, 0, pointer(grad_table), 0)
+            call("hash_grid_backward_backward", p, *tensors, *levels)
+        return
+    tile = _tile(positions, layout, count, *grad_table.shape)
+    arrays = (_array(grad_features), _array(direction), _array(grad_of_features), pointer(grad_table))
+    call("hash_grid_tile_scatter", positions, *arrays, SAMPLES_PER_THREAD, *tile)
+
+
+def _check(
+    op: str,
+    positions: Tensor,
+    table: Tensor,
+    layout: HashGridTileLayout,
+    count: Tensor | None,
+    table_name: str = "table",
+    table_dtypes: list[torch.dtype] | None = None,
+) -> None:
+    """What the functions have in common; `table` is the table or its gradient."""
+    where = f"hash_grid_tile.{op}"
+    on_gpu = positions.device.type == "cuda"
+    check_tensor(where, "positions", positions, ["n_samples", 3])
+    if table_dtypes is None:
+        narrow = on_gpu and positions.dtype == torch.float32
+        table_dtypes = [torch.float16, torch.float32] if narrow else [positions.dtype]
+    check_tensor(where, table_name, table, ["n_rows", "n_features"], dtypes=table_dtypes, like=positions)
+    if table.shape[1] not in FEATURES:
+        raise ValueError(
+            f"dreamfusion_fast.ops.{where}: {table_name} must have 1, 2, 4 or 8 columns, got {list(table.shape)}"
+        )
+    if not table.is_contiguous() or (on_gpu and table.data_ptr() % 16):
+        raise ValueError(f"dreamfusion_fast.ops.{where}: {table_name} must be contiguous and aligned to 16 bytes")
+    if positions.shape[0] > MAX_SAMPLES:
+        raise ValueError(f"dreamfusion_fast.ops.{where}: a tile has at most 2^24 samples, got {positions.shape[0]}")
+    if layout.resolutions.device != positions.device:
+        raise ValueError(
+            f"dreamfusion_fast.ops.{where}: layout is on {layout.resolutions.device}, "
+            f"the other arguments are on {positions.device}"
+        )
+    if count is not None:
+        check_tensor(where, "count", count, [1], dtypes=[torch.int32], like=positions)
+    if not on_gpu:
+        check_levels(layout.level_offsets, layout.resolutions, table.shape[0])
+
+
+def _check_channels(op: str, name: str, tensor: Tensor, positions: Tensor, channels: int) -> None:
+    where = f"hash_grid_tile.{op}"
+    narrow = positions.device.type == "cuda" and positions.dtype == torch.float32
+    dtypes = [torch.float16, torch.bfloat16, torch.float32] if narrow else [positions.dtype]
+    n = positions.shape[0]
+    check_tensor(where, name, tensor, [n, "levels * n_features"], dtypes=dtypes, like=positions)
+    if tensor.shape[1] < channels:
+        raise ValueError(
+            f"dreamfusion_fast.ops.{where}: {name} must have at least {channels} channels, got {tensor.shape[1]}"
+        )
+    if n > 0 and (n - 1) * tensor.stride(0) + (tensor.shape[1] - 1) * tensor.stride(1) >= 2**32:
+        raise ValueError(
+            f"dreamfusion_fast.ops.{where}: {name} must span less than 2^32 elements, got strides {tensor.stride()}"
+        )
+
+
+def _levels(layout: HashGridTileLayout, n_rows: int, n_samples: int, n_features: int) -> tuple[int, ...]:
+    """The last arguments of every native function."""
+    sizes = (n_rows, n_samples, layout.levels, n_features, layout.smoothstep)
+    return pointer(layout.level_offsets), pointer(layout.resolutions), *sizes
+
+
+def _array(tensor: Tensor | None) -> tuple[int, int, int, int]:
+    if tensor is None:
+        return _NONE
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1), _ELEMENT_TYPES[tensor.dtype]
+
+
+def _tile(
+    positions: Tensor, layout: HashGridTileLayout, count: Tensor | None, n_rows: int, n_features: int
+) -> tuple[int | tuple[int, ...], ...]:
+    """The last arguments of every native function of tiles."""
+    return _array(positions), pointer(count), *_levels(layout, n_rows, positions.shape[0], n_features)
+
+
+def _levels_per_thread(n_samples: int, levels: int) -> int:
+    per_thread = min(levels, LEVELS_PER_THREAD)
+    while per_thread > 1 and n_samples * -(-levels // per_thread) < ENOUGH_THREADS:
+        per_thread = -(-per_thread // 2)
+    return per_thread
+
+
+def _encode_on_gpu(
+    direction: Tensor | None,
+    positions: Tensor,
+    table: Tensor,
+    layout: HashGridTileLayout,
+    output: Tensor,
+    count: Tensor | None,
+) -> None:
+    at_once = _levels_per_thread(positions.shape[0], layout.levels)
+    arrays = (_array(direction), pointer(table), _ELEMENT_TYPES[table.dtype], _array(output))
+    call("hash_grid_tile_encode", positions, *arrays, at_once, *_tile(positions, layout, count, *table.shape))
+
+
+def _encode_on_cpu(
+    direction: Tensor | None,
+    positions: Tensor,
+    table: Tensor,
+    layout: HashGridTileLayout,
+    output: Tensor,
+    count: Tensor | None,
+) -> None:
+    n = _live(positions, count)
+    p, out = _rows(positions, n, 3), _rows(output, n, layout.levels * table.shape[1])
+    levels = _levels(layout, table.shape[0], n, table.shape[1])
+    if direction is None:
+        call("hash_grid_forward", p, pointer(p), pointer(table), pointer(out), *levels)
+    else:
+        d = _rows(direction, n, 3)
+        call("hash_grid_backward_backward", p, pointer(d), 0, pointer(p), pointer(table), pointer(out), 0, 0, *levels)
+    _write_back(out, output)
+
+
+def _live(positions: Tensor, count: Tensor | None) -> int:
+    """How many samples there are, on a CPU."""
+    n = positions.shape[0]
+    return n if count is None else min(max(int(count), 0), n)
+
+
+def _rows(tensor: Tensor, n: int, channels: int) -> Tensor:
+    """Its first samples and channels, contiguous, as the CPU's functions want them; the tensor itself where it is."""
+    return tensor[:n, :channels].contiguous()
+
+
+def _write_back(out: Tensor, tensor: Tensor) -> None:
+    """Copies what was written for `tensor`, unless `_rows` gave out its own memory."""
+    if out.data_ptr() != tensor.data_ptr():
+        tensor[: out.shape[0], : out.shape[1]] = out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +22,7 @@ from dreamfusion_fast.fields.base import (
     safe_normalize,
 )
 from dreamfusion_fast.ops.hash_grid import hash_grid, hash_grid_layout, hash_grid_position_gradient, hash_grid_reference
+from dreamfusion_fast.ops.stream import StreamHead
 
 # exp(15) = 3.3e6 per scene unit: opaque within any step; more only risks overflow.
 _MAX_EXPONENT = 15.0
@@ -203,7 +205,7 @@ class HashGridField(Field):
             density `[m]` (0 outside the bound), albedo `[m, 3]` in (0, 1), normal `[m, 3]` or None.
         """
         check_positions(positions)
-        unit, grid = self._unit(positions), self._grid()
+        unit, grid = self._unit(positions), self.grid()
         logits, hidden = self._network(self._hash_grid(unit, *grid), outputs=4)
         offsets = positions - 0.5 * (self.aabb[:3] + self.aabb[3:])
         density = self._activate(logits[:, 0], offsets, unit)
@@ -218,7 +220,7 @@ class HashGridField(Field):
         """Density `[m]` at `positions` `[m, 3]`, without the albedo's share of the work."""
         check_positions(positions)
         unit = self._unit(positions)
-        logits, _ = self._network(self._hash_grid(unit, *self._grid()), outputs=1)
+        logits, _ = self._network(self._hash_grid(unit, *self.grid()), outputs=1)
         return self._activate(logits[:, 0], positions - 0.5 * (self.aabb[:3] + self.aabb[3:]), unit)
 
     def _scale(self) -> Tensor:
@@ -228,23 +230,35 @@ class HashGridField(Field):
         """Scene box to [0, 1]^3; the hash grid clamps what lies outside."""
         return (positions - self.aabb[:3]) * self._scale()
 
-    def _grid(self) -> tuple[Tensor, Tensor, Tensor, bool]:
-        """The active part of the hash grid: table, level_offsets, resolutions, smoothstep."""
+    def grid(self) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """The active part of the hash grid: table `[n_rows, features]`, level_offsets, resolutions, smoothstep."""
         levels = self._active_levels
         table = self.table if levels == self.config.levels else self.table[: self._level_rows[levels]]
         return table, self.level_offsets[: levels + 1], self.resolutions[:levels], self.config.smoothstep
 
-    def _weights(self) -> list[tuple[Tensor, Tensor]]:
-        """Weight and bias of each layer, the first one's without the columns of inactive levels."""
+    def active_layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight `[out, in]` and bias `[out]` of each layer, the first one's without the columns of inactive levels."""
         layers: list[tuple[Tensor, Tensor]]
         layers = [(layer.weight, layer.bias) for layer in self.layers if isinstance(layer, nn.Linear)]
         if self._active_levels < self.config.levels:
             layers[0] = (layers[0][0][:, : self._active_levels * self.config.features], layers[0][1])
         return layers
 
+    def head(self, box: Sequence[float]) -> StreamHead:
+        """How density and normals come from the MLP's outputs; `box` is the scene box, on the host."""
+        c, low, high = self.config, box[:3], box[3:]
+        return StreamHead(
+            centre=tuple(0.5 * (a + b) for a, b in zip(low, high, strict=True)),  # type: ignore[arg-type]
+            extent=tuple(b - a for a, b in zip(low, high, strict=True)),  # type: ignore[arg-type]
+            activation=c.density_activation,
+            blob_scale=self._blob_scale,
+            blob_width=c.blob_std if c.density_activation == "exp" else c.blob_radius,
+            ball=c.bound == "ball",
+        )
+
     def _network(self, features: Tensor, outputs: int) -> tuple[Tensor, list[Tensor]]:
         """The first `outputs` of (density logit, albedo logits), `[m, outputs]`, and the MLP's hidden activations."""
-        *inner, (weight, bias) = self._weights()
+        *inner, (weight, bias) = self.active_layers()
         hidden: list[Tensor] = []
         with self._autocast(features.device.type):
             x = features
@@ -259,7 +273,7 @@ class HashGridField(Field):
 
         ReLU has no second derivative, so its masks are constants, and autograd does the rest for the weights.
         """
-        *inner, (last_weight, _), (weight, _) = self._weights()
+        *inner, (last_weight, _), (weight, _) = self.active_layers()
         # Of what passed a ReLU, the sign is its mask, as numbers in the type that the products below want.
         *masks, last_mask = (activation.detach().sign() for activation in hidden)
         with self._autocast(last_mask.device.type):

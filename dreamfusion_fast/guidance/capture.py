@@ -7,6 +7,7 @@ kernels. A captured graph replays them all at once, with the same results.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class CapturedFunction:
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self._function = function
         self._graphs: dict[tuple[object, ...], _Captured] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ class CapturedFunction:
 class _Captured:
     """One graph with the memory that it reads its inputs from and leaves its output in."""
 
-    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], pool: tuple[int, int]) -> None:
+    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], pool: Any) -> None:
         self._inputs = [torch.empty_like(x).copy_(x) for x in inputs]
         # Captures must not see the stream's other work, and the warm-ups must not see theirs.
         stream = torch.cuda.Stream(inputs[0].device)

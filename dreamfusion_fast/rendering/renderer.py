@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from dreamfusion_fast.fields.base import Backend, FieldLike, box_tensor, check_backend, evaluate, query_density
+from dreamfusion_fast.fields.hash_field import HashGridField
+from dreamfusion_fast.ops import stream
 from dreamfusion_fast.ops.composite import composite, composite_reference
 from dreamfusion_fast.ops.march import march, march_reference
+from dreamfusion_fast.ops.march_tile import MarchedRays, occupied_blocks
 from dreamfusion_fast.ops.ray_box import ray_box, ray_box_reference
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
-from dreamfusion_fast.rendering.rays import Rays
+from dreamfusion_fast.rendering.rays import InvalidRaysError, Rays
 from dreamfusion_fast.rendering.recompute import recomputed, trainable_leaves
 from dreamfusion_fast.rendering.shading import AMBIENT, DIFFUSE, Shading, shade
+from dreamfusion_fast.rendering.streaming import StreamedRender, StreamingField
+from dreamfusion_fast.rendering.tiles import default_budget
 
 # Rays marched at a time. It bounds the distances held without gradients, keeps sample counts far from int32's limit,
 # and is no setting, because jitter depends on it in images of more rays than this.
@@ -50,6 +55,8 @@ class RendererConfig:
     """Samples held at a time; None: 2^18 on a CPU, 2^20 on a GPU. A chunk holds at least one whole ray."""
     early_stop: float = 0.0
     """Drop samples that less than this share of the light reaches, found by a density pass of its own; 0: keep all."""
+    memory_budget: int | None = None
+    """Bytes of workspace for a render of the built-in field; None: an eighth of what is free, at most 128 MB."""
     backend: Backend = "native"
     """March and composite by the native core or by the pure-PyTorch twins (the field has a setting of its own)."""
 
@@ -144,10 +151,13 @@ class VolumeRenderer(nn.Module):
         self.config = config or RendererConfig()
         box = occupancy.aabb if occupancy is not None else getattr(field, "aabb", None)
         self.register_buffer("aabb", box_tensor(box), persistent=False)
+        self._box: list[float] = self.aabb.tolist()
         native = self.config.backend == "native"
         self._ray_box = ray_box if native else ray_box_reference
         self._march = march if native else march_reference
         self._composite = composite if native else composite_reference
+        self._budget: int | None = None
+        self._expected: dict[int, int] = {}
 
     aabb: Tensor
 
@@ -156,7 +166,7 @@ class VolumeRenderer(nn.Module):
         """Distance between samples, scene units."""
         if self.config.step is not None:
             return self.config.step
-        return float((self.aabb[3:] - self.aabb[:3]).double().norm()) / self.config.samples_across
+        return math.dist(self._box[:3], self._box[3:]) / self.config.samples_across
 
     def forward(self, rays: Rays, **options: object) -> RenderOutput:
         """The same as :meth:`render`."""
@@ -192,7 +202,9 @@ class VolumeRenderer(nn.Module):
             ValueError: a wrong shape, an unknown shading or a missing light.
         """
         shading = Shading.parse(shading)
-        rays.validate()
+        streams = self._streams(rays)
+        if not (streams and rays.origins.is_cuda):  # there it is seen without a wait, when the samples are counted
+            rays.validate()
         n_rays = len(rays)
         _check_rows("light", light, n_rays)
         if not callable(background):
@@ -200,6 +212,21 @@ class VolumeRenderer(nn.Module):
         if shading.needs_normals and light is None:
             raise ValueError(f"light: got None, want a position [3] or [n_rays, 3] for {shading.value} shading")
         normals = with_normals or shading.needs_normals
+        if streams:
+            sums, samples = self._stream(rays, shading, normals, light, jitter, seed, ambient, diffuse)
+            opacity = -torch.expm1(-sums[:, stream.OPTICAL_DEPTH])
+            color = sums[:, stream.COLOR]
+            if background is not None:
+                behind = background(rays.directions) if callable(background) else background
+                color = color + (1.0 - opacity)[:, None] * behind
+            return RenderOutput(
+                color=color,
+                opacity=opacity,
+                depth=sums[:, stream.DEPTH],
+                normal=sums[:, stream.NORMAL] if normals else None,
+                orientation_loss=sums[:, stream.ORIENTATION].sum() / max(n_rays, 1) if normals else None,
+                samples=samples,
+            )
         scene = _Scene(self, shading, normals, ambient, diffuse, rays.origins.dtype)
 
         parts, samples = [], 0
@@ -230,6 +257,68 @@ class VolumeRenderer(nn.Module):
             orientation_loss=orientation.sum() / max(n_rays, 1) if normals else None,
             samples=samples,
         )
+
+    def _streams(self, rays: Rays) -> bool:
+        """Whether the built-in field's own path serves: no gradients to the rays, one dtype, the native core."""
+        return (
+            isinstance(self.field, HashGridField)
+            and self.field.config.backend == self.config.backend == "native"
+            and self.field.table.dtype == rays.origins.dtype
+            and not (rays.origins.requires_grad or rays.directions.requires_grad)
+        )
+
+    def _stream(
+        self,
+        rays: Rays,
+        shading: Shading,
+        normals: bool,
+        light: Tensor | None,
+        jitter: bool,
+        seed: int,
+        ambient: float,
+        diffuse: float,
+    ) -> tuple[Tensor, int | Tensor]:
+        """Per-ray sums and the number of samples."""
+        field = self.field
+        assert isinstance(field, HashGridField)
+        origins, directions = rays.origins.contiguous(), rays.directions.contiguous()
+        aabb = self.aabb.to(origins.dtype)
+        t_near, t_far = self._ray_box(origins, directions, aabb, self.config.near, self.config.far)
+        bitfield = None if self.occupancy is None else self.occupancy.bitfield
+        resolution = 1 if self.occupancy is None else self.occupancy.resolution
+        blocks = None if bitfield is None else occupied_blocks(bitfield, resolution)
+        if self._budget is None:
+            self._budget = self.config.memory_budget or default_budget(origins.device)
+        lit = light is not None and shading.needs_normals
+        capturing = origins.is_cuda and torch.cuda.is_current_stream_capturing()
+        render = StreamedRender(
+            StreamingField.of(field),
+            MarchedRays(
+                origins, directions, t_near, t_far, aabb, bitfield, blocks, resolution, self.step_size, jitter, seed
+            ),
+            replace(
+                field.head(self._box),
+                shading=shading.value,
+                ambient=ambient,
+                diffuse=diffuse,
+                light=light.detach().to(origins.dtype).contiguous() if lit else None,
+            ),
+            normals,
+            False,
+            self._budget,
+            self._expected.get(len(rays)),
+            self.config.early_stop,
+            self.config.max_samples_per_chunk,
+            None if not origins.is_cuda or capturing else ~rays.valid().all(),
+        )
+        try:
+            sums = render.sums()
+        except InvalidRaysError:
+            rays.validate()  # says which one, and why
+            raise
+        if isinstance(render.samples, int):
+            self._expected[len(rays)] = render.samples
+        return sums, render.samples
 
     @torch.no_grad()
     def _sample(self, rays: Rays, jitter: bool, seed: int) -> _Packed:

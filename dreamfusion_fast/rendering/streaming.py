@@ -1,0 +1,409 @@
+"""The streaming renderer of the built-in field: exact gradients, nothing held per sample, no wait for a GPU.
+
+Rays are marched once to count their samples. Then, tile by tile of the packed samples: march again -> encode -> MLP
+(and its input gradient, for normals) -> shade and composite into per-ray sums. Backward goes through the tiles in the
+opposite order and recomputes each. Held in between are the rays and a few numbers per ray and per tile; if all tiles
+fit into the budget at once, they are kept instead of recomputed.
+
+The number of samples stays on the device. The host enqueues as many tiles as the last render of that many rays needed,
+and a reserve; only then it asks for the true number, whose copy was started before the first tile. So a GPU never idles
+for it, no sample is ever dropped, and what was too few tiles becomes more of them. In a CUDA graph nobody can ask:
+there the number of tiles is fixed at the capture, and a render that would need more gives NaN and sets `overflowed`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dreamfusion_fast.fields.hash_field import HashGridField
+from dreamfusion_fast.ops import hash_grid_tile
+from dreamfusion_fast.ops.hash_grid_tile import HashGridTileLayout
+from dreamfusion_fast.ops.march_tile import MarchedRays, march_count, march_tile
+from dreamfusion_fast.ops.mlp import MlpGradients, mlp_backward_into, mlp_forward_into
+from dreamfusion_fast.ops.stream import (
+    N_PREFIX,
+    N_SUMS,
+    StreamHead,
+    StreamTile,
+    stream_backward,
+    stream_forward,
+    stream_visible,
+)
+from dreamfusion_fast.rendering.rays import InvalidRaysError
+from dreamfusion_fast.rendering.tiles import SMALLEST_TILE, TileTable, tile_size
+
+_MAX_SAMPLES = 2**31 - 1  # offsets are int32
+# Tiles are enqueued for so many samples beyond what the last render had, before the true number is known.
+_RESERVE = 1.25
+_RESERVE_SAMPLES = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class StreamingField:
+    """The built-in field as the kernels read it.
+
+    Attributes:
+        table: `[n_rows, features]`, the active levels' rows.
+        layout: of the levels.
+        weights, biases: of the MLP, the first layer's columns those of the active levels.
+        precision: "float32", "float16" or "bfloat16", of the MLP's operands; with float16 also of table reads.
+        n_features: width of the encoding.
+    """
+
+    table: Tensor
+    layout: HashGridTileLayout
+    weights: list[Tensor]
+    biases: list[Tensor]
+    precision: str
+
+    @classmethod
+    def of(cls, source: HashGridField) -> StreamingField:
+        """The active part of a field."""
+        table, level_offsets, resolutions, smoothstep = source.grid()
+        layers = source.active_layers()
+        layout = HashGridTileLayout(level_offsets, resolutions, smoothstep)
+        # float64 has no 16-bit mode, and a CPU none that would be faster.
+        wide = table.dtype != torch.float32 or table.device.type != "cuda"
+        precision = "float32" if wide else source.config.mlp_dtype
+        return cls(table, layout, [w for w, _ in layers], [b for _, b in layers], precision)
+
+    @property
+    def n_features(self) -> int:
+        return self.weights[0].shape[1]
+
+    @property
+    def feature_dtype(self) -> torch.dtype:
+        """Of the encoding and of the input gradient."""
+        return torch.float16 if self.precision == "float16" else self.table.dtype
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """Of gradients by the encoding: a float16 underflows at the size that score distillation gradients have."""
+        return torch.bfloat16 if self.precision == "float16" else self.table.dtype
+
+    def readable_table(self) -> Tensor:
+        """The table in the type that the kernels read."""
+        return self.table.detach().to(self.feature_dtype)
+
+    def bytes_per_sample(self, normals: bool, backward: bool) -> int:
+        """Of a tile's workspace."""
+        real = self.table.element_size()
+        wide = self.n_features * torch.empty((), dtype=self.feature_dtype).element_size()
+        narrow = self.n_features * torch.empty((), dtype=self.gradient_dtype).element_size()
+        size = (4 + 4) * real + wide + normals * (3 * real + wide)
+        return size + backward * (4 * real + narrow + normals * (3 * real + narrow))
+
+
+class _Workspace:
+    """Buffers of one tile; on a GPU a plane per channel, on a CPU a row per sample."""
+
+    def __init__(self, size: int, source: StreamingField, normals: bool) -> None:
+        self._planes = source.table.device.type == "cuda"
+        self._like = source.table.detach()
+        self._size = size
+        n = source.n_features
+        self.t = self._like.new_empty(size)
+        self.positions = self.rows(3)
+        self.features = self.rows(n, source.feature_dtype)
+        self.logits = self.rows(4)
+        self.slopes = self.rows(3) if normals else None
+        self.input_gradient = self.rows(n, source.feature_dtype) if normals else None
+
+    def rows(self, channels: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised `[size, channels]`."""
+        if self._planes:
+            return self._like.new_empty(channels, self._size, dtype=dtype).t()
+        return self._like.new_empty(self._size, channels, dtype=dtype)
+
+
+@dataclass(eq=False)
+class StreamedRender:
+    """One render: what forward and backward both need.
+
+    Attributes:
+        source: the field.
+        rays: what is marched.
+        head: how samples are shaded.
+        normals, distortion: whether they are computed.
+        budget: bytes of workspace.
+        expected: samples of the last render like this one; None: there was none.
+        early_stop: share of the light below which samples are left out; 0: none are.
+        max_tile: most samples of a tile; None: what the budget holds.
+        invalid: bool `[]` on the device, whether a ray cannot be rendered; None: all can. It is read with the count.
+        samples: how many there are; a number once the host knows, else on the device.
+        overflowed: bool `[]`, in a CUDA graph: more samples than tiles were captured for. None elsewhere.
+    """
+
+    source: StreamingField
+    rays: MarchedRays
+    head: StreamHead
+    normals: bool
+    distortion: bool
+    budget: int
+    expected: int | None
+    early_stop: float = 0.0
+    max_tile: int | None = None
+    invalid: Tensor | None = None
+    samples: int | Tensor = 0
+    overflowed: Tensor | None = None
+    # What forward leaves for backward.
+    size: int = 0
+    firsts: Tensor | None = None
+    offsets: Tensor | None = None
+    table: TileTable | None = None
+    prefix: list[Tensor] = field(default_factory=list)
+    kept: list[_Workspace] = field(default_factory=list)
+
+    def sums(self) -> Tensor:
+        """`[n_rays, N_SUMS]`, differentiable to the field's parameters.
+
+        Raises:
+            InvalidRaysError: a ray is not finite or its direction not of unit length.
+            RuntimeError: more samples than 32-bit offsets can hold.
+            torch.OutOfMemoryError: not even the smallest tile fits.
+        """
+        source = self.source
+        return _Streamed.apply(self, source.table, len(source.weights), *source.weights, *source.biases)
+
+    def forward(self, training: bool) -> Tensor:
+        """The sums, without a graph. With `training`, backward can follow."""
+        while True:
+            try:
+                return self._forward(training)
+            except torch.OutOfMemoryError:
+                self._shrink()
+
+    def backward(
+        self, sums: Tensor, grad_sums: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, MlpGradients | None]:
+        """The gradients of table and MLP, as far as `needs` asks for them."""
+        while True:
+            try:
+                return self._backward(sums, grad_sums, needs)
+            except torch.OutOfMemoryError:
+                self._shrink()
+            self.forward(False)  # the cuts between smaller tiles are others
+
+    def _shrink(self) -> None:
+        """Prepare to start again with tiles of half the size; raises the error in flight if they are small already."""
+        if self.size <= SMALLEST_TILE or torch.cuda.is_current_stream_capturing():
+            raise
+        self.max_tile, self.size = self.size // 2, 0
+        self.prefix, self.kept, self.table = [], [], None
+        torch.cuda.empty_cache()
+
+    def _forward(self, training: bool) -> Tensor:
+        rays, source = self.rays, self.source
+        counts, self.firsts = march_count(rays)
+        table = source.readable_table()
+        total = _Total(counts, self.invalid)
+        if self.early_stop > 0.0:
+            counts = self._visible_counts(table, counts, total)
+            total = _Total(counts, None)
+        n_tiles = self._lay_out(counts, self._planned(total), training)
+        sums = rays.origins.new_zeros(len(rays), N_SUMS)
+        keep = training and n_tiles * self.size * source.bytes_per_sample(self.normals, True) <= self.budget
+        workspace = None
+        done = 0
+        while True:
+            for k in range(done, n_tiles):
+                if workspace is None or keep:
+                    workspace = _Workspace(self.size, source, self.normals)
+                tile = self._evaluate(k, table, workspace)
+                stream_forward(self.head, tile, sums, self.prefix[k], self.distortion)
+                if keep:
+                    self.kept.append(workspace)
+            done = n_tiles
+            if total.captured:
+                self.samples = total.on_device
+                self.overflowed = total.on_device > n_tiles * self.size
+                return sums.masked_fill_(self.overflowed, math.nan)
+            self.samples = total.read()
+            n_tiles = -(-self.samples // self.size)
+            if n_tiles <= done:
+                return sums
+            self._lay_out(counts, self.samples, training)
+            keep = False
+
+    def _backward(
+        self, sums: Tensor, grad_sums: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, MlpGradients | None]:
+        source = self.source
+        table = source.readable_table()
+        grad_table = torch.zeros_like(source.table, memory_format=torch.contiguous_format) if needs[0] else None
+        gradients = MlpGradients(source.weights, source.biases) if needs[1] else None
+        n_tiles = len(self.prefix) if isinstance(self.samples, Tensor) else -(-self.samples // self.size)
+        suffix = sums.new_zeros(n_tiles + 1, 1).unbind()
+        workspace = self.kept[0] if self.kept else _Workspace(self.size, source, self.normals)
+        to_logits = workspace.rows(4)
+        to_features = workspace.rows(source.n_features, source.gradient_dtype)
+        to_slopes = workspace.rows(3) if self.normals else None
+        to_gradient = workspace.rows(source.n_features, source.gradient_dtype) if self.normals else None
+        for k in reversed(range(n_tiles)):
+            kept = k < len(self.kept)
+            if kept:
+                workspace = self.kept[k]
+            tile = self._tile(k, workspace) if kept else self._evaluate(k, table, workspace)
+            cuts = (self.prefix[k], suffix[k + 1], suffix[k])
+            stream_backward(self.head, tile, sums, grad_sums, *cuts, to_logits, to_slopes, self.distortion)
+            positions, count = workspace.positions, self._count(k)
+            if to_slopes is not None and to_gradient is not None:
+                hash_grid_tile.along(to_slopes, positions, table, source.layout, to_gradient, count)
+            mlp_backward_into(
+                workspace.features,
+                source.weights,
+                source.biases,
+                "relu",
+                source.precision,
+                to_logits,
+                to_features if needs[0] else None,
+                gradients,
+                to_gradient,
+                count,
+            )
+            if grad_table is not None:
+                second = (to_slopes, workspace.input_gradient)
+                hash_grid_tile.scatter(grad_table, positions, source.layout, to_features, count, *second)
+        return grad_table, gradients
+
+    def _planned(self, total: _Total) -> int:
+        """Samples to enqueue tiles for."""
+        rays = self.rays
+        diagonal = math.dist((0.0, 0.0, 0.0), self.head.extent)
+        most = len(rays) * (math.ceil(diagonal / rays.step) + 1)
+        if self.expected is not None:
+            return min(most, int(_RESERVE * self.expected) + _RESERVE_SAMPLES)
+        return most if total.captured else total.read()
+
+    def _lay_out(self, counts: Tensor, samples: int, training: bool) -> int:
+        """Fix offsets and the size of tiles, if they are not, and lay out tiles for so many samples: how many."""
+        if self.size == 0:
+            per_sample = self.source.bytes_per_sample(self.normals, training)
+            self.size = tile_size(per_sample, self.budget, samples, counts.device)
+            if self.max_tile is not None:
+                self.size = min(self.size, self.max_tile)
+            self.offsets = counts.new_zeros(len(self.rays) + 1)
+            torch.cumsum(counts, 0, dtype=torch.int32, out=self.offsets[1:])
+        assert self.offsets is not None
+        n_tiles = -(-samples // self.size)
+        self.table = TileTable.of(self.offsets, self.size, n_tiles)
+        missing = max(n_tiles - len(self.prefix), 0)
+        self.prefix += self.rays.origins.new_zeros(missing, N_PREFIX).unbind()
+        return n_tiles
+
+    def _count(self, k: int) -> Tensor:
+        assert self.table is not None
+        return self.table.counts[k]
+
+    def _tile(self, k: int, workspace: _Workspace) -> StreamTile:
+        assert self.table is not None
+        assert self.offsets is not None
+        return StreamTile(
+            self.offsets,
+            self.table.ray_ranges[k],
+            self.rays.directions,
+            workspace.t,
+            None,
+            workspace.positions,
+            workspace.logits,
+            workspace.slopes,
+            k * self.size,
+            self.rays.step,
+        )
+
+    def _evaluate(self, k: int, table: Tensor, workspace: _Workspace) -> StreamTile:
+        """March and ask the field: fills the workspace."""
+        source, tile, count = self.source, self._tile(k, workspace), self._count(k)
+        assert self.firsts is not None
+        march_tile(self.rays, self.firsts, tile.offsets, tile.ray_range, tile.first, tile.t, tile.positions)
+        hash_grid_tile.encode(workspace.positions, table, source.layout, workspace.features, count)
+        mlp_forward_into(
+            workspace.features,
+            source.weights,
+            source.biases,
+            "relu",
+            source.precision,
+            workspace.logits,
+            workspace.input_gradient,
+            count,
+        )
+        gradient = workspace.input_gradient
+        if gradient is not None and tile.slopes is not None:
+            hash_grid_tile.position_gradient(gradient, workspace.positions, table, source.layout, tile.slopes, count)
+        return tile
+
+    def _visible_counts(self, table: Tensor, counts: Tensor, total: _Total) -> Tensor:
+        """Samples of each ray that more than `early_stop` of the light reaches, by a density pass of its own.
+
+        It looks at all samples, so it has to know how many there are, and outside a CUDA graph it asks.
+        """
+        density = replace(self, normals=False, prefix=[], kept=[], size=0)
+        n_tiles = density._lay_out(counts, self._planned(total) if total.captured else total.read(), False)
+        depths, visible = self.rays.origins.new_zeros(len(self.rays)), torch.zeros_like(counts)
+        workspace = _Workspace(density.size, self.source, False)
+        for k in range(n_tiles):
+            tile = density._evaluate(k, table, workspace)
+            stream_visible(self.head, tile, depths, visible, -math.log(self.early_stop))
+        return visible
+
+
+class _Total:
+    """The number of samples, and whether a ray is invalid, on their way to the host."""
+
+    def __init__(self, counts: Tensor, invalid: Tensor | None) -> None:
+        self.on_device = counts.sum(dtype=torch.int64)
+        self.captured = counts.is_cuda and torch.cuda.is_current_stream_capturing()
+        self._host = self.on_device if invalid is None else torch.stack((self.on_device, invalid.to(torch.int64)))
+        self._event = None
+        if counts.is_cuda and not self.captured:
+            source = self._host
+            self._host = torch.empty(source.shape, dtype=torch.int64, pin_memory=True).copy_(source, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> int:
+        """Wait for the count, not for what was enqueued since.
+
+        Raises:
+            InvalidRaysError: a ray is invalid (which one, `Rays.validate` says).
+            RuntimeError: more samples than 32-bit offsets can hold.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        number, *invalid = self._host.reshape(-1).tolist()
+        if any(invalid):
+            raise InvalidRaysError("rays: a ray is not finite or its direction not of unit length")
+        if number > _MAX_SAMPLES:
+            raise RuntimeError(f"rays: {number} samples, more than 2^31 - 1: render fewer rays at once")
+        return number
+
+
+class _Streamed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, render: StreamedRender, table: Tensor, n_layers: int, *parameters: Tensor) -> Tensor:
+        training = any(ctx.needs_input_grad)
+        ctx.render, ctx.n_layers = render, n_layers
+        sums = render.forward(training)
+        bitfield = render.rays.bitfield
+        # Backward marches again: torch tells if the grid, or a parameter, was changed in between.
+        ctx.save_for_backward(sums, bitfield, table, *parameters)
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        sums, n = ctx.saved_tensors[0], ctx.n_layers
+        needs = (ctx.needs_input_grad[1], any(ctx.needs_input_grad[3:]))
+        grad_table, gradients = ctx.render.backward(sums, grad_sums.contiguous(), needs)
+        layers: Sequence[Tensor | None] = [None] * (2 * n)
+        if gradients is not None:
+            weights, biases = gradients.result()
+            layers = [*weights, *(biases or [None] * n)]
+        return None, grad_table, None, *layers

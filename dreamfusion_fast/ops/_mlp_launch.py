@@ -83,13 +83,21 @@ def forward(
     count: Tensor | None,
 ) -> None:
     """Writes y and, unless it is None, v."""
-    n, width = x.shape[0], weights[0].shape[0]
+    n, width, layers = x.shape[0], weights[0].shape[0], len(weights)
     if n == 0:
         return
     wide = FORWARD_WIDE if width > 64 else FORWARD
     tuning = FORWARD_FLOAT32 if precision == "float32" else wide
     grid = (min(_programs(x.device, tuning.programs), -(-n // tuning.block)),)
-    arguments = (x, *x.stride(), y, *y.stride(), *_with_strides(v), *_padded(weights), *_padded(biases, weights))
+    arguments = (
+        x,
+        *x.stride(),
+        y,
+        *y.stride(),
+        *_with_strides(v),
+        *_padded(weights, layers),
+        *_padded(biases or (), layers),
+    )
     copies = 4 if precision == "float32" else 2
     settings = _settings(weights, biases, activation, precision, count, tuning, copies)
     with _device(x):
@@ -109,14 +117,14 @@ def backward(
     count: Tensor | None,
 ) -> None:
     """Writes grad_x and adds to `partials` ``[programs, parameters]``; each of them may be None."""
-    n, width = x.shape[0], weights[0].shape[0]
+    n, width, layers = x.shape[0], weights[0].shape[0], len(weights)
     if n == 0:
         return
     wide = BACKWARD_WIDE if width > 64 else BACKWARD
     tuning = BACKWARD_FLOAT32 if precision == "float32" else wide
     programs = _programs(x.device, tuning.programs)
     grid = (min(programs if partials is None else min(programs, partials.shape[0]), -(-n // tuning.block)),)
-    biases_padded = _padded(biases, weights)[:-1]
+    parameters = (*_padded(weights, layers), *_padded(biases or (), layers)[:-1])
     settings = _settings(weights, biases, activation, precision, count, tuning, 4)
     language = _kernels().tl
     settings["GRADIENT"] = language.float32 if precision == "float32" else language.bfloat16
@@ -129,7 +137,7 @@ def backward(
             _kernels().backward_kernel[grid](
                 *(x, *x.stride(), grad_y, *grad_y.stride(), *_with_strides(used_u)),
                 *_with_strides(grad_x if to_x else None),
-                *(*_padded(weights), *biases_padded),
+                *parameters,
                 *(partials, 0 if partials is None else partials.stride(0), n, count),
                 **settings,
                 SECOND=used_u is not None,
@@ -195,13 +203,12 @@ def _settings(
     }
 
 
-def _padded(tensors: Sequence[Tensor] | None, like: Sequence[Tensor] | None = None) -> list[Tensor | None]:
-    """Contiguous tensors of all layers, with None between the last hidden one and the last for those there are not."""
-    missing = MAX_HIDDEN_LAYERS + 1 - len(tensors if like is None else like)
-    if tensors is None:
+def _padded(tensors: Sequence[Tensor], layers: int) -> list[Tensor | None]:
+    """Contiguous tensors of all layers, with None before the last for the hidden layers that this network lacks."""
+    if not tensors:
         return [None] * (MAX_HIDDEN_LAYERS + 1)
     contiguous = [tensor.detach().contiguous() for tensor in tensors]
-    return [*contiguous[:-1], *[None] * missing, contiguous[-1]]
+    return [*contiguous[:-1], *[None] * (MAX_HIDDEN_LAYERS + 1 - layers), contiguous[-1]]
 
 
 def _with_strides(tensor: Tensor | None) -> tuple[Any, ...]:

@@ -10,6 +10,10 @@ not have are None. What is kept of a hidden layer, ``kept``, is what its activat
 ReLU's output, or a smooth activation's argument.
 """
 
+# Compile-time constants are capitals, as everywhere in Triton; its language has no types to annotate, and few ternaries.
+# ruff: noqa: N803, N806, SIM108
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
 from __future__ import annotations
 
 import os
@@ -168,7 +172,7 @@ def _times_curvature(value, kept, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _layer(h, weight, bias, D_OUT: tl.constexpr, BIAS: tl.constexpr):
-    """h W^T + b. The bias is loaded for each block: it lies in the cache, and held it would cost 16 registers a layer."""
+    """h W^T + b. The bias is loaded for each block: it lies in the cache, and held would cost 16 registers a layer."""
     z = _product(h, tl.trans(weight))
     if BIAS:
         index = tl.arange(0, weight.shape[0])
@@ -265,11 +269,13 @@ def backward_kernel(
     partials, partials_stride, n, count,
     D_IN: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, LAYERS: tl.constexpr, D_OUT: tl.constexpr,
     ACTIVATION: tl.constexpr, BIAS: tl.constexpr, COUNT: tl.constexpr, OPERAND: tl.constexpr, RESIDENT: tl.constexpr,
-    GRADIENT: tl.constexpr, SECOND: tl.constexpr, SECOND_SUMS: tl.constexpr, GRAD_X: tl.constexpr, GRADIENTS: tl.constexpr, BLOCK: tl.constexpr,
+    GRADIENT: tl.constexpr, SECOND: tl.constexpr, SECOND_SUMS: tl.constexpr, GRAD_X: tl.constexpr,
+    GRADIENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """grad_x, with GRAD_X, and the sums over this program's rows of the gradients of the layers in the set GRADIENTS.
+    """grad_x, with GRAD_X, and sums over this program's rows of gradients of weights and biases.
 
-    SECOND: there is a gradient u of v. What neither grad_x nor a wanted layer needs, the compiler drops.
+    GRADIENTS and SECOND_SUMS are sets of layers: of the first, what grad_y and u send to them is summed up, of the
+    second, what u sends on its way up. SECOND: there is a u. What neither grad_x nor a sum needs, the compiler drops.
     """
     SMOOTH: tl.constexpr = ACTIVATION != "relu"
     end = _end(n, count, COUNT)

@@ -1,4 +1,4 @@
-"""A small fused MLP, as it stands behind a hash grid in a NeRF field, with the gradient of its first output to its input.
+"""A small fused MLP, as it stands behind a hash grid in a NeRF field, and the gradient of its first output to its input.
 
     y = W_L a(... a(W_1 x + b_1) ...) + b_L,    v = d y_0 / d x = W_1^T D_1 W_2^T D_2 ... w
 
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamfusion_fast.ops import _mlp_launch, _mlp_torch
-from dreamfusion_fast.ops._checks import FLOATS, check_tensor
+from dreamfusion_fast.ops._checks import check_tensor
 from dreamfusion_fast.ops._triton import triton_reason, triton_serves
 
 __all__ = [

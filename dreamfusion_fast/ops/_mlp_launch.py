@@ -1,0 +1,238 @@
+"""Launches of the fused MLP's kernels, and every constant by which they can be tuned."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.ops._triton import triton_serves
+
+WIDTHS = (16, 32, 64, 128)
+MAX_HIDDEN_LAYERS = 4
+MAX_INPUTS = 128
+MAX_OUTPUTS = 16
+MAX_ROWS = 2**30
+"""Row numbers are 32-bit, and a program steps beyond the last row before it stops."""
+
+
+class Tuning(NamedTuple):
+    """How one kernel is launched."""
+
+    block: int
+    """Rows a program takes at a time."""
+    warps: int
+    programs: int
+    """Programs per multiprocessor that loop over the blocks."""
+    max_registers: int | None = None
+    """Registers per thread, where the compiler would take so many that fewer programs fit."""
+
+
+FORWARD = Tuning(block=128, warps=8, programs=2, max_registers=128)
+FORWARD_WIDE = Tuning(block=128, warps=8, programs=1)
+"""Width 128."""
+FORWARD_FLOAT32 = Tuning(block=32, warps=4, programs=4)
+BACKWARD = Tuning(block=128, warps=8, programs=1)
+BACKWARD_WIDE = Tuning(block=64, warps=8, programs=1)
+BACKWARD_FLOAT32 = Tuning(block=32, warps=8, programs=2)
+
+MAX_SUMS = 8192
+"""Weights whose gradients one launch sums up in registers: 32 per thread, of which the default network uses 28."""
+SPLIT_SECOND_ORDER = True
+"""Sum up what the gradient of v adds in a launch of its own. Both in one need more registers than there are."""
+RESIDENT_BYTES = 49152
+"""Weights that may stay in shared memory, of which activations need as much and some GPUs have 99 KB."""
+
+INTERPRETED_PROGRAMS = 3
+"""Programs on the CPU, where the interpreter runs one after the other: more than one, so that tests see the loop."""
+
+
+def kernels_serve(device: torch.device, weights: Sequence[Tensor]) -> bool:
+    """Whether the kernels compute a network of this size and type on this device."""
+    width = weights[0].shape[0]
+    return (
+        weights[0].dtype == torch.float32
+        and width in WIDTHS
+        and all(weight.shape[0] == width for weight in weights[:-1])
+        and 2 <= len(weights) <= MAX_HIDDEN_LAYERS + 1
+        and weights[0].shape[1] <= MAX_INPUTS
+        and weights[-1].shape[0] <= MAX_OUTPUTS
+        and triton_serves(device)
+    )
+
+
+def backward_programs(device: torch.device, width: int) -> int:
+    """The most programs that sum up gradients on a device, whatever the precision."""
+    tunings = (BACKWARD_WIDE if width > 64 else BACKWARD, BACKWARD_FLOAT32)
+    return max(_programs(device, tuning.programs) for tuning in tunings)
+
+
+def forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    activation: str,
+    precision: str,
+    y: Tensor,
+    v: Tensor | None,
+    count: Tensor | None,
+) -> None:
+    """Writes y and, unless it is None, v."""
+    n, width, layers = x.shape[0], weights[0].shape[0], len(weights)
+    if n == 0:
+        return
+    wide = FORWARD_WIDE if width > 64 else FORWARD
+    tuning = FORWARD_FLOAT32 if precision == "float32" else wide
+    grid = (min(_programs(x.device, tuning.programs), -(-n // tuning.block)),)
+    arguments = (
+        x,
+        *x.stride(),
+        y,
+        *y.stride(),
+        *_with_strides(v),
+        *_padded(weights, layers),
+        *_padded(biases or (), layers),
+    )
+    copies = 4 if precision == "float32" else 2
+    settings = _settings(weights, biases, activation, precision, count, tuning, copies)
+    with _device(x):
+        _kernels().forward_kernel[grid](*arguments, n, count, **settings, INPUT_GRADIENT=v is not None)
+
+
+def backward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    activation: str,
+    precision: str,
+    grad_y: Tensor,
+    u: Tensor | None,
+    grad_x: Tensor | None,
+    partials: Tensor | None,
+    count: Tensor | None,
+) -> None:
+    """Writes grad_x and adds to `partials` ``[programs, parameters]``; each of them may be None."""
+    n, width, layers = x.shape[0], weights[0].shape[0], len(weights)
+    if n == 0:
+        return
+    wide = BACKWARD_WIDE if width > 64 else BACKWARD
+    tuning = BACKWARD_FLOAT32 if precision == "float32" else wide
+    programs = _programs(x.device, tuning.programs)
+    grid = (min(programs if partials is None else min(programs, partials.shape[0]), -(-n // tuning.block)),)
+    parameters = (*_padded(weights, layers), *_padded(biases or (), layers)[:-1])
+    settings = _settings(weights, biases, activation, precision, count, tuning, 4)
+    language = _kernels().tl
+    settings["GRADIENT"] = language.float32 if precision == "float32" else language.bfloat16
+    smooth = activation != "relu"
+    sizes = tuple(weight.numel() for weight in weights) if partials is not None else ()
+    with _device(x):
+        for gradients, second_sums, to_x in _plan(sizes, u is not None, grad_x is not None):
+            # A launch that sums up only what u adds does not read grad_y; ReLUs pass nothing of u on to x.
+            used_u = u if u is not None and (second_sums or smooth) else None
+            _kernels().backward_kernel[grid](
+                *(x, *x.stride(), grad_y, *grad_y.stride(), *_with_strides(used_u)),
+                *_with_strides(grad_x if to_x else None),
+                *parameters,
+                *(partials, 0 if partials is None else partials.stride(0), n, count),
+                **settings,
+                SECOND=used_u is not None,
+                SECOND_SUMS=second_sums,
+                GRAD_X=to_x,
+                GRADIENTS=gradients,
+            )
+
+
+@functools.cache
+def _plan(sizes: tuple[int, ...], second: bool, to_x: bool) -> list[tuple[int, int, bool]]:
+    """The launches of a backward pass: which layers' gradients each sums up, those of what u adds, and whether to x.
+
+    Args:
+        sizes: weights of each layer; none if no gradients are wanted.
+        second: whether there is a gradient u of v.
+        to_x: whether grad_x is wanted.
+    """
+    groups: list[tuple[int, int]] = []  # the layers' bits, and their weights
+    for layer, size in enumerate(sizes):
+        bit = _kernels().LAST_LAYER.value if layer == len(sizes) - 1 else 1 << layer
+        if groups and groups[-1][1] + size <= MAX_SUMS:
+            groups[-1] = (groups[-1][0] | bit, groups[-1][1] + size)
+        else:
+            groups.append((bit, size))
+    masks = [mask for mask, _ in groups]
+    if not second or not SPLIT_SECOND_ORDER:
+        launches = [(mask, mask if second else 0) for mask in masks]
+    else:
+        launches = [(mask, 0) for mask in masks] + [(0, mask) for mask in masks]
+    if not launches and to_x:
+        launches = [(0, 0)]
+    return [(*launch, to_x and i == 0) for i, launch in enumerate(launches)]
+
+
+def _settings(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    activation: str,
+    precision: str,
+    count: Tensor | None,
+    tuning: Tuning,
+    bytes_per_weight: int,
+) -> dict[str, Any]:
+    """The compile-time constants of both kernels, and how they are compiled."""
+    width, inputs = weights[0].shape
+    return {
+        "D_IN": inputs,
+        "COLS": max(16, 1 << (inputs - 1).bit_length()),
+        "WIDTH": width,
+        "LAYERS": len(weights) - 1,
+        "D_OUT": weights[-1].shape[0],
+        "ACTIVATION": activation,
+        "BIAS": biases is not None,
+        "COUNT": count is not None,
+        "OPERAND": getattr(_kernels().tl, precision),
+        "RESIDENT": bytes_per_weight * sum(weight.numel() for weight in weights) <= RESIDENT_BYTES,
+        "BLOCK": tuning.block,
+        "num_warps": tuning.warps,
+        "maxnreg": tuning.max_registers,
+        # What Triton does by default today, and is about to change: fuse a product and a sum into one rounding.
+        "enable_fp_fusion": True,
+    }
+
+
+def _padded(tensors: Sequence[Tensor], layers: int) -> list[Tensor | None]:
+    """Contiguous tensors of all layers, with None before the last for the hidden layers that this network lacks."""
+    if not tensors:
+        return [None] * (MAX_HIDDEN_LAYERS + 1)
+    contiguous = [tensor.detach().contiguous() for tensor in tensors]
+    return [*contiguous[:-1], *[None] * (MAX_HIDDEN_LAYERS + 1 - layers), contiguous[-1]]
+
+
+def _with_strides(tensor: Tensor | None) -> tuple[Any, ...]:
+    return (None, None, None) if tensor is None else (tensor, *tensor.stride())
+
+
+def _device(x: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+
+
+def _programs(device: torch.device, per_multiprocessor: int) -> int:
+    if device.type == "cpu":
+        return INTERPRETED_PROGRAMS
+    return per_multiprocessor * _multiprocessors(device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    """The kernels, which import triton: only where they are launched."""
+    from dreamfusion_fast.ops import _mlp_triton
+
+    return _mlp_triton

@@ -1,0 +1,44 @@
+"""Whether Triton can run kernels for a device, and if not, why."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+_LEAST_CAPABILITY = (8, 0)
+
+
+def triton_reason(device: torch.device | str) -> str:
+    """Why Triton kernels cannot be used on a device; empty when they can.
+
+    With ``TRITON_INTERPRET=1`` in the environment when the process starts, Triton's interpreter runs the kernels on CPU
+    tensors, slowly: it is how a machine without a GPU tests them.
+    """
+    device = torch.device(device)
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (PyTorch's CUDA builds for Linux bring it)"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return ""
+        return "Triton compiles for GPUs, and the CPU runs matrix products as well without it"
+    if device.type != "cuda":
+        return f"no Triton kernels for device {device}"
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "torch finds no usable CUDA GPU"
+    major, minor = _capability(torch.cuda.current_device() if device.index is None else device.index)
+    if (major, minor) < _LEAST_CAPABILITY:
+        return f"the GPU has compute capability {major}.{minor}, Triton wants 8.0 or newer"
+    return ""
+
+
+def triton_serves(device: torch.device | str) -> bool:
+    """Whether Triton kernels can be used on a device."""
+    return triton_reason(device) == ""
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)

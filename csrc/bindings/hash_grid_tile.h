@@ -56,7 +56,7 @@ inline void hash_grid_tile_position_gradient(const TileArrayArguments& grad_feat
       hash_grid_tile(positions, count, level_offsets, resolutions, n_rows, n_samples, n_levels, n_features, smoothstep);
   op.table = pointer<const void>(table);
   op.table_type = static_cast<ElementType>(table_type);
-  op.grad_features = tile_array(grad_features);
+  op.grad_features = tile_array(grad_features);  // and no direction: nothing here differentiates by positions twice
   op.gradient = tile_array(gradient);
   op.levels_per_launch = levels_per_launch;
   check("hash_grid_tile", backend::hash_grid_tile_position_gradient(op, launch_at(where)));

@@ -1,13 +1,13 @@
 // What the kernels of the hash grid share: a sample's cell, and the rows of its corners in wide loads and wide atomics.
 #pragma once
 
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <type_traits>
 
 #include "dreamfusion_fast/hash_grid.h"
 #include "parallel.cuh"
+#include "row.cuh"
 
 namespace dff {
 namespace cuda {
@@ -18,29 +18,6 @@ namespace cuda {
 constexpr bool kPairedLoads = true;
 // The same for atomics, where the pair saves a quarter of the packets that go to L2.
 constexpr bool kPairedAtomics = true;
-
-template <typename Element, int kFeatures>
-struct alignas(sizeof(Element) * kFeatures < 16 ? sizeof(Element) * kFeatures : 16) Row {
-  Element values[kFeatures];
-};
-
-// A load through the read-only cache, as wide as the type.
-template <typename T>
-__device__ __forceinline__ T load_wide(const T* from) {
-  static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) % 16 == 0);
-  using Word = std::conditional_t<
-      sizeof(T) == 2, unsigned short,
-      std::conditional_t<sizeof(T) == 4, unsigned int, std::conditional_t<sizeof(T) == 8, uint2, uint4>>>;
-  union {
-    Word words[sizeof(T) / sizeof(Word)];
-    T value;
-  } both = {};
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(T) / sizeof(Word)); ++i) {
-    both.words[i] = __ldg(reinterpret_cast<const Word*>(from) + i);
-  }
-  return both.value;
-}
 
 // Whether two rows, counted from an aligned one, make up an aligned pair.
 __device__ __forceinline__ bool in_one_pair(uint32_t row, uint32_t other) { return (row ^ other) == 1; }
@@ -106,14 +83,15 @@ __device__ __forceinline__ void atomic_add(Scalar* to, const Scalar (&values)[kC
   }
 }
 
-// Adds to the rows of all corners; `table` is aligned to 16 bytes.
-template <int kFeatures, typename Scalar>
-__device__ __forceinline__ void atomic_add_corners(Scalar* table, const HashGridLevel& level,
+// Adds to columns [column, column + kColumns) of the rows of all corners; `table` is aligned to 16 bytes.
+template <int kFeatures, int kColumns, typename Scalar>
+__device__ __forceinline__ void atomic_add_corners(Scalar* table, int column, const HashGridLevel& level,
                                                    const uint32_t (&rows)[kCorners],
-                                                   const Scalar (&sums)[kCorners][kFeatures]) {
-  Scalar* first = table + level.first_row * kFeatures;
+                                                   const Scalar (&sums)[kCorners][kColumns]) {
+  Scalar* first = table + level.first_row * kFeatures + column;
   const uint32_t odd = static_cast<uint32_t>(level.first_row) & 1;
-  constexpr bool kPaired = kPairedAtomics && std::is_same_v<Scalar, float> && 2 * kFeatures <= kAtomicFloats;
+  constexpr bool kPaired =
+      kPairedAtomics && std::is_same_v<Scalar, float> && kColumns == kFeatures && 2 * kFeatures <= kAtomicFloats;
 #pragma unroll
   for (int i = 0; i < kCorners; i += 2) {
     if (kPaired && in_one_pair(rows[i] + odd, rows[i + 1] + odd)) {

@@ -22,12 +22,6 @@ __device__ __forceinline__ float to_scalar(__half value) { return __half2float(v
 __device__ __forceinline__ float to_scalar(float value) { return value; }
 __device__ __forceinline__ double to_scalar(double value) { return value; }
 
-template <typename Scalar>
-__device__ __forceinline__ void load_vector3(const TileArray& array, uint32_t sample, Scalar (&vector)[3]) {
-#pragma unroll
-  for (int axis = 0; axis < 3; ++axis) vector[axis] = load_element<Scalar>(array, sample, axis);
-}
-
 // The levels [begin, end), once per block.
 __device__ __forceinline__ void read_levels(const HashGridLevels& levels, int begin, int end,
                                             HashGridLevel (&read)[kMaxLevelsPerThread]) {
@@ -37,7 +31,7 @@ __device__ __forceinline__ void read_levels(const HashGridLevels& levels, int be
 }
 
 template <typename Table, int kFeatures, bool kAlong>
-__global__ void __launch_bounds__(kThreads) encode_kernel(const HashGridTileEncode op) {
+__global__ void __launch_bounds__(kThreads) encode_kernel(const HashGridTileEncode op, bool row) {
   using Scalar = ScalarOf<Table>;
   __shared__ HashGridLevel levels[kMaxLevelsPerThread];
   const uint32_t n_samples = live_samples(op.tile), first = blockIdx.x * kThreads, sample = first + threadIdx.x;
@@ -48,8 +42,8 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(const HashGridTileEnco
   if (sample >= n_samples) return;
 
   Scalar position[3], direction[3];
-  load_vector3(op.tile.positions, sample, position);
-  if (kAlong) load_vector3(op.direction, sample, direction);
+  load_vector(op.tile.positions, sample, position);
+  if (kAlong) load_vector(op.direction, sample, direction);
   for (int index = begin; index < end; ++index) {
     const HashGridLevel level = levels[index - begin];
     Scalar output[kFeatures] = {};
@@ -74,15 +68,14 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(const HashGridTileEnco
         for (int f = 0; f < kFeatures; ++f) output[f] += weights[i] * to_scalar(corners[i].values[f]);
       }
     }
-#pragma unroll
-    for (int f = 0; f < kFeatures; ++f) store_element(op.output, sample, index * kFeatures + f, output[f]);
+    store_elements(op.output, row, sample, index * kFeatures, output);
   }
 }
 
 // Writes the sum over the levels [begin, end), or adds it to what is there.
-template <typename Table, int kFeatures>
+template <typename Table, int kFeatures, bool kAlong>
 __global__ void __launch_bounds__(kThreads)
-    position_gradient_kernel(const HashGridTilePositionGradient op, int begin, int end, bool add) {
+    position_gradient_kernel(const HashGridTilePositionGradient op, bool row, int begin, int end, bool add) {
   using Scalar = ScalarOf<Table>;
   __shared__ HashGridLevel levels[kMaxLevelsPerThread];
   const uint32_t n_samples = live_samples(op.tile), first = blockIdx.x * kThreads, sample = first + threadIdx.x;
@@ -90,9 +83,10 @@ __global__ void __launch_bounds__(kThreads)
   read_levels(op.tile.levels, begin, end, levels);
   if (sample >= n_samples) return;
 
-  Scalar position[3], sum[3] = {};
-  load_vector3(op.tile.positions, sample, position);
-  if (add) load_vector3(op.gradient, sample, sum);
+  Scalar position[3], direction[3], sum[3] = {};
+  load_vector(op.tile.positions, sample, position);
+  if (kAlong) load_vector(op.direction, sample, direction);
+  if (add) load_vector(op.gradient, sample, sum);
   for (int index = begin; index < end; ++index) {
     const HashGridLevel level = levels[index - begin];
     if (level.rows == 0) continue;
@@ -103,10 +97,7 @@ __global__ void __launch_bounds__(kThreads)
     Row<Table, kFeatures> corners[kCorners];
     load_corners(static_cast<const Table*>(op.table), level, rows, corners);
     Scalar grad[kFeatures];
-#pragma unroll
-    for (int f = 0; f < kFeatures; ++f) {
-      grad[f] = load_element<Scalar>(op.grad_features, sample, index * kFeatures + f);
-    }
+    load_elements(op.grad_features, row, sample, index * kFeatures, grad);
     Scalar values[kCorners] = {};
 #pragma unroll
     for (int i = 0; i < kCorners; ++i) {
@@ -114,7 +105,11 @@ __global__ void __launch_bounds__(kThreads)
       for (int f = 0; f < kFeatures; ++f) values[i] += grad[f] * to_scalar(corners[i].values[f]);
     }
     Scalar gradient[3];
-    hash_grid_gradient(axes, values, gradient);
+    if constexpr (kAlong) {
+      hash_grid_hessian_along(axes, values, direction, gradient);
+    } else {
+      hash_grid_gradient(axes, values, gradient);
+    }
 #pragma unroll
     for (int axis = 0; axis < 3; ++axis) sum[axis] += gradient[axis];
   }
@@ -158,10 +153,11 @@ Status hash_grid_tile_encode(const HashGridTileEncode& op, const Launch& launch)
   return with_table(op.table_type, op.tile.levels.n_features, [&](auto table, auto features) {
     using Table = decltype(table);
     constexpr int kFeatures = decltype(features)::value;
+    const bool row = has_rows(op.output, kFeatures);
     if (op.direction.data != nullptr) {
-      encode_kernel<Table, kFeatures, true><<<blocks, kThreads, 0, stream>>>(op);
+      encode_kernel<Table, kFeatures, true><<<blocks, kThreads, 0, stream>>>(op, row);
     } else {
-      encode_kernel<Table, kFeatures, false><<<blocks, kThreads, 0, stream>>>(op);
+      encode_kernel<Table, kFeatures, false><<<blocks, kThreads, 0, stream>>>(op, row);
     }
   });
 }
@@ -169,13 +165,21 @@ Status hash_grid_tile_encode(const HashGridTileEncode& op, const Launch& launch)
 Status hash_grid_tile_position_gradient(const HashGridTilePositionGradient& op, const Launch& launch) {
   if (const Status status = tile_status(op.tile, op.levels_per_launch)) return status;
   if (op.tile.levels.n_samples <= 0) return nullptr;
+  const unsigned blocks = blocks_for(op.tile);
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
   const int n_levels = op.tile.levels.n_levels;
   return with_table(op.table_type, op.tile.levels.n_features, [&](auto table, auto features) {
+    using Table = decltype(table);
+    constexpr int kFeatures = decltype(features)::value;
+    const bool row = has_rows(op.grad_features, kFeatures);
     for (int begin = 0; begin < n_levels; begin += op.levels_per_launch) {
       const int end = std::min(begin + op.levels_per_launch, n_levels);
-      position_gradient_kernel<decltype(table), decltype(features)::value>
-          <<<blocks_for(op.tile), kThreads, 0, stream>>>(op, begin, end, begin > 0);
+      const bool add = begin > 0;
+      if (op.direction.data != nullptr) {
+        position_gradient_kernel<Table, kFeatures, true><<<blocks, kThreads, 0, stream>>>(op, row, begin, end, add);
+      } else {
+        position_gradient_kernel<Table, kFeatures, false><<<blocks, kThreads, 0, stream>>>(op, row, begin, end, add);
+      }
     }
   });
 }

@@ -16,12 +16,16 @@ constexpr int kThreads = 128;
 template <typename Scalar>
 constexpr int kChunk = std::is_same_v<Scalar, float> ? 4 : 1;
 
+// Features that one thread takes, so that the sums of 8 corners stay in registers; blockIdx.z counts such groups.
+template <typename Scalar, int kFeatures>
+constexpr int kColumnsAtOnce = std::min(kFeatures, std::is_same_v<Scalar, float> ? 4 : 2);
+
 // A channel of samples [first, first + kCount), as far as they lie before `end`.
 template <typename Scalar, int kCount>
-__device__ __forceinline__ void load_chunk(const TileArray& array, bool vectors, uint32_t first, uint32_t end,
+__device__ __forceinline__ void load_chunk(const TileArray& array, bool fours, uint32_t first, uint32_t end,
                                            uint32_t channel, Scalar (&values)[kCount]) {
   if constexpr (std::is_same_v<Scalar, float>) {
-    if (vectors) return load_vector(array, first, channel, values);
+    if (fours) return load_four(array, first, channel, values);
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -30,10 +34,10 @@ __device__ __forceinline__ void load_chunk(const TileArray& array, bool vectors,
 }
 
 // What successive samples in one cell add to its corners.
-template <int kFeatures, typename Scalar>
+template <int kColumns, typename Scalar>
 struct Run {
   HashGridAxis<Scalar> axes[3];  // of any of its samples: only the cell is looked at
-  Scalar sums[kCorners][kFeatures];
+  Scalar sums[kCorners][kColumns];
   bool empty = true;
 
   __device__ __forceinline__ bool has(const HashGridAxis<Scalar> (&others)[3]) const {
@@ -46,24 +50,25 @@ struct Run {
 #pragma unroll
     for (int i = 0; i < kCorners; ++i) {
 #pragma unroll
-      for (int f = 0; f < kFeatures; ++f) sums[i][f] = Scalar(0);
+      for (int f = 0; f < kColumns; ++f) sums[i][f] = Scalar(0);
     }
     empty = false;
   }
 
-  __device__ __forceinline__ void add(const Scalar (&weights)[kCorners], const Scalar (&grad)[kFeatures]) {
+  __device__ __forceinline__ void add(const Scalar (&weights)[kCorners], const Scalar (&grad)[kColumns]) {
 #pragma unroll
     for (int i = 0; i < kCorners; ++i) {
 #pragma unroll
-      for (int f = 0; f < kFeatures; ++f) sums[i][f] += weights[i] * grad[f];
+      for (int f = 0; f < kColumns; ++f) sums[i][f] += weights[i] * grad[f];
     }
   }
 
-  __device__ __forceinline__ void flush(const HashGridLevel& level, Scalar* grad_table) const {
+  template <int kFeatures>
+  __device__ __forceinline__ void flush(const HashGridLevel& level, Scalar* grad_table, int column) const {
     if (empty) return;
     uint32_t rows[kCorners];
     cell_rows(level, axes, rows);
-    atomic_add_corners(grad_table, level, rows, sums);
+    atomic_add_corners<kFeatures>(grad_table, column, level, rows, sums);
   }
 };
 
@@ -82,39 +87,39 @@ __device__ __forceinline__ void take(const Scalar (&chunk)[kChannels][kCount], i
 }
 
 template <typename Scalar, int kFeatures>
-__global__ void __launch_bounds__(kThreads) scatter_kernel(const HashGridTileScatter op, bool vectors) {
-  constexpr int kCount = kChunk<Scalar>;
+__global__ void __launch_bounds__(kThreads) scatter_kernel(const HashGridTileScatter op, bool fours) {
+  constexpr int kCount = kChunk<Scalar>, kColumns = kColumnsAtOnce<Scalar, kFeatures>;
   const uint32_t n_samples = live_samples(op.tile), run_length = op.samples_per_thread;
   const uint32_t begin = (blockIdx.x * kThreads + threadIdx.x) * run_length;
   if (begin >= n_samples) return;
   const uint32_t end = min(begin + run_length, n_samples);
   const uint32_t capacity = static_cast<uint32_t>(op.tile.levels.n_samples);
-  const int index = static_cast<int>(blockIdx.y);
+  const int index = static_cast<int>(blockIdx.y), column = static_cast<int>(blockIdx.z) * kColumns;
   const HashGridLevel level = hash_grid_level(op.tile.levels, index);
   if (level.rows == 0) return;
   Scalar* grad_table = static_cast<Scalar*>(op.grad_table);
   const bool has_first = op.grad_features.data != nullptr, has_second = op.grad_of_along.data != nullptr;
 
-  Run<kFeatures, Scalar> run;
+  Run<kColumns, Scalar> run;
   for (uint32_t first = begin; first < end; first += kCount) {
-    const bool wide = vectors && first + kCount <= capacity;
+    const bool wide = fours && first + kCount <= capacity;
     Scalar positions[3][kCount], directions[3][kCount] = {};
-    Scalar grads[kFeatures][kCount] = {}, along_grads[kFeatures][kCount] = {};
+    Scalar grads[kColumns][kCount] = {}, along_grads[kColumns][kCount] = {};
 #pragma unroll
     for (int axis = 0; axis < 3; ++axis) {
       load_chunk(op.tile.positions, wide, first, end, axis, positions[axis]);
       if (has_second) load_chunk(op.direction, wide, first, end, axis, directions[axis]);
     }
 #pragma unroll
-    for (int f = 0; f < kFeatures; ++f) {
-      const uint32_t channel = index * kFeatures + f;
+    for (int f = 0; f < kColumns; ++f) {
+      const uint32_t channel = index * kFeatures + column + f;
       if (has_first) load_chunk(op.grad_features, wide, first, end, channel, grads[f]);
       if (has_second) load_chunk(op.grad_of_along, wide, first, end, channel, along_grads[f]);
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       if (first + i >= end) break;
-      Scalar position[3], direction[3], grad[kFeatures], along_grad[kFeatures];
+      Scalar position[3], direction[3], grad[kColumns], along_grad[kColumns];
       take(positions, i, position);
       take(directions, i, direction);
       take(grads, i, grad);
@@ -124,7 +129,7 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(const HashGridTileSca
       HashGridAxis<Scalar> axes[3];
       cell_axes(level, op.tile.levels.smoothstep, position, axes);
       if (!run.has(axes)) {
-        run.flush(level, grad_table);
+        run.template flush<kFeatures>(level, grad_table, column);
         run.start(axes);
       }
       Scalar weights[kCorners];
@@ -136,7 +141,7 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(const HashGridTileSca
       }
     }
   }
-  run.flush(level, grad_table);
+  run.template flush<kFeatures>(level, grad_table, column);
 }
 
 }  // namespace
@@ -149,17 +154,21 @@ Status hash_grid_tile_scatter(const HashGridTileScatter& op, const Launch& launc
   }
   if (levels.n_samples <= 0) return nullptr;
   const int64_t per_block = int64_t(kThreads) * op.samples_per_thread;
-  const dim3 blocks(static_cast<unsigned>((levels.n_samples + per_block - 1) / per_block),
-                    static_cast<unsigned>(levels.n_levels));
+  const auto blocks = [&](int groups) {
+    return dim3(static_cast<unsigned>((levels.n_samples + per_block - 1) / per_block),
+                static_cast<unsigned>(levels.n_levels), static_cast<unsigned>(groups));
+  };
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
-  const bool vectors = has_vectors(op.tile.positions) && has_vectors(op.direction) && has_vectors(op.grad_features) &&
-                       has_vectors(op.grad_of_along);
+  const bool fours = has_fours(op.tile.positions) && has_fours(op.direction) && has_fours(op.grad_features) &&
+                     has_fours(op.grad_of_along);
   return with_features(levels.n_features, [&](auto features) {
     constexpr int kFeatures = decltype(features)::value;
     if (op.tile.positions.type == ElementType::kFloat64) {
-      scatter_kernel<double, kFeatures><<<blocks, kThreads, 0, stream>>>(op, vectors);
+      scatter_kernel<double, kFeatures>
+          <<<blocks(kFeatures / kColumnsAtOnce<double, kFeatures>), kThreads, 0, stream>>>(op, fours);
     } else {
-      scatter_kernel<float, kFeatures><<<blocks, kThreads, 0, stream>>>(op, vectors);
+      scatter_kernel<float, kFeatures>
+          <<<blocks(kFeatures / kColumnsAtOnce<float, kFeatures>), kThreads, 0, stream>>>(op, fours);
     }
   });
 }

@@ -7,9 +7,11 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <type_traits>
 
 #include "dreamfusion_fast/hash_grid_tile.h"
+#include "row.cuh"
 
 namespace dff {
 namespace cuda {
@@ -47,10 +49,55 @@ __device__ __forceinline__ void store_element(const TileArray& array, uint32_t s
   }
 }
 
+template <typename Scalar>
+__device__ __forceinline__ void load_vector(const TileArray& array, uint32_t sample, Scalar (&vector)[3]) {
+#pragma unroll
+  for (int axis = 0; axis < 3; ++axis) vector[axis] = load_element<Scalar>(array, sample, axis);
+}
+
+// The channels [channel, channel + kCount) of a sample: in one go if `row`, that is, where has_rows() holds.
+template <int kCount, typename Scalar>
+__device__ __forceinline__ void load_elements(const TileArray& array, bool row, uint32_t sample, uint32_t channel,
+                                              Scalar (&values)[kCount]) {
+  if (row) {
+    const Scalar* from = static_cast<const Scalar*>(array.data) + sample * array.sample_stride + channel;
+    const Row<Scalar, kCount> loaded = *reinterpret_cast<const Row<Scalar, kCount>*>(from);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = loaded.values[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = load_element<Scalar>(array, sample, channel + i);
+  }
+}
+
+template <int kCount, typename Scalar>
+__device__ __forceinline__ void store_elements(const TileArray& array, bool row, uint32_t sample, uint32_t channel,
+                                               const Scalar (&values)[kCount]) {
+  if (row) {
+    Row<Scalar, kCount> stored;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) stored.values[i] = values[i];
+    Scalar* to = static_cast<Scalar*>(array.data) + sample * array.sample_stride + channel;
+    *reinterpret_cast<Row<Scalar, kCount>*>(to) = stored;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) store_element(array, sample, channel + i, values[i]);
+  }
+}
+
+// Whether the `count` successive channels of a level, in a type that they are computed in, may be accessed as a row.
+inline bool has_rows(const TileArray& array, int count) {
+  if (array.type != ElementType::kFloat32 && array.type != ElementType::kFloat64) return false;
+  const std::uintptr_t size = array.type == ElementType::kFloat32 ? 4 : 8;
+  const std::uintptr_t width = std::min<std::uintptr_t>(size * count, 16);
+  return array.channel_stride == 1 && array.sample_stride * size % width == 0 &&
+         reinterpret_cast<std::uintptr_t>(array.data) % width == 0;
+}
+
 // A channel of four successive samples, the first one a multiple of 4, in one load. Only for float32 and smaller, where
-// has_vectors() holds.
-__device__ __forceinline__ void load_vector(const TileArray& array, uint32_t sample, uint32_t channel,
-                                            float (&values)[4]) {
+// has_fours() holds.
+__device__ __forceinline__ void load_four(const TileArray& array, uint32_t sample, uint32_t channel,
+                                          float (&values)[4]) {
   const uint32_t index = sample + channel * array.channel_stride;
   if (array.type == ElementType::kFloat32) {
     const float4 four = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(array.data) + index));
@@ -67,8 +114,8 @@ __device__ __forceinline__ void load_vector(const TileArray& array, uint32_t sam
   }
 }
 
-// Whether each channel is a contiguous plane that starts where a vector of four may.
-inline bool has_vectors(const TileArray& array) {
+// Whether each channel is a contiguous plane that starts where a load of four may.
+inline bool has_fours(const TileArray& array) {
   const std::uintptr_t width = array.type == ElementType::kFloat32 ? 16 : 8;
   return array.data == nullptr ||
          (array.type != ElementType::kFloat64 && array.sample_stride == 1 && array.channel_stride % 4 == 0 &&

@@ -139,11 +139,10 @@ def check_levels(level_offsets: Tensor, resolutions: Tensor, n_rows: int) -> Non
         raise ValueError(f"dreamfusion_fast.ops.hash_grid: resolutions must lie in [1, 2^24], got {finenesses}")
 
 
-def _rows_contiguous(tensor: Tensor, columns: int) -> Tensor:
-    """Contiguous, and aligned for vector loads of `columns` elements, which a view into a buffer need not be."""
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, and aligned for the widest loads, which a view into a buffer need not be."""
     tensor = tensor.contiguous()
-    width = min(columns * tensor.element_size(), 16)
-    return tensor.clone() if tensor.data_ptr() % width else tensor
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def _levels(
@@ -158,7 +157,7 @@ def _levels(
 def _forward(positions: Tensor, table: Tensor, level_offsets: Tensor, resolutions: Tensor, smoothstep: bool) -> Tensor:
     check_levels(level_offsets, resolutions, table.shape[0])
     n_samples, (n_rows, n_features) = positions.shape[0], table.shape
-    positions, table = positions.contiguous(), _rows_contiguous(table, n_features)
+    positions, table = positions.contiguous(), _aligned(table)
     level_offsets, resolutions = level_offsets.contiguous(), resolutions.contiguous()
     output = positions.new_empty(n_samples, resolutions.shape[0] * n_features)
     levels = _levels(level_offsets, resolutions, n_rows, n_samples, n_features, smoothstep)
@@ -177,7 +176,7 @@ def _backward_table(
 ) -> Tensor:
     check_levels(level_offsets, resolutions, n_rows)
     n_samples, n_features = positions.shape[0], grad_output.shape[1] // resolutions.shape[0]
-    positions, grad_output = positions.contiguous(), _rows_contiguous(grad_output, n_features)
+    positions, grad_output = positions.contiguous(), _aligned(grad_output)
     level_offsets, resolutions = level_offsets.contiguous(), resolutions.contiguous()
     grad_table = positions.new_zeros(n_rows, n_features)
     tensors = (pointer(grad_output), pointer(positions), pointer(grad_table))
@@ -204,8 +203,8 @@ def _backward_positions(
 ) -> Tensor:
     check_levels(level_offsets, resolutions, table.shape[0])
     n_samples, (n_rows, n_features) = positions.shape[0], table.shape
-    positions, table = positions.contiguous(), _rows_contiguous(table, n_features)
-    grad_output = _rows_contiguous(grad_output, n_features)
+    positions, table = positions.contiguous(), _aligned(table)
+    grad_output = _aligned(grad_output)
     level_offsets, resolutions = level_offsets.contiguous(), resolutions.contiguous()
     grad_positions = positions.new_empty(positions.shape)
     tensors = (pointer(grad_output), pointer(positions), pointer(table), pointer(grad_positions))
@@ -241,7 +240,7 @@ def _backward_backward(
     check_levels(level_offsets, resolutions, table.shape[0])
     n_samples, (n_rows, n_features) = positions.shape[0], table.shape
     direction, positions = direction.contiguous(), positions.contiguous()
-    grad_output, table = _rows_contiguous(grad_output, n_features), _rows_contiguous(table, n_features)
+    grad_output, table = _aligned(grad_output), _aligned(table)
     level_offsets, resolutions = level_offsets.contiguous(), resolutions.contiguous()
     to_output, to_table, to_positions = _empty_where_not(needs, grad_output, table, positions)
     to_table.zero_()

@@ -103,7 +103,7 @@ def encode(
     """
     _check("encode", positions, table, layout, count)
     _check_channels("encode", "features", features, positions, layout.levels * table.shape[1])
-    if positions.device.type == "cpu":
+    if not _on_gpu(positions):
         _encode_on_cpu(None, positions, table, layout, features, count)
     else:
         _encode_on_gpu(None, positions, table, layout, features, count)
@@ -132,7 +132,7 @@ def along(
     _check("along", positions, table, layout, count)
     check_tensor("hash_grid_tile.along", "direction", direction, positions.shape, like=positions, same_dtype=True)
     _check_channels("along", "features_along", features_along, positions, layout.levels * table.shape[1])
-    if positions.device.type == "cpu":
+    if not _on_gpu(positions):
         _encode_on_cpu(direction, positions, table, layout, features_along, count)
     else:
         _encode_on_gpu(direction, positions, table, layout, features_along, count)
@@ -161,7 +161,7 @@ def position_gradient(
     channels = layout.levels * table.shape[1]
     _check_channels(op, "grad_features", grad_features, positions, channels)
     check_tensor(f"hash_grid_tile.{op}", "gradient", gradient, positions.shape, like=positions, same_dtype=True)
-    if positions.device.type == "cpu":
+    if not _on_gpu(positions):
         n = _live(positions, count)
         p, g = _rows(positions, n, 3), _rows(grad_features, n, channels)
         out = _rows(gradient, n, 3)
@@ -211,7 +211,7 @@ def scatter(
     if direction is not None and grad_of_features is not None:
         check_tensor(f"hash_grid_tile.{op}", "direction", direction, positions.shape, like=positions, same_dtype=True)
         _check_channels(op, "grad_of_features", grad_of_features, positions, channels)
-    if positions.device.type == "cpu":
+    if not _on_gpu(positions):
         n = _live(positions, count)
         p, g = _rows(positions, n, 3), _rows(grad_features, n, channels)
         levels = _levels(layout, grad_table.shape[0], n, grad_table.shape[1])
@@ -237,7 +237,7 @@ def _check(
 ) -> None:
     """What the functions have in common; `table` is the table or its gradient."""
     where = f"hash_grid_tile.{op}"
-    on_gpu = positions.device.type == "cuda"
+    on_gpu = _on_gpu(positions)
     check_tensor(where, "positions", positions, ["n_samples", 3])
     if table_dtypes is None:
         narrow = on_gpu and positions.dtype == torch.float32
@@ -264,7 +264,7 @@ def _check(
 
 def _check_channels(op: str, name: str, tensor: Tensor, positions: Tensor, channels: int) -> None:
     where = f"hash_grid_tile.{op}"
-    narrow = positions.device.type == "cuda" and positions.dtype == torch.float32
+    narrow = _on_gpu(positions) and positions.dtype == torch.float32
     dtypes = [torch.float16, torch.bfloat16, torch.float32] if narrow else [positions.dtype]
     n = positions.shape[0]
     check_tensor(where, name, tensor, [n, "levels * n_features"], dtypes=dtypes, like=positions)
@@ -295,6 +295,10 @@ def _tile(
 ) -> tuple[int | tuple[int, ...], ...]:
     """The last arguments of every native function of tiles."""
     return _array(positions), pointer(count), *_levels(layout, n_rows, positions.shape[0], n_features)
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
 
 
 def _levels_per_thread(n_samples: int, levels: int) -> int:

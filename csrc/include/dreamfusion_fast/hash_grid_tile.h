@@ -36,11 +36,13 @@ struct HashGridTileEncode {
   int32_t levels_per_thread;  // at most kMaxLevelsPerThread
 };
 
-// The gradient of sum(grad_features * encoding) by the positions.
+// The gradient of sum(grad_features * encoding) by the positions, or (with a direction) the derivative of that gradient
+// along the direction.
 struct HashGridTilePositionGradient {
   HashGridTile tile;
   const void* table;  // [n_rows, n_features], aligned to 16 bytes
   ElementType table_type;
+  TileArray direction;        // [n_samples, 3] or none
   TileArray grad_features;    // [n_samples, n_levels * n_features]
   TileArray gradient;         // [n_samples, 3], out
   int32_t levels_per_launch;  // at most kMaxLevelsPerThread

@@ -1,0 +1,391 @@
+"""Hash grid over a tile: the four functions against the twin, in every type and layout, and what they leave alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.ops import hash_grid_layout, hash_grid_reference, hash_grid_tile
+from dreamfusion_fast.ops.hash_grid_tile import HashGridTileLayout, along, encode, position_gradient, scatter
+
+# A dense level, one hashed into a power of two (a mask), one hashed into an odd number of rows (a division). The second
+# and third start at odd rows, so that aligned pairs of rows are not those of even rows of the level.
+RESOLUTIONS = [2, 4, 7]
+ROWS = [27, 64, 77]
+POISON = 7.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tile lies: its device, types and strides."""
+
+    device: str
+    scalar: torch.dtype  # of positions, direction, gradient, grad_table
+    table: torch.dtype
+    features: torch.dtype
+    grads: torch.dtype
+    strides: str  # rows: sample-major; planes: channel-major, aligned; odd planes: channel-major, not aligned
+
+    def buffer(self, n: int, channels: int, dtype: torch.dtype) -> Tensor:
+        if self.strides == "rows":
+            return torch.full((n, channels), POISON, dtype=dtype, device=self.device)
+        capacity = -(-n // 8) * 8 + (3 if self.strides == "odd planes" else 0)
+        return torch.full((channels, capacity), POISON, dtype=dtype, device=self.device)[:, :n].t()
+
+    def tensor(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        buffer = self.buffer(*values.shape, dtype)
+        buffer.copy_(values)
+        return buffer
+
+
+def places() -> list[object]:
+    f16, b16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    types = {
+        "half": (f32, f16, f16, b16),
+        "mixed": (f32, f16, b16, f32),
+        "single": (f32, f32, f32, f32),
+        "double": (f64, f64, f64, f64),
+    }
+    found: list[object] = []
+    for device, names, layouts in (
+        ("cpu", ("single", "double"), ("rows", "planes")),
+        ("cuda", tuple(types), ("rows", "planes", "odd planes")),
+    ):
+        for name in names:
+            for strides in layouts:
+                marks = [pytest.mark.gpu] if device == "cuda" else []
+                place = Place(device, *types[name], strides)
+                found.append(pytest.param(place, id=f"{device}-{name}-{strides.replace(' ', '-')}", marks=marks))
+    return found
+
+
+every_place = pytest.mark.parametrize("place", places())
+gpu_places = pytest.mark.parametrize("place", [p for p in places() if p.values[0].device == "cuda"])  # type: ignore[attr-defined]
+
+
+def layout_of(place: Place, smoothstep: bool = False, active_levels: int | None = None) -> HashGridTileLayout:
+    offsets = torch.tensor([0, *ROWS]).cumsum(0).to(place.device)
+    resolutions = torch.tensor(RESOLUTIONS, dtype=torch.int32, device=place.device)
+    return HashGridTileLayout(offsets, resolutions, smoothstep, active_levels)
+
+
+class Tile:
+    """Arguments in a place's types, and what the twin makes of the same values in float64."""
+
+    def __init__(
+        self, place: Place, points: Tensor, layout: HashGridTileLayout, features: int = 2, zeros: Tensor | None = None
+    ) -> None:
+        n, channels = points.shape[0], layout.levels * features
+        self.place, self.layout, self.n = place, layout, n
+        n_rows = int(layout.level_offsets[-1])
+        self.table = torch.randn(n_rows, features, dtype=torch.float64).to(place.device, place.table)
+        self.positions = place.tensor(points, place.scalar)
+        self.direction = place.tensor(torch.randn(n, 3, dtype=torch.float64), place.scalar)
+        grads, values = (torch.randn(2, n, channels, dtype=torch.float64)).unbind(0)
+        if zeros is not None:
+            grads[zeros], values[zeros] = 0, 0
+        self.grads = place.tensor(grads, place.grads)
+        self.values = place.tensor(values, place.features)
+        self.features = place.buffer(n, channels, place.features)
+        self.features_along = place.buffer(n, channels, place.grads)
+        self.gradient = place.buffer(n, 3, place.scalar)
+        self.grad_table = torch.ones(n_rows, features, dtype=place.scalar, device=place.device)
+
+    def run(self, count: Tensor | None = None, second_order: bool = True) -> None:
+        """All four functions."""
+        encode(self.positions, self.table, self.layout, self.features, count)
+        position_gradient(self.grads, self.positions, self.table, self.layout, self.gradient, count)
+        along(self.direction, self.positions, self.table, self.layout, self.features_along, count)
+        second = (self.direction, self.values) if second_order else (None, None)
+        scatter(self.grad_table, self.positions, self.layout, self.grads, count, *second)
+
+    def results(self) -> list[Tensor]:
+        return [self.features, self.gradient, self.features_along, self.grad_table]
+
+    def expected(self, live: int, second_order: bool = True) -> list[Tensor]:
+        """The same results, as far as samples [0, live) go, in float64."""
+        positions, direction, table, g, v = (
+            x.double()
+            for x in (
+                self.positions[:live],
+                self.direction[:live],
+                self.table,
+                self.grads[:live],
+                self.values[:live],
+            )
+        )
+        positions.requires_grad_()
+        table.requires_grad_()
+        g.requires_grad_()
+        levels = self.layout.levels
+        offsets, resolutions = self.layout.level_offsets[: levels + 1], self.layout.resolutions[:levels]
+        features = hash_grid_reference(positions, table, offsets, resolutions, self.layout.smoothstep)
+        gradient, of_table = torch.autograd.grad(features, (positions, table), g, create_graph=True)
+        (features_along,) = torch.autograd.grad((gradient * direction).sum(), g)
+        grad_table = 1 + of_table
+        if second_order:
+            (of_values,) = torch.autograd.grad(features, positions, v, create_graph=True)
+            grad_table = grad_table + torch.autograd.grad((of_values * direction).sum(), table)[0]
+        return [features.detach(), gradient.detach(), features_along, grad_table.detach()]
+
+    def check(self, live: int, second_order: bool = True) -> None:
+        for actual, wanted in zip(self.results(), self.expected(live, second_order), strict=True):
+            assert_near(actual[: wanted.shape[0]], wanted)
+        for untouched in self.results()[:3]:
+            assert (untouched[live:] == POISON).all()
+
+
+def assert_near(actual: Tensor, expected: Tensor) -> None:
+    """As near as arithmetic in the scalar type and one rounding to the result's type come, for the largest value.
+
+    A position rounds to 7 cells, a row sums up to some hundred terms; a 16-bit result rounds by half of its epsilon.
+    """
+    assert actual.shape == expected.shape
+    if actual.numel() == 0:
+        return
+    epsilon = torch.finfo(actual.dtype).eps
+    roundings = 128 if epsilon < 1e-5 else 0.51
+    scale = max(1.0, expected.abs().max().item())
+    assert (actual.double() - expected).abs().max().item() <= roundings * epsilon * scale
+
+
+def points_along_rays(n: int) -> Tensor:
+    """Samples along a few rays, 15 to 60 to the finest cell: cells are shared, and runs end anywhere."""
+    origins = torch.rand(-(-n // 300), 1, 3, dtype=torch.float64) * 0.5
+    steps = torch.rand(origins.shape[0], 1, 3, dtype=torch.float64) * 0.0017
+    return (origins + steps * torch.arange(300).unsqueeze(1)).reshape(-1, 3)[:n]
+
+
+@pytest.mark.parametrize("smoothstep", [False, True])
+@pytest.mark.parametrize("features", [1, 2, 4, 8])
+@pytest.mark.parametrize("n", [0, 1, 113, 1023])
+@every_place
+def test_matches_the_twin(place: Place, n: int, features: int, smoothstep: bool) -> None:
+    tile = Tile(place, torch.rand(n, 3, dtype=torch.float64), layout_of(place, smoothstep), features)
+    tile.run()
+    tile.check(n)
+
+
+@pytest.mark.parametrize("smoothstep", [False, True])
+@every_place
+def test_samples_that_share_cells(place: Place, smoothstep: bool) -> None:
+    tile = Tile(place, points_along_rays(1023), layout_of(place, smoothstep))
+    tile.run()
+    tile.check(1023)
+
+
+@every_place
+def test_a_cell_that_is_left_and_entered_again(place: Place) -> None:
+    """Runs of each length from one to ten samples, alternating between two cells, whatever a thread takes."""
+    a, b = torch.tensor([0.3, 0.4, 0.6], dtype=torch.float64), torch.tensor([0.8, 0.1, 0.2], dtype=torch.float64)
+    runs = [(a if i % 2 else b).repeat(i, 1) for i in range(1, 11)]
+    points = torch.cat(runs + runs[::-1])
+    tile = Tile(place, points + 0.01 * torch.rand(len(points), 3, dtype=torch.float64), layout_of(place))
+    tile.run()
+    tile.check(len(points))
+
+
+@every_place
+def test_samples_without_a_gradient_in_between(place: Place) -> None:
+    n = 1023
+    tile = Tile(place, points_along_rays(n), layout_of(place), zeros=torch.rand(n) < 0.6)
+    tile.run()
+    tile.check(n)
+
+
+@every_place
+def test_first_order_alone(place: Place) -> None:
+    tile = Tile(place, points_along_rays(113), layout_of(place, smoothstep=True))
+    tile.run(second_order=False)
+    tile.check(113, second_order=False)
+
+
+@pytest.mark.parametrize("count", [-3, 0, 1, 112, 113, 4000])
+@every_place
+def test_only_so_many_samples_are_touched(place: Place, count: int) -> None:
+    live = min(max(count, 0), 113)
+    tile = Tile(place, points_along_rays(113), layout_of(place))
+    for beyond in (tile.positions, tile.grads, tile.values, tile.direction):
+        beyond[live:] = math.nan
+    tile.run(torch.tensor([count], dtype=torch.int32, device=place.device))
+    tile.check(live)
+
+
+@every_place
+def test_inactive_levels_are_left_alone(place: Place) -> None:
+    """Buffers are as wide as all levels, and poisoned where the third level would read or write."""
+    whole = Tile(place, points_along_rays(113), layout_of(place))
+    tile = Tile(place, points_along_rays(113), layout_of(place, active_levels=2))
+    for name in ("features", "features_along", "grads", "values"):
+        wide = getattr(whole, name)
+        wide[:, 4:] = math.nan
+        wide[:, :4] = getattr(tile, name)
+        setattr(tile, name, wide)
+    tile.run()
+    for wide in (tile.features, tile.features_along):
+        assert wide[:, 4:].isnan().all()
+    assert (tile.grad_table[sum(ROWS[:2]) :] == 1).all()
+    for name in ("features", "features_along", "grads", "values"):
+        setattr(tile, name, getattr(tile, name)[:, :4])
+    tile.check(113)
+
+
+@every_place
+def test_a_grid_as_it_is_used(place: Place) -> None:
+    """16 levels and large steps between them; rounding of a position grows with the resolution."""
+    offsets, resolutions = (x.to(place.device) for x in hash_grid_layout(16, 16, 256, 10))
+    tile = Tile(place, points_along_rays(300), HashGridTileLayout(offsets, resolutions))
+    tile.table.mul_(2**-4)  # a derivative along a direction grows with the resolution, too: float16 must hold it
+    tile.run()
+    for actual, wanted in zip(tile.results(), tile.expected(300), strict=True):
+        scalar = torch.finfo(place.scalar).eps * 256
+        epsilon = scalar + 0.51 * torch.finfo(actual.dtype).eps
+        scale = max(1.0, wanted.abs().max().item())
+        assert (actual.double() - wanted).abs().max().item() <= epsilon * scale
+
+
+@every_place
+def test_outside_is_clamped_and_has_no_gradient(place: Place) -> None:
+    outside = torch.tensor([[-0.5, 0.3, 0.6], [0.3, 1.25, 2.0], [math.inf, -math.inf, 0.5]], dtype=torch.float64)
+    tile = Tile(place, outside, layout_of(place))
+    tile.run()
+    tile.check(3)
+    inside = (outside >= 0) & (outside <= 1)
+    assert torch.equal(tile.gradient.cpu() != 0, inside)
+
+
+@every_place
+def test_nan_position_gives_nan(place: Place) -> None:
+    points = torch.rand(5, 3, dtype=torch.float64)
+    points[2, 1] = math.nan
+    tile = Tile(place, points, layout_of(place))
+    tile.run()
+    for result in (tile.features, tile.gradient, tile.features_along):
+        assert result.isnan().any(1).tolist() == [False, False, True, False, False]
+    assert tile.features[2].isnan().all()
+    assert tile.grad_table.isnan().any()
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 16])
+@gpu_places
+def test_any_number_of_levels_at_once(place: Place, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hash_grid_tile, "LEVELS_PER_THREAD", at_once)
+    monkeypatch.setattr(hash_grid_tile, "LEVELS_PER_LAUNCH", at_once)
+    monkeypatch.setattr(hash_grid_tile, "ENOUGH_THREADS", 1)
+    tile = Tile(place, points_along_rays(113), layout_of(place))
+    tile.run()
+    tile.check(113)
+
+
+@pytest.mark.parametrize("samples", [4, 8, 64])
+@gpu_places
+def test_any_number_of_samples_per_thread(place: Place, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hash_grid_tile, "SAMPLES_PER_THREAD", samples)
+    tile = Tile(place, points_along_rays(1023), layout_of(place))
+    tile.run()
+    tile.check(1023)
+
+
+@gpu_places
+def test_level_outside_the_table_is_nan_and_touches_nothing(place: Place) -> None:
+    tile = Tile(place, points_along_rays(113), layout_of(place))
+    tile.layout.level_offsets[3] = 4000
+    tile.run()
+    for result in (tile.features, tile.features_along):
+        assert result[:, 4:].isnan().all()
+        assert result[:, :4].isfinite().all()
+    assert tile.gradient.isfinite().all()
+    assert (tile.grad_table[sum(ROWS[:2]) :] == 1).all()
+
+
+@gpu_places
+def test_a_graph_replays_with_another_count(place: Place) -> None:
+    tile = Tile(place, points_along_rays(1023), layout_of(place, smoothstep=True))
+    count = torch.tensor([0], dtype=torch.int32, device=place.device)
+    tile.run(count)  # loads the module
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tile.run(count)
+    count.fill_(500)
+    graph.replay()
+    tile.check(500)
+
+
+@gpu_places
+def test_does_not_wait(place: Place) -> None:
+    tile = Tile(place, points_along_rays(1023), layout_of(place))
+    count = torch.tensor([500], dtype=torch.int32, device=place.device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tile.run(count)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    tile.check(500)
+
+
+def test_fewer_levels_per_thread_for_few_samples() -> None:
+    assert hash_grid_tile._levels_per_thread(2**19, 16) == hash_grid_tile.LEVELS_PER_THREAD
+    assert hash_grid_tile._levels_per_thread(1000, 16) == 1
+    assert hash_grid_tile._levels_per_thread(2**19, 3) == 3
+
+
+CPU_PLACE = Place("cpu", *[torch.float64] * 4, "rows")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"positions": torch.rand(4, 2).double()}, ValueError, r"positions must have shape \[n_samples, 3\]"),
+        ({"positions": torch.rand(4, 3)}, TypeError, "table must be torch.float32, got torch.float64"),
+        ({"table": torch.rand(168, 3).double()}, ValueError, "table must have 1, 2, 4 or 8 columns"),
+        ({"table": torch.rand(2, 168).double().t()}, ValueError, "table must be contiguous"),
+        ({"table": torch.rand(167, 2).double()}, ValueError, "level_offsets must rise from 0"),
+        ({"features": torch.rand(4, 5).double()}, ValueError, "features must have at least 6 channels, got 5"),
+        ({"features": torch.rand(3, 6).double()}, ValueError, r"features must have shape \[4, levels"),
+        ({"features": torch.rand(4, 6)}, TypeError, "features must be torch.float64, got torch.float32"),
+        ({"count": torch.tensor([4])}, TypeError, "count must be torch.int32"),
+        ({"count": torch.tensor(4, dtype=torch.int32)}, ValueError, r"count must have shape \[1\]"),
+        ({"positions": torch.empty(1, 3).double().expand(2**24 + 1, 3)}, ValueError, r"at most 2\^24 samples"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_wrong_arguments(change: dict[str, object], error: type[Exception], message: str) -> None:
+    tile = Tile(CPU_PLACE, torch.rand(4, 3).double(), layout_of(CPU_PLACE))
+    arguments = {"positions": tile.positions, "table": tile.table, "layout": tile.layout, "features": tile.features}
+    with pytest.raises(error, match=message):
+        encode(**{**arguments, **change})  # type: ignore[arg-type]
+
+
+def test_wrong_arguments_of_the_derivatives() -> None:
+    tile = Tile(CPU_PLACE, torch.rand(4, 3).double(), layout_of(CPU_PLACE))
+    p, w, layout, short = tile.positions, tile.table, tile.layout, tile.direction[:3]
+    with pytest.raises(ValueError, match=r"gradient must have shape \[4, 3\], got \[3, 3\]"):
+        position_gradient(tile.grads, p, w, layout, short)
+    with pytest.raises(ValueError, match=r"direction must have shape \[4, 3\], got \[3, 3\]"):
+        along(short, p, w, layout, tile.features)
+    with pytest.raises(ValueError, match="direction and grad_of_features go together"):
+        scatter(tile.grad_table, p, layout, tile.grads, direction=tile.direction)
+    with pytest.raises(TypeError, match=r"grad_table must be torch\.float64, got torch\.float32"):
+        scatter(tile.grad_table.float(), p, layout, tile.grads)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"resolutions": torch.tensor(RESOLUTIONS)}, TypeError, "resolutions must be torch.int32"),
+        ({"level_offsets": torch.zeros(3, dtype=torch.int64)}, ValueError, r"level_offsets must have shape \[4\]"),
+        ({"level_offsets": torch.zeros(4, 2, dtype=torch.int64)[:, 0]}, ValueError, "level_offsets must be contiguous"),
+        ({"active_levels": 4}, ValueError, r"active_levels must lie in \[1, 3\], got 4"),
+        ({"active_levels": 0}, ValueError, r"active_levels must lie in \[1, 3\], got 0"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_wrong_layout(change: dict[str, object], error: type[Exception], message: str) -> None:
+    layout = layout_of(CPU_PLACE)
+    arguments = {"level_offsets": layout.level_offsets, "resolutions": layout.resolutions}
+    with pytest.raises(error, match=message):
+        HashGridTileLayout(**{**arguments, **change})  # type: ignore[arg-type]

@@ -6,17 +6,23 @@ namespace cuda {
 
 Status march_blocks(const MarchBlocks& op, const Launch& launch) {
   const int64_t n = blocks_along(op.resolution);
-  return for_each(n * n * n, launch, op);
+  return for_each(op.cascades * n * n * n, launch, op);
+}
+
+template <typename Op>
+Status march_each(const Op& op, const Launch& launch) {
+  const int64_t n = op.rays.n_rays;
+  return op.rays.wide() ? for_each(n, launch, MarchEach<Op, true>{op}) : for_each(n, launch, MarchEach<Op, false>{op});
 }
 
 template <typename T>
 Status march_count(const MarchCount<T>& op, const Launch& launch) {
-  return for_each(op.rays.n_rays, launch, op);
+  return march_each(op, launch);
 }
 
 template <typename T>
 Status march_write(const MarchWrite<T>& op, const Launch& launch) {
-  return for_each(op.rays.n_rays, launch, op);
+  return march_each(op, launch);
 }
 
 template Status march_count(const MarchCount<float>&, const Launch&);

@@ -7,9 +7,9 @@ namespace dff {
 namespace bindings {
 
 template <typename T>
-void composite_forward(Address density, Address values, Address t, double step, Address offsets, Address weights,
-                       Address opacity, Address depth, Address accumulated, int64_t n_rays, int64_t n_samples,
-                       int64_t n_channels, std::uintptr_t where) {
+void composite_forward(Address density, Address values, Address t, Address lengths, double step, Address offsets,
+                       Address weights, Address opacity, Address depth, Address accumulated, int64_t n_rays,
+                       int64_t n_samples, int64_t n_channels, std::uintptr_t where) {
   CompositeForward<T> op;
   op.density = pointer<const T>(density);
   op.values = pointer<const T>(values);
@@ -22,15 +22,16 @@ void composite_forward(Address density, Address values, Address t, double step, 
   op.n_rays = n_rays;
   op.n_samples = n_samples;
   op.n_channels = n_channels;
+  op.lengths = pointer<const T>(lengths);
   op.step = static_cast<T>(step);
   check("composite", backend::composite_forward(op, launch_at(where)));
 }
 
 template <typename T>
-void composite_backward(Address density, Address values, Address t, double step, Address offsets, Address weights,
-                        Address grad_weights, Address grad_opacity, Address grad_depth, Address grad_accumulated,
-                        Address grad_density, Address grad_values, int64_t n_rays, int64_t n_samples,
-                        int64_t n_channels, std::uintptr_t where) {
+void composite_backward(Address density, Address values, Address t, Address lengths, double step, Address offsets,
+                        Address weights, Address grad_weights, Address grad_opacity, Address grad_depth,
+                        Address grad_accumulated, Address grad_density, Address grad_values, int64_t n_rays,
+                        int64_t n_samples, int64_t n_channels, std::uintptr_t where) {
   CompositeBackward<T> op;
   op.density = pointer<const T>(density);
   op.values = pointer<const T>(values);
@@ -46,6 +47,7 @@ void composite_backward(Address density, Address values, Address t, double step,
   op.n_rays = n_rays;
   op.n_samples = n_samples;
   op.n_channels = n_channels;
+  op.lengths = pointer<const T>(lengths);
   op.step = static_cast<T>(step);
   check("composite", backend::composite_backward(op, launch_at(where)));
 }

@@ -7,28 +7,32 @@
 namespace dff {
 namespace bindings {
 
-inline void march_blocks(Address bitfield, int32_t resolution, Address blocks, std::uintptr_t where) {
+inline void march_blocks(Address bitfield, int32_t resolution, int32_t cascades, Address blocks, std::uintptr_t where) {
   MarchBlocks op;
   op.bitfield = pointer<const uint8_t>(bitfield);
   op.blocks = pointer<uint8_t>(blocks);
   op.resolution = resolution;
+  op.cascades = cascades;
   check("march", backend::march_blocks(op, launch_at(where)));
 }
 
 template <typename T>
 MarchRays<T> march_rays(Address origins, Address directions, Address t_near, Address t_far, Address aabb,
-                        Address bitfield, Address blocks, int32_t resolution, double step, bool jitter, uint64_t seed,
-                        int64_t n_rays) {
+                        Address distances, int32_t n_steps, Address bitfield, Address blocks, int32_t resolution,
+                        int32_t cascades, double step, bool jitter, uint64_t seed, int64_t n_rays) {
   MarchRays<T> rays;
   rays.origins = pointer<const T>(origins);
   rays.directions = pointer<const T>(directions);
   rays.t_near = pointer<const T>(t_near);
   rays.t_far = pointer<const T>(t_far);
   rays.aabb = pointer<const T>(aabb);
+  rays.distances = pointer<const T>(distances);
+  rays.n_steps = distances != 0 ? n_steps : kMaxSteps;
   rays.bitfield = pointer<const uint8_t>(bitfield);
   rays.blocks = pointer<const uint8_t>(blocks);
   rays.step = static_cast<T>(step);
   rays.resolution = resolution;
+  rays.cascades = cascades;
   for (int axis = 0; axis < 3; ++axis) {
     rays.low[axis] = 0;
     rays.high[axis] = resolution;
@@ -40,45 +44,48 @@ MarchRays<T> march_rays(Address origins, Address directions, Address t_near, Add
 }
 
 template <typename T>
-void march_count(Address origins, Address directions, Address t_near, Address t_far, Address aabb, Address bitfield,
-                 Address blocks, int32_t resolution, double step, bool jitter, uint64_t seed, int64_t n_rays,
-                 Address counts, Address firsts, std::uintptr_t where) {
+void march_count(Address origins, Address directions, Address t_near, Address t_far, Address aabb, Address distances,
+                 int32_t n_steps, Address bitfield, Address blocks, int32_t resolution, int32_t cascades, double step,
+                 bool jitter, uint64_t seed, int64_t n_rays, Address counts, Address firsts, std::uintptr_t where) {
   MarchCount<T> op;
-  op.rays =
-      march_rays<T>(origins, directions, t_near, t_far, aabb, bitfield, blocks, resolution, step, jitter, seed, n_rays);
+  op.rays = march_rays<T>(origins, directions, t_near, t_far, aabb, distances, n_steps, bitfield, blocks, resolution,
+                          cascades, step, jitter, seed, n_rays);
   op.counts = pointer<int32_t>(counts);
   op.firsts = pointer<int32_t>(firsts);
   check("march", backend::march_count(op, launch_at(where)));
 }
 
 template <typename T>
-void march_write(Address origins, Address directions, Address t_near, Address t_far, Address aabb, Address bitfield,
-                 Address blocks, int32_t resolution, double step, bool jitter, uint64_t seed, int64_t n_rays,
-                 Address firsts, Address offsets, Address t, Address ray_indices, int64_t capacity,
-                 std::uintptr_t where) {
+void march_write(Address origins, Address directions, Address t_near, Address t_far, Address aabb, Address distances,
+                 int32_t n_steps, Address bitfield, Address blocks, int32_t resolution, int32_t cascades, double step,
+                 bool jitter, uint64_t seed, int64_t n_rays, Address firsts, Address offsets, Address t,
+                 Address lengths, Address ray_indices, int64_t capacity, std::uintptr_t where) {
   MarchWrite<T> op;
-  op.rays =
-      march_rays<T>(origins, directions, t_near, t_far, aabb, bitfield, blocks, resolution, step, jitter, seed, n_rays);
+  op.rays = march_rays<T>(origins, directions, t_near, t_far, aabb, distances, n_steps, bitfield, blocks, resolution,
+                          cascades, step, jitter, seed, n_rays);
   op.firsts = pointer<const int32_t>(firsts);
   op.offsets = pointer<const int32_t>(offsets);
   op.t = pointer<T>(t);
+  op.lengths = pointer<T>(lengths);
   op.ray_indices = pointer<int32_t>(ray_indices);
   op.capacity = capacity;
   check("march", backend::march_write(op, launch_at(where)));
 }
 
 template <typename T>
-void march_tile(Address origins, Address directions, Address t_near, Address t_far, Address aabb, Address bitfield,
-                Address blocks, int32_t resolution, double step, bool jitter, uint64_t seed, int64_t n_rays,
-                Address firsts, Address offsets, Address ray_range, Address t, const ViewArguments& positions,
-                int64_t first, int64_t capacity, std::uintptr_t where) {
+void march_tile(Address origins, Address directions, Address t_near, Address t_far, Address aabb, Address distances,
+                int32_t n_steps, Address bitfield, Address blocks, int32_t resolution, int32_t cascades, double step,
+                bool jitter, uint64_t seed, int64_t n_rays, Address firsts, Address offsets, Address ray_range,
+                Address t, Address lengths, const ViewArguments& positions, int64_t first, int64_t capacity,
+                std::uintptr_t where) {
   MarchTile<T> op;
-  op.rays =
-      march_rays<T>(origins, directions, t_near, t_far, aabb, bitfield, blocks, resolution, step, jitter, seed, n_rays);
+  op.rays = march_rays<T>(origins, directions, t_near, t_far, aabb, distances, n_steps, bitfield, blocks, resolution,
+                          cascades, step, jitter, seed, n_rays);
   op.firsts = pointer<const int32_t>(firsts);
   op.offsets = pointer<const int32_t>(offsets);
   op.ray_range = pointer<const int32_t>(ray_range);
   op.t = pointer<T>(t);
+  op.lengths = pointer<T>(lengths);
   op.positions = view<T>(positions);
   op.first = first;
   op.capacity = capacity;

@@ -12,14 +12,14 @@ constexpr int64_t kRaysPerPiece = 32;  // a few microseconds each
 
 Status march_blocks(const MarchBlocks& op, const Launch& launch) {
   const int64_t n = blocks_along(op.resolution);
-  return for_each(n * n * n, launch, op, 64);
+  return for_each(op.cascades * n * n * n, launch, op, 64);
 }
 
 // Shrinks the box of cells that rays are followed through to the blocks that are occupied: most rays of a picture miss
 // the object, and now end at once.
 template <typename T>
 void shrink(MarchRays<T>& rays) {
-  if (rays.bitfield == nullptr) return;
+  if (rays.bitfield == nullptr || rays.cascades > 1) return;
   const int32_t n = blocks_along(rays.resolution);
   int32_t low[3] = {n, n, n};
   int32_t high[3] = {0, 0, 0};
@@ -37,18 +37,22 @@ void shrink(MarchRays<T>& rays) {
   }
 }
 
+template <typename Op>
+Status march_each(Op op, const Launch& launch) {
+  shrink(op.rays);
+  const int64_t n = op.rays.n_rays;
+  return op.rays.wide() ? for_each(n, launch, MarchEach<Op, true>{op}, kRaysPerPiece)
+                        : for_each(n, launch, MarchEach<Op, false>{op}, kRaysPerPiece);
+}
+
 template <typename T>
 Status march_count(const MarchCount<T>& op, const Launch& launch) {
-  MarchCount<T> shrunk = op;
-  shrink(shrunk.rays);
-  return for_each(op.rays.n_rays, launch, shrunk, kRaysPerPiece);
+  return march_each(op, launch);
 }
 
 template <typename T>
 Status march_write(const MarchWrite<T>& op, const Launch& launch) {
-  MarchWrite<T> shrunk = op;
-  shrink(shrunk.rays);
-  return for_each(op.rays.n_rays, launch, shrunk, kRaysPerPiece);
+  return march_each(op, launch);
 }
 
 template <typename T>
@@ -56,7 +60,17 @@ Status march_tile(const MarchTile<T>& op, const Launch& launch) {
   MarchTile<T> shrunk = op;
   shrink(shrunk.rays);
   const int64_t first = op.ray_range[0];
-  return for_each(op.ray_range[1] - first, launch, [&](int64_t i) { shrunk(first + i); }, kRaysPerPiece);
+  const bool wide = op.rays.wide();
+  return for_each(
+      op.ray_range[1] - first, launch,
+      [&](int64_t i) {
+        if (wide) {
+          shrunk.template march<true>(first + i);
+        } else {
+          shrunk.template march<false>(first + i);
+        }
+      },
+      kRaysPerPiece);
 }
 
 template Status march_count(const MarchCount<float>&, const Launch&);

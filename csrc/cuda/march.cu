@@ -13,7 +13,7 @@ constexpr int64_t kTileBlocks = 2048;  // enough for any GPU; more rays are take
 
 // A tile has few rays with many samples each, so a warp takes a ray, and looks at 32 samples at a time. Crossing empty
 // space that way is no longer than what the rays of one tile have of it.
-template <typename T>
+template <typename T, bool kWide>
 __global__ void __launch_bounds__(kTileThreads) tile_kernel(const MarchTile<T> op) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t n_warps = static_cast<int64_t>(gridDim.x) * (kTileThreads / kWarp);
@@ -22,13 +22,13 @@ __global__ void __launch_bounds__(kTileThreads) tile_kernel(const MarchTile<T> o
     int64_t place = op.start(ray);
     const int64_t stop = op.end(ray);
     if (place >= stop) continue;
-    const RayMarcher<T> marcher(op.rays, ray);
-    for (int32_t k = op.firsts[ray]; place < stop && k < kMaxSteps; k += kWarp) {
+    const RayMarcher<T, kWide> marcher(op.rays, ray);
+    for (int32_t k = op.firsts[ray]; place < stop && k < op.rays.n_steps; k += kWarp) {
       T distance;
       const bool kept = marcher.keeps(k + lane, &distance);
       const unsigned mask = __ballot_sync(kAllLanes, kept);
       const int64_t mine = place + __popc(mask & ((1u << lane) - 1u));
-      if (kept && mine >= 0 && mine < stop) op.write(ray, mine, distance);
+      if (kept && mine >= 0 && mine < stop) op.write(marcher, ray, mine, k + lane, distance);
       place += __popc(mask);
     }
   }
@@ -38,17 +38,23 @@ __global__ void __launch_bounds__(kTileThreads) tile_kernel(const MarchTile<T> o
 
 Status march_blocks(const MarchBlocks& op, const Launch& launch) {
   const int64_t n = blocks_along(op.resolution);
-  return for_each(n * n * n, launch, op);
+  return for_each(op.cascades * n * n * n, launch, op);
+}
+
+template <typename Op>
+Status march_each(const Op& op, const Launch& launch) {
+  const int64_t n = op.rays.n_rays;
+  return op.rays.wide() ? for_each(n, launch, MarchEach<Op, true>{op}) : for_each(n, launch, MarchEach<Op, false>{op});
 }
 
 template <typename T>
 Status march_count(const MarchCount<T>& op, const Launch& launch) {
-  return for_each(op.rays.n_rays, launch, op);
+  return march_each(op, launch);
 }
 
 template <typename T>
 Status march_write(const MarchWrite<T>& op, const Launch& launch) {
-  return for_each(op.rays.n_rays, launch, op);
+  return march_each(op, launch);
 }
 
 template <typename T>
@@ -56,7 +62,8 @@ Status march_tile(const MarchTile<T>& op, const Launch& launch) {
   constexpr int64_t kRays = kTileThreads / kWarp;
   const int64_t blocks = std::min((std::min(op.rays.n_rays, op.capacity) + kRays - 1) / kRays, kTileBlocks);
   if (blocks <= 0) return nullptr;
-  tile_kernel<<<static_cast<unsigned>(blocks), kTileThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(op);
+  const auto kernel = op.rays.wide() ? &tile_kernel<T, true> : &tile_kernel<T, false>;
+  kernel<<<static_cast<unsigned>(blocks), kTileThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(op);
   return launch_status();
 }
 

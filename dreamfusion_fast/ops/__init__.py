@@ -7,7 +7,12 @@ from dreamfusion_fast.ops.hash_grid import (
     hash_grid_position_gradient,
     hash_grid_reference,
 )
-from dreamfusion_fast.ops.march import march, march_reference
+from dreamfusion_fast.ops.march import (
+    march,
+    march_lattice,
+    march_lattice_reference,
+    march_reference,
+)
 from dreamfusion_fast.ops.occupancy import (
     occupancy_pack,
     occupancy_pack_reference,
@@ -25,6 +30,8 @@ __all__ = [
     "hash_grid_position_gradient",
     "hash_grid_reference",
     "march",
+    "march_lattice",
+    "march_lattice_reference",
     "march_reference",
     "occupancy_pack",
     "occupancy_pack_reference",

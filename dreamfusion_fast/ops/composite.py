@@ -15,18 +15,19 @@ OPAQUE_DEPTH = 800.0
 
 
 def composite(
-    density: Tensor, values: Tensor, t: Tensor, step: float, offsets: Tensor
+    density: Tensor, values: Tensor, t: Tensor, step: float | Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Composites the samples of each ray front to back.
 
-    Along one ray: ``alpha_i = 1 - exp(-density_i * step)``, transmittance ``T_i = exp(-sum_{j<i} density_j * step)``,
-    weight ``w_i = T_i alpha_i``.
+    Along one ray: ``alpha_i = 1 - exp(-density_i * step_i)``, transmittance
+    ``T_i = exp(-sum_{j<i} density_j * step_j)``, weight ``w_i = T_i alpha_i``.
 
     Args:
         density: ``[n_samples]``, float32 or float64, per scene unit, at least 0; +inf is an opaque sample.
         values: ``[n_samples, n_channels]``, same dtype, what is accumulated (colour, normals, ...); n_channels >= 1.
         t: ``[n_samples]``, same dtype, distance of each sample along its ray. It gets no gradient.
-        step: length of a sample, in scene units.
+        step: length of a sample, in scene units: a number for all, or a tensor ``[n_samples]``, same dtype, with the
+            length of each, as `march_lattice` returns them. Above 0. It gets no gradient.
         offsets: ``[n_rays + 1]`` int32, first sample of each ray and, last, where the last ray ends, as `march` returns
             it. Samples from there on, the unused rest of a larger buffer, get no weight and no gradient.
 
@@ -38,14 +39,16 @@ def composite(
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or device, or a step that is not positive. Offsets
-            that do not rise from 0 to at most n_samples are found on the CPU only: on a GPU the check would wait.
+            that do not rise from 0 to at most n_samples, and lengths that are not positive, are found on the CPU only:
+            on a GPU the check would wait.
         RuntimeError: the native core for this device was not built.
     """
     _check("composite", density, values, t, step, offsets)
-    return _composite(density, values, t.detach(), step, offsets)
+    lengths, step = (step.detach(), 0.0) if isinstance(step, Tensor) else (None, step)
+    return _composite(density, values, t.detach(), lengths, step, offsets)
 
 
-def _check(op: str, density: Tensor, values: Tensor, t: Tensor, step: float, offsets: Tensor) -> None:
+def _check(op: str, density: Tensor, values: Tensor, t: Tensor, step: float | Tensor, offsets: Tensor) -> None:
     check_tensor(op, "density", density, ["n_samples"])
     check_tensor(op, "values", values, ["n_samples", "n_channels"], like=density, same_dtype=True)
     check_same_length(op, "values", values, "density", density)
@@ -56,7 +59,10 @@ def _check(op: str, density: Tensor, values: Tensor, t: Tensor, step: float, off
     check_tensor(op, "offsets", offsets, ["n_rays + 1"], dtypes=[torch.int32], like=density)
     if offsets.shape[0] < 1:
         raise ValueError(f"dreamfusion_fast.ops.{op}: offsets must have n_rays + 1 elements, got none")
-    if not (step > 0 and math.isfinite(step)):
+    if isinstance(step, Tensor):
+        check_tensor(op, "step", step, ["n_samples"], like=density, same_dtype=True)
+        check_same_length(op, "step", step, "density", density)
+    elif not (step > 0 and math.isfinite(step)):
         raise ValueError(f"dreamfusion_fast.ops.{op}: step must be positive and finite, got {step}")
 
 
@@ -72,14 +78,26 @@ def _check_offsets(offsets: Tensor, n_samples: int) -> None:
         )
 
 
+def _check_lengths(lengths: Tensor | None, offsets: Tensor) -> None:
+    """The same for the lengths of samples that belong to a ray."""
+    if lengths is None or lengths.device.type != "cpu":
+        return
+    used = lengths[: int(offsets[-1])]
+    if not bool(((used > 0) & used.isfinite()).all()):
+        lowest, highest = (float(bound) for bound in used.aminmax())
+        raise ValueError(f"dreamfusion_fast.ops.composite: step must be positive and finite, got {lowest} to {highest}")
+
+
 @torch.library.custom_op("dreamfusion_fast::composite", mutates_args=())
 def _composite(
-    density: Tensor, values: Tensor, t: Tensor, step: float, offsets: Tensor
+    density: Tensor, values: Tensor, t: Tensor, lengths: Tensor | None, step: float, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_offsets(offsets, density.shape[0])
+    _check_lengths(lengths, offsets)
     density, values, t, offsets = density.contiguous(), values.contiguous(), t.contiguous(), offsets.contiguous()
+    lengths = None if lengths is None else lengths.contiguous()
     weights, opacity, depth, accumulated = _empty_outputs(density, values, offsets)
-    inputs = (pointer(density), pointer(values), pointer(t), step, pointer(offsets))
+    inputs = (pointer(density), pointer(values), pointer(t), pointer(lengths), step, pointer(offsets))
     outputs = (pointer(weights), pointer(opacity), pointer(depth), pointer(accumulated))
     call("composite_forward", density, *inputs, *outputs, opacity.shape[0], *values.shape)
     return weights, opacity, depth, accumulated
@@ -97,7 +115,7 @@ def _empty_outputs(density: Tensor, values: Tensor, offsets: Tensor) -> tuple[Te
 
 @_composite.register_fake
 def _(
-    density: Tensor, values: Tensor, t: Tensor, step: float, offsets: Tensor
+    density: Tensor, values: Tensor, t: Tensor, lengths: Tensor | None, step: float, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty_outputs(density, values, offsets)
 
@@ -107,6 +125,7 @@ def _composite_backward(
     density: Tensor,
     values: Tensor,
     t: Tensor,
+    lengths: Tensor | None,
     step: float,
     offsets: Tensor,
     weights: Tensor,
@@ -116,13 +135,14 @@ def _composite_backward(
     grad_accumulated: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     density, values, t, offsets = density.contiguous(), values.contiguous(), t.contiguous(), offsets.contiguous()
-    weights = weights.contiguous()
+    weights, lengths = weights.contiguous(), None if lengths is None else lengths.contiguous()
     grads = [
         None if grad is None else grad.contiguous()
         for grad in (grad_weights, grad_opacity, grad_depth, grad_accumulated)
     ]
     grad_density, grad_values = density.new_zeros(density.shape), values.new_zeros(values.shape)
-    inputs = (pointer(density), pointer(values), pointer(t), step, pointer(offsets), pointer(weights))
+    tensors = (pointer(density), pointer(values), pointer(t), pointer(lengths))
+    inputs = (*tensors, step, pointer(offsets), pointer(weights))
     outputs = (pointer(grad_density), pointer(grad_values))
     sizes = (offsets.shape[0] - 1, *values.shape)
     call("composite_backward", density, *inputs, *(pointer(grad) for grad in grads), *outputs, *sizes)
@@ -134,6 +154,7 @@ def _(
     density: Tensor,
     values: Tensor,
     t: Tensor,
+    lengths: Tensor | None,
     step: float,
     offsets: Tensor,
     weights: Tensor,
@@ -146,31 +167,32 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    density, values, t, step, offsets = inputs
-    ctx.save_for_backward(density, values, t, offsets, output[0])
+    density, values, t, lengths, step, offsets = inputs
+    ctx.save_for_backward(density, values, t, lengths, offsets, output[0])
     ctx.step = step
     ctx.set_materialize_grads(False)  # an output that the loss does not read costs nothing
 
 
 def _backward(ctx, *grads):  # type: ignore[no-untyped-def]
-    density, values, t, offsets, weights = ctx.saved_tensors
+    density, values, t, lengths, offsets, weights = ctx.saved_tensors
     if all(grad is None for grad in grads):
-        return None, None, None, None, None
-    grad_density, grad_values = _composite_backward(density, values, t, ctx.step, offsets, weights, *grads)
-    return grad_density, grad_values, None, None, None
+        return None, None, None, None, None, None
+    grad_density, grad_values = _composite_backward(density, values, t, lengths, ctx.step, offsets, weights, *grads)
+    return grad_density, grad_values, None, None, None, None
 
 
 _composite.register_autograd(_backward, setup_context=_setup_context)
 
 
 def composite_reference(
-    density: Tensor, values: Tensor, t: Tensor, step: float, offsets: Tensor
+    density: Tensor, values: Tensor, t: Tensor, step: float | Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The PyTorch twin of `composite`: any float dtype, any device, differentiable any number of times."""
     n_rays, n_unused = offsets.shape[0] - 1, density.shape[0] - int(offsets[-1])
     starts = offsets.long()
     if n_unused > 0:
         density, values, t = density[:-n_unused], values[:-n_unused], t[:-n_unused]
+        step = step[:-n_unused] if isinstance(step, Tensor) else step
     ray = torch.repeat_interleave(torch.arange(n_rays, device=density.device), starts.diff())
     optical = (density * step).clamp(max=OPAQUE_DEPTH)
     # One running sum over all rays, less its value where the ray starts; in float64, because it outgrows the ray's own.

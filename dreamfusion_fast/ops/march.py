@@ -12,9 +12,10 @@ from dreamfusion_fast.ops._native import call, pointer
 from dreamfusion_fast.ops.occupancy import occupancy_unpack
 from dreamfusion_fast.ops.ray_box import ray_box_reference
 
-_MAX_STEPS = 1 << 24  # steps of one ray; up to here float32 counts them exactly (kMaxSteps in march.h)
+MAX_STEPS = 1 << 24  # steps of one ray; up to here float32 counts them exactly (kMaxSteps in march.h)
 BLOCK = 8  # cells along a block (kBlock in march.h)
 _MAX_SAMPLES = 2**31 - 1  # offsets are int32
+_MAX_CASCADES = 16
 
 
 def march(
@@ -29,12 +30,18 @@ def march(
     jitter: bool = False,
     seed: int = 0,
     capacity: int | None = None,
+    cascades: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Equally spaced samples along rays, those in empty cells left out.
 
     Sample k of a ray is at distance ``t = t_near + (k + u) * step``, k = 0, 1, ..., and is kept when ``t < t_far`` and
     the cell that holds ``origin + t * direction`` is occupied. Outside the box nothing is. Empty cells are skipped
     analytically, which gives exactly the samples that visiting every k gives.
+
+    With C cascades there are C grids of the same resolution (Mueller et al. 2022, appendix E.1): cascade c spans the
+    box grown 2^c times about its centre. A sample is looked up in the first cascade whose box it lies in; outside the
+    last one's, nothing is occupied. Which cascade that is depends on the position alone, never on the step, so that
+    what is sampled does not change with it.
 
     On a GPU, this waits for it once, to learn how many samples there are. With a `capacity` it does not wait.
 
@@ -43,9 +50,10 @@ def march(
         directions: ``[n_rays, 3]``, same dtype; distances are in units of their length. All zero: no samples.
         t_near: ``[n_rays]``, same dtype; no samples where it is not finite, as on a miss of `ray_box`.
         t_far: ``[n_rays]``, same dtype.
-        aabb: ``[6]``, (xmin, ymin, zmin, xmax, ymax, zmax), same dtype: the box the grid spans.
-        bitfield: uint8 ``[ceil(resolution^3 / 8)]`` as `occupancy_pack` makes it; None = all cells are occupied.
-        resolution: cells along each axis, 1 to 1290.
+        aabb: ``[6]``, (xmin, ymin, zmin, xmax, ymax, zmax), same dtype: the box that cascade 0 of the grid spans.
+        bitfield: uint8 ``[ceil(cascades * resolution^3 / 8)]`` as `occupancy_pack` makes it; None = all cells are
+            occupied.
+        resolution: cells along each axis, 1 to 1290; even with several cascades.
         step: distance between samples, > 0. A ray has at most 2^24 steps.
         jitter: u is uniform in [0, 1), one number per ray from (seed, ray index), instead of 0.5.
         seed: 0 <= seed < 2^63.
@@ -53,6 +61,7 @@ def march(
             `ray_indices` have this length whatever comes. ``offsets[-1]`` tells the true count: where it is above the
             capacity, samples are missing at the end, and the caller has to march again with more room; where it is
             below, the unused rest is t = 0 and the last ray's index.
+        cascades: number of grids, 1 to 16, of less than 2^31 cells together.
 
     Returns:
         ``offsets`` int32 ``[n_rays + 1]``, exclusive prefix sum of the samples per ray; ``t [n_samples]``,
@@ -63,11 +72,48 @@ def march(
         TypeError, ValueError: an argument of the wrong dtype, shape, device or range.
         RuntimeError: more than 2^31 - 1 samples, or the native core for this device was not built.
     """
-    _check("march", origins, directions, t_near, t_far, aabb, bitfield, resolution, step, seed)
-    if capacity is not None and not 0 <= capacity <= _MAX_SAMPLES:
-        raise ValueError(f"dreamfusion_fast.ops.march: capacity must be between 0 and 2^31 - 1, got {capacity}")
+    _check("march", origins, directions, t_near, t_far, aabb, bitfield, resolution, seed, capacity, cascades)
+    _check_step("march", step)
     rays = (origins.detach(), directions.detach(), t_near.detach(), t_far.detach(), aabb.detach())
-    return _march(*rays, bitfield, resolution, step, jitter, seed, capacity)
+    return _march(*rays, bitfield, resolution, step, jitter, seed, capacity, cascades)
+
+
+def march_lattice(
+    origins: Tensor,
+    directions: Tensor,
+    t_near: Tensor,
+    t_far: Tensor,
+    aabb: Tensor,
+    bitfield: Tensor | None,
+    resolution: int,
+    distances: Tensor,
+    jitter: bool = False,
+    seed: int = 0,
+    capacity: int | None = None,
+    cascades: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Samples at given distances, the same for all rays, those in empty cells left out.
+
+    Sample k of a ray is at ``t = d_k + u * (d_{k+1} - d_k)`` and is kept when ``t_near <= t < t_far`` and its cell is
+    occupied. `rendering.cone_distances` makes distances that grow. All else is as in `march`.
+
+    Args:
+        distances: ``[n + 1]``, dtype of the rays: the edges d of n samples, rising, in the units of t.
+        origins, directions, t_near, t_far, aabb, bitfield, resolution, jitter, seed, capacity, cascades: see `march`.
+
+    Returns:
+        ``offsets``, ``t`` and ``ray_indices`` as from `march`, and ``lengths [n_samples]``, ``d_{k+1} - d_k`` of each
+        sample, for `composite`. The unused rest of a capacity has length 0.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or range. Distances that do not rise, or
+            are not finite, are found on the CPU only: on a GPU the check would wait.
+        RuntimeError: more than 2^31 - 1 samples, or the native core for this device was not built.
+    """
+    _check("march_lattice", origins, directions, t_near, t_far, aabb, bitfield, resolution, seed, capacity, cascades)
+    _check_distances("march_lattice", distances, origins)
+    rays = (origins.detach(), directions.detach(), t_near.detach(), t_far.detach(), aabb.detach())
+    return _march_lattice(*rays, bitfield, resolution, distances.detach(), jitter, seed, capacity, cascades)
 
 
 def _check(
@@ -79,8 +125,9 @@ def _check(
     aabb: Tensor,
     bitfield: Tensor | None,
     resolution: int,
-    step: float,
     seed: int,
+    capacity: int | None,
+    cascades: int,
 ) -> None:
     check_tensor(op, "origins", origins, ["n_rays", 3])
     rows: list[tuple[str, Tensor, list[int | str]]] = [
@@ -94,12 +141,36 @@ def _check(
     check_tensor(op, "aabb", aabb, [6], like=origins, same_dtype=True)
     if not 1 <= resolution <= 1290:
         raise ValueError(f"dreamfusion_fast.ops.{op}: resolution must be between 1 and 1290, got {resolution}")
+    if not (1 <= cascades <= _MAX_CASCADES and cascades * resolution**3 < 2**31):
+        raise ValueError(
+            f"dreamfusion_fast.ops.{op}: cascades must be between 1 and {_MAX_CASCADES}, of less than 2^31 cells "
+            f"together, got {cascades} of resolution {resolution}"
+        )
+    if cascades > 1 and resolution % 2 != 0:
+        raise ValueError(f"dreamfusion_fast.ops.{op}: resolution must be even with several cascades, got {resolution}")
     if bitfield is not None:
-        check_tensor(op, "bitfield", bitfield, [(resolution**3 + 7) // 8], (torch.uint8,), like=origins)
-    if not (step > 0.0 and math.isfinite(step)):
-        raise ValueError(f"dreamfusion_fast.ops.{op}: step must be a positive number, got {step}")
+        check_tensor(op, "bitfield", bitfield, [(cascades * resolution**3 + 7) // 8], (torch.uint8,), like=origins)
     if not 0 <= seed < 2**63:
         raise ValueError(f"dreamfusion_fast.ops.{op}: seed must be in [0, 2^63), got {seed}")
+    if capacity is not None and not 0 <= capacity <= _MAX_SAMPLES:
+        raise ValueError(f"dreamfusion_fast.ops.{op}: capacity must be between 0 and 2^31 - 1, got {capacity}")
+
+
+def _check_step(op: str, step: float) -> None:
+    if not (step > 0.0 and math.isfinite(step)):
+        raise ValueError(f"dreamfusion_fast.ops.{op}: step must be a positive number, got {step}")
+
+
+def _check_distances(op: str, distances: Tensor, origins: Tensor) -> None:
+    check_tensor(op, "distances", distances, ["n + 1"], like=origins, same_dtype=True)
+    if not 1 <= distances.shape[0] <= MAX_STEPS + 1:
+        raise ValueError(f"dreamfusion_fast.ops.{op}: distances must be 1 to 2^24 + 1, got {distances.shape[0]}")
+
+
+def _check_rising(distances: Tensor) -> None:
+    """On the CPU alone, and inside the op, where tensors have values."""
+    if distances.device.type == "cpu" and not bool(distances.isfinite().all() & (distances.diff() > 0).all()):
+        raise ValueError("dreamfusion_fast.ops.march_lattice: distances must be finite and rise")
 
 
 @torch.library.custom_op("dreamfusion_fast::march", mutates_args=())
@@ -115,20 +186,61 @@ def _march(
     jitter: bool,
     seed: int,
     capacity: int | None,
+    cascades: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    rays = (origins, directions, t_near, t_far, aabb)
+    return _run(rays, None, bitfield, resolution, step, jitter, seed, capacity, cascades)[:3]
+
+
+@torch.library.custom_op("dreamfusion_fast::march_lattice", mutates_args=())
+def _march_lattice(
+    origins: Tensor,
+    directions: Tensor,
+    t_near: Tensor,
+    t_far: Tensor,
+    aabb: Tensor,
+    bitfield: Tensor | None,
+    resolution: int,
+    distances: Tensor,
+    jitter: bool,
+    seed: int,
+    capacity: int | None,
+    cascades: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_rising(distances)
+    rays = (origins, directions, t_near, t_far, aabb)
+    return _run(rays, distances, bitfield, resolution, 1.0, jitter, seed, capacity, cascades)
+
+
+def _run(
+    rays: tuple[Tensor, ...],
+    distances: Tensor | None,
+    bitfield: Tensor | None,
+    resolution: int,
+    step: float,
+    jitter: bool,
+    seed: int,
+    capacity: int | None,
+    cascades: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both ops; no lengths without distances."""
     # Held in a list until the launches are made: a copy made here must outlive its address.
-    tensors = [tensor.contiguous() for tensor in (origins, directions, t_near, t_far, aabb)]
+    tensors = [tensor.contiguous() for tensor in rays]
+    distances = None if distances is None else distances.contiguous()
+    n_steps = 0 if distances is None else distances.shape[0] - 1
     blocks = None
     if bitfield is not None:
         bitfield = bitfield.contiguous()
-        blocks = bitfield.new_empty(((resolution + BLOCK - 1) // BLOCK) ** 3)
-        call("march_blocks", bitfield, pointer(bitfield), resolution, pointer(blocks))
+        blocks = bitfield.new_empty(cascades * ((resolution + BLOCK - 1) // BLOCK) ** 3)
+        call("march_blocks", bitfield, pointer(bitfield), resolution, cascades, pointer(blocks))
+    origins = tensors[0]
     n_rays = origins.shape[0]
-    rays = (*map(pointer, (*tensors, bitfield, blocks)), resolution, step, jitter, seed, n_rays)
+    grid = (pointer(bitfield), pointer(blocks), resolution, cascades)
+    inputs = (*map(pointer, tensors), pointer(distances), n_steps, *grid, step, jitter, seed, n_rays)
 
     counts, firsts = origins.new_empty((2, n_rays), dtype=torch.int32)
     if n_rays > 0:
-        call("march_count", origins, *rays, pointer(counts), pointer(firsts))
+        call("march_count", origins, *inputs, pointer(counts), pointer(firsts))
     totals = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int64), (1, 0))
     if capacity is None:
         size = int(totals[-1])  # the one wait for the GPU
@@ -142,10 +254,19 @@ def _march(
         # A count past int32 must not become a negative place to write to.
         totals = totals.clamp(max=_MAX_SAMPLES)
         t, ray_indices = origins.new_zeros(size), counts.new_full((size,), max(n_rays - 1, 0))
+    lengths = origins.new_empty(0) if distances is None else torch.zeros_like(t)
     offsets = totals.to(torch.int32)
     if n_rays > 0 and size > 0:
-        call("march_write", origins, *rays, pointer(firsts), pointer(offsets), pointer(t), pointer(ray_indices), size)
-    return offsets, t, ray_indices
+        outputs = (pointer(t), 0 if distances is None else pointer(lengths), pointer(ray_indices), size)
+        call("march_write", origins, *inputs, pointer(firsts), pointer(offsets), *outputs)
+    return offsets, t, ray_indices, lengths
+
+
+def _empty_outputs(origins: Tensor, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """For the fake tensors of both ops."""
+    size = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
+    offsets = origins.new_empty(origins.shape[0] + 1, dtype=torch.int32)
+    return offsets, origins.new_empty(size), origins.new_empty(size, dtype=torch.int32)
 
 
 @_march.register_fake
@@ -161,10 +282,28 @@ def _(
     jitter: bool,
     seed: int,
     capacity: int | None,
+    cascades: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    size = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
-    offsets = origins.new_empty(origins.shape[0] + 1, dtype=torch.int32)
-    return offsets, origins.new_empty(size), origins.new_empty(size, dtype=torch.int32)
+    return _empty_outputs(origins, capacity)
+
+
+@_march_lattice.register_fake
+def _(
+    origins: Tensor,
+    directions: Tensor,
+    t_near: Tensor,
+    t_far: Tensor,
+    aabb: Tensor,
+    bitfield: Tensor | None,
+    resolution: int,
+    distances: Tensor,
+    jitter: bool,
+    seed: int,
+    capacity: int | None,
+    cascades: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    offsets, t, ray_indices = _empty_outputs(origins, capacity)
+    return offsets, t, ray_indices, torch.empty_like(t)
 
 
 def uniform_reference(seed: int, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -197,35 +336,97 @@ def march_reference(
     step: float,
     jitter: bool = False,
     seed: int = 0,
+    cascades: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The PyTorch twin of `march`: visits every k of every ray at once. Float32 or float64, any device.
 
     Every operation is done alone and in the order of the native core, because the results have to agree in every bit.
     """
-    _check("march_reference", origins, directions, t_near, t_far, aabb, bitfield, resolution, step, seed)
-    n_rays, device, dtype = origins.shape[0], origins.device, origins.dtype
-    low, high = aabb[:3], aabb[3:]
+    _check("march_reference", origins, directions, t_near, t_far, aabb, bitfield, resolution, seed, None, cascades)
+    _check_step("march_reference", step)
+    n_rays = origins.shape[0]
     steps = origins.new_full((), step)
-    offset = origins.new_full((n_rays,), 0.5)
-    if jitter:
-        offset = uniform_reference(seed, torch.arange(n_rays, device=device), dtype)
 
-    # How many k to visit: until t_far, or until the ray has left a box a little larger than the scene's.
-    margin = 1e-3 * (high - low)
-    _, leave = ray_box_reference(origins, directions, torch.cat([low - margin, high + margin]), near=-math.inf)
+    # How many k to visit: until t_far, or until the ray has left a box a little larger than the last cascade's.
+    centre, half = 0.5 * (aabb[:3] + aabb[3:]), (0.5 + 1e-3) * 2 ** (cascades - 1) * (aabb[3:] - aabb[:3])
+    _, leave = ray_box_reference(origins, directions, torch.cat([centre - half, centre + half]), near=-math.inf)
     crosses = t_near.isfinite() & ~t_far.isnan() & leave.isfinite()
     spans = torch.where(crosses, torch.minimum(t_far, leave) - t_near, -1.0)
-    n_steps = int((spans / steps).ceil().amax().clamp(min=-2, max=_MAX_STEPS - 2)) + 2 if n_rays > 0 else 0
+    n_steps = int((spans / steps).ceil().amax().clamp(min=-2, max=MAX_STEPS - 2)) + 2 if n_rays > 0 else 0
 
-    k = torch.arange(n_steps, device=device).to(dtype)
-    t = t_near[:, None] + (k + offset[:, None]) * steps
+    k = torch.arange(n_steps, device=origins.device).to(origins.dtype)
+    t = t_near[:, None] + (k + _offset_reference(origins, jitter, seed)[:, None]) * steps
+    kept = crosses[:, None] & (t < t_far[:, None])
+    kept = kept & _occupied_reference(origins, directions, t, aabb, bitfield, resolution, cascades)
+    return _packed_reference(kept, t)
+
+
+def march_lattice_reference(
+    origins: Tensor,
+    directions: Tensor,
+    t_near: Tensor,
+    t_far: Tensor,
+    aabb: Tensor,
+    bitfield: Tensor | None,
+    resolution: int,
+    distances: Tensor,
+    jitter: bool = False,
+    seed: int = 0,
+    cascades: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The PyTorch twin of `march_lattice`, as `march_reference` is that of `march`."""
+    op = "march_lattice_reference"
+    _check(op, origins, directions, t_near, t_far, aabb, bitfield, resolution, seed, None, cascades)
+    _check_distances(op, distances, origins)
+    _check_rising(distances)
+    lengths = distances.diff()
+    t = distances[:-1] + _offset_reference(origins, jitter, seed)[:, None] * lengths
+    t = torch.minimum(t, distances[1:])
+    kept = (t_near[:, None] <= t) & (t < t_far[:, None])
+    kept = kept & (t_near.isfinite() & (directions != 0).any(dim=-1))[:, None]
+    kept = kept & _occupied_reference(origins, directions, t, aabb, bitfield, resolution, cascades)
+    return *_packed_reference(kept, t), lengths.expand_as(t)[kept]
+
+
+def _offset_reference(origins: Tensor, jitter: bool, seed: int) -> Tensor:
+    """u of each ray."""
+    if jitter:
+        return uniform_reference(seed, torch.arange(origins.shape[0], device=origins.device), origins.dtype)
+    return origins.new_full((origins.shape[0],), 0.5)
+
+
+def _occupied_reference(
+    origins: Tensor,
+    directions: Tensor,
+    t: Tensor,
+    aabb: Tensor,
+    bitfield: Tensor | None,
+    resolution: int,
+    cascades: int,
+) -> Tensor:
+    """Whether the samples at t ``[n_rays, n_steps]`` are in an occupied cell of the first cascade that holds them."""
+    low, high = aabb[:3], aabb[3:]
+    half = 0.5 * resolution
     place = (origins[:, None] + t[..., None] * directions[:, None] - low) * (
         origins.new_full((), resolution) / (high - low)
     )
-    kept = crosses[:, None] & (t < t_far[:, None]) & ((place >= 0) & (place < resolution)).all(dim=-1)
-    if bitfield is not None:
-        x, y, z = torch.where(kept[..., None], place, 0.0).long().unbind(dim=-1)
-        kept = kept & occupancy_unpack(bitfield, resolution)[x, y, z]
-    ray_indices = torch.arange(n_rays, dtype=torch.int32, device=device)[:, None].expand(-1, n_steps)[kept]
+    occupied = torch.zeros_like(t, dtype=torch.bool)
+    outside = torch.ones_like(occupied)
+    for cascade in range(cascades):
+        own = place if cascade == 0 else (place - half) * 0.5**cascade + half
+        here = outside & ((own >= 0) & (own < resolution)).all(dim=-1)
+        outside = outside & ~here
+        if bitfield is None:
+            occupied = occupied | here
+        else:
+            x, y, z = torch.where(here[..., None], own, 0.0).long().unbind(dim=-1)
+            grid = occupancy_unpack(bitfield, resolution, cascades).view(cascades, resolution, resolution, resolution)
+            occupied = occupied | (here & grid[cascade, x, y, z])
+    return occupied
+
+
+def _packed_reference(kept: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Offsets, distances and ray indices of the samples that are kept."""
+    rays = torch.arange(t.shape[0], dtype=torch.int32, device=t.device)[:, None].expand_as(t)
     offsets = torch.nn.functional.pad(kept.sum(dim=1).cumsum(0), (1, 0)).to(torch.int32)
-    return offsets, t[kept], ray_indices
+    return offsets, t[kept], rays[kept]

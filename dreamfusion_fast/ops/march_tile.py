@@ -24,8 +24,9 @@ class MarchedRays:
         t_near, t_far: `[n_rays]`, as `ray_box` gives them.
         aabb: `[6]`.
         bitfield: uint8, or None: all cells are occupied.
-        blocks: uint8 `[ceil(resolution / 8)^3]`, which blocks of cells have an occupied one; None without bitfield.
-        resolution, step, jitter, seed: as in `march`.
+        blocks: from `occupied_blocks`; None without bitfield.
+        resolution, step, jitter, seed, cascades: as in `march`.
+        distances: `[n + 1]` as in `march_lattice`, or None: equal steps.
     """
 
     origins: Tensor
@@ -39,20 +40,24 @@ class MarchedRays:
     step: float
     jitter: bool
     seed: int
+    cascades: int = 1
+    distances: Tensor | None = None
 
     def __len__(self) -> int:
         return self.origins.shape[0]
 
     def arguments(self) -> tuple[int | float | bool, ...]:
         """The first arguments of the native march functions."""
-        tensors = (self.origins, self.directions, self.t_near, self.t_far, self.aabb, self.bitfield, self.blocks)
-        return (*map(pointer, tensors), self.resolution, self.step, self.jitter, self.seed, len(self))
+        tensors = (self.origins, self.directions, self.t_near, self.t_far, self.aabb, self.distances)
+        n_steps = 0 if self.distances is None else self.distances.shape[0] - 1
+        grid = (pointer(self.bitfield), pointer(self.blocks), self.resolution, self.cascades)
+        return (*map(pointer, tensors), n_steps, *grid, self.step, self.jitter, self.seed, len(self))
 
 
-def occupied_blocks(bitfield: Tensor, resolution: int) -> Tensor:
-    """Which blocks of 8^3 cells hold an occupied one, uint8 `[ceil(resolution / 8)^3]`."""
-    blocks = bitfield.new_empty(((resolution + BLOCK - 1) // BLOCK) ** 3)
-    call("march_blocks", bitfield, pointer(bitfield), resolution, pointer(blocks))
+def occupied_blocks(bitfield: Tensor, resolution: int, cascades: int = 1) -> Tensor:
+    """Which blocks of 8^3 cells hold an occupied one, uint8 `[cascades * ceil(resolution / 8)^3]`."""
+    blocks = bitfield.new_empty(cascades * ((resolution + BLOCK - 1) // BLOCK) ** 3)
+    call("march_blocks", bitfield, pointer(bitfield), resolution, cascades, pointer(blocks))
     return blocks
 
 
@@ -71,6 +76,7 @@ def march_tile(
     ray_range: Tensor,
     first: int,
     t: Tensor,
+    lengths: Tensor | None,
     positions: Tensor,
 ) -> None:
     """Write the samples `first <= i < first + capacity` of all the rays', as far as there are any.
@@ -82,6 +88,7 @@ def march_tile(
         ray_range: int32 `[2]`, the rays that have samples in this tile: first, and one past the last.
         first: the tile's first sample.
         t: `[capacity]`, written: distances.
+        lengths: `[capacity]`, written: lengths; None without `rays.distances`.
         positions: `[capacity, 3]` of any strides, written: positions in the scene box scaled to [0, 1]^3.
     """
     call(
@@ -92,6 +99,7 @@ def march_tile(
         pointer(offsets),
         pointer(ray_range),
         pointer(t),
+        pointer(lengths),
         strided(positions),
         first,
         t.shape[0],

@@ -18,8 +18,8 @@ def occupancy_update(grid: Tensor, cells: Tensor | None, density: Tensor, decay:
     grids of instant-ngp (Mueller et al. 2022). No waiting for the GPU.
 
     Args:
-        grid: ``[R, R, R]`` float32, contiguous; changed in place.
-        cells: ``[n]`` int32 or int64, flat indices ``(x * R + y) * R + z``; None = all cells in order, n = R^3.
+        grid: ``[R, R, R]`` or, with C cascades, ``[C, R, R, R]`` float32, contiguous; changed in place.
+        cells: ``[n]`` int32 or int64, flat indices ``((c * R + x) * R + y) * R + z``; None = all cells in order.
         density: ``[n]`` float32. A NaN in it is ignored.
         decay: factor in [0, 1].
 
@@ -38,11 +38,11 @@ def occupancy_pack(grid: Tensor, threshold: float | Tensor) -> Tensor:
     """One bit per cell: bit i of byte b tells whether cell ``8 b + i`` is above the threshold.
 
     Args:
-        grid: ``[R, R, R]`` float32.
+        grid: ``[R, R, R]`` or, with C cascades, ``[C, R, R, R]`` float32.
         threshold: a number, or a 0-dim tensor on the grid's device (then nothing waits for the GPU).
 
     Returns:
-        uint8 ``[ceil(R^3 / 8)]``; the bits past the last cell are 0.
+        uint8 ``[ceil(C * R^3 / 8)]``; the bits past the last cell are 0.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or device.
@@ -52,12 +52,16 @@ def occupancy_pack(grid: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 def _check_grid(op: str, grid: Tensor, dtypes: tuple[torch.dtype, ...]) -> int:
-    size = grid.shape[0] if isinstance(grid, Tensor) and grid.dim() == 3 else 0
+    cascaded = isinstance(grid, Tensor) and grid.dim() == 4
+    size = grid.shape[-3] if cascaded or (isinstance(grid, Tensor) and grid.dim() == 3) else 0
     shape: list[int | str] = [size, size, size] if size > 0 else ["R", "R", "R >= 1"]
+    if cascaded:
+        shape = ["C", *shape]
     check_tensor(op, "grid", grid, shape, dtypes)
-    if size == 0 or size**3 >= 2**31:
-        raise ValueError(f"dreamfusion_fast.ops.{op}: grid must have 1 <= R <= 1290, got R = {size}")
-    return size**3
+    count = grid.numel()
+    if not 0 < count < 2**31:
+        raise ValueError(f"dreamfusion_fast.ops.{op}: grid must have 1 to 2^31 - 1 cells, got {list(grid.shape)}")
+    return count
 
 
 def _check_update(op: str, grid: Tensor, cells: Tensor | None, density: Tensor, decay: float) -> None:
@@ -142,7 +146,8 @@ def occupancy_pack_reference(grid: Tensor, threshold: float | Tensor) -> Tensor:
     return (above * place).sum(dim=-1).to(torch.uint8)
 
 
-def occupancy_unpack(bitfield: Tensor, resolution: int) -> Tensor:
-    """The bool grid ``[R, R, R]`` of a bitfield made by `occupancy_pack`."""
+def occupancy_unpack(bitfield: Tensor, resolution: int, cascades: int = 1) -> Tensor:
+    """The bool grid of a bitfield made by `occupancy_pack`: ``[R, R, R]``, of several cascades ``[C, R, R, R]``."""
     bits = (bitfield[:, None] >> torch.arange(8, dtype=torch.uint8, device=bitfield.device)) & 1
-    return bits.reshape(-1)[: resolution**3].bool().view(resolution, resolution, resolution)
+    shape = (cascades, resolution, resolution, resolution)
+    return bits.reshape(-1)[: cascades * resolution**3].bool().view(shape if cascades > 1 else shape[1:])

@@ -4,6 +4,7 @@ from dreamfusion_fast.rendering.cameras import CameraConfig, Cameras, orbit_came
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.rays import InvalidRaysError, Rays
 from dreamfusion_fast.rendering.renderer import RendererConfig, RenderOutput, VolumeRenderer
+from dreamfusion_fast.rendering.sampling import cone_distances
 from dreamfusion_fast.rendering.shading import Shading, sample_lights, shade
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "RendererConfig",
     "Shading",
     "VolumeRenderer",
+    "cone_distances",
     "orbit_cameras",
     "sample_cameras",
     "sample_lights",

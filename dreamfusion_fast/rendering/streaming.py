@@ -104,12 +104,13 @@ class StreamingField:
 class _Workspace:
     """Buffers of one tile; on a GPU a plane per channel, on a CPU a row per sample."""
 
-    def __init__(self, size: int, source: StreamingField, normals: bool) -> None:
+    def __init__(self, size: int, source: StreamingField, normals: bool, lengths: bool) -> None:
         self._planes = source.table.device.type == "cuda"
         self._like = source.table.detach()
         self._size = size
         n = source.n_features
         self.t = self._like.new_empty(size)
+        self.lengths = self._like.new_empty(size) if lengths else None
         self.positions = self.rows(3)
         self.features = self.rows(n, source.feature_dtype)
         self.logits = self.rows(4)
@@ -215,7 +216,7 @@ class StreamedRender:
         while True:
             for k in range(done, n_tiles):
                 if workspace is None or keep:
-                    workspace = _Workspace(self.size, source, self.normals)
+                    workspace = self._workspace()
                 tile = self._evaluate(k, table, workspace)
                 stream_forward(self.head, tile, sums, self.prefix[k], self.distortion)
                 if keep:
@@ -241,7 +242,7 @@ class StreamedRender:
         gradients = MlpGradients(source.weights, source.biases) if needs[1] else None
         n_tiles = len(self.prefix) if isinstance(self.samples, Tensor) else -(-self.samples // self.size)
         suffix = sums.new_zeros(n_tiles + 1, 1).unbind()
-        workspace = self.kept[0] if self.kept else _Workspace(self.size, source, self.normals)
+        workspace = self.kept[0] if self.kept else self._workspace()
         to_logits = workspace.rows(4)
         to_features = workspace.rows(source.n_features, source.gradient_dtype)
         to_slopes = workspace.rows(3) if self.normals else None
@@ -276,8 +277,12 @@ class StreamedRender:
     def _planned(self, total: _Total) -> int:
         """Samples to enqueue tiles for."""
         rays = self.rays
-        diagonal = math.dist((0.0, 0.0, 0.0), self.head.extent)
-        most = len(rays) * (math.ceil(diagonal / rays.step) + 1)
+        if rays.distances is not None:
+            per_ray = rays.distances.shape[0] - 1
+        else:
+            diagonal = math.dist((0.0, 0.0, 0.0), self.head.extent) * 2 ** (rays.cascades - 1)
+            per_ray = math.ceil(diagonal / rays.step) + 1
+        most = len(rays) * per_ray
         if self.expected is not None:
             return min(most, int(_RESERVE * self.expected) + _RESERVE_SAMPLES)
         return most if total.captured else total.read()
@@ -298,6 +303,9 @@ class StreamedRender:
         self.prefix += self.rays.origins.new_zeros(missing, N_PREFIX).unbind()
         return n_tiles
 
+    def _workspace(self) -> _Workspace:
+        return _Workspace(self.size, self.source, self.normals, self.rays.distances is not None)
+
     def _count(self, k: int) -> Tensor:
         assert self.table is not None
         return self.table.counts[k]
@@ -310,7 +318,7 @@ class StreamedRender:
             self.table.ray_ranges[k],
             self.rays.directions,
             workspace.t,
-            None,
+            workspace.lengths,
             workspace.positions,
             workspace.logits,
             workspace.slopes,
@@ -322,7 +330,9 @@ class StreamedRender:
         """March and ask the field: fills the workspace."""
         source, tile, count = self.source, self._tile(k, workspace), self._count(k)
         assert self.firsts is not None
-        march_tile(self.rays, self.firsts, tile.offsets, tile.ray_range, tile.first, tile.t, tile.positions)
+        march_tile(
+            self.rays, self.firsts, tile.offsets, tile.ray_range, tile.first, tile.t, tile.lengths, tile.positions
+        )
         hash_grid_tile.encode(workspace.positions, table, source.layout, workspace.features, count)
         mlp_forward_into(
             workspace.features,
@@ -347,7 +357,7 @@ class StreamedRender:
         density = replace(self, normals=False, prefix=[], kept=[], size=0)
         n_tiles = density._lay_out(counts, self._planned(total) if total.captured else total.read(), False)
         depths, visible = self.rays.origins.new_zeros(len(self.rays)), torch.zeros_like(counts)
-        workspace = _Workspace(density.size, self.source, False)
+        workspace = density._workspace()
         for k in range(n_tiles):
             tile = density._evaluate(k, table, workspace)
             stream_visible(self.head, tile, depths, visible, -math.log(self.early_stop))

@@ -23,6 +23,14 @@ def scene(counts: list[int], channels: int, dtype: torch.dtype, device: torch.de
     return *(x.to(device, dtype) for x in (density, values, t)), offsets.to(device)
 
 
+def steps(kind: str, t: Tensor) -> float | Tensor:
+    """One length for all samples, or a random one for each."""
+    return STEP if kind == "one step" else (0.001 + 0.06 * torch.rand_like(t, dtype=torch.float64)).to(t.dtype)
+
+
+KINDS = ["one step", "lengths"]
+
+
 def assert_near(actual: Tensor, expected: Tensor, roundings: float) -> None:
     """Within so many roundings of the dtype of `actual`, relative to the largest expected value (or 1)."""
     assert actual.shape == expected.shape
@@ -36,16 +44,21 @@ def assert_near(actual: Tensor, expected: Tensor, roundings: float) -> None:
 COUNTS = [[], [0], [1], [0, 0, 5, 0, 1, 31, 32, 33, 0], [1023, 0, 113], [2] * 113]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("channels", [1, 3, 4, 5, 9])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_matches_the_twin(counts: list[int], channels: int, dtype: torch.dtype, device: torch.device) -> None:
+def test_matches_the_twin(
+    counts: list[int], channels: int, dtype: torch.dtype, kind: str, device: torch.device
+) -> None:
     density, values, t, offsets = scene(counts, channels, dtype, device)
+    step = steps(kind, t)
     twins = [x.double() for x in (density, values, t)]
     for x in (density, values, twins[0], twins[1]):
         x.requires_grad_()
-    actual = composite(density, values, t, STEP, offsets)
-    expected = composite_reference(*twins, STEP, offsets)
+    actual = composite(density, values, t, step, offsets)
+    twin_step = step.double() if isinstance(step, Tensor) else step
+    expected = composite_reference(*twins, twin_step, offsets)
     grads = [torch.randn_like(x) for x in actual]
     gradient = torch.autograd.grad(actual, (density, values), grads)
     expected_gradient = torch.autograd.grad(expected, twins[:2], [g.double() for g in grads])
@@ -54,25 +67,55 @@ def test_matches_the_twin(counts: list[int], channels: int, dtype: torch.dtype, 
         assert_near(a, e, roundings=64 if dtype == torch.float32 else 256)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("output", range(4), ids=["weights", "opacity", "depth", "accumulated"])
-def test_gradient_of_each_output_alone(output: int, device: torch.device) -> None:
+def test_gradient_of_each_output_alone(output: int, kind: str, device: torch.device) -> None:
     density, values, t, offsets = scene([3, 0, 40, 1], 3, torch.float64, device)
+    step = steps(kind, t)
     density.requires_grad_()
     values.requires_grad_()
-    weight = torch.randn_like(composite(density, values, t, STEP, offsets)[output])
-    loss = (composite(density, values, t, STEP, offsets)[output] * weight).sum()
-    expected = (composite_reference(density, values, t, STEP, offsets)[output] * weight).sum()
+    weight = torch.randn_like(composite(density, values, t, step, offsets)[output])
+    loss = (composite(density, values, t, step, offsets)[output] * weight).sum()
+    expected = (composite_reference(density, values, t, step, offsets)[output] * weight).sum()
     wanted = torch.autograd.grad(expected, (density, values), allow_unused=True, materialize_grads=True)
     for a, e in zip(torch.autograd.grad(loss, (density, values)), wanted, strict=True):
         assert_near(a, e, roundings=64)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("channels", [1, 3, 6])
-def test_gradcheck(channels: int) -> None:
+def test_gradcheck(channels: int, kind: str) -> None:
     density, values, t, offsets = scene([2, 0, 4, 1], channels, torch.float64, torch.device("cpu"))
+    step = steps(kind, t)
     density.requires_grad_()
     values.requires_grad_()
-    assert torch.autograd.gradcheck(lambda d, v: composite(d, v, t, STEP, offsets), (density, values))
+    assert torch.autograd.gradcheck(lambda d, v: composite(d, v, t, step, offsets), (density, values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_lengths_are_a_step(dtype: torch.dtype, device: torch.device) -> None:
+    density, values, t, offsets = scene([3, 0, 113, 1], 3, dtype, device)
+    density.requires_grad_()
+    values.requires_grad_()
+    results = []
+    for step in (STEP, torch.full_like(t, STEP)):
+        outputs = composite(density, values, t, step, offsets)
+        gradient = torch.autograd.grad(outputs, (density, values), [torch.ones_like(x) for x in outputs])
+        results.append((*outputs, *gradient))
+    for a, e in zip(*results, strict=True):
+        assert_near(a, e, roundings=16)
+
+
+def test_a_sample_in_two_parts_weighs_the_same(device: torch.device) -> None:
+    """What a length means: halves of a sample, one behind the other, add up to it."""
+    density = torch.tensor([3.0, 7.0, 1.0], dtype=torch.float64, device=device)
+    lengths = torch.tensor([0.1, 0.3, 0.02], dtype=torch.float64, device=device)
+    values = torch.randn(3, 2, dtype=torch.float64, device=device)
+    whole, halves = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (3, 6))
+    one = composite(density, values, density, lengths, whole)
+    two = composite(*(x.repeat_interleave(2, 0) for x in (density, values, density, 0.5 * lengths)), halves)
+    assert_near(two[0].view(3, 2).sum(dim=1), one[0], roundings=8)
+    assert_near(two[3], one[3], roundings=8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -128,29 +171,36 @@ def test_opacity_never_exceeds_one(device: torch.device) -> None:
     assert opacity.max() > 0.99
 
 
-def test_unused_rest_of_a_buffer(device: torch.device) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_unused_rest_of_a_buffer(kind: str, device: torch.device) -> None:
     density, values, t, offsets = scene([7, 3, 5], 3, torch.float32, device)
+    step = steps(kind, t)
     offsets = offsets[:-1]  # the last five samples belong to no ray
     density[10:] = math.nan
+    if isinstance(step, Tensor):
+        step[10:] = 0.0
     density.requires_grad_()
     values.requires_grad_()
-    outputs = composite(density, values, t, STEP, offsets)
-    expected = composite_reference(density, values, t, STEP, offsets)
+    outputs = composite(density, values, t, step, offsets)
+    expected = composite_reference(density, values, t, step, offsets)
     for a, e in zip(outputs, expected, strict=True):
         assert_near(a, e, roundings=16)
     gradient = torch.autograd.grad(outputs, (density, values), [torch.ones_like(x) for x in outputs])
     assert all(g[10:].abs().sum() == 0 for g in gradient)
 
 
-def test_strided_arguments(device: torch.device) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_strided_arguments(kind: str, device: torch.device) -> None:
     density, values, t, offsets = scene([7, 30, 5], 3, torch.float32, device)
+    step = steps(kind, t)
     strided = (torch.stack([density, density], 1)[:, 0], values.t().contiguous().t(), torch.stack([t, t], 1)[:, 1])
     assert not any(x.is_contiguous() for x in strided)
-    expected = composite(density, values, t, STEP, offsets)
-    actual = composite(*strided, STEP, torch.stack([offsets, offsets], 1)[:, 0])
+    expected = composite(density, values, t, step, offsets)
+    strided_step = torch.stack([step, step], 1)[:, 0] if isinstance(step, Tensor) else step
+    actual = composite(*strided, strided_step, torch.stack([offsets, offsets], 1)[:, 0])
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
     values.requires_grad_()
-    total = composite(density, values, t, STEP, offsets)[3].sum()  # its gradient is an expanded scalar
+    total = composite(density, values, t, strided_step, offsets)[3].sum()  # its gradient is an expanded scalar
     assert torch.equal(torch.autograd.grad(total, values)[0], expected[0].unsqueeze(1).expand(-1, 3))
 
 
@@ -175,19 +225,22 @@ def test_no_second_derivative(device: torch.device) -> None:
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_opcheck(dtype: torch.dtype, device: torch.device) -> None:
+def test_opcheck(dtype: torch.dtype, kind: str, device: torch.device) -> None:
     density, values, t, offsets = scene([2, 0, 4], 3, dtype, device)
+    lengths, step = (None, STEP) if kind == "one step" else (steps(kind, t), 0.0)
     density.requires_grad_()
     values.requires_grad_()
-    torch.library.opcheck(torch.ops.dreamfusion_fast.composite.default, (density, values, t, STEP, offsets))
+    torch.library.opcheck(torch.ops.dreamfusion_fast.composite.default, (density, values, t, lengths, step, offsets))
     density, values = density.detach(), values.detach()
     weights = composite(density, values, t, STEP, offsets)[0]
     arguments = (
         density,
         values,
         t,
-        STEP,
+        lengths,
+        step,
         offsets,
         weights,
         None,
@@ -217,6 +270,11 @@ def wrong_arguments() -> list[tuple[dict[str, object], type[Exception], str]]:
         ({"offsets": torch.tensor([1, 6], dtype=torch.int32)}, ValueError, "offsets must rise from 0"),
         ({"offsets": torch.tensor([0, 5, 2, 6], dtype=torch.int32)}, ValueError, "offsets must rise"),
         ({"step": 0.0}, ValueError, "step must be positive and finite, got 0.0"),
+        ({"step": torch.rand(5)}, ValueError, "step has 5 rows, density has 6"),
+        ({"step": torch.rand(6, 1)}, ValueError, r"step must have shape \[n_samples\], got \[6, 1\]"),
+        ({"step": torch.rand(6).double()}, TypeError, "step must be torch.float32, got torch.float64"),
+        ({"step": torch.zeros(6)}, ValueError, "step must be positive and finite, got 0.0 to 0.0"),
+        ({"step": torch.full((6,), math.inf)}, ValueError, "step must be positive and finite, got inf to inf"),
         ({"step": math.nan}, ValueError, "step must be positive and finite, got nan"),
     ]
 
@@ -242,7 +300,8 @@ def test_offsets_beyond_the_buffer_stay_inside_it_on_the_gpu() -> None:
     density, values, t, offsets = scene([7, 30, 5], 3, torch.float32, torch.device("cuda"))
     kept = offsets.clamp(max=20)
     density[20:] = math.nan
-    actual = composite(density[:20], values[:20], t[:20], STEP, offsets)
-    expected = composite(density[:20], values[:20], t[:20], STEP, kept)
-    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
-    assert actual[2].isfinite().all()
+    for step in (STEP, torch.full_like(t[:20], STEP)):
+        actual = composite(density[:20], values[:20], t[:20], step, offsets)
+        expected = composite(density[:20], values[:20], t[:20], step, kept)
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+        assert actual[2].isfinite().all()

@@ -13,6 +13,17 @@
 #define DFF_HD inline __attribute__((always_inline))
 #endif
 
+// Before a loop of at most 8 rounds that has to disappear.
+#if defined(__CUDACC__)
+#define DFF_UNROLL _Pragma("unroll")
+#elif defined(__clang__)
+#define DFF_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define DFF_UNROLL _Pragma("GCC unroll 8")
+#else
+#define DFF_UNROLL
+#endif
+
 // Declares one launcher for both drivers: dff::cpu::name and dff::cuda::name.
 #define DFF_LAUNCHER(...) \
   namespace cpu {         \

@@ -1,6 +1,6 @@
 // Alpha compositing of packed samples along rays, forward and backward (Max 1995; Mildenhall et al. 2020, eq. 3).
 //
-// With optical depth tau_i = density_i * step and transmittance T_i = exp(-sum_{j<i} tau_j):
+// With optical depth tau_i = density_i * length_i and transmittance T_i = exp(-sum_{j<i} tau_j):
 //   weight_i = T_i (1 - exp(-tau_i)), opacity = sum weight, depth = sum weight * t, accumulated = sum weight * values.
 //
 // T is the exponential of a running sum, not a running product of (1 - alpha): alpha rounded near 1 has lost what is
@@ -26,7 +26,8 @@ struct CompositeForward {
   int64_t n_rays;
   int64_t n_samples;
   int64_t n_channels;
-  Scalar step;  // length of one sample
+  const Scalar* lengths;  // [n_samples], length of each sample; nullptr: all have the same, step
+  Scalar step;
 };
 
 template <typename Scalar>
@@ -45,6 +46,7 @@ struct CompositeBackward {
   int64_t n_rays;
   int64_t n_samples;
   int64_t n_channels;
+  const Scalar* lengths;  // [n_samples], or null: step
   Scalar step;
 };
 
@@ -70,10 +72,17 @@ struct SingleLane {
 // looked.
 DFF_HD int64_t composite_end(int64_t offset, int64_t n_samples) { return offset < n_samples ? offset : n_samples; }
 
+// Whether samples have lengths of their own is a template argument: decided per sample, it changes how the compiler
+// fuses the operations of the common case, and so its last bits.
+template <bool kLengths, typename Params>
+DFF_HD auto sample_length(const Params& p, int64_t i) {
+  return kLengths ? p.lengths[i] : p.step;
+}
+
 // Channels are summed this many at a time, so that any number of them fits into registers.
 constexpr int kCompositeChannels = 4;
 
-template <typename Scalar, typename Group>
+template <bool kLengths, typename Scalar, typename Group>
 DFF_HD void composite_forward_ray(const CompositeForward<Scalar>& p, int64_t ray, const Group& group) {
   const int64_t begin = p.offsets[ray];
   const int64_t end = composite_end(p.offsets[ray + 1], p.n_samples);
@@ -81,7 +90,7 @@ DFF_HD void composite_forward_ray(const CompositeForward<Scalar>& p, int64_t ray
   Scalar depth = 0;
   for (int64_t chunk = begin; chunk < end; chunk += Group::kWidth) {
     const int64_t i = chunk + group.lane();
-    const Scalar tau = i < end ? p.density[i] * p.step : Scalar(0);
+    const Scalar tau = i < end ? p.density[i] * sample_length<kLengths>(p, i) : Scalar(0);
     Scalar total;
     const Scalar before = passed + group.exclusive_sum(tau, &total);
     passed += total;
@@ -117,17 +126,17 @@ DFF_HD void composite_forward_ray(const CompositeForward<Scalar>& p, int64_t ray
 }
 
 // With g_i the gradient with respect to weight_i through weights, depth and accumulated:
-//   d/d density_i = step * (T_{i+1} g_i - sum_{j>i} g_j weight_j + grad_opacity * T_end).
+//   d/d density_i = length_i * (T_{i+1} g_i - sum_{j>i} g_j weight_j + grad_opacity * T_end).
 // Opacity is 1 - T_end, so its gradient is the same for every sample of a ray; put into g it would come out as the
 // difference of two large numbers.
-template <typename Scalar, typename Group>
+template <bool kLengths, typename Scalar, typename Group>
 DFF_HD void composite_backward_ray(const CompositeBackward<Scalar>& p, int64_t ray, const Group& group) {
   const int64_t begin = p.offsets[ray];
   const int64_t end = composite_end(p.offsets[ray + 1], p.n_samples);
   Scalar passed = 0;
   for (int64_t chunk = begin; chunk < end; chunk += Group::kWidth) {
     const int64_t i = chunk + group.lane();
-    const Scalar tau = i < end ? p.density[i] * p.step : Scalar(0);
+    const Scalar tau = i < end ? p.density[i] * sample_length<kLengths>(p, i) : Scalar(0);
     Scalar total;
     const Scalar before = passed + group.exclusive_sum(tau, &total);
     passed += total;
@@ -156,7 +165,8 @@ DFF_HD void composite_backward_ray(const CompositeBackward<Scalar>& p, int64_t r
     Scalar total;
     const Scalar suffix = behind + group.exclusive_sum(grad * weight, &total);
     behind += total;
-    if (i >= begin) p.grad_density[i] = p.step * (p.grad_density[i] * grad - suffix + from_opacity);
+    if (i >= begin)
+      p.grad_density[i] = sample_length<kLengths>(p, i) * (p.grad_density[i] * grad - suffix + from_opacity);
   }
 }
 

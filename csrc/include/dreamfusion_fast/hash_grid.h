@@ -13,17 +13,8 @@ namespace dff {
 constexpr int kCorners = 8;
 constexpr int32_t kMaxResolution = 1 << 24;  // as far as a float32 counts in ones
 
-// Loops over corners and edges have to disappear: only then do their arrays become registers, and only then does the
-// compiler vectorise the loop over samples around them.
-#if defined(__CUDACC__)
-#define DFF_UNROLL _Pragma("unroll")
-#elif defined(__clang__)
-#define DFF_UNROLL _Pragma("clang loop unroll(full)")
-#elif defined(__GNUC__)
-#define DFF_UNROLL _Pragma("GCC unroll 8")
-#else
-#define DFF_UNROLL
-#endif
+// Loops over corners and edges have to disappear (DFF_UNROLL): only then do their arrays become registers, and only
+// then does the compiler vectorise the loop over samples around them.
 
 // The levels of a grid, as every op below takes them.
 struct HashGridLevels {

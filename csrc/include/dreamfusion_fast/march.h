@@ -1,11 +1,21 @@
-// Marching rays through the occupancy grid: equally spaced samples, those in empty cells left out.
+// Marching rays through the occupancy grid: equally spaced samples, or samples at the distances of a table, those in
+// empty cells left out.
 //
 // The set of samples is defined by visiting every k = 0, 1, 2, ...: t_k = t_near + (k + u) step, kept when t_k < t_far
-// and the cell of origin + t_k direction is occupied. Empty space is crossed in one go, by cells and by blocks of
-// cells, without changing that set by a bit: the index of a cell along one axis is a chain of rounded operations each
-// of which is monotone in k, so it is monotone itself. Hence if samples k and n - 1 lie in the same cell (block), so do
-// all between them, and where the analytic exit of the cell suggests to go on with sample n, looking up sample n - 1
-// proves or refutes it. The same holds for a ray that has yet to enter the box along some axis.
+// and the cell of origin + t_k direction is occupied. With a table of distances d_0 < d_1 < ..., the same for all rays,
+// t_k = d_k + u (d_{k+1} - d_k), kept when t_near <= t_k, too. Empty space is crossed in one go, by cells and by blocks
+// of cells, without changing that set by a bit: the index of a cell along one axis is a chain of rounded operations
+// each of which is monotone in k, so it is monotone itself. Hence if samples k and n - 1 lie in the same cell (block),
+// so do all between them, and where the analytic exit of the cell suggests to go on with sample n, looking up sample n
+// - 1 proves or refutes it. The same holds for a ray that has yet to enter the box along some axis.
+//
+// Scenes larger than an object have C cascades of the grid (Mueller et al. 2022, appendix E.1): cascade c, with as many
+// cells, spans the box grown 2^c times about its centre. A sample is looked up in the first cascade whose box it is in.
+// A place p along an axis, in cells of cascade 0, is q_c = (p - R / 2) / 2^c + R / 2 in those of cascade c: monotone
+// again. And who is outside of cascade c on one side of one axis, is so for all before c: the sign of a sum survives
+// rounding, and at the upper side R / 2 is far more than what is rounded. Hence samples between k and n - 1 belong to
+// cascade c and one group of its cells if both ends do, and if both ends are outside of cascade c - 1 on the same side
+// of the same axis.
 #pragma once
 
 #include "dreamfusion_fast/common.h"
@@ -32,27 +42,38 @@ struct MarchRays {
   const T* t_near;          // [n_rays] +-inf or NaN: no samples
   const T* t_far;           // [n_rays]
   const T* aabb;            // [6] xmin, ymin, zmin, xmax, ymax, zmax; nothing outside it is occupied
-  const uint8_t* bitfield;  // [ceil(resolution^3 / 8)] bit i of byte b is cell 8 b + i; nullptr: all cells are occupied
-  const uint8_t* blocks;  // [ceil(resolution / 8)^3] whether any cell of the block is occupied; unused without bitfield
-  T step;
-  int32_t resolution;
-  int32_t low[3];  // the box of cells in which all occupied ones lie, low <= cell < high: the whole grid, or less where
-  int32_t high[3];  // finding it costs less than what it saves
+  const T* distances;       // [n_steps + 1] rising; nullptr: equal steps from t_near on
+  const uint8_t* bitfield;  // [ceil(cascades * resolution^3 / 8)] bit i of byte b is cell 8 b + i; nullptr: all cells
+                            // are occupied
+  const uint8_t* blocks;    // [cascades * ceil(resolution / 8)^3] whether any cell of the block is occupied; unused
+                            // without bitfield
+  T step;                   // unused with distances
+  int32_t n_steps;          // at most so many samples a ray
+  int32_t resolution;       // even with several cascades
+  int32_t cascades;
+  int32_t low[3];   // the box of the last cascade's cells in which all occupied ones lie, low <= cell < high: the whole
+  int32_t high[3];  // grid, or with one cascade less, where finding it costs less than what it saves
   bool jitter;      // u uniform in [0, 1) per ray instead of 0.5
   uint64_t seed;
   int64_t n_rays;
+
+  // Whether more than one grid and equal steps is asked for.
+  bool wide() const { return distances != nullptr || cascades > 1; }
 };
 
 struct MarchBlocks {
-  const uint8_t* bitfield;  // [ceil(resolution^3 / 8)]
-  uint8_t* blocks;          // [ceil(resolution / 8)^3]
+  const uint8_t* bitfield;  // [ceil(cascades * resolution^3 / 8)]
+  uint8_t* blocks;          // [cascades * ceil(resolution / 8)^3]
   int32_t resolution;
+  int32_t cascades;
 
-  DFF_HD void operator()(int64_t block) const {
+  DFF_HD void operator()(int64_t index) const {
     const int32_t n = blocks_along(resolution);
-    const int32_t x0 = static_cast<int32_t>(block / (n * n)) * kBlock;
-    const int32_t y0 = static_cast<int32_t>(block / n % n) * kBlock;
-    const int32_t z0 = static_cast<int32_t>(block % n) * kBlock;
+    const int32_t cascade = static_cast<int32_t>(index / (n * n * n));
+    const int32_t block = static_cast<int32_t>(index % (n * n * n));
+    const int32_t x0 = block / (n * n) * kBlock;
+    const int32_t y0 = block / n % n * kBlock;
+    const int32_t z0 = block % n * kBlock;
     const int32_t x1 = x0 + kBlock < resolution ? x0 + kBlock : resolution;
     const int32_t y1 = y0 + kBlock < resolution ? y0 + kBlock : resolution;
     const int32_t z1 = z0 + kBlock < resolution ? z0 + kBlock : resolution;
@@ -60,7 +81,7 @@ struct MarchBlocks {
     unsigned any = 0;
     for (int32_t x = x0; x < x1 && any == 0; ++x) {
       for (int32_t y = y0; y < y1; ++y) {
-        const int32_t row = (x * resolution + y) * resolution;
+        const int32_t row = ((cascade * resolution + x) * resolution + y) * resolution;
         if (rows_are_bytes) {
           any |= bitfield[(row + z0) >> 3];
         } else {
@@ -68,17 +89,23 @@ struct MarchBlocks {
         }
       }
     }
-    blocks[block] = any != 0;
+    blocks[index] = any != 0;
   }
 };
 
-template <typename T>
+// Its loops over axes have to be unrolled, and no array indexed by what is known only when running: nvcc would put
+// them, and the rays' struct with them, into local memory.
+//
+// kWide: with cascades or a table of distances, as rays.wide() tells. The marcher for one grid and equal steps does
+// without what they cost.
+template <typename T, bool kWide>
 class RayMarcher {
  public:
   DFF_HD RayMarcher(const MarchRays<T>& rays, int64_t ray)
       : rays_(rays), t_near_(rays.t_near[ray]), t_far_(rays.t_far[ray]) {
     bool moves = false;
-    skips_cells_ = false;
+    least_scale_ = T(INFINITY);
+    DFF_UNROLL
     for (int axis = 0; axis < 3; ++axis) {
       origin_[axis] = rays.origins[3 * ray + axis];
       direction_[axis] = rays.directions[3 * ray + axis];
@@ -87,7 +114,7 @@ class RayMarcher {
       cell_time_[axis] = T(1) / (scale_[axis] * direction_[axis]);
       low_time_[axis] = (low_[axis] - origin_[axis]) / direction_[axis];
       moves = moves || direction_[axis] != T(0);
-      skips_cells_ = skips_cells_ || rays.step * scale_[axis] < kWorthSkipping;
+      least_scale_ = scale_[axis] < least_scale_ ? scale_[axis] : least_scale_;
     }
     valid_ = moves && t_near_ - t_near_ == T(0);
     inverse_step_ = T(1) / rays.step;
@@ -99,24 +126,26 @@ class RayMarcher {
   DFF_HD void each_sample(int32_t first, Visit&& visit) const {
     if (!valid_) return;
     T place[3];
-    for (int32_t k = first; k < kMaxSteps;) {
+    for (int32_t k = begin(first); k < rays_.n_steps;) {
       const T t = distance(k);
       if (!(t < t_far_)) return;
       locate(t, place);
-      if (!inside(place)) {
+      const Cascade cascade = cascade_of(place);
+      if (cascade.index < 0) {
         k = next_towards_box(k, place);
         if (k < 0) return;
         continue;
       }
       if (rays_.bitfield != nullptr) {
-        const int32_t cell[3] = {static_cast<int32_t>(place[0]), static_cast<int32_t>(place[1]),
-                                 static_cast<int32_t>(place[2])};
-        if (!block_occupied(cell)) {
-          k = next_after(k, cell, kBlock);
+        const int32_t cell[3] = {static_cast<int32_t>(within(cascade, place[0])),
+                                 static_cast<int32_t>(within(cascade, place[1])),
+                                 static_cast<int32_t>(within(cascade, place[2]))};
+        if (!block_occupied(cascade, cell)) {
+          k = next_after(k, place, cascade, cell, kBlock);
           continue;
         }
-        if (!occupied(cell)) {
-          k = skips_cells_ ? next_after(k, cell, 1) : k + 1;
+        if (!occupied(cascade, cell)) {
+          k = worth_skipping(k, cascade) ? next_after(k, place, cascade, cell, 1) : k + 1;
           continue;
         }
       }
@@ -127,43 +156,124 @@ class RayMarcher {
 
   // Whether sample k is kept, found without its neighbours, and its distance.
   DFF_HD bool keeps(int32_t k, T* t) const {
+    if (!valid_ || k >= rays_.n_steps) return false;
     *t = distance(k);
-    if (!valid_ || k >= kMaxSteps || !(*t < t_far_)) return false;
+    if (!(*t < t_far_) || (from_table() && *t < t_near_)) return false;
     T place[3];
     locate(*t, place);
-    if (!inside(place)) return false;
+    const Cascade cascade = cascade_of(place);
+    if (cascade.index < 0) return false;
     if (rays_.bitfield == nullptr) return true;
-    const int32_t cell[3] = {static_cast<int32_t>(place[0]), static_cast<int32_t>(place[1]),
-                             static_cast<int32_t>(place[2])};
-    return occupied(cell);
+    const int32_t cell[3] = {static_cast<int32_t>(within(cascade, place[0])),
+                             static_cast<int32_t>(within(cascade, place[1])),
+                             static_cast<int32_t>(within(cascade, place[2]))};
+    return occupied(cascade, cell);
   }
 
- private:
-  DFF_HD T distance(int32_t k) const { return t_near_ + (static_cast<T>(k) + offset_) * rays_.step; }
+  // The length of sample k.
+  DFF_HD T length(int32_t k) const { return from_table() ? rays_.distances[k + 1] - rays_.distances[k] : rays_.step; }
 
-  // The place in units of cells.
+ private:
+  struct Cascade {
+    int32_t index;  // -1: outside of all
+    T shrink;       // 2^-index
+  };
+
+  DFF_HD bool from_table() const { return kWide && rays_.distances != nullptr; }
+
+  DFF_HD T distance(int32_t k) const {
+    if (from_table()) {
+      const T end = rays_.distances[k + 1];
+      const T t = rays_.distances[k] + offset_ * (end - rays_.distances[k]);
+      return t < end ? t : end;  // whatever was rounded, the distances never fall
+    }
+    return t_near_ + (static_cast<T>(k) + offset_) * rays_.step;
+  }
+
+  // The first sample from `first` on that is not before t_near.
+  DFF_HD int32_t begin(int32_t first) const {
+    if (!from_table() || first >= rays_.n_steps || distance(first) >= t_near_) return first;
+    return first_between(first, rays_.n_steps, t_near_);
+  }
+
+  // The first sample at or after t; sample `before` is known to be before it, sample `end` not to be.
+  DFF_HD int32_t first_between(int32_t before, int32_t end, T t) const {
+    while (end - before > 1) {
+      const int32_t middle = before + (end - before) / 2;
+      if (distance(middle) < t) {
+        before = middle;
+      } else {
+        end = middle;
+      }
+    }
+    return end;
+  }
+
+  // The place in units of cells of cascade 0.
   DFF_HD void locate(T t, T place[3]) const {
+    DFF_UNROLL
     for (int axis = 0; axis < 3; ++axis) {
       place[axis] = (origin_[axis] + t * direction_[axis] - low_[axis]) * scale_[axis];
     }
   }
 
-  DFF_HD bool inside(const T place[3]) const {
-    return inside_along(0, place[0]) && inside_along(1, place[1]) && inside_along(2, place[2]);
+  // The same in units of cells of another cascade.
+  DFF_HD T within(const Cascade& cascade, T place) const {
+    if (!kWide || cascade.shrink == T(1)) return place;
+    const T half = static_cast<T>(rays_.resolution) * T(0.5);
+    return (place - half) * cascade.shrink + half;
   }
 
+  // About the way back: good enough for a suggestion.
+  DFF_HD T place_of(const Cascade& cascade, T cells) const {
+    if (!kWide || cascade.shrink == T(1)) return cells;
+    const T half = static_cast<T>(rays_.resolution) * T(0.5);
+    return (cells - half) / cascade.shrink + half;
+  }
+
+  DFF_HD Cascade last_cascade() const {
+    if (!kWide) return {0, T(1)};
+    return {rays_.cascades - 1, T(1) / static_cast<T>(1 << (rays_.cascades - 1))};
+  }
+
+  // The first cascade whose box holds the place.
+  DFF_HD Cascade cascade_of(const T place[3]) const {
+    Cascade cascade = {0, T(1)};
+    if (kWide) {
+      for (; cascade.index < rays_.cascades - 1; ++cascade.index, cascade.shrink *= T(0.5)) {
+        if (in_grid(within(cascade, place[0])) && in_grid(within(cascade, place[1])) &&
+            in_grid(within(cascade, place[2]))) {
+          return cascade;
+        }
+      }
+    }
+    const bool inside = inside_along(0, within(cascade, place[0])) && inside_along(1, within(cascade, place[1])) &&
+                        inside_along(2, within(cascade, place[2]));
+    if (!inside) cascade.index = -1;
+    return cascade;
+  }
+
+  DFF_HD bool in_grid(T place) const { return place >= T(0) && place < static_cast<T>(rays_.resolution); }
+
+  // In the box of the last cascade, or what is occupied of it.
   DFF_HD bool inside_along(int axis, T place) const {
     return place >= static_cast<T>(rays_.low[axis]) && place < static_cast<T>(rays_.high[axis]);
   }
 
-  DFF_HD bool occupied(const int32_t cell[3]) const {
-    const int32_t index = (cell[0] * rays_.resolution + cell[1]) * rays_.resolution + cell[2];
+  DFF_HD bool occupied(const Cascade& cascade, const int32_t cell[3]) const {
+    const int32_t x = kWide ? cascade.index * rays_.resolution + cell[0] : cell[0];
+    const int32_t index = (x * rays_.resolution + cell[1]) * rays_.resolution + cell[2];
     return (rays_.bitfield[index >> 3] >> (index & 7)) & 1;
   }
 
-  DFF_HD bool block_occupied(const int32_t cell[3]) const {
+  DFF_HD bool block_occupied(const Cascade& cascade, const int32_t cell[3]) const {
     const int32_t n = blocks_along(rays_.resolution);
-    return rays_.blocks[((cell[0] / kBlock) * n + cell[1] / kBlock) * n + cell[2] / kBlock];
+    const int32_t x = kWide ? cascade.index * n + cell[0] / kBlock : cell[0] / kBlock;
+    return rays_.blocks[(x * n + cell[1] / kBlock) * n + cell[2] / kBlock];
+  }
+
+  DFF_HD bool worth_skipping(int32_t k, const Cascade& cascade) const {
+    return length(k) * least_scale_ * (kWide ? cascade.shrink : T(1)) < kWorthSkipping;
   }
 
   // About the distance at which the ray is `cells` cells from the low corner along one axis: good enough to suggest
@@ -172,6 +282,16 @@ class RayMarcher {
 
   // About the first sample at or after distance t; at least k + 1.
   DFF_HD int32_t first_from(T t, int32_t k) const {
+    if (from_table()) {
+      // What is skipped is short as a rule: look close by first.
+      int32_t before = k;
+      int32_t stride = 1;
+      while (stride < rays_.n_steps - before && distance(before + stride) < t) {
+        before += stride;
+        stride *= 2;
+      }
+      return first_between(before, stride < rays_.n_steps - before ? before + stride : rays_.n_steps, t);
+    }
     const T n = (t - t_near_) * inverse_step_ - offset_;
     if (!(n > static_cast<T>(k + 1))) return k + 1;
     return n < static_cast<T>(kMaxSteps) ? static_cast<int32_t>(n) + 1 : kMaxSteps;
@@ -180,36 +300,60 @@ class RayMarcher {
   // The sample to go on with after sample k, which is in an empty group of `size`^3 cells (1 or kBlock). Sample n - 1
   // being in that group too is what allows to go on with n; rounding may have put n too far by one, and then the one
   // before is tried.
-  DFF_HD int32_t next_after(int32_t k, const int32_t cell[3], int32_t size) const {
+  DFF_HD int32_t next_after(int32_t k, const T place[3], const Cascade& cascade, const int32_t cell[3],
+                            int32_t size) const {
     T leave = T(INFINITY);
+    DFF_UNROLL
     for (int axis = 0; axis < 3; ++axis) {
       if (direction_[axis] == T(0)) continue;
       const int32_t low_wall = cell[axis] / size * size;
-      const T t = crossing(axis, static_cast<T>(direction_[axis] > T(0) ? low_wall + size : low_wall));
+      const T wall = static_cast<T>(direction_[axis] > T(0) ? low_wall + size : low_wall);
+      const T t = crossing(axis, place_of(cascade, wall));
       leave = t < leave ? t : leave;
     }
     int32_t n = first_from(leave, k);
     for (int attempt = 0; attempt < 2 && n > k + 1; ++attempt, --n) {
       T last[3];
       locate(distance(n - 1), last);
-      if (inside(last) && static_cast<int32_t>(last[0]) / size == cell[0] / size &&
-          static_cast<int32_t>(last[1]) / size == cell[1] / size &&
-          static_cast<int32_t>(last[2]) / size == cell[2] / size) {
-        return n;
+      bool same = outside_of_finer(cascade, place, last);
+      DFF_UNROLL
+      for (int axis = 0; axis < 3; ++axis) {
+        const T own = within(cascade, last[axis]);
+        same = same && (kWide ? in_grid(own) : inside_along(axis, own)) &&
+               static_cast<int32_t>(own) / size == cell[axis] / size;
       }
+      if (same) return n;
     }
     return k + 1;
   }
 
+  // Whether all places between two are outside of the cascades before this one, as both of them are.
+  DFF_HD bool outside_of_finer(const Cascade& cascade, const T one[3], const T other[3]) const {
+    if (!kWide || cascade.index == 0) return true;
+    const Cascade finer = {cascade.index - 1, cascade.shrink * T(2)};
+    const T high = static_cast<T>(rays_.resolution);
+    DFF_UNROLL
+    for (int axis = 0; axis < 3; ++axis) {
+      const T a = within(finer, one[axis]);
+      const T b = within(finer, other[axis]);
+      if ((a < T(0) && b < T(0)) || (a >= high && b >= high)) return true;
+    }
+    return false;
+  }
+
   // The same for sample k outside the box; -1 when the ray does not come (back) in.
   DFF_HD int32_t next_towards_box(int32_t k, const T place[3]) const {
+    const Cascade box = last_cascade();
     int last_axis = -1;
     T enter = -T(INFINITY);
+    DFF_UNROLL
     for (int axis = 0; axis < 3; ++axis) {
-      if (inside_along(axis, place[axis])) continue;
-      const bool approaches = before_box(axis, place[axis]);
+      const T own = within(box, place[axis]);
+      if (inside_along(axis, own)) continue;
+      const bool approaches = before_box(axis, own);
       if (!approaches) return -1;
-      const T t = crossing(axis, static_cast<T>(direction_[axis] > T(0) ? rays_.low[axis] : rays_.high[axis]));
+      const T wall = static_cast<T>(direction_[axis] > T(0) ? rays_.low[axis] : rays_.high[axis]);
+      const T t = crossing(axis, place_of(box, wall));
       if (last_axis < 0 || t > enter) {
         enter = t;
         last_axis = axis;
@@ -219,7 +363,10 @@ class RayMarcher {
     for (int attempt = 0; attempt < 2 && n > k + 1; ++attempt, --n) {
       T last[3];
       locate(distance(n - 1), last);
-      if (before_box(last_axis, last[last_axis])) return n;
+      DFF_UNROLL
+      for (int axis = 0; axis < 3; ++axis) {
+        if (axis == last_axis && before_box(axis, within(box, last[axis]))) return n;
+      }
     }
     return k + 1;
   }
@@ -236,12 +383,12 @@ class RayMarcher {
   T scale_[3];      // cells per unit of length
   T cell_time_[3];  // distance along the ray from one wall to the next, signed
   T low_time_[3];   // distance along the ray to the box's low side
+  T least_scale_;
   T inverse_step_;
   T t_near_;
   T t_far_;
   T offset_;
   bool valid_;
-  bool skips_cells_;
 };
 
 template <typename T>
@@ -250,10 +397,11 @@ struct MarchCount {
   int32_t* counts;  // [n_rays]
   int32_t* firsts;  // [n_rays] k of the ray's first sample, for MarchWrite to begin at
 
-  DFF_HD void operator()(int64_t ray) const {
+  template <bool kWide>
+  DFF_HD void march(int64_t ray) const {
     int32_t count = 0;
     int32_t first = 0;
-    RayMarcher<T>(rays, ray).each_sample(0, [&](int32_t k, T) {
+    RayMarcher<T, kWide>(rays, ray).each_sample(0, [&](int32_t k, T) {
       if (count++ == 0) first = k;
       return true;
     });
@@ -268,19 +416,30 @@ struct MarchWrite {
   const int32_t* firsts;   // [n_rays]
   const int32_t* offsets;  // [n_rays + 1] prefix sum of the counts
   T* t;                    // [capacity]
+  T* lengths;              // [capacity]; nullptr without distances
   int32_t* ray_indices;    // [capacity]
   int64_t capacity;        // samples that do not fit are not written
 
-  DFF_HD void operator()(int64_t ray) const {
+  template <bool kWide>
+  DFF_HD void march(int64_t ray) const {
     int64_t place = offsets[ray];
     const int64_t end = offsets[ray + 1] < capacity ? offsets[ray + 1] : capacity;
     if (place >= end) return;
-    RayMarcher<T>(rays, ray).each_sample(firsts[ray], [&](int32_t, T distance) {
+    const RayMarcher<T, kWide> marcher(rays, ray);
+    marcher.each_sample(firsts[ray], [&](int32_t k, T distance) {
       t[place] = distance;
+      if (kWide && lengths != nullptr) lengths[place] = marcher.length(k);
       ray_indices[place] = static_cast<int32_t>(ray);
       return ++place < end;
     });
   }
+};
+
+// An op on each ray, for one of the two marchers.
+template <typename Op, bool kWide>
+struct MarchEach {
+  Op op;
+  DFF_HD void operator()(int64_t ray) const { op.template march<kWide>(ray); }
 };
 
 DFF_LAUNCHER(Status march_blocks(const MarchBlocks& op, const Launch& launch);)

@@ -14,6 +14,7 @@ struct MarchTile {
   const int32_t* offsets;    // [n_rays + 1], prefix sum of the counts, or of fewer: then each ray's first samples
   const int32_t* ray_range;  // [2], the rays with samples in this tile: first, and one past the last
   T* t;                      // [capacity], out
+  T* lengths;                // [capacity], out; nullptr without distances
   View<T> positions;         // [capacity, 3], out, in the box scaled to [0, 1]^3
   int64_t first;             // the tile's samples are first <= i < first + capacity
   int64_t capacity;
@@ -25,8 +26,10 @@ struct MarchTile {
     return stop < capacity ? stop : capacity;
   }
 
-  DFF_HD void write(int64_t ray, int64_t place, T distance) const {
+  template <bool kWide>
+  DFF_HD void write(const RayMarcher<T, kWide>& marcher, int64_t ray, int64_t place, int32_t k, T distance) const {
     t[place] = distance;
+    if (kWide && lengths != nullptr) lengths[place] = marcher.length(k);
     for (int axis = 0; axis < 3; ++axis) {
       const T low = rays.aabb[axis];
       const T position = rays.origins[3 * ray + axis] + distance * rays.directions[3 * ray + axis];
@@ -34,12 +37,14 @@ struct MarchTile {
     }
   }
 
-  DFF_HD void operator()(int64_t ray) const {
+  template <bool kWide>
+  DFF_HD void march(int64_t ray) const {
     int64_t place = start(ray);
     const int64_t stop = end(ray);
     if (place >= stop) return;
-    RayMarcher<T>(rays, ray).each_sample(firsts[ray], [&](int32_t, T distance) {
-      if (place >= 0) write(ray, place, distance);
+    const RayMarcher<T, kWide> marcher(rays, ray);
+    marcher.each_sample(firsts[ray], [&](int32_t k, T distance) {
+      if (place >= 0) write(marcher, ray, place, k, distance);
       return ++place < stop;
     });
   }

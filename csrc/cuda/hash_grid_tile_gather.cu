@@ -113,8 +113,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int axis = 0; axis < 3; ++axis) sum[axis] += gradient[axis];
   }
-#pragma unroll
-  for (int axis = 0; axis < 3; ++axis) store_element(op.gradient, sample, axis, sum[axis]);
+  store_vector(op.gradient, sample, sum);
 }
 
 unsigned blocks_for(const HashGridTile& tile) {

@@ -81,9 +81,13 @@ __device__ __forceinline__ bool any(const Scalar (&values)[kCount]) {
 }
 
 template <int kChannels, int kCount, typename Scalar>
-__device__ __forceinline__ void take(const Scalar (&chunk)[kChannels][kCount], int i, Scalar (&values)[kChannels]) {
+__device__ __forceinline__ void take(Scalar (&chunk)[kChannels][kCount], Scalar (&values)[kChannels]) {
 #pragma unroll
-  for (int channel = 0; channel < kChannels; ++channel) values[channel] = chunk[channel][i];
+  for (int channel = 0; channel < kChannels; ++channel) {
+    values[channel] = chunk[channel][0];
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) chunk[channel][i - 1] = chunk[channel][i];
+  }
 }
 
 template <typename Scalar, int kFeatures>
@@ -94,7 +98,8 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(const HashGridTileSca
   if (begin >= n_samples) return;
   const uint32_t end = min(begin + run_length, n_samples);
   const uint32_t capacity = static_cast<uint32_t>(op.tile.levels.n_samples);
-  const int index = static_cast<int>(blockIdx.y), column = static_cast<int>(blockIdx.z) * kColumns;
+  const int index = static_cast<int>(blockIdx.y);
+  const int column = kColumns == kFeatures ? 0 : static_cast<int>(blockIdx.z) * kColumns;
   const HashGridLevel level = hash_grid_level(op.tile.levels, index);
   if (level.rows == 0) return;
   Scalar* grad_table = static_cast<Scalar*>(op.grad_table);
@@ -107,8 +112,8 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(const HashGridTileSca
     Scalar grads[kColumns][kCount] = {}, along_grads[kColumns][kCount] = {};
 #pragma unroll
     for (int axis = 0; axis < 3; ++axis) {
-      load_chunk(op.tile.positions, wide, first, end, axis, positions[axis]);
-      if (has_second) load_chunk(op.direction, wide, first, end, axis, directions[axis]);
+      load_chunk(of_scalar<Scalar>(op.tile.positions), wide, first, end, axis, positions[axis]);
+      if (has_second) load_chunk(of_scalar<Scalar>(op.direction), wide, first, end, axis, directions[axis]);
     }
 #pragma unroll
     for (int f = 0; f < kColumns; ++f) {
@@ -116,14 +121,14 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(const HashGridTileSca
       if (has_first) load_chunk(op.grad_features, wide, first, end, channel, grads[f]);
       if (has_second) load_chunk(op.grad_of_along, wide, first, end, channel, along_grads[f]);
     }
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < kCount; ++i) {
       if (first + i >= end) break;
       Scalar position[3], direction[3], grad[kColumns], along_grad[kColumns];
-      take(positions, i, position);
-      take(directions, i, direction);
-      take(grads, i, grad);
-      take(along_grads, i, along_grad);
+      take(positions, position);
+      take(directions, direction);
+      take(grads, grad);
+      take(along_grads, along_grad);
       const bool second = any(along_grad) && any(direction);
       if (!second && !any(grad)) continue;  // an empty sample beyond a surface, say: it costs no atomics
       HashGridAxis<Scalar> axes[3];

@@ -49,10 +49,25 @@ __device__ __forceinline__ void store_element(const TileArray& array, uint32_t s
   }
 }
 
+// The same array for the compiler, which now knows its type: that of positions, directions and gradients by positions.
+template <typename Scalar>
+__device__ __forceinline__ TileArray of_scalar(TileArray array) {
+  array.type = std::is_same_v<Scalar, double> ? ElementType::kFloat64 : ElementType::kFloat32;
+  return array;
+}
+
 template <typename Scalar>
 __device__ __forceinline__ void load_vector(const TileArray& array, uint32_t sample, Scalar (&vector)[3]) {
+  const TileArray known = of_scalar<Scalar>(array);
 #pragma unroll
-  for (int axis = 0; axis < 3; ++axis) vector[axis] = load_element<Scalar>(array, sample, axis);
+  for (int axis = 0; axis < 3; ++axis) vector[axis] = load_element<Scalar>(known, sample, axis);
+}
+
+template <typename Scalar>
+__device__ __forceinline__ void store_vector(const TileArray& array, uint32_t sample, const Scalar (&vector)[3]) {
+  const TileArray known = of_scalar<Scalar>(array);
+#pragma unroll
+  for (int axis = 0; axis < 3; ++axis) store_element(known, sample, axis, vector[axis]);
 }
 
 // The channels [channel, channel + kCount) of a sample: in one go if `row`, that is, where has_rows() holds.

@@ -10,7 +10,7 @@ not have are None. What is kept of a hidden layer, ``kept``, is what its activat
 ReLU's output, or a smooth activation's argument.
 """
 
-# Compile-time constants are capitals, as everywhere in Triton; its language has no types to annotate, and few ternaries.
+# Compile-time constants are capitals, as everywhere in Triton, whose language has no types to annotate.
 # ruff: noqa: N803, N806, SIM108
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -230,7 +230,6 @@ def forward_kernel(
         weight = _weight(w1, weight_1, WIDTH, WIDTH, COLS, D_IN, OPERAND, RESIDENT)
         kept_1 = _kept(_layer(h, weight, bias_1, WIDTH, BIAS), ACTIVATION, OPERAND)
         h = _hidden(kept_1, ACTIVATION, OPERAND)
-        kept_last = kept_1
         if LAYERS > 1:
             weight = _weight(w2, weight_2, WIDTH, WIDTH, WIDTH, WIDTH, OPERAND, RESIDENT)
             kept_2 = _kept(_layer(h, weight, bias_2, WIDTH, BIAS), ACTIVATION, OPERAND)

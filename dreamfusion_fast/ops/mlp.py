@@ -1,4 +1,4 @@
-"""A small fused MLP, as it stands behind a hash grid in a NeRF field, and the gradient of its first output to its input.
+"""A fused MLP, as it stands behind a hash grid in a NeRF field, and the gradient of its first output by its input.
 
     y = W_L a(... a(W_1 x + b_1) ...) + b_L,    v = d y_0 / d x = W_1^T D_1 W_2^T D_2 ... w
 
@@ -262,9 +262,7 @@ def _check(
             raise ValueError(f"{where}: weights[{layer}] must have rows and columns, got {list(weight.shape)}")
     double = weights[0].dtype == torch.float64
     if double and precision != "float32":
-        raise ValueError(
-            f"{where}: precision must be float32 with float64 parameters, which have none, got {precision}"
-        )
+        raise ValueError(f"{where}: precision must be float32 where parameters are float64, got {precision!r}")
     kinds = [torch.float64] if double else list(dict.fromkeys((torch.float32, _mlp_torch.OPERANDS[precision])))
     check_tensor(op, "x", x, ["n", weights[0].shape[1]], kinds, like=weights[0])
     if x.shape[0] > _mlp_launch.MAX_ROWS:

@@ -19,7 +19,8 @@ struct TileArray {
   ElementType type = ElementType::kFloat32;
 };
 
-// Everything below is computed in float64 if the positions are, and then every array is; else in float32.
+// Everything below is computed in the type of the positions, which directions and gradients by positions share:
+// float64, which every other array then has, too, or float32.
 struct HashGridTile {
   HashGridLevels levels;           // n_samples: at most kMaxTileSamples
   const int32_t* count = nullptr;  // on the GPU: only samples below it are touched; null: all

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from peers import NerfaccGridEncoder, NerfaccTcnn, Unavailable
+import torch
+from peers import NerfaccGridEncoder, NerfaccTcnn, UnavailableError
 from torch import Tensor, nn
 from workload import RESOLUTION, Scene
 
@@ -15,7 +16,7 @@ OURS = ("native", "reference")
 PEERS = {"nerfacc": NerfaccGridEncoder, "nerfacc+tcnn": NerfaccTcnn}
 NAMES = (*OURS, *PEERS)
 
-__all__ = ["NAMES", "OURS", "Renderer", "Unavailable", "build"]
+__all__ = ["NAMES", "OURS", "Renderer", "UnavailableError", "build"]
 
 
 class Renderer(Protocol):
@@ -41,9 +42,9 @@ class Ours:
         occupancy = OccupancyGrid(resolution=RESOLUTION, backend=backend).to(scene.device)  # type: ignore[arg-type]
         occupancy.set_occupied(scene.occupied)
         budget = {} if memory_budget is None else {"memory_budget": memory_budget}
-        self._renderer = VolumeRenderer(
-            HashGridField(config).to(scene.device), occupancy, RendererConfig(backend=backend, **budget)
-        ).to(scene.device)
+        field = HashGridField(config, generator=torch.Generator().manual_seed(0))
+        renderer = VolumeRenderer(field.to(scene.device), occupancy, RendererConfig(backend=backend, **budget))
+        self._renderer = renderer.to(scene.device)
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self._renderer.parameters())
@@ -55,7 +56,7 @@ class Ours:
 
 
 def build(name: str, scene: Scene, mlp_dtype: str, memory_budget: int | None) -> Renderer:
-    """The renderer `name` of the scene. Raises Unavailable if its packages are not there."""
+    """The renderer `name` of the scene. Raises UnavailableError if its packages are not there."""
     if name in PEERS:
         return PEERS[name](scene)
     return Ours(scene, name, mlp_dtype, memory_budget)

@@ -6,7 +6,7 @@ compute normals, analytic ones in our backends. Per row:
 - samples: how many the render took;
 - forward, backward, full: milliseconds, each the median over the repeats (12) after 3 warm-up steps, by CUDA events on
   a GPU. Parameter gradients are cleared before each step, and each step begins with an idle GPU;
-- graph: the full step replayed as a CUDA graph, for the sizes of --captured; its gradients are compared with the step's;
+- graph: the full step replayed as a CUDA graph, for the sizes of --captured, after a look at its gradients;
 - peak MB: what torch had allocated at the worst moment above what was there before the first render (parameters, rays,
   grid, the image's gradient), in forward as it is, in backward less the bytes of the parameters' gradients, of one step
   of its own. with grads: the same without that subtraction, which is how the peers' figures were taken;
@@ -79,17 +79,15 @@ class Row:
 
 def issue_set() -> list[Case]:
     """Every workload the peers have figures for, 1024^2 on top, and the twins once."""
-    repeats = {1024: 3}
     rows = [(64, 0.5), (128, 0.5), (256, 0.5), (512, 0.5), (64, 1.0), (256, 1.0)]
-    cases = [Case("native", size, radius, shading) for shading in SHADINGS[:2] for size, radius in rows]
-    cases += [Case("reference", 256, 0.5, shading, 3) for shading in SHADINGS[:2]]
-    cases += [
-        Case(peer, size, radius, shading)
-        for peer in backends.PEERS
+    cases = [
+        Case(backend, size, radius, shading)
+        for backend in ("native", *backends.PEERS)
         for shading in SHADINGS[:2]
         for size, radius in rows
     ]
-    return [*cases, Case("native", 1024, 1.0, "lambertian", repeats[1024])]
+    cases += [Case("reference", 256, 0.5, shading, 3) for shading in SHADINGS[:2]]
+    return [*cases, Case("native", 1024, 1.0, "lambertian", 3)]
 
 
 def quick_set() -> list[Case]:
@@ -144,7 +142,7 @@ class Step:
 
 
 def fill(row: Row, device: torch.device, captured: bool) -> None:
-    """Measure a row. Raises Unavailable without a peer's package, and what the renderer raises."""
+    """Measure a row. Raises UnavailableError without a peer's package, and what the renderer raises."""
     scene = make_scene(row.size, row.radius, row.shading, device)
     renderer = backends.build(row.backend, scene, row.mlp_dtype, row.memory_budget)
     step = Step(renderer, scene.image_gradient, row.optimizer)
@@ -205,7 +203,7 @@ def measure(cases: Sequence[Case], args: argparse.Namespace) -> Iterator[Row]:
         left = Memory(device)
         try:
             fill(row, device, captured=device.type == "cuda" and row.size in args.captured)
-        except backends.Unavailable as error:
+        except backends.UnavailableError as error:
             missing.add(case.backend)
             print(f"{case.backend}: no rows, {error}", flush=True)
             continue
@@ -231,9 +229,10 @@ def line(row: Row) -> str:
         return f"{'-' if value is None else format(value, f'.{digits}f'):>{width}}"
 
     times = "".join(number(x, 9, 2) for x in (row.forward_ms, row.backward_ms, row.full_ms, row.captured_ms))
+    held = number(row.held_bytes_per_sample, 9, 1)
     text = (
         f"{row.backend:12} {row.size:5}^2 {row.radius:4} {row.shading:12} {number(row.samples, 10, 0)}{times}"
-        f"{number(row.peak_mb, 10, 1)}{number(row.peak_with_gradients_mb, 12, 1)}{number(row.held_bytes_per_sample, 9, 1)}"
+        f"{number(row.peak_mb, 10, 1)}{number(row.peak_with_gradients_mb, 12, 1)}{held}"
     )
     if row.left_mb is not None and row.left_mb > 1:
         text += f"\n{'':13}{row.left_mb:.1f} MB stay allocated"
@@ -252,9 +251,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--mlp-dtype", help="default: float16 on a GPU, float32 on a CPU")
     parser.add_argument("--memory-budget", type=int, help="bytes, RendererConfig.memory_budget; default: its own")
-    parser.add_argument(
-        "--optimizer", action="store_true", help="end each step with fused Adam; full is then all of it"
-    )
+    parser.add_argument("--optimizer", action="store_true", help="end each step with fused Adam, as part of full")
     parser.add_argument("--captured", type=int, nargs="*", default=[64, 128], help="sizes to capture in a CUDA graph")
     parser.add_argument("--repeats", type=int, help="default: 12, fewer in some rows of a set")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")

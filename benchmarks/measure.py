@@ -14,6 +14,9 @@ from torch import Tensor
 
 MB = 2**20
 
+Measure = Callable[[Callable[[], object], str, str, int], None]
+"""The fixture `measure` of conftest.py: function, group, provider (native or twin), and how many things it works on."""
+
 
 class Clock:
     """Marks points in time: CUDA events on a GPU, the wall clock on a CPU."""

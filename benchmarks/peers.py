@@ -1,19 +1,22 @@
 """The same scene rendered by other people's packages, through their public interfaces, where they are installed.
 
-| name | march and compositing | encoding | MLP | normals |
-|---|---|---|---|---|
-| `nerfacc` | nerfacc >= 0.5 | `gridencoder` (of stable-dreamfusion and torch-ngp) | torch, fp16 autocast | 3 forward differences |
-| `nerfacc+tcnn` | nerfacc >= 0.5 | tiny-cuda-nn's HashGrid | its FullyFusedMLP | 3 forward differences |
+| name | encoding | MLP |
+|---|---|---|
+| `nerfacc` | `gridencoder` of stable-dreamfusion and torch-ngp | torch, fp16 autocast |
+| `nerfacc+tcnn` | tiny-cuda-nn's HashGrid | its FullyFusedMLP |
 
-None of them is needed for anything, and none is a dependency. nerfacc with an encoder of ours would measure neither, so
-there is no such row. Both march with nerfacc's own jitter, so their sample counts differ from ours by a few. Density
-pruning is off, as in the figures of `results/peers-h100.json`.
+Both march and composite with nerfacc >= 0.5.3 and take normals from three forward differences of the density. None of
+them is needed for anything, and none is a dependency. nerfacc with an encoder of ours would measure neither, so there
+is no such row. The jitter is nerfacc's own, so sample counts differ from ours by a few. Density pruning is off, as in
+the figures of `results/peers-h100.json`.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
+from abc import ABC, abstractmethod
+from itertools import pairwise
 from types import ModuleType
 
 import torch
@@ -28,7 +31,7 @@ HIDDEN = 64
 DIFFERENCE = 0.01  # step of the finite differences, scene units
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """A peer's package is not installed, or does not load; says which and why."""
 
 
@@ -36,17 +39,17 @@ def _load(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:  # an extension that was built for another torch fails in many ways
-        raise Unavailable(f"{name} cannot be imported: {type(error).__name__}: {error}") from None
+        raise UnavailableError(f"{name} cannot be imported: {type(error).__name__}: {error}") from None
 
 
-class _Nerfacc:
+class _Nerfacc(ABC):
     """March and compositing by nerfacc, around a field that a subclass gives."""
 
     not_capturable = "nerfacc's march waits for the GPU"
 
     def __init__(self, scene: Scene) -> None:
         if scene.device.type != "cuda":
-            raise Unavailable("nerfacc marches on a GPU only")
+            raise UnavailableError("nerfacc marches on a GPU only")
         self._nerfacc = _load("nerfacc")
         self._scene = scene
         self._shading = Shading.parse(scene.shading)
@@ -54,9 +57,9 @@ class _Nerfacc:
         self._estimator.binaries = scene.occupied[None]
         self._field = self._make_field().to(scene.device)
 
+    @abstractmethod
     def _make_field(self) -> nn.Module:
         """A module from `[m, 3]` in [0, 1]^3 to `[m, 4]`: logits of density and colour."""
-        raise NotImplementedError
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self._field.parameters())
@@ -111,7 +114,7 @@ class _GridEncoderField(nn.Module):
             desired_resolution=FINEST,
         )
         widths = [LEVELS * FEATURES, HIDDEN, HIDDEN, 4]
-        layers = [nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+        layers = [nn.Linear(a, b) for a, b in pairwise(widths)]
         self.mlp = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
     def forward(self, unit: Tensor) -> Tensor:

@@ -4,15 +4,16 @@ and both where there are gradients; time and, on a GPU, memory.
 The inputs are those of the scene in `workload.py` with a ball of radius 0.5. Hash grids: "large", 16 x 2 features, 2^19
 rows, 16 to 2048, and "small", 8 x 2, 2^15 rows, 16 to 128. The twins run at the largest size only.
 
-    pytest benchmarks/bench_ops.py                                  # a GPU at 64^2 and 256^2 rays, or the CPU at 64^2
-    pytest benchmarks/bench_ops.py --sizes 128 -k "hash_grid and large" --benchmark-quiet
-    OMP_NUM_THREADS=2 pytest benchmarks/bench_ops.py --device cpu --out
+    python benchmarks/bench_ops.py                                  # a GPU at 64^2 and 256^2 rays, or the CPU at 64^2
+    python benchmarks/bench_ops.py --sizes 128 -k "hash_grid and large" --benchmark-quiet
+    OMP_NUM_THREADS=2 python benchmarks/bench_ops.py --device cpu --out
 
-The table at the end has them all; pytest-benchmark's own, before it, has the spread of the wall times.
+The options are pytest's, and those of `conftest.py`. The table at the end has them all; pytest-benchmark's own, before it, has the spread of the wall times.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
@@ -150,3 +151,7 @@ def test_occupancy_pack(measure: Measure, device: torch.device, provider: str) -
     grid = torch.rand(RESOLUTION, RESOLUTION, RESOLUTION, device=device)
     threshold = torch.tensor(0.5, device=device)
     measure(lambda: pack(grid, threshold), "occupancy_pack", provider, grid.numel())
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))

@@ -9,7 +9,7 @@ compute normals, analytic ones in our backends. Per row:
 - graph: the full step replayed as a CUDA graph, for the sizes of --captured, after a look at its gradients;
 - peak MB: what torch had allocated at the worst moment above what was there before the first render (parameters, rays,
   grid, the image's gradient), in forward as it is, in backward less the bytes of the parameters' gradients, of one step
-  of its own. with grads: the same without that subtraction, which is how the peers' figures were taken;
+  of its own. with grads: the same without that subtraction, as the peers' figures are defined;
 - bytes: held between forward and backward, per sample (the output image included).
 
     python benchmarks/bench_render.py                       # --set quick

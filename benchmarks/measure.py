@@ -116,12 +116,17 @@ def captured_ms(
             step()
     torch.cuda.current_stream(device).wait_stream(side)
     expected = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+    for parameter in parameters:
+        parameter.grad = None
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
             step()
     except RuntimeError as error:
-        return None, f"not captured: {str(error).strip().splitlines()[0]}"
+        first: BaseException = error  # what broke the capture; to end it fails, too
+        while first.__context__ is not None:
+            first = first.__context__
+        return None, f"not captured: {str(first).strip().splitlines()[0]}"
     got = [parameter.grad for parameter in parameters if parameter.grad is not None]
     for gradient in got:
         gradient.fill_(float("nan"))

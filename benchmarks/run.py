@@ -28,7 +28,7 @@ def main() -> int:
     args = parser.parse_args()
     rows = args.set or ("issue" if args.device == "cuda" else "quick")
     where = ["--device", args.device, "--out", str(args.out)]
-    ops = ["-m", "pytest", str(HERE / "bench_ops.py"), "-q", "--benchmark-quiet", *where]
+    ops = [str(HERE / "bench_ops.py"), "-q", "--benchmark-quiet", *where]
     render = [str(HERE / "bench_render.py"), "--set", rows, *where]
     codes = []
     for command in (ops, render):

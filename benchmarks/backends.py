@@ -43,7 +43,7 @@ class Ours:
         occupancy.set_occupied(scene.occupied)
         budget = {} if memory_budget is None else {"memory_budget": memory_budget}
         field = HashGridField(config, generator=torch.Generator().manual_seed(0))
-        renderer = VolumeRenderer(field.to(scene.device), occupancy, RendererConfig(backend=backend, **budget))
+        renderer = VolumeRenderer(field.to(scene.device), occupancy, RendererConfig(backend=backend, **budget))  # type: ignore[arg-type]
         self._renderer = renderer.to(scene.device)
 
     def parameters(self) -> list[nn.Parameter]:

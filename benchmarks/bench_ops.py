@@ -8,7 +8,8 @@ rows, 16 to 2048, and "small", 8 x 2, 2^15 rows, 16 to 128. The twins run at the
     python benchmarks/bench_ops.py --sizes 128 -k "hash_grid and large" --benchmark-quiet
     OMP_NUM_THREADS=2 python benchmarks/bench_ops.py --device cpu --out
 
-The options are pytest's, and those of `conftest.py`. The table at the end has them all; pytest-benchmark's own, before it, has the spread of the wall times.
+The options are pytest's, and those of `conftest.py`. The table at the end has them all; pytest-benchmark's own, before
+it, has the spread of the wall times (--benchmark-quiet leaves it out).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +41,7 @@ def marched(size: int, device: torch.device) -> Marched:
     return march_scene(size, RADIUS, device)
 
 
-def choose(name: str, provider: str) -> Callable[..., object]:
+def choose(name: str, provider: str) -> Callable[..., Any]:
     """The op, or its twin."""
     return getattr(ops, name if provider == "native" else f"{name}_reference")
 
@@ -63,10 +65,10 @@ def in_mode(mode: str, function: Callable[..., tuple[Tensor, ...]], inputs: list
     return {"forward": forward, "backward": backward, "full": full}[mode]
 
 
-def make_grid(name: str, device: torch.device) -> tuple[list[Tensor], Tensor]:
+def make_grid(name: str, device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Level offsets and resolutions, and a random table."""
-    levels = [x.to(device) for x in ops.hash_grid_layout(*GRIDS[name])]
-    return levels, torch.randn(int(levels[0][-1]), 2, device=device)
+    offsets, resolutions = (x.to(device) for x in ops.hash_grid_layout(*GRIDS[name]))
+    return (offsets, resolutions), torch.randn(int(offsets[-1]), 2, device=device)
 
 
 def test_march(measure: Measure, device: torch.device, provider: str, size: int) -> None:
@@ -117,22 +119,28 @@ def test_hash_grid_normals(measure: Measure, device: torch.device, grid: str, pr
 
 
 @each_mode
-def test_mlp(measure: Measure, device: torch.device, mode: str, provider: str, size: int) -> None:
-    """32-64-64-4, gradients to the input and to all parameters."""
-    if not hasattr(ops, "mlp"):
-        pytest.skip("this version has no op for the MLP")
-    mlp = choose("mlp", provider)
-    precision = "float16" if device.type == "cuda" else "float32"
+@pytest.mark.parametrize("name", ["mlp", "mlp_with_input_gradient"])
+def test_mlp(measure: Measure, device: torch.device, name: str, mode: str, provider: str, size: int) -> None:
+    """32-64-64-4, gradients to the input and to all parameters; on a GPU both in half precision."""
+    if not hasattr(ops, name):
+        pytest.skip(f"this version has no op {name}")
+    op = choose(name, provider)
+    half = device.type == "cuda"
     m = marched(size, device).t.shape[0]
+    x = torch.randn(m, WIDTHS[0], device=device, dtype=torch.float16 if half else torch.float32)
     weights = [torch.randn(b, a, device=device) / a**0.5 for a, b in pairwise(WIDTHS)]
     biases = [torch.zeros(b, device=device) for b in WIDTHS[1:]]
-    n = len(weights)
 
     def function(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        return (mlp(x, list(parameters[:n]), list(parameters[n:]), activation="relu", precision=precision),)
+        layers = parameters[: len(weights)], parameters[len(weights) :]
+        if provider == "native":
+            outputs = op(x, *layers, activation="relu", precision="float16" if half else "float32")
+        else:
+            with torch.autocast(device.type, dtype=torch.float16, enabled=half):
+                outputs = op(x, *layers, activation="relu")
+        return outputs if isinstance(outputs, tuple) else (outputs,)
 
-    run = in_mode(mode, function, [torch.randn(m, WIDTHS[0], device=device), *weights, *biases])
-    measure(run, f"mlp {mode} {size}^2", provider, m)
+    measure(in_mode(mode, function, [x, *weights, *biases]), f"{name} {mode} {size}^2", provider, m)
 
 
 @pytest.mark.parametrize("cells", ["all", "half"])

@@ -1,7 +1,7 @@
-"""Both suites in one go: `ops-<device>.json` and `render-<device>.json`, in about two minutes on an H100.
+"""Both suites in one go: `ops-<device>.json` and `render-<device>.json`.
 
-python benchmarks/run.py                       # into benchmarks/results
-python benchmarks/run.py --set quick --out out # what a CPU can do in a minute
+python benchmarks/run.py                        # into benchmarks/results
+python benchmarks/run.py --set quick --out out  # a few rows, elsewhere
 """
 
 from __future__ import annotations

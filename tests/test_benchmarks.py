@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench_render
 import machine
+import measure
 import workload
 
 import dreamfusion_fast
@@ -90,6 +91,53 @@ def test_adam_moves_nothing_and_its_moments_are_no_part_of_a_step() -> None:
 def test_commit_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DREAMFUSION_FAST_COMMIT", "0123abc")
     assert machine.describe(CPU)["commit"] == "0123abc"
+
+
+@pytest.mark.gpu
+def test_memory_counts_what_torch_allocates() -> None:
+    memory = measure.Memory(torch.device("cuda"))
+    held = torch.empty(3 * 2**20, dtype=torch.uint8, device="cuda")
+    more = torch.empty(5 * 2**20, dtype=torch.uint8, device="cuda")
+    del more
+    assert memory.now() == pytest.approx(3)
+    assert memory.peak() == pytest.approx(8)
+    memory.restart()
+    assert memory.peak() == pytest.approx(3)
+    assert held.shape == (3 * 2**20,)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("same_each_time", [True, False])
+def test_a_captured_step_is_believed_only_with_the_same_gradients(same_each_time: bool) -> None:
+    weight = torch.nn.Parameter(torch.ones(1023, device="cuda"))
+    calls = 0
+
+    def step() -> None:
+        nonlocal calls
+        calls += 1
+        weight.grad = None
+        (weight * (2 if same_each_time else calls)).sum().backward()
+
+    milliseconds, note = measure.captured_ms(step, [weight], torch.device("cuda"), 3)
+    if same_each_time:
+        assert note == ""
+        assert milliseconds is not None
+        assert milliseconds > 0
+    else:
+        assert milliseconds is None
+        assert "gradients" in note
+
+
+@pytest.mark.gpu
+def test_rows_of_a_gpu_have_memory_and_a_graph_or_a_reason(tmp_path: Path) -> None:
+    options = ["--device", "cuda", "--sizes", "33", "--backends", "native", "--captured", "33", "--out", str(tmp_path)]
+    assert bench_render.main(options) == 0
+    (path,) = tmp_path.iterdir()
+    (row,) = json.loads(path.read_text())["rows"]
+    assert 0 < row["held_mb"] <= row["peak_with_gradients_mb"]
+    assert 0 < row["peak_mb"] <= row["peak_with_gradients_mb"]
+    assert row["held_bytes_per_sample"] == pytest.approx(row["held_mb"] * 2**20 / row["samples"], rel=1e-3)
+    assert (row["captured_ms"] is None) == bool(row["note"])
 
 
 def test_op_benchmarks_write_native_and_twin(tmp_path: Path) -> None:

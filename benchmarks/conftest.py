@@ -1,6 +1,6 @@
 """What the op benchmarks share: where they run and at what size, how they are measured, one table and one JSON file.
 
-pytest benchmarks/bench_ops.py --device cuda --sizes 64 256 --out
+The options --device, --sizes and --out are defined here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Both suites in one go: `ops-<device>.json` and `render-<device>.json`.
 
-python benchmarks/run.py                        # into benchmarks/results
-python benchmarks/run.py --set quick --out out  # a few rows, elsewhere
+    python benchmarks/run.py                        # into benchmarks/results
+    python benchmarks/run.py --set quick --out out  # a few rows, elsewhere
+
+A GPU gets every row of the peers' figures, a CPU the quick set, unless told otherwise.
 """
 
 from __future__ import annotations

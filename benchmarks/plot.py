@@ -5,7 +5,7 @@
     python benchmarks/plot.py benchmarks/results/render-x.json --out out
 
 Reads what `bench_render.py --out` wrote and `results/peers-h100.json`. Memory is torch's peak above the parameters,
-gradients included, for both.
+for ours with the parameters' gradients included.
 """
 
 from __future__ import annotations

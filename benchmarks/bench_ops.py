@@ -1,81 +1,52 @@
-"""Each op, native against its pure-PyTorch twin: march, composite and hash grid, forward, backward and both.
+"""Each op, native against its pure-PyTorch twin: march, composite, hash grid, MLP and occupancy grid, forward, backward
+and both where there are gradients; time and, on a GPU, memory.
 
-The workload of `bench_render.py`: one camera at distance 2 (azimuth and elevation 0.3 rad, 60 degrees field of view),
-occupancy 128^3 holding a ball of radius 0.5, step 2 sqrt(3) / 512, jitter. Hash grids: "large", 16 x 2 features, 2^19
-rows, 16 to 2048, and "small", 8 x 2, 2^15 rows, 16 to 128.
+The inputs are those of the scene in `workload.py` with a ball of radius 0.5. Hash grids: "large", 16 x 2 features, 2^19
+rows, 16 to 2048, and "small", 8 x 2, 2^15 rows, 16 to 128. The twins run at the largest size only.
 
-    OMP_NUM_THREADS=2 pytest benchmarks/bench_ops.py --benchmark-group-by=group --benchmark-columns=min,median,rounds
-    pytest benchmarks/bench_ops.py -k "hash_grid and small" --benchmark-json=ops.json
+    python benchmarks/bench_ops.py                                  # a GPU at 64^2 and 256^2 rays, or the CPU at 64^2
+    python benchmarks/bench_ops.py --sizes 128 -k "hash_grid and large" --benchmark-quiet
+    OMP_NUM_THREADS=2 python benchmarks/bench_ops.py --device cpu --out
 
-On a machine with a GPU the same benchmarks run there, too, and at 256^2 rays as well.
+The options are pytest's, and those of `conftest.py`. The table at the end has them all; pytest-benchmark's own, before
+it, has the spread of the wall times (--benchmark-quiet leaves it out).
 """
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from measure import Measure
 from torch import Tensor
+from workload import RESOLUTION, STEP, Marched, march_scene
 
 from dreamfusion_fast import ops
-from dreamfusion_fast.ops import _native
-from dreamfusion_fast.rendering import orbit_cameras
 
 RADIUS = 0.5
-RESOLUTION = 128
-STEP = 2 * math.sqrt(3) / 512
 GRIDS = {"large": (16, 16, 2048, 19), "small": (8, 16, 128, 15)}  # levels, base, finest resolution, log2 of the rows
-PLACES = [("cpu", 64)] + ([("cuda", 64), ("cuda", 256)] if _native.cuda_available() else [])
+WIDTHS = [32, 64, 64, 4]
 
-each_place = pytest.mark.parametrize(("device", "size"), PLACES)
-each_provider = pytest.mark.parametrize("provider", ["native", "twin"])
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What the march of one image takes and gives."""
-
-    march: tuple[object, ...]
-    offsets: Tensor
-    t: Tensor
-    positions: Tensor
+each_mode = pytest.mark.parametrize("mode", ["forward", "backward", "full"])
+each_grid = pytest.mark.parametrize("grid", GRIDS)
 
 
 @cache
-def workload(device: str, size: int) -> Workload:
-    angle = math.degrees(0.3)
-    camera = orbit_cameras(1, elevation_deg=angle, distance=2.0, fov_deg=60.0, start_deg=angle)
-    rays = camera.rays(size, size).to(torch.device(device))
-    aabb = torch.tensor([-1.0, -1, -1, 1, 1, 1], device=device)
-    axis = (torch.arange(RESOLUTION, device=device) + 0.5) * (2 / RESOLUTION) - 1
-    inside = axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2 < RADIUS**2
-    bitfield = ops.occupancy_pack(inside.float(), 0.5)
-    near_far = ops.ray_box(rays.origins, rays.directions, aabb)
-    march = (rays.origins, rays.directions, *near_far, aabb, bitfield, RESOLUTION, STEP, True, 1)
-    offsets, t, ray = ops.march(*march)
-    positions = rays.origins[ray] + t[:, None] * rays.directions[ray]
-    return Workload(march, offsets, t, (positions + 1) / 2)
+def marched(size: int, device: torch.device) -> Marched:
+    return march_scene(size, RADIUS, device)
 
 
-def measure(benchmark, function: Callable[[], object], group: str, device: str, samples: int) -> None:  # type: ignore[no-untyped-def]
-    """Times calls of `function` until the GPU, if that is where it works, is done with each."""
-
-    def finished() -> None:
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.group = group
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-    benchmark.extra_info.update(samples=samples, where=where, torch=torch.__version__)
-    benchmark.pedantic(finished, rounds=10, warmup_rounds=2)
+def choose(name: str, provider: str) -> Callable[..., Any]:
+    """The op, or its twin."""
+    return getattr(ops, name if provider == "native" else f"{name}_reference")
 
 
-def mode(function: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], name: str) -> Callable[[], object]:
+def in_mode(mode: str, function: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]) -> Callable[[], object]:
     """The forward, the backward, or both ("full") of a function of tensors, by random gradients of its outputs."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     outputs = function(*inputs)
@@ -91,64 +62,104 @@ def mode(function: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], name
     def full() -> object:
         return torch.autograd.grad(function(*inputs), inputs, grads)
 
-    return {"forward": forward, "backward": backward, "full": full}[name]
+    return {"forward": forward, "backward": backward, "full": full}[mode]
 
 
-@each_place
-@each_provider
-def test_march(benchmark, provider: str, device: str, size: int) -> None:  # type: ignore[no-untyped-def]
-    work = workload(device, size)
-    function = ops.march if provider == "native" else ops.march_reference
-    measure(benchmark, lambda: function(*work.march), f"march {device} {size}^2", device, work.t.shape[0])
+def make_grid(name: str, device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Level offsets and resolutions, and a random table."""
+    offsets, resolutions = (x.to(device) for x in ops.hash_grid_layout(*GRIDS[name]))
+    return (offsets, resolutions), torch.randn(int(offsets[-1]), 2, device=device)
 
 
-@each_place
-@each_provider
-@pytest.mark.parametrize("name", ["forward", "backward", "full"])
-def test_composite(benchmark, name: str, provider: str, device: str, size: int) -> None:  # type: ignore[no-untyped-def]
-    work = workload(device, size)
+def test_march(measure: Measure, device: torch.device, provider: str, size: int) -> None:
+    work, march = marched(size, device), choose("march", provider)
+    measure(lambda: march(*work.arguments), f"march {size}^2", provider, work.t.shape[0])
+
+
+@each_mode
+def test_composite(measure: Measure, device: torch.device, mode: str, provider: str, size: int) -> None:
+    work, composite = marched(size, device), choose("composite", provider)
     m = work.t.shape[0]
-    function = ops.composite if provider == "native" else ops.composite_reference
     inputs = [torch.rand(m, device=device) * 20, torch.rand(m, 3, device=device)]
-    run = mode(lambda density, values: function(density, values, work.t, STEP, work.offsets), inputs, name)
-    measure(benchmark, run, f"composite {name} {device} {size}^2", device, m)
+    run = in_mode(mode, lambda density, values: composite(density, values, work.t, STEP, work.offsets), inputs)
+    measure(run, f"composite {mode} {size}^2", provider, m)
 
 
-@each_place
-@each_provider
-@pytest.mark.parametrize("name", ["forward", "backward", "full"])
-@pytest.mark.parametrize("grid", GRIDS)
-def test_hash_grid(benchmark, grid: str, name: str, provider: str, device: str, size: int) -> None:  # type: ignore[no-untyped-def]
+@each_mode
+@each_grid
+def test_hash_grid(measure: Measure, device: torch.device, grid: str, mode: str, provider: str, size: int) -> None:
     """Gradient to the table alone, as in training without normals."""
-    work = workload(device, size)
-    levels = [x.to(device) for x in ops.hash_grid_layout(*GRIDS[grid])]
-    table = torch.randn(int(levels[0][-1]), 2, device=device)
-    function = ops.hash_grid if provider == "native" else ops.hash_grid_reference
-    run = mode(lambda table: (function(work.positions, table, *levels),), [table], name)
-    measure(benchmark, run, f"hash_grid {grid} {name} {device} {size}^2", device, work.t.shape[0])
+    work, hash_grid = marched(size, device), choose("hash_grid", provider)
+    levels, table = make_grid(grid, device)
+    run = in_mode(mode, lambda table: (hash_grid(work.unit, table, *levels),), [table])
+    measure(run, f"hash_grid {grid} {mode} {size}^2", provider, work.t.shape[0])
 
 
-@each_place
-@each_provider
-@pytest.mark.parametrize("grid", GRIDS)
-def test_hash_grid_normals(benchmark, grid: str, provider: str, device: str, size: int) -> None:  # type: ignore[no-untyped-def]
+@each_grid
+def test_hash_grid_normals(measure: Measure, device: torch.device, grid: str, provider: str, size: int) -> None:
     """The gradient to the positions, and from a loss on it the gradients to the table and to what multiplied it."""
-    work = workload(device, size)
-    levels = [x.to(device) for x in ops.hash_grid_layout(*GRIDS[grid])]
-    table = torch.randn(int(levels[0][-1]), 2, device=device, requires_grad=True)
+    work = marched(size, device)
+    levels, table = make_grid(grid, device)
+    table.requires_grad_()
     m = work.t.shape[0]
     grad_output = torch.randn(m, 2 * GRIDS[grid][0], device=device, requires_grad=True)
     direction = torch.randn(m, 3, device=device)
 
     def native() -> object:
-        normals = ops.hash_grid_position_gradient(grad_output, work.positions, table, *levels)
+        normals = ops.hash_grid_position_gradient(grad_output, work.unit, table, *levels)
         return torch.autograd.grad(normals, (grad_output, table), direction)
 
     def twin() -> object:
-        positions = work.positions.detach().requires_grad_()
-        output = ops.hash_grid_reference(positions, table, *levels)
-        (normals,) = torch.autograd.grad(output, positions, grad_output, create_graph=True)
+        unit = work.unit.detach().requires_grad_()
+        output = ops.hash_grid_reference(unit, table, *levels)
+        (normals,) = torch.autograd.grad(output, unit, grad_output, create_graph=True)
         return torch.autograd.grad(normals, (grad_output, table), direction)
 
-    run = native if provider == "native" else twin
-    measure(benchmark, run, f"hash_grid {grid} normals {device} {size}^2", device, m)
+    measure(native if provider == "native" else twin, f"hash_grid {grid} normals {size}^2", provider, m)
+
+
+@each_mode
+@pytest.mark.parametrize("name", ["mlp", "mlp_with_input_gradient"])
+def test_mlp(measure: Measure, device: torch.device, name: str, mode: str, provider: str, size: int) -> None:
+    """32-64-64-4, gradients to the input and to all parameters; on a GPU both in half precision."""
+    if not hasattr(ops, name):
+        pytest.skip(f"this version has no op {name}")
+    op = choose(name, provider)
+    half = device.type == "cuda"
+    m = marched(size, device).t.shape[0]
+    x = torch.randn(m, WIDTHS[0], device=device, dtype=torch.float16 if half else torch.float32)
+    weights = [torch.randn(b, a, device=device) / a**0.5 for a, b in pairwise(WIDTHS)]
+    biases = [torch.zeros(b, device=device) for b in WIDTHS[1:]]
+
+    def function(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        layers = parameters[: len(weights)], parameters[len(weights) :]
+        if provider == "native":
+            outputs = op(x, *layers, activation="relu", precision="float16" if half else "float32")
+        else:
+            with torch.autocast(device.type, dtype=torch.float16, enabled=half):
+                outputs = op(x, *layers, activation="relu")
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    measure(in_mode(mode, function, [x, *weights, *biases]), f"{name} {mode} {size}^2", provider, m)
+
+
+@pytest.mark.parametrize("cells", ["all", "half"])
+def test_occupancy_update(measure: Measure, device: torch.device, cells: str, provider: str) -> None:
+    """All cells of a 128^3 grid in order, as in the warm-up, or half of them by their indices."""
+    update = choose("occupancy_update", provider)
+    count = RESOLUTION**3
+    chosen = None if cells == "all" else torch.randperm(count, device=device)[: count // 2].sort().values
+    grid = torch.rand(RESOLUTION, RESOLUTION, RESOLUTION, device=device)
+    density = torch.rand(count if chosen is None else chosen.shape[0], device=device)
+    measure(lambda: update(grid, chosen, density, 0.95), f"occupancy_update {cells}", provider, density.shape[0])
+
+
+def test_occupancy_pack(measure: Measure, device: torch.device, provider: str) -> None:
+    pack = choose("occupancy_pack", provider)
+    grid = torch.rand(RESOLUTION, RESOLUTION, RESOLUTION, device=device)
+    threshold = torch.tensor(0.5, device=device)
+    measure(lambda: pack(grid, threshold), "occupancy_pack", provider, grid.numel())
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))

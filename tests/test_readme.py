@@ -67,7 +67,7 @@ def test_options_of_the_table_exist(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_environment_variables_are_read_somewhere() -> None:
-    sources = [ROOT / "setup.py", *(ROOT / "dreamfusion_fast").rglob("*.py")]
+    sources = [ROOT / "setup.py", *(ROOT / "dreamfusion_fast").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     names = set(re.findall(r"DREAMFUSION_FAST_[A-Z]+", README))
     assert names

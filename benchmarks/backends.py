@@ -1,0 +1,62 @@
+"""Who renders the scene: the native core, the pure-PyTorch twins, or a peer if its packages are installed."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from peers import NerfaccGridEncoder, NerfaccTcnn, UnavailableError
+from torch import Tensor, nn
+from workload import RESOLUTION, Scene
+
+from dreamfusion_fast.fields import HashGridField, HashGridFieldConfig
+from dreamfusion_fast.rendering import OccupancyGrid, RendererConfig, VolumeRenderer
+
+OURS = ("native", "reference")
+PEERS = {"nerfacc": NerfaccGridEncoder, "nerfacc+tcnn": NerfaccTcnn}
+NAMES = (*OURS, *PEERS)
+
+__all__ = ["NAMES", "OURS", "Renderer", "UnavailableError", "build"]
+
+
+class Renderer(Protocol):
+    """What is timed: one scene, rendered again and again."""
+
+    not_capturable: str
+    """Why a step cannot be captured in a CUDA graph; empty if it should be."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What gets gradients."""
+
+    def render(self, seed: int) -> tuple[Tensor, int | Tensor]:
+        """Colour `[n_rays, 3]`, and how many samples it took; a tensor on the device is not read while time runs."""
+
+
+class Ours:
+    """`VolumeRenderer` over `HashGridField`, all of it native or all of it the twins."""
+
+    def __init__(self, scene: Scene, backend: str, mlp_dtype: str, memory_budget: int | None) -> None:
+        self.not_capturable = "" if backend == "native" else "the twins wait for the GPU"
+        self._scene = scene
+        config = HashGridFieldConfig(hidden_layers=2, bound="box", mlp_dtype=mlp_dtype, backend=backend)  # type: ignore[arg-type]
+        occupancy = OccupancyGrid(resolution=RESOLUTION, backend=backend).to(scene.device)  # type: ignore[arg-type]
+        occupancy.set_occupied(scene.occupied)
+        budget = {} if memory_budget is None else {"memory_budget": memory_budget}
+        field = HashGridField(config, generator=torch.Generator().manual_seed(0))
+        renderer = VolumeRenderer(field.to(scene.device), occupancy, RendererConfig(backend=backend, **budget))  # type: ignore[arg-type]
+        self._renderer = renderer.to(scene.device)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self._renderer.parameters())
+
+    def render(self, seed: int) -> tuple[Tensor, int | Tensor]:
+        scene = self._scene
+        output = self._renderer.render(scene.rays, shading=scene.shading, light=scene.light, jitter=True, seed=seed)
+        return output.color, output.samples
+
+
+def build(name: str, scene: Scene, mlp_dtype: str, memory_budget: int | None) -> Renderer:
+    """The renderer `name` of the scene. Raises UnavailableError if its packages are not there."""
+    if name in PEERS:
+        return PEERS[name](scene)
+    return Ours(scene, name, mlp_dtype, memory_budget)

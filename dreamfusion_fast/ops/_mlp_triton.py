@@ -181,13 +181,13 @@ def _layer(h, weight, bias, D_OUT: tl.constexpr, BIAS: tl.constexpr):
 
 
 @triton.jit
-def _add_column_sums(sums, g, BLOCK: tl.constexpr):
-    """Adds the sum over the rows of g [BLOCK, M] to row 0 of sums [16, M].
+def _add_row_sums(sums, g, BLOCK: tl.constexpr):
+    """Adds the sum of the rows of g [BLOCK, M] to each row of sums [16, M].
 
-    As a product with a row of ones: a sum across threads would cost more than the products around it.
+    As a product with ones: a sum across threads would cost more than the products around it. All ones, because a matrix
+    of one number takes no registers.
     """
-    first_row = tl.arange(0, 16)[:, None] + tl.zeros((16, BLOCK), dtype=tl.int32) == 0
-    return _dot(tl.where(first_row, 1.0, 0.0).to(g.dtype), g, sums)
+    return _dot(tl.full((16, BLOCK), 1.0, dtype=g.dtype), g, sums)
 
 
 @triton.jit
@@ -203,6 +203,15 @@ def _add_to_slice(pointer, sums, ROWS: tl.constexpr, D_ROWS: tl.constexpr, COLS:
     mask = (rows < D_ROWS) & (cols < D_COLS)
     addresses = pointer + rows * D_COLS + cols
     tl.store(addresses, tl.load(addresses, mask=mask, other=0.0) + sums, mask=mask)
+
+
+@triton.jit
+def _add_row_to_slice(pointer, sums, SIZE: tl.constexpr, D_SIZE: tl.constexpr):
+    """Adds one row of sums [16, SIZE], of equal rows, to a vector [D_SIZE]."""
+    index = tl.arange(0, SIZE)
+    mask = index < D_SIZE
+    total = tl.sum(sums, 0) * (1.0 / 16.0)
+    tl.store(pointer + index, tl.load(pointer + index, mask=mask, other=0.0) + total, mask=mask)
 
 
 @triton.jit
@@ -282,20 +291,21 @@ def backward_kernel(
     w_last = _load_weight(weight_last, 16, D_OUT, WIDTH, WIDTH)
     sums_1 = tl.zeros((WIDTH, COLS), dtype=tl.float32)
     sums_last = tl.zeros((16, WIDTH), dtype=tl.float32)
-    bias_sums_1 = sums_last
+    row_sums = tl.zeros((16, WIDTH), dtype=tl.float32)
+    bias_sums_1 = row_sums
     bias_sums_last = tl.zeros((16, 16), dtype=tl.float32)
     if LAYERS > 1:
         w2 = _load_weight(weight_2, WIDTH, WIDTH, WIDTH, WIDTH)
         sums_2 = tl.zeros((WIDTH, WIDTH), dtype=tl.float32)
-        bias_sums_2 = sums_last
+        bias_sums_2 = row_sums
     if LAYERS > 2:
         w3 = _load_weight(weight_3, WIDTH, WIDTH, WIDTH, WIDTH)
         sums_3 = tl.zeros((WIDTH, WIDTH), dtype=tl.float32)
-        bias_sums_3 = sums_last
+        bias_sums_3 = row_sums
     if LAYERS > 3:
         w4 = _load_weight(weight_4, WIDTH, WIDTH, WIDTH, WIDTH)
         sums_4 = tl.zeros((WIDTH, WIDTH), dtype=tl.float32)
-        bias_sums_4 = sums_last
+        bias_sums_4 = row_sums
 
     for start in range(tl.program_id(0) * BLOCK, end, tl.num_programs(0) * BLOCK):
         # Forward again.
@@ -372,14 +382,14 @@ def backward_kernel(
                     bend_4 = _times_curvature(q_4.to(tl.float32) * dp, kept_4, ACTIVATION)
                 d = _times_slope(dp, kept_4, ACTIVATION).to(GRADIENT)
             if LAST_LAYER & SECOND_SUMS:
-                sums_last = _add_column_sums(sums_last, d, BLOCK)
+                row_sums = _add_row_sums(row_sums, d, BLOCK)
 
         # The gradient of y, down.
         g = _load_rows(grad_y, gy_row, gy_col, start, end, 16, D_OUT, BLOCK).to(GRADIENT)
         if LAST_LAYER & GRADIENTS:
             sums_last = _add_outer(sums_last, g, _hidden(kept_last, ACTIVATION, GRADIENT).to(GRADIENT))
             if BIAS:
-                bias_sums_last = _add_column_sums(bias_sums_last, g, BLOCK)
+                bias_sums_last = _add_row_sums(bias_sums_last, g, BLOCK)
         d = _product(g, _weight(w_last, weight_last, 16, D_OUT, WIDTH, WIDTH, GRADIENT, RESIDENT))
         if LAYERS > 3:
             d = _times_slope(d, kept_4, ACTIVATION)
@@ -389,7 +399,7 @@ def backward_kernel(
             if GRADIENTS & 8:
                 sums_4 = _add_outer(sums_4, g, _hidden(kept_3, ACTIVATION, GRADIENT).to(GRADIENT))
                 if BIAS:
-                    bias_sums_4 = _add_column_sums(bias_sums_4, g, BLOCK)
+                    bias_sums_4 = _add_row_sums(bias_sums_4, g, BLOCK)
             d = _product(g, _weight(w4, weight_4, WIDTH, WIDTH, WIDTH, WIDTH, GRADIENT, RESIDENT))
         if LAYERS > 2:
             d = _times_slope(d, kept_3, ACTIVATION)
@@ -399,7 +409,7 @@ def backward_kernel(
             if GRADIENTS & 4:
                 sums_3 = _add_outer(sums_3, g, _hidden(kept_2, ACTIVATION, GRADIENT).to(GRADIENT))
                 if BIAS:
-                    bias_sums_3 = _add_column_sums(bias_sums_3, g, BLOCK)
+                    bias_sums_3 = _add_row_sums(bias_sums_3, g, BLOCK)
             d = _product(g, _weight(w3, weight_3, WIDTH, WIDTH, WIDTH, WIDTH, GRADIENT, RESIDENT))
         if LAYERS > 1:
             d = _times_slope(d, kept_2, ACTIVATION)
@@ -409,7 +419,7 @@ def backward_kernel(
             if GRADIENTS & 2:
                 sums_2 = _add_outer(sums_2, g, _hidden(kept_1, ACTIVATION, GRADIENT).to(GRADIENT))
                 if BIAS:
-                    bias_sums_2 = _add_column_sums(bias_sums_2, g, BLOCK)
+                    bias_sums_2 = _add_row_sums(bias_sums_2, g, BLOCK)
             d = _product(g, _weight(w2, weight_2, WIDTH, WIDTH, WIDTH, WIDTH, GRADIENT, RESIDENT))
         d = _times_slope(d, kept_1, ACTIVATION)
         if SECOND and SMOOTH:
@@ -419,7 +429,7 @@ def backward_kernel(
             # Through OPERAND, as the forward product saw it.
             sums_1 = _add_outer(sums_1, g, x_tile.to(OPERAND).to(GRADIENT))
             if BIAS:
-                bias_sums_1 = _add_column_sums(bias_sums_1, g, BLOCK)
+                bias_sums_1 = _add_row_sums(bias_sums_1, g, BLOCK)
         if GRAD_X:
             d = _product(g, _weight(w1, weight_1, WIDTH, WIDTH, COLS, D_IN, GRADIENT, RESIDENT))
             _store_rows(grad_x, gx_row, gx_col, start, end, d, COLS, D_IN, BLOCK)
@@ -432,21 +442,25 @@ def backward_kernel(
     BIASES: tl.constexpr = LAST + D_OUT * WIDTH
     if (GRADIENTS | SECOND_SUMS) & 1:
         _add_to_slice(out, sums_1, WIDTH, WIDTH, COLS, D_IN)
-        if BIAS:
-            _add_to_slice(out + BIASES, bias_sums_1, 16, 1, WIDTH, WIDTH)
     if (GRADIENTS | SECOND_SUMS) & 2:
         _add_to_slice(out + WIDTH * D_IN, sums_2, WIDTH, WIDTH, WIDTH, WIDTH)
-        if BIAS:
-            _add_to_slice(out + BIASES + WIDTH, bias_sums_2, 16, 1, WIDTH, WIDTH)
     if (GRADIENTS | SECOND_SUMS) & 4:
         _add_to_slice(out + WIDTH * D_IN + WIDTH * WIDTH, sums_3, WIDTH, WIDTH, WIDTH, WIDTH)
-        if BIAS:
-            _add_to_slice(out + BIASES + 2 * WIDTH, bias_sums_3, 16, 1, WIDTH, WIDTH)
     if (GRADIENTS | SECOND_SUMS) & 8:
         _add_to_slice(out + WIDTH * D_IN + 2 * WIDTH * WIDTH, sums_4, WIDTH, WIDTH, WIDTH, WIDTH)
-        if BIAS:
-            _add_to_slice(out + BIASES + 3 * WIDTH, bias_sums_4, 16, 1, WIDTH, WIDTH)
-    if LAST_LAYER & (GRADIENTS | SECOND_SUMS):
+    if LAST_LAYER & GRADIENTS:
         _add_to_slice(out + LAST, sums_last, 16, D_OUT, WIDTH, WIDTH)
-        if BIAS:
-            _add_to_slice(out + BIASES + LAYERS * WIDTH, bias_sums_last, 16, 1, 16, D_OUT)
+    if LAST_LAYER & SECOND_SUMS:
+        tl.debug_barrier()  # the same addresses, by other threads
+        _add_row_to_slice(out + LAST, row_sums, WIDTH, WIDTH)
+    if BIAS:
+        if GRADIENTS & 1:
+            _add_row_to_slice(out + BIASES, bias_sums_1, WIDTH, WIDTH)
+        if GRADIENTS & 2:
+            _add_row_to_slice(out + BIASES + WIDTH, bias_sums_2, WIDTH, WIDTH)
+        if GRADIENTS & 4:
+            _add_row_to_slice(out + BIASES + 2 * WIDTH, bias_sums_3, WIDTH, WIDTH)
+        if GRADIENTS & 8:
+            _add_row_to_slice(out + BIASES + 3 * WIDTH, bias_sums_4, WIDTH, WIDTH)
+        if LAST_LAYER & GRADIENTS:
+            _add_row_to_slice(out + BIASES + LAYERS * WIDTH, bias_sums_last, 16, D_OUT)

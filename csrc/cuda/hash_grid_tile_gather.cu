@@ -12,11 +12,17 @@ namespace {
 // One thread per sample and group of levels, which it goes through one by one: position and cell arithmetic stay in
 // registers, and a group is as large as its table may be to stay in L2 (groups are blockIdx.y, so the GPU works on one
 // at a time). Successive threads have successive samples, so that channel-major arrays are read and written in whole
-// sectors. Occupancy hides the latency of the rows; 8 loads of a level are in flight per thread.
+// sectors.
 constexpr int kThreads = 128;
 
 template <typename Table>
 using ScalarOf = std::conditional_t<std::is_same_v<Table, double>, double, float>;
+
+// Blocks per multiprocessor that registers have to suffice for. Left alone, the compiler saves registers where it can
+// by loading a pair of corners, using it, loading the next; with 64 to spend it asks for all corners of a level at
+// once.
+template <typename Table, int kFeatures>
+constexpr int kBlocks = kFeatures <= 2 && !std::is_same_v<Table, double> ? 8 : 1;
 
 __device__ __forceinline__ float to_scalar(__half value) { return __half2float(value); }
 __device__ __forceinline__ float to_scalar(float value) { return value; }
@@ -31,7 +37,8 @@ __device__ __forceinline__ void read_levels(const HashGridLevels& levels, int be
 }
 
 template <typename Table, int kFeatures, bool kAlong>
-__global__ void __launch_bounds__(kThreads) encode_kernel(const HashGridTileEncode op, bool row) {
+__global__ void __launch_bounds__(kThreads, kBlocks<Table, kFeatures>)
+    encode_kernel(const HashGridTileEncode op, bool row) {
   using Scalar = ScalarOf<Table>;
   __shared__ HashGridLevel levels[kMaxLevelsPerThread];
   const uint32_t n_samples = live_samples(op.tile), first = blockIdx.x * kThreads, sample = first + threadIdx.x;
@@ -74,7 +81,7 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(const HashGridTileEnco
 
 // Writes the sum over the levels [begin, end), or adds it to what is there.
 template <typename Table, int kFeatures, bool kAlong>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<Table, kFeatures>)
     position_gradient_kernel(const HashGridTilePositionGradient op, bool row, int begin, int end, bool add) {
   using Scalar = ScalarOf<Table>;
   __shared__ HashGridLevel levels[kMaxLevelsPerThread];

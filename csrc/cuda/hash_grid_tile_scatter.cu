@@ -24,12 +24,17 @@ constexpr int kColumnsAtOnce = std::min(kFeatures, std::is_same_v<Scalar, float>
 template <typename Scalar, int kCount>
 __device__ __forceinline__ void load_chunk(const TileArray& array, bool fours, uint32_t first, uint32_t end,
                                            uint32_t channel, Scalar (&values)[kCount]) {
-  if constexpr (std::is_same_v<Scalar, float>) {
-    if (fours) return load_four(array, first, channel, values);
-  }
+  if constexpr (std::is_same_v<Scalar, double>) {
+    static_assert(kCount == 1);
+    values[0] = load_element<double>(array, first, channel);
+  } else if (fours) {
+    load_four(array, first, channel, values);
+  } else {
+    uint32_t bits[kCount];
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    values[i] = first + i < end ? load_element<Scalar>(array, first + i, channel) : Scalar(0);
+    for (int i = 0; i < kCount; ++i) bits[i] = first + i < end ? load_bits(array, first + i, channel) : 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = decode(array.type, bits[i]);
   }
 }
 

@@ -23,15 +23,19 @@ __device__ __forceinline__ float decode(ElementType type, uint32_t bits) {
                                           : __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
+__device__ __forceinline__ uint32_t load_bits(const TileArray& array, uint32_t sample, uint32_t channel) {
+  const uint32_t index = sample * array.sample_stride + channel * array.channel_stride;
+  return array.type == ElementType::kFloat32 ? static_cast<const uint32_t*>(array.data)[index]
+                                             : static_cast<const uint16_t*>(array.data)[index];
+}
+
 template <typename Scalar>
 __device__ __forceinline__ Scalar load_element(const TileArray& array, uint32_t sample, uint32_t channel) {
-  const uint32_t index = sample * array.sample_stride + channel * array.channel_stride;
   if constexpr (std::is_same_v<Scalar, double>) {
+    const uint32_t index = sample * array.sample_stride + channel * array.channel_stride;
     return static_cast<const double*>(array.data)[index];
   } else {
-    const uint32_t bits = array.type == ElementType::kFloat32 ? static_cast<const uint32_t*>(array.data)[index]
-                                                              : static_cast<const uint16_t*>(array.data)[index];
-    return decode(array.type, bits);
+    return decode(array.type, load_bits(array, sample, channel));
   }
 }
 
@@ -79,9 +83,15 @@ __device__ __forceinline__ void load_elements(const TileArray& array, bool row, 
     const Row<Scalar, kCount> loaded = *reinterpret_cast<const Row<Scalar, kCount>*>(from);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) values[i] = loaded.values[i];
-  } else {
+  } else if constexpr (std::is_same_v<Scalar, double>) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] = load_element<Scalar>(array, sample, channel + i);
+    for (int i = 0; i < kCount; ++i) values[i] = load_element<double>(array, sample, channel + i);
+  } else {  // decoding branches, which would wait for one load before the next
+    uint32_t bits[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) bits[i] = load_bits(array, sample, channel + i);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = decode(array.type, bits[i]);
   }
 }
 

@@ -122,8 +122,6 @@ def test_hash_grid_normals(measure: Measure, device: torch.device, grid: str, pr
 @pytest.mark.parametrize("name", ["mlp", "mlp_with_input_gradient"])
 def test_mlp(measure: Measure, device: torch.device, name: str, mode: str, provider: str, size: int) -> None:
     """32-64-64-4, gradients to the input and to all parameters; on a GPU both in half precision."""
-    if not hasattr(ops, name):
-        pytest.skip(f"this version has no op {name}")
     op = choose(name, provider)
     half = device.type == "cuda"
     m = marched(size, device).t.shape[0]

@@ -55,10 +55,12 @@ def test_public_names_are_there() -> None:
 
 def test_missing_core_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "_load", lambda name: (None, f"No module named {name}"))
+    _native.function_of.cache_clear()
     assert not _native.cpu_available()
     assert not _native.cuda_available()
     with pytest.raises(RuntimeError, match=r"ops\.march_count: the CPU core was not built .* pip install \."):
         _native.call("march_count", torch.zeros(1))
+    _native.function_of.cache_clear()
 
 
 def test_other_devices_and_dtypes_are_refused() -> None:

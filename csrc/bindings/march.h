@@ -92,11 +92,22 @@ void march_tile(Address origins, Address directions, Address t_near, Address t_f
   check("march_tile", backend::march_tile(op, launch_at(where)));
 }
 
+inline void tile_table(Address offsets, Address table, int64_t n_rays, int64_t size, int64_t n_tiles,
+                       std::uintptr_t where) {
+  TileTable op;
+  op.offsets = pointer<const int32_t>(offsets);
+  op.table = pointer<int32_t>(table);
+  op.n_rays = n_rays;
+  op.size = size;
+  check("tile_table", backend::tile_table(op, n_tiles, launch_at(where)));
+}
+
 inline void bind_march(py::module_& module) {
   module.def("march_blocks", &march_blocks, py::call_guard<py::gil_scoped_release>());
   DFF_DEF(module, "march_count", march_count);
   DFF_DEF(module, "march_write", march_write);
   DFF_DEF(module, "march_tile", march_tile);
+  module.def("tile_table", &tile_table, py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace bindings

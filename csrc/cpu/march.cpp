@@ -73,6 +73,10 @@ Status march_tile(const MarchTile<T>& op, const Launch& launch) {
       kRaysPerPiece);
 }
 
+Status tile_table(const TileTable& op, int64_t n_tiles, const Launch& launch) {
+  return for_each(n_tiles, launch, op, kRaysPerPiece);
+}
+
 template Status march_count(const MarchCount<float>&, const Launch&);
 template Status march_count(const MarchCount<double>&, const Launch&);
 template Status march_write(const MarchWrite<float>&, const Launch&);

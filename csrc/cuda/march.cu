@@ -34,6 +34,32 @@ __global__ void __launch_bounds__(kTileThreads) tile_kernel(const MarchTile<T> o
   }
 }
 
+// Few rays leave most of a GPU without work, and each takes as long as its hundreds of samples one after the other.
+constexpr int64_t kFewRays = 1 << 15;
+
+// Then a warp takes a ray, and looks at 32 samples at a time; without skipping:
+// sixteen rounds are all of a box that is 512 steps long.
+template <typename T, bool kWide>
+__global__ void __launch_bounds__(kTileThreads) count_kernel(const MarchCount<T> op) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t ray = (static_cast<int64_t>(blockIdx.x) * kTileThreads + threadIdx.x) / kWarp;
+  if (ray >= op.rays.n_rays) return;
+  const RayMarcher<T, kWide> marcher(op.rays, ray);
+  int32_t count = 0;
+  int32_t first = 0;
+  for (int32_t k = 0; k < op.rays.n_steps; k += kWarp) {
+    T distance;
+    const unsigned mask = __ballot_sync(kAllLanes, marcher.keeps(k + lane, &distance));
+    if (count == 0 && mask != 0) first = k + __ffs(mask) - 1;
+    count += __popc(mask);
+    if (__all_sync(kAllLanes, marcher.passed(k + lane))) break;
+  }
+  if (lane == 0) {
+    op.counts[ray] = count;
+    op.firsts[ray] = first;
+  }
+}
+
 }  // namespace
 
 Status march_blocks(const MarchBlocks& op, const Launch& launch) {
@@ -49,7 +75,12 @@ Status march_each(const Op& op, const Launch& launch) {
 
 template <typename T>
 Status march_count(const MarchCount<T>& op, const Launch& launch) {
-  return march_each(op, launch);
+  const int64_t n = op.rays.n_rays;
+  if (n <= 0 || n > kFewRays) return march_each(op, launch);
+  const auto kernel = op.rays.wide() ? &count_kernel<T, true> : &count_kernel<T, false>;
+  const int64_t blocks = (n + kTileThreads / kWarp - 1) / (kTileThreads / kWarp);
+  kernel<<<static_cast<unsigned>(blocks), kTileThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(op);
+  return launch_status();
 }
 
 template <typename T>
@@ -66,6 +97,8 @@ Status march_tile(const MarchTile<T>& op, const Launch& launch) {
   kernel<<<static_cast<unsigned>(blocks), kTileThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(op);
   return launch_status();
 }
+
+Status tile_table(const TileTable& op, int64_t n_tiles, const Launch& launch) { return for_each(n_tiles, launch, op); }
 
 template Status march_count(const MarchCount<float>&, const Launch&);
 template Status march_count(const MarchCount<double>&, const Launch&);

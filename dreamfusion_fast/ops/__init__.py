@@ -13,6 +13,12 @@ from dreamfusion_fast.ops.march import (
     march_lattice_reference,
     march_reference,
 )
+from dreamfusion_fast.ops.mlp import (
+    mlp,
+    mlp_reference,
+    mlp_with_input_gradient,
+    mlp_with_input_gradient_reference,
+)
 from dreamfusion_fast.ops.occupancy import (
     occupancy_pack,
     occupancy_pack_reference,
@@ -33,6 +39,10 @@ __all__ = [
     "march_lattice",
     "march_lattice_reference",
     "march_reference",
+    "mlp",
+    "mlp_reference",
+    "mlp_with_input_gradient",
+    "mlp_with_input_gradient_reference",
     "occupancy_pack",
     "occupancy_pack_reference",
     "occupancy_unpack",

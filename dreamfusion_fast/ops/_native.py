@@ -96,24 +96,26 @@ def call(name: str, like: Tensor, *arguments: Any) -> None:
         TypeError: a dtype the core has no code for.
     """
     device = like.device
+    function = function_of(name, device.type, like.dtype)
     if device.type == "cpu":
-        module, _ = _load("_core")
-        if module is None:
-            raise RuntimeError(f"dreamfusion_fast.ops.{name}: {cpu_reason()}")
-        _function(module, name, like.dtype)(*arguments, torch.get_num_threads())
-    elif device.type == "cuda":
-        module, _ = _load("_core_cuda")
-        if module is None:
-            raise RuntimeError(f"dreamfusion_fast.ops.{name}: {cuda_reason()}")
-        function = _function(module, name, like.dtype)
-        stream = torch.cuda.current_stream(device).cuda_stream
-        with torch.cuda.device(device):
-            function(*arguments, stream)
+        function(*arguments, torch.get_num_threads())
+    elif torch.cuda.current_device() == device.index:
+        function(*arguments, torch._C._cuda_getCurrentRawStream(device.index))
     else:
-        raise RuntimeError(f"dreamfusion_fast.ops.{name}: no native core for device {device}, only for cpu and cuda")
+        with torch.cuda.device(device):
+            function(*arguments, torch._C._cuda_getCurrentRawStream(device.index))
 
 
-def _function(module: ModuleType, name: str, dtype: torch.dtype) -> Callable[..., None]:
+@functools.cache
+def function_of(name: str, device_type: str, dtype: torch.dtype) -> Callable[..., None]:
+    """The native function that `call` calls; the errors are those of `call`."""
+    if device_type not in ("cpu", "cuda"):
+        raise RuntimeError(
+            f"dreamfusion_fast.ops.{name}: no native core for device {device_type}, only for cpu and cuda"
+        )
+    module, _ = _load("_core" if device_type == "cpu" else "_core_cuda")
+    if module is None:
+        raise RuntimeError(f"dreamfusion_fast.ops.{name}: {cpu_reason() if device_type == 'cpu' else cuda_reason()}")
     function = getattr(module, name + _SUFFIXES.get(dtype, ""), None) or getattr(module, name, None)
     if function is None:
         raise TypeError(f"dreamfusion_fast.ops.{name}: the native core has no code for {dtype}")

@@ -85,7 +85,12 @@ class HashGridTileLayout:
 
 
 def encode(
-    positions: Tensor, table: Tensor, layout: HashGridTileLayout, features: Tensor, count: Tensor | None = None
+    positions: Tensor,
+    table: Tensor,
+    layout: HashGridTileLayout,
+    features: Tensor,
+    count: Tensor | None = None,
+    checked: bool = False,
 ) -> None:
     """Writes the encoding of each position.
 
@@ -95,14 +100,16 @@ def encode(
         layout: the levels.
         features: ``[n_samples, at least levels * n_features]``, out: the features of level 0, then of level 1, ...
         count: ``[1]`` int32: samples from this one on are left alone; None: all are meant.
+        checked: the caller has passed these very shapes, types and layouts before, and saves the time to check them.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or layout. A level that does not lie inside
             the table is found on the CPU only; on a GPU its features are NaN.
         RuntimeError: the native core for this device was not built.
     """
-    _check("encode", positions, table, layout, count)
-    _check_channels("encode", "features", features, positions, layout.levels * table.shape[1])
+    if not checked:
+        _check("encode", positions, table, layout, count)
+        _check_channels("encode", "features", features, positions, layout.levels * table.shape[1])
     if not _on_gpu(positions):
         _encode_on_cpu(None, positions, table, layout, features, count)
     else:
@@ -116,6 +123,7 @@ def along(
     layout: HashGridTileLayout,
     features_along: Tensor,
     count: Tensor | None = None,
+    checked: bool = False,
 ) -> None:
     """Writes J d, the derivative of the encoding along a direction.
 
@@ -123,15 +131,16 @@ def along(
 
     Args:
         direction: ``[n_samples, 3]``, of the positions' dtype. No component counts where the position was clamped.
-        positions, table, layout, count: as in `encode`.
+        positions, table, layout, count, checked: as in `encode`.
         features_along: ``[n_samples, at least levels * n_features]``, out.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `encode`.
     """
-    _check("along", positions, table, layout, count)
-    check_tensor("hash_grid_tile.along", "direction", direction, positions.shape, like=positions, same_dtype=True)
-    _check_channels("along", "features_along", features_along, positions, layout.levels * table.shape[1])
+    if not checked:
+        _check("along", positions, table, layout, count)
+        check_tensor("hash_grid_tile.along", "direction", direction, positions.shape, like=positions, same_dtype=True)
+        _check_channels("along", "features_along", features_along, positions, layout.levels * table.shape[1])
     if not _on_gpu(positions):
         _encode_on_cpu(direction, positions, table, layout, features_along, count)
     else:
@@ -145,22 +154,24 @@ def position_gradient(
     layout: HashGridTileLayout,
     gradient: Tensor,
     count: Tensor | None = None,
+    checked: bool = False,
 ) -> None:
     """Writes J^T g, the gradient of ``g . encoding`` by the position. The sum over levels has a fixed order.
 
     Args:
         grad_features: g, ``[n_samples, at least levels * n_features]``.
-        positions, table, layout, count: as in `encode`.
+        positions, table, layout, count, checked: as in `encode`.
         gradient: ``[n_samples, 3]``, of the positions' dtype, out. Zero where a position was clamped.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `encode`. A level that does not lie inside the table adds nothing.
     """
     op = "position_gradient"
-    _check(op, positions, table, layout, count)
     channels = layout.levels * table.shape[1]
-    _check_channels(op, "grad_features", grad_features, positions, channels)
-    check_tensor(f"hash_grid_tile.{op}", "gradient", gradient, positions.shape, like=positions, same_dtype=True)
+    if not checked:
+        _check(op, positions, table, layout, count)
+        _check_channels(op, "grad_features", grad_features, positions, channels)
+        check_tensor(f"hash_grid_tile.{op}", "gradient", gradient, positions.shape, like=positions, same_dtype=True)
     if not _on_gpu(positions):
         n = _live(positions, count)
         p, g = _rows(positions, n, 3), _rows(grad_features, n, channels)
@@ -184,6 +195,7 @@ def scatter(
     count: Tensor | None = None,
     direction: Tensor | None = None,
     grad_of_features: Tensor | None = None,
+    checked: bool = False,
 ) -> None:
     """Adds the table's gradient of ``grad_features . E + grad_of_features . (J direction)``, in one pass.
 
@@ -194,7 +206,52 @@ def scatter(
     Args:
         grad_table: ``[n_rows, n_features]``, float32 (float64 if the positions are), contiguous, added to; on a GPU
             aligned to 16 bytes.
-        positions, layout, count: as in `encode`.
+        positions, layout, count, checked: as in `encode`.
+        grad_features: ``[n_samples, at least levels * n_features]``.
+        direction: ``[n_samples, 3]``, of the positions' dtype.
+        grad_of_features: ``[n_samples, at least levels * n_features]``; with direction, or neither.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `encode`. A level that does not lie inside the table adds nothing.
+    """
+    channels = layout.levels * grad_table.shape[1]
+    if not checked:
+        _check_scatter(grad_table, positions, layout, grad_features, count, direction, grad_of_features)
+    if not _on_gpu(positions):
+        n = _live(positions, count)
+        p, g = _rows(positions, n, 3), _rows(grad_features, n, channels)
+        out = _rows(gradient, n, 3)
+        tensors = (pointer(g), pointer(p), pointer(table), pointer(out))
+        call("hash_grid_backward_positions", p, *tensors, *_levels(layout, table.shape[0], n, table.shape[1]))
+        _write_back(out, gradient)
+        return
+    table_arguments = (pointer(table), _ELEMENT_TYPES[table.dtype])
+    at_once = min(layout.levels, LEVELS_PER_LAUNCH)
+    tile = _tile(positions, layout, count, *table.shape)
+    arrays = (_array(grad_features), *table_arguments, _array(gradient))
+    call("hash_grid_tile_position_gradient", positions, *arrays, at_once, *tile)
+
+
+def scatter(
+    grad_table: Tensor,
+    positions: Tensor,
+    layout: HashGridTileLayout,
+    grad_features: Tensor,
+    count: Tensor | None = None,
+    direction: Tensor | None = None,
+    grad_of_features: Tensor | None = None,
+    checked: bool = False,
+) -> None:
+    """Adds the table's gradient of ``grad_features . E + grad_of_features . (J direction)``, in one pass.
+
+    The second term is the table's share of the backward of `position_gradient`: grad_of_features is what that function
+    was given, direction the gradient of what it wrote. On a GPU a sample whose gradients are all zero costs nothing and
+    adds nothing, not even NaN where its position is NaN; the order of the sums is not fixed.
+
+    Args:
+        grad_table: ``[n_rows, n_features]``, float32 (float64 if the positions are), contiguous, added to; on a GPU
+            aligned to 16 bytes.
+        positions, layout, count, checked: as in `encode`.
         grad_features: ``[n_samples, at least levels * n_features]``.
         direction: ``[n_samples, 3]``, of the positions' dtype.
         grad_of_features: ``[n_samples, at least levels * n_features]``; with direction, or neither.
@@ -224,6 +281,26 @@ def scatter(
     tile = _tile(positions, layout, count, *grad_table.shape)
     arrays = (_array(grad_features), _array(direction), _array(grad_of_features), pointer(grad_table))
     call("hash_grid_tile_scatter", positions, *arrays, SAMPLES_PER_THREAD, *tile)
+
+
+def _check_scatter(
+    grad_table: Tensor,
+    positions: Tensor,
+    layout: HashGridTileLayout,
+    grad_features: Tensor,
+    count: Tensor | None,
+    direction: Tensor | None,
+    grad_of_features: Tensor | None,
+) -> None:
+    op = "scatter"
+    _check(op, positions, grad_table, layout, count, "grad_table", [positions.dtype])
+    channels = layout.levels * grad_table.shape[1]
+    _check_channels(op, "grad_features", grad_features, positions, channels)
+    if (direction is None) != (grad_of_features is None):
+        raise ValueError(f"dreamfusion_fast.ops.hash_grid_tile.{op}: direction and grad_of_features go together")
+    if direction is not None and grad_of_features is not None:
+        check_tensor(f"hash_grid_tile.{op}", "direction", direction, positions.shape, like=positions, same_dtype=True)
+        _check_channels(op, "grad_of_features", grad_of_features, positions, channels)
 
 
 def _check(

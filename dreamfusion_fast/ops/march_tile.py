@@ -104,3 +104,27 @@ def march_tile(
         first,
         t.shape[0],
     )
+
+
+# Columns of a tile table (march_tile.h): a tile's rays, first and one past the last, and its number of samples.
+_COLUMNS = 8
+_RAYS = slice(0, 2)
+_COUNT = slice(4, 5)
+
+
+def tile_table(offsets: Tensor, size: int, n_tiles: int) -> list[tuple[Tensor, Tensor]]:
+    """What the kernels of each tile read about it; nothing of it is known on the host.
+
+    Args:
+        offsets: int32 `[n_rays + 1]`, first sample of each ray, contiguous.
+        size: samples per tile.
+        n_tiles: how many tiles, from the first.
+
+    Returns:
+        For each tile int32 `[2]`, the rays that have samples in it: first, and one past the last; and int32 `[1]`, its
+        number of samples.
+    """
+    table = offsets.new_empty(n_tiles, _COLUMNS)
+    if n_tiles > 0:
+        call("tile_table", offsets, pointer(offsets), pointer(table), offsets.shape[0] - 1, size, n_tiles)
+    return [(row[_RAYS], row[_COUNT]) for row in table.unbind()]

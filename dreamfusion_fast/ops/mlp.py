@@ -141,6 +141,7 @@ def mlp_forward_into(
     y: Tensor,
     input_gradient: Tensor | None = None,
     count: Tensor | None = None,
+    checked: bool = False,
 ) -> None:
     """Writes y and v, for buffers that are used again and again. No autograd, nothing that waits for the GPU.
 
@@ -150,16 +151,18 @@ def mlp_forward_into(
         input_gradient: v, ``[n, d_in]``, of the type of x, any strides; written unless None.
         count: int32, one element, on the device: only the first ``min(n, count)`` rows are read and written (on a GPU
             that Triton does not serve, all are). None: all.
+        checked: the caller has passed these very shapes and types before, and saves the time to check them.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or name.
     """
-    op = "mlp_forward_into"
-    _check(op, x, weights, biases, activation, precision)
-    _check_rows(op, "y", y, x, weights[-1].shape[0], [weights[0].dtype])
-    if input_gradient is not None:
-        _check_rows(op, "input_gradient", input_gradient, x, x.shape[1], [x.dtype])
-    _check_count(op, count, x)
+    if not checked:
+        op = "mlp_forward_into"
+        _check(op, x, weights, biases, activation, precision)
+        _check_rows(op, "y", y, x, weights[-1].shape[0], [weights[0].dtype])
+        if input_gradient is not None:
+            _check_rows(op, "input_gradient", input_gradient, x, x.shape[1], [x.dtype])
+        _check_count(op, count, x)
     if _mlp_launch.kernels_serve(x.device, weights):
         _mlp_launch.forward(x, weights, biases, activation, precision, y, input_gradient, count)
         return
@@ -182,6 +185,7 @@ def mlp_backward_into(
     gradients: MlpGradients | None,
     grad_input_gradient: Tensor | None = None,
     count: Tensor | None = None,
+    checked: bool = False,
 ) -> None:
     """Goes back from the gradients of y and v: writes that of x and adds those of the parameters to `gradients`.
 
@@ -192,20 +196,21 @@ def mlp_backward_into(
         gradients: of these weights and biases; None where they are not wanted.
         grad_input_gradient: u, the gradient of v, ``[n, d_in]``, bfloat16 or float32 (or float64), any strides; None
             is zero.
-        count: as in `mlp_forward_into`.
+        count, checked: as in `mlp_forward_into`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or name.
     """
-    op = "mlp_backward_into"
-    _check(op, x, weights, biases, activation, precision)
-    _check_rows(op, "grad_y", grad_y, x, weights[-1].shape[0], [weights[0].dtype])
-    kinds = [weights[0].dtype] if weights[0].dtype == torch.float64 else [torch.bfloat16, torch.float32]
-    if grad_x is not None:
-        _check_rows(op, "grad_x", grad_x, x, x.shape[1], kinds)
-    if grad_input_gradient is not None:
-        _check_rows(op, "grad_input_gradient", grad_input_gradient, x, x.shape[1], kinds)
-    _check_count(op, count, x)
+    if not checked:
+        op = "mlp_backward_into"
+        _check(op, x, weights, biases, activation, precision)
+        _check_rows(op, "grad_y", grad_y, x, weights[-1].shape[0], [weights[0].dtype])
+        kinds = [weights[0].dtype] if weights[0].dtype == torch.float64 else [torch.bfloat16, torch.float32]
+        if grad_x is not None:
+            _check_rows(op, "grad_x", grad_x, x, x.shape[1], kinds)
+        if grad_input_gradient is not None:
+            _check_rows(op, "grad_input_gradient", grad_input_gradient, x, x.shape[1], kinds)
+        _check_count(op, count, x)
     partials = None if gradients is None else gradients.partials
     if _mlp_launch.kernels_serve(x.device, weights):
         u = grad_input_gradient

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from dreamfusion_fast.fields.hash_field import HashGridField
 from dreamfusion_fast.ops import hash_grid_tile
 from dreamfusion_fast.ops.hash_grid_tile import HashGridTileLayout
-from dreamfusion_fast.ops.march_tile import MarchedRays, march_count, march_tile
+from dreamfusion_fast.ops.march_tile import MarchedRays, march_count, march_tile, tile_table
 from dreamfusion_fast.ops.mlp import MlpGradients, mlp_backward_into, mlp_forward_into
 from dreamfusion_fast.ops.stream import (
     N_PREFIX,
@@ -37,7 +37,7 @@ from dreamfusion_fast.ops.stream import (
     stream_visible,
 )
 from dreamfusion_fast.rendering.rays import InvalidRaysError
-from dreamfusion_fast.rendering.tiles import SMALLEST_TILE, TileTable, tile_size
+from dreamfusion_fast.rendering.tiles import SMALLEST_TILE, tile_size
 
 _MAX_SAMPLES = 2**31 - 1  # offsets are int32
 # Tiles are enqueued for so many samples beyond what the last render had, before the true number is known.
@@ -80,17 +80,17 @@ class StreamingField:
 
     @property
     def feature_dtype(self) -> torch.dtype:
-        """Of the encoding and of the input gradient."""
-        return torch.float16 if self.precision == "float16" else self.table.dtype
+        """Of the encoding and of the input gradient: the operands' own."""
+        return self.table.dtype if self.precision == "float32" else getattr(torch, self.precision)
 
     @property
     def gradient_dtype(self) -> torch.dtype:
         """Of gradients by the encoding: a float16 underflows at the size that score distillation gradients have."""
-        return torch.bfloat16 if self.precision == "float16" else self.table.dtype
+        return self.table.dtype if self.precision == "float32" else torch.bfloat16
 
     def readable_table(self) -> Tensor:
         """The table in the type that the kernels read."""
-        return self.table.detach().to(self.feature_dtype)
+        return self.table.detach().to(torch.float16 if self.precision == "float16" else self.table.dtype)
 
     def bytes_per_sample(self, normals: bool, backward: bool) -> int:
         """Of a tile's workspace."""
@@ -158,7 +158,9 @@ class StreamedRender:
     size: int = 0
     firsts: Tensor | None = None
     offsets: Tensor | None = None
-    table: TileTable | None = None
+    tiles: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    kept_table: Tensor | None = None
+    checked: bool = False
     prefix: list[Tensor] = field(default_factory=list)
     kept: list[_Workspace] = field(default_factory=list)
 
@@ -197,7 +199,7 @@ class StreamedRender:
         if self.size <= SMALLEST_TILE or torch.cuda.is_current_stream_capturing():
             raise
         self.max_tile, self.size = self.size // 2, 0
-        self.prefix, self.kept, self.table = [], [], None
+        self.prefix, self.kept, self.tiles, self.kept_table = [], [], [], None
         torch.cuda.empty_cache()
 
     def _forward(self, training: bool) -> Tensor:
@@ -221,6 +223,7 @@ class StreamedRender:
                 stream_forward(self.head, tile, sums, self.prefix[k], self.distortion)
                 if keep:
                     self.kept.append(workspace)
+                    self.kept_table = table
             done = n_tiles
             if total.captured:
                 self.samples = total.on_device
@@ -237,7 +240,7 @@ class StreamedRender:
         self, sums: Tensor, grad_sums: Tensor, needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, MlpGradients | None]:
         source = self.source
-        table = source.readable_table()
+        table = source.readable_table() if self.kept_table is None else self.kept_table
         grad_table = torch.zeros_like(source.table, memory_format=torch.contiguous_format) if needs[0] else None
         gradients = MlpGradients(source.weights, source.biases) if needs[1] else None
         n_tiles = len(self.prefix) if isinstance(self.samples, Tensor) else -(-self.samples // self.size)
@@ -254,9 +257,9 @@ class StreamedRender:
             tile = self._tile(k, workspace) if kept else self._evaluate(k, table, workspace)
             cuts = (self.prefix[k], suffix[k + 1], suffix[k])
             stream_backward(self.head, tile, sums, grad_sums, *cuts, to_logits, to_slopes, self.distortion)
-            positions, count = workspace.positions, self._count(k)
+            positions, count, checked = workspace.positions, self.tiles[k][1], k < n_tiles - 1
             if to_slopes is not None and to_gradient is not None:
-                hash_grid_tile.along(to_slopes, positions, table, source.layout, to_gradient, count)
+                hash_grid_tile.along(to_slopes, positions, table, source.layout, to_gradient, count, checked)
             mlp_backward_into(
                 workspace.features,
                 source.weights,
@@ -268,10 +271,11 @@ class StreamedRender:
                 gradients,
                 to_gradient,
                 count,
+                checked,
             )
             if grad_table is not None:
                 second = (to_slopes, workspace.input_gradient)
-                hash_grid_tile.scatter(grad_table, positions, source.layout, to_features, count, *second)
+                hash_grid_tile.scatter(grad_table, positions, source.layout, to_features, count, *second, checked)
         return grad_table, gradients
 
     def _planned(self, total: _Total) -> int:
@@ -298,7 +302,7 @@ class StreamedRender:
             torch.cumsum(counts, 0, dtype=torch.int32, out=self.offsets[1:])
         assert self.offsets is not None
         n_tiles = -(-samples // self.size)
-        self.table = TileTable.of(self.offsets, self.size, n_tiles)
+        self.tiles = tile_table(self.offsets, self.size, n_tiles)
         missing = max(n_tiles - len(self.prefix), 0)
         self.prefix += self.rays.origins.new_zeros(missing, N_PREFIX).unbind()
         return n_tiles
@@ -306,16 +310,11 @@ class StreamedRender:
     def _workspace(self) -> _Workspace:
         return _Workspace(self.size, self.source, self.normals, self.rays.distances is not None)
 
-    def _count(self, k: int) -> Tensor:
-        assert self.table is not None
-        return self.table.counts[k]
-
     def _tile(self, k: int, workspace: _Workspace) -> StreamTile:
-        assert self.table is not None
         assert self.offsets is not None
         return StreamTile(
             self.offsets,
-            self.table.ray_ranges[k],
+            self.tiles[k][0],
             self.rays.directions,
             workspace.t,
             workspace.lengths,
@@ -328,12 +327,13 @@ class StreamedRender:
 
     def _evaluate(self, k: int, table: Tensor, workspace: _Workspace) -> StreamTile:
         """March and ask the field: fills the workspace."""
-        source, tile, count = self.source, self._tile(k, workspace), self._count(k)
+        source, tile = self.source, self._tile(k, workspace)
+        checked = (self.tiles[k][1], self.checked)
         assert self.firsts is not None
         march_tile(
             self.rays, self.firsts, tile.offsets, tile.ray_range, tile.first, tile.t, tile.lengths, tile.positions
         )
-        hash_grid_tile.encode(workspace.positions, table, source.layout, workspace.features, count)
+        hash_grid_tile.encode(workspace.positions, table, source.layout, workspace.features, *checked)
         mlp_forward_into(
             workspace.features,
             source.weights,
@@ -342,11 +342,12 @@ class StreamedRender:
             source.precision,
             workspace.logits,
             workspace.input_gradient,
-            count,
+            *checked,
         )
         gradient = workspace.input_gradient
         if gradient is not None and tile.slopes is not None:
-            hash_grid_tile.position_gradient(gradient, workspace.positions, table, source.layout, tile.slopes, count)
+            hash_grid_tile.position_gradient(gradient, workspace.positions, table, source.layout, tile.slopes, *checked)
+        self.checked = True
         return tile
 
     def _visible_counts(self, table: Tensor, counts: Tensor, total: _Total) -> Tensor:

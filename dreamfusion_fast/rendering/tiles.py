@@ -1,11 +1,8 @@
-"""How samples are cut into tiles that fit a budget of memory, and which rays each tile has: all on the device."""
+"""How many samples a tile has, so that its workspace fits a budget of memory."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 
 # A GPU is full from about 2^18 samples on; more only saves launches. On a CPU a tile should stay in the caches.
 _LARGEST_TILE = {"cpu": 1 << 14, "cuda": 1 << 20}
@@ -31,29 +28,3 @@ def tile_size(bytes_per_sample: int, budget: int, samples: int, device: torch.de
     largest = min(max(budget // bytes_per_sample, SMALLEST_TILE), _LARGEST_TILE.get(device.type, 1 << 20))
     size = 1 << (largest.bit_length() - 1)
     return min(size, max(-(-samples // _GRANULE), 1) * _GRANULE)
-
-
-@dataclass(frozen=True, eq=False)
-class TileTable:
-    """What the kernels read about each tile; nothing of it is known on the host.
-
-    Attributes:
-        size: samples per tile.
-        ray_ranges: int32 `[n_tiles, 2]`, rays with samples in the tile: first, and one past the last.
-        counts: int32 `[n_tiles, 1]`, samples in the tile.
-    """
-
-    size: int
-    ray_ranges: Tensor
-    counts: Tensor
-
-    @classmethod
-    def of(cls, offsets: Tensor, size: int, n_tiles: int) -> TileTable:
-        """The first `n_tiles` tiles of packed samples with `offsets` int32 `[n_rays + 1]`."""
-        starts = torch.arange(0, n_tiles * size, size, device=offsets.device)
-        ends = starts + size
-        # The first ray that ends behind the start, and the first one that begins at the end or behind it.
-        low = torch.searchsorted(offsets[1:], starts, right=True, out_int32=True)
-        high = torch.searchsorted(offsets[:-1], ends, out_int32=True)
-        counts = (offsets[-1] - starts).clamp(0, size).to(torch.int32)
-        return cls(size, torch.stack((low, high), dim=1), counts[:, None])

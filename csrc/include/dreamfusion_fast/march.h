@@ -170,6 +170,9 @@ class RayMarcher {
     return occupied(cascade, cell);
   }
 
+  // Whether sample k and all after it lie behind the ray's end.
+  DFF_HD bool passed(int32_t k) const { return !valid_ || k >= rays_.n_steps || !(distance(k) < t_far_); }
+
   // The length of sample k.
   DFF_HD T length(int32_t k) const { return from_table() ? rays_.distances[k + 1] - rays_.distances[k] : rays_.step; }
 

@@ -50,6 +50,44 @@ struct MarchTile {
   }
 };
 
+// What the kernels of a tile read about it: [n_tiles, kTileColumns], a row per tile.
+constexpr int kTileColumns = 8;
+constexpr int kTileRays = 0;   // the rays with samples in it: first, and one past the last
+constexpr int kTileCount = 4;  // its samples; aligned to 16 bytes, which some compilers ask about
+
+struct TileTable {
+  const int32_t* offsets;  // [n_rays + 1]
+  int32_t* table;          // [n_tiles, kTileColumns], out
+  int64_t n_rays;
+  int64_t size;  // samples per tile
+
+  // The number of elements of a rising array that are less than `value`, or with kOrEqual not above it.
+  template <bool kOrEqual>
+  DFF_HD static int64_t before(const int32_t* values, int64_t n, int64_t value) {
+    int64_t low = 0, high = n;
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      if (kOrEqual ? values[middle] <= value : values[middle] < value) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
+  DFF_HD void operator()(int64_t tile) const {
+    const int64_t first = tile * size;
+    const int64_t left = offsets[n_rays] - first;
+    int32_t* row = table + tile * kTileColumns;
+    // The first ray that ends behind the start, and the first one that begins at the end or behind it.
+    row[kTileRays] = static_cast<int32_t>(before<true>(offsets + 1, n_rays, first));
+    row[kTileRays + 1] = static_cast<int32_t>(before<false>(offsets, n_rays, first + size));
+    row[kTileCount] = static_cast<int32_t>(left < 0 ? 0 : left < size ? left : size);
+  }
+};
+
+DFF_LAUNCHER(Status tile_table(const TileTable& op, int64_t n_tiles, const Launch& launch);)
 DFF_LAUNCHER(template <typename T> Status march_tile(const MarchTile<T>& op, const Launch& launch);)
 
 }  // namespace dff

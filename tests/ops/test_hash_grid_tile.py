@@ -84,10 +84,12 @@ class Tile:
         n_rows = int(layout.level_offsets[-1])
         self.table = torch.randn(n_rows, features, dtype=torch.float64).to(place.device, place.table)
         self.positions = place.tensor(points, place.scalar)
-        self.direction = place.tensor(torch.randn(n, 3, dtype=torch.float64), place.scalar)
-        grads, values = (torch.randn(2, n, channels, dtype=torch.float64)).unbind(0)
-        if zeros is not None:
-            grads[zeros], values[zeros] = 0, 0
+        direction = torch.randn(n, 3, dtype=torch.float64)
+        grads, values = torch.randn(2, n, channels, dtype=torch.float64).unbind(0)
+        if zeros is not None:  # [n, 3]: which samples lack which of them
+            for x, without in zip((direction, grads, values), zeros.unbind(1), strict=True):
+                x[without] = 0
+        self.direction = place.tensor(direction, place.scalar)
         self.grads = place.tensor(grads, place.grads)
         self.values = place.tensor(values, place.features)
         self.features = place.buffer(n, channels, place.features)
@@ -190,9 +192,10 @@ def test_a_cell_that_is_left_and_entered_again(place: Place) -> None:
 
 
 @every_place
-def test_samples_without_a_gradient_in_between(place: Place) -> None:
+def test_samples_without_some_gradients(place: Place) -> None:
+    """Each of the eight combinations of the two gradients and the direction, in any order."""
     n = 1023
-    tile = Tile(place, points_along_rays(n), layout_of(place), zeros=torch.rand(n) < 0.6)
+    tile = Tile(place, points_along_rays(n), layout_of(place), zeros=torch.rand(n, 3) < 0.6)
     tile.run()
     tile.check(n)
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from dreamfusion_fast.fields.base import Backend, FieldLike, box_tensor, check_backend, evaluate, query_density
 from dreamfusion_fast.ops.composite import composite, composite_reference
-from dreamfusion_fast.ops.march import march, march_reference
+from dreamfusion_fast.ops.march import march, march_lattice, march_lattice_reference, march_reference
 from dreamfusion_fast.ops.ray_box import ray_box, ray_box_reference
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.rays import Rays
 from dreamfusion_fast.rendering.recompute import recomputed, trainable_leaves
+from dreamfusion_fast.rendering.sampling import cached_cone_distances, covering_distance
 from dreamfusion_fast.rendering.shading import AMBIENT, DIFFUSE, Shading, shade
 
 # Rays marched at a time. It bounds the distances held without gradients, keeps sample counts far from int32's limit,
@@ -39,9 +40,15 @@ class RendererConfig:
     """Settings of :class:`VolumeRenderer`."""
 
     samples_across: int = 512
-    """Samples along the diagonal of the scene box; the step is diagonal / samples_across."""
+    """Samples along the diagonal of the scene box, the first cascade's; the step is diagonal / samples_across."""
     step: float | None = None
     """Step in scene units; overrides samples_across."""
+    cone_angle: float = 0.0
+    """Growth of the step per distance, as a pixel's cone grows, for scenes with several cascades: a sample at distance
+    t is max(step, min(t * cone_angle, max_step)) long. 0: all samples are as long. Needs near > 0; with an infinite
+    far, a GPU is waited for once more per render."""
+    max_step: float | None = None
+    """Largest step with a cone_angle, scene units; None: no limit. Steps longer than an occupied part can miss it."""
     near: float = 0.0
     """Distance before which nothing is sampled."""
     far: float = math.inf
@@ -60,6 +67,14 @@ class RendererConfig:
             raise ValueError(f"RendererConfig.step: got {self.step}, want above 0")
         if not 0.0 <= self.near < self.far:
             raise ValueError(f"RendererConfig.near, far: got {self.near}, {self.far}, want 0 <= near < far")
+        if not 0.0 <= self.cone_angle < math.inf:
+            raise ValueError(f"RendererConfig.cone_angle: got {self.cone_angle}, want at least 0")
+        if self.cone_angle > 0.0 and self.near == 0.0:
+            raise ValueError("RendererConfig.near: got 0.0, want above 0 with a cone_angle: steps grow from there")
+        if self.max_step is not None and not (self.max_step > 0.0 and self.cone_angle > 0.0):
+            raise ValueError(
+                f"RendererConfig.max_step: got {self.max_step} with cone_angle {self.cone_angle}, want both above 0"
+            )
         if self.max_samples_per_chunk is not None and self.max_samples_per_chunk < 1:
             raise ValueError(f"RendererConfig.max_samples_per_chunk: got {self.max_samples_per_chunk}, want at least 1")
         if not 0.0 <= self.early_stop < 1.0:
@@ -91,11 +106,18 @@ class RenderOutput:
 
 @dataclass(frozen=True)
 class _Packed:
-    """Samples of a run of whole rays: distances `[m]`, ray of each `[m]` (local), offsets int32 `[n + 1]` (local)."""
+    """Samples of a run of whole rays: distances `[m]`, ray of each `[m]` (local), offsets int32 `[n + 1]` (local), and
+    the length of each `[m]`, or of all."""
 
     t: Tensor
     ray_indices: Tensor
     offsets: Tensor
+    length: Tensor | float
+
+    def pick(self, samples: slice | Tensor, first_ray: int, offsets: Tensor) -> _Packed:
+        """Some of the samples, their rays counted from `first_ray` on."""
+        length = self.length[samples] if isinstance(self.length, Tensor) else self.length
+        return _Packed(self.t[samples], self.ray_indices[samples] - first_ray, offsets, length)
 
 
 class VolumeRenderer(nn.Module):
@@ -144,16 +166,21 @@ class VolumeRenderer(nn.Module):
         self.config = config or RendererConfig()
         box = occupancy.aabb if occupancy is not None else getattr(field, "aabb", None)
         self.register_buffer("aabb", box_tensor(box), persistent=False)
+        if self.config.max_step is not None and self.config.max_step < self.step_size:
+            raise ValueError(
+                f"RendererConfig.max_step: got {self.config.max_step}, want at least the step, {self.step_size}"
+            )
         native = self.config.backend == "native"
         self._ray_box = ray_box if native else ray_box_reference
         self._march = march if native else march_reference
+        self._march_lattice = march_lattice if native else march_lattice_reference
         self._composite = composite if native else composite_reference
 
     aabb: Tensor
 
     @property
     def step_size(self) -> float:
-        """Distance between samples, scene units."""
+        """Distance between samples, scene units; with a cone_angle, the least."""
         if self.config.step is not None:
             return self.config.step
         return float((self.aabb[3:] - self.aabb[:3]).double().norm()) / self.config.samples_across
@@ -235,14 +262,23 @@ class VolumeRenderer(nn.Module):
     def _sample(self, rays: Rays, jitter: bool, seed: int) -> _Packed:
         """March the rays through the occupied cells."""
         origins, directions = rays.origins.detach().contiguous(), rays.directions.detach().contiguous()
+        config, occupancy = self.config, self.occupancy
         aabb = self.aabb.to(origins.dtype)
-        t_near, t_far = self._ray_box(origins, directions, aabb, self.config.near, self.config.far)
-        bitfield = None if self.occupancy is None else self.occupancy.bitfield
-        resolution = 1 if self.occupancy is None else self.occupancy.resolution
-        offsets, t, ray_indices = self._march(
-            origins, directions, t_near, t_far, aabb, bitfield, resolution, self.step_size, jitter, seed
-        )
-        return _Packed(t.to(origins.dtype), ray_indices, offsets)
+        outer = aabb if occupancy is None else occupancy.outer_aabb.to(origins.dtype)
+        t_near, t_far = self._ray_box(origins, directions, outer, config.near, config.far)
+        bitfield, resolution, cascades = None, 1, 1
+        if occupancy is not None:
+            bitfield, resolution, cascades = occupancy.bitfield, occupancy.resolution, occupancy.cascades
+        inputs = (origins, directions, t_near, t_far, aabb, bitfield, resolution)
+        if config.cone_angle == 0.0:
+            step = self.step_size
+            offsets, t, ray_indices = self._march(*inputs, step, jitter, seed, cascades=cascades)
+            return _Packed(t, ray_indices, offsets, step)
+        far = config.far if math.isfinite(config.far) else covering_distance(t_far, config.near)
+        steps = (self.step_size, math.inf if config.max_step is None else config.max_step)
+        distances = cached_cone_distances(config.near, far, *steps, config.cone_angle, t_far.dtype, t_far.device)
+        offsets, t, ray_indices, lengths = self._march_lattice(*inputs, distances, jitter, seed, cascades=cascades)
+        return _Packed(t, ray_indices, offsets, lengths)
 
     def _chunks(self, packed: _Packed) -> Iterator[tuple[slice, _Packed]]:
         """Split into runs of whole rays, each within the budget or of one ray."""
@@ -260,23 +296,19 @@ class VolumeRenderer(nn.Module):
             last = int(offsets[stop])
             yield (
                 slice(start, stop),
-                _Packed(
-                    packed.t[first:last],
-                    packed.ray_indices[first:last] - start,
-                    packed.offsets[start : stop + 1] - first,
-                ),
+                packed.pick(slice(first, last), start, packed.offsets[start : stop + 1] - first),
             )
             start = stop
 
     @torch.no_grad()
     def _visible(self, rays: Rays, packed: _Packed) -> _Packed:
         """Drop the samples that less than `early_stop` of the light reaches."""
-        depth = query_density(self.field, _positions(rays.origins, rays.directions, packed)).double() * self.step_size
+        depth = query_density(self.field, _positions(rays.origins, rays.directions, packed)).double() * packed.length
         ends = torch.cat([depth.new_zeros(1), depth.clamp(max=1e6).cumsum(0)])
         before = ends[:-1] - ends[packed.offsets.long()][packed.ray_indices.long()]
         kept = before <= -math.log(self.config.early_stop)
         kept_ends = torch.cat([kept.new_zeros(1, dtype=torch.int32), kept.cumsum(0, dtype=torch.int32)])
-        return _Packed(packed.t[kept], packed.ray_indices[kept], kept_ends[packed.offsets.long()])
+        return packed.pick(kept, 0, kept_ends[packed.offsets.long()])
 
 
 @dataclass(frozen=True)
@@ -333,7 +365,7 @@ class _Scene:
         if output.normal is not None and self.normals:
             values = torch.cat([values, output.normal], dim=1)
         weights, opacity, depth, accumulated = renderer._composite(
-            output.density, values, packed.t, renderer.step_size, packed.offsets
+            output.density, values, packed.t, packed.length, packed.offsets
         )
         orientation = opacity.new_zeros(1)
         if output.normal is not None and self.normals:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -55,3 +56,25 @@ def cone_distances(
     if not bool((distances.diff() > 0).all()):
         raise ValueError(f"cone_distances: min_step {min_step} is below what {dtype} can tell apart at {far}")
     return distances.to(device)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def cached_cone_distances(
+    near: float,
+    far: float,
+    min_step: float,
+    max_step: float,
+    cone_angle: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """`cone_distances`, kept: it takes milliseconds, and a copy to the GPU. Not to be changed in place."""
+    return cone_distances(near, far, min_step, max_step, cone_angle, dtype, device)
+
+
+def covering_distance(t_far: Tensor, near: float) -> float:
+    """A distance that no finite t_far `[n_rays]` exceeds: one of `near` * 2, 4, 8, ..., so that tables made for it are
+    few. Waits for the GPU. `near` > 0."""
+    reach = float(torch.where(t_far.isfinite(), t_far, near).amax()) if t_far.shape[0] > 0 else near
+    return near * 2.0 ** max(math.ceil(math.log2(max(reach / near, 1.0))), 1)

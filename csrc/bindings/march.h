@@ -1,5 +1,7 @@
 #pragma once
 
+#include <array>
+
 #include "bindings/bind.h"
 #include "bindings/view.h"
 #include "dreamfusion_fast/march_tile.h"
@@ -76,8 +78,8 @@ template <typename T>
 void march_tile(Address origins, Address directions, Address t_near, Address t_far, Address aabb, Address distances,
                 int32_t n_steps, Address bitfield, Address blocks, int32_t resolution, int32_t cascades, double step,
                 bool jitter, uint64_t seed, int64_t n_rays, Address firsts, Address offsets, Address ray_range,
-                Address t, Address lengths, const ViewArguments& positions, int64_t first, int64_t capacity,
-                std::uintptr_t where) {
+                Address t, Address lengths, const ViewArguments& positions, const std::array<double, 6>& box,
+                int64_t first, int64_t capacity, std::uintptr_t where) {
   MarchTile<T> op;
   op.rays = march_rays<T>(origins, directions, t_near, t_far, aabb, distances, n_steps, bitfield, blocks, resolution,
                           cascades, step, jitter, seed, n_rays);
@@ -87,6 +89,10 @@ void march_tile(Address origins, Address directions, Address t_near, Address t_f
   op.t = pointer<T>(t);
   op.lengths = pointer<T>(lengths);
   op.positions = view<T>(positions);
+  for (int axis = 0; axis < 3; ++axis) {
+    op.low[axis] = static_cast<T>(box[axis]);
+    op.extent[axis] = static_cast<T>(box[axis + 3] - box[axis]);
+  }
   op.first = first;
   op.capacity = capacity;
   check("march_tile", backend::march_tile(op, launch_at(where)));

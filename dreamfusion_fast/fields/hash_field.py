@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -158,6 +157,7 @@ class HashGridField(Field):
         self.register_buffer("resolutions", resolutions, persistent=False)
         self._level_rows: list[int] = level_offsets.tolist()
         self._active_levels = c.levels
+        self._box: tuple[tuple[int, int], tuple[float, ...]] | None = None
         self.table = nn.Parameter(
             torch.empty(self._level_rows[-1], c.features).uniform_(-1e-4, 1e-4, generator=generator)
         )
@@ -244,9 +244,17 @@ class HashGridField(Field):
             layers[0] = (layers[0][0][:, : self._active_levels * self.config.features], layers[0][1])
         return layers
 
-    def head(self, box: Sequence[float]) -> StreamHead:
-        """How density and normals come from the MLP's outputs; `box` is the scene box, on the host."""
-        c, low, high = self.config, box[:3], box[3:]
+    @property
+    def box(self) -> tuple[float, ...]:
+        """The scene box on the host, six numbers; a GPU is waited for only when it was changed."""
+        state = (self.aabb.data_ptr(), self.aabb._version)
+        if self._box is None or self._box[0] != state:
+            self._box = (state, tuple(self.aabb.tolist()))
+        return self._box[1]
+
+    def head(self) -> StreamHead:
+        """How density and normals come from the MLP's outputs."""
+        c, low, high = self.config, self.box[:3], self.box[3:]
         return StreamHead(
             centre=tuple(0.5 * (a + b) for a, b in zip(low, high, strict=True)),  # type: ignore[arg-type]
             extent=tuple(b - a for a, b in zip(low, high, strict=True)),  # type: ignore[arg-type]

@@ -176,7 +176,7 @@ def _launch(kernel: Any, grid: tuple[int], arguments: tuple[Any, ...], settings:
     known = _compiled.get(key)
     if known is not None:
         compiled, constants = known
-        compiled[(*grid, 1, 1)](*arguments, *constants)
+        compiled[(grid[0], 1, 1)](*arguments, *constants)
         return
     compiled = kernel[grid](*arguments, **settings)
     if compiled is not None:  # the interpreter compiles nothing

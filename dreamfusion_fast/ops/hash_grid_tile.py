@@ -139,7 +139,7 @@ def along(
     """
     if not checked:
         _check("along", positions, table, layout, count)
-        check_tensor("hash_grid_tile.along", "direction", direction, positions.shape, like=positions, same_dtype=True)
+        _check_vectors("along", "direction", direction, positions)
         _check_channels("along", "features_along", features_along, positions, layout.levels * table.shape[1])
     if not _on_gpu(positions):
         _encode_on_cpu(direction, positions, table, layout, features_along, count)
@@ -166,12 +166,12 @@ def position_gradient(
     Raises:
         TypeError, ValueError, RuntimeError: as `encode`. A level that does not lie inside the table adds nothing.
     """
-    op = "position_gradient"
     channels = layout.levels * table.shape[1]
     if not checked:
+        op = "position_gradient"
         _check(op, positions, table, layout, count)
         _check_channels(op, "grad_features", grad_features, positions, channels)
-        check_tensor(f"hash_grid_tile.{op}", "gradient", gradient, positions.shape, like=positions, same_dtype=True)
+        _check_vectors(op, "gradient", gradient, positions)
     if not _on_gpu(positions):
         n = _live(positions, count)
         p, g = _rows(positions, n, 3), _rows(grad_features, n, channels)
@@ -220,57 +220,6 @@ def scatter(
     if not _on_gpu(positions):
         n = _live(positions, count)
         p, g = _rows(positions, n, 3), _rows(grad_features, n, channels)
-        out = _rows(gradient, n, 3)
-        tensors = (pointer(g), pointer(p), pointer(table), pointer(out))
-        call("hash_grid_backward_positions", p, *tensors, *_levels(layout, table.shape[0], n, table.shape[1]))
-        _write_back(out, gradient)
-        return
-    table_arguments = (pointer(table), _ELEMENT_TYPES[table.dtype])
-    at_once = min(layout.levels, LEVELS_PER_LAUNCH)
-    tile = _tile(positions, layout, count, *table.shape)
-    arrays = (_array(grad_features), *table_arguments, _array(gradient))
-    call("hash_grid_tile_position_gradient", positions, *arrays, at_once, *tile)
-
-
-def scatter(
-    grad_table: Tensor,
-    positions: Tensor,
-    layout: HashGridTileLayout,
-    grad_features: Tensor,
-    count: Tensor | None = None,
-    direction: Tensor | None = None,
-    grad_of_features: Tensor | None = None,
-    checked: bool = False,
-) -> None:
-    """Adds the table's gradient of ``grad_features . E + grad_of_features . (J direction)``, in one pass.
-
-    The second term is the table's share of the backward of `position_gradient`: grad_of_features is what that function
-    was given, direction the gradient of what it wrote. On a GPU a sample whose gradients are all zero costs nothing and
-    adds nothing, not even NaN where its position is NaN; the order of the sums is not fixed.
-
-    Args:
-        grad_table: ``[n_rows, n_features]``, float32 (float64 if the positions are), contiguous, added to; on a GPU
-            aligned to 16 bytes.
-        positions, layout, count, checked: as in `encode`.
-        grad_features: ``[n_samples, at least levels * n_features]``.
-        direction: ``[n_samples, 3]``, of the positions' dtype.
-        grad_of_features: ``[n_samples, at least levels * n_features]``; with direction, or neither.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as `encode`. A level that does not lie inside the table adds nothing.
-    """
-    op = "scatter"
-    _check(op, positions, grad_table, layout, count, "grad_table", [positions.dtype])
-    channels = layout.levels * grad_table.shape[1]
-    _check_channels(op, "grad_features", grad_features, positions, channels)
-    if (direction is None) != (grad_of_features is None):
-        raise ValueError(f"dreamfusion_fast.ops.hash_grid_tile.{op}: direction and grad_of_features go together")
-    if direction is not None and grad_of_features is not None:
-        check_tensor(f"hash_grid_tile.{op}", "direction", direction, positions.shape, like=positions, same_dtype=True)
-        _check_channels(op, "grad_of_features", grad_of_features, positions, channels)
-    if not _on_gpu(positions):
-        n = _live(positions, count)
-        p, g = _rows(positions, n, 3), _rows(grad_features, n, channels)
         levels = _levels(layout, grad_table.shape[0], n, grad_table.shape[1])
         call("hash_grid_backward_table", p, pointer(g), pointer(p), pointer(grad_table), *levels)
         if direction is not None and grad_of_features is not None:
@@ -299,7 +248,7 @@ def _check_scatter(
     if (direction is None) != (grad_of_features is None):
         raise ValueError(f"dreamfusion_fast.ops.hash_grid_tile.{op}: direction and grad_of_features go together")
     if direction is not None and grad_of_features is not None:
-        check_tensor(f"hash_grid_tile.{op}", "direction", direction, positions.shape, like=positions, same_dtype=True)
+        _check_vectors(op, "direction", direction, positions)
         _check_channels(op, "grad_of_features", grad_of_features, positions, channels)
 
 
@@ -328,6 +277,7 @@ def _check(
         raise ValueError(f"dreamfusion_fast.ops.{where}: {table_name} must be contiguous and aligned to 16 bytes")
     if positions.shape[0] > MAX_SAMPLES:
         raise ValueError(f"dreamfusion_fast.ops.{where}: a tile has at most 2^24 samples, got {positions.shape[0]}")
+    _check_span(where, "positions", positions)
     if layout.resolutions.device != positions.device:
         raise ValueError(
             f"dreamfusion_fast.ops.{where}: layout is on {layout.resolutions.device}, "
@@ -343,15 +293,26 @@ def _check_channels(op: str, name: str, tensor: Tensor, positions: Tensor, chann
     where = f"hash_grid_tile.{op}"
     narrow = _on_gpu(positions) and positions.dtype == torch.float32
     dtypes = [torch.float16, torch.bfloat16, torch.float32] if narrow else [positions.dtype]
-    n = positions.shape[0]
-    check_tensor(where, name, tensor, [n, "levels * n_features"], dtypes=dtypes, like=positions)
+    check_tensor(where, name, tensor, [positions.shape[0], "levels * n_features"], dtypes=dtypes, like=positions)
     if tensor.shape[1] < channels:
         raise ValueError(
             f"dreamfusion_fast.ops.{where}: {name} must have at least {channels} channels, got {tensor.shape[1]}"
         )
-    if n > 0 and (n - 1) * tensor.stride(0) + (tensor.shape[1] - 1) * tensor.stride(1) >= 2**32:
+    _check_span(where, name, tensor)
+
+
+def _check_vectors(op: str, name: str, tensor: Tensor, positions: Tensor) -> None:
+    where = f"hash_grid_tile.{op}"
+    check_tensor(where, name, tensor, positions.shape, like=positions, same_dtype=True)
+    _check_span(where, name, tensor)
+
+
+def _check_span(where: str, name: str, tensor: Tensor) -> None:
+    """Kernels count elements in 32 bits."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.numel() > 0 and last >= 2**32:
         raise ValueError(
-            f"dreamfusion_fast.ops.{where}: {name} must span less than 2^32 elements, got strides {tensor.stride()}"
+            f"dreamfusion_fast.ops.{where}: {name} must span at most 2^32 elements, got strides {tensor.stride()}"
         )
 
 

@@ -6,6 +6,7 @@ held outside the tile in work, and the number of samples need not be known on th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +79,7 @@ def march_tile(
     t: Tensor,
     lengths: Tensor | None,
     positions: Tensor,
+    box: Sequence[float],
 ) -> None:
     """Write the samples `first <= i < first + capacity` of all the rays', as far as there are any.
 
@@ -89,7 +91,8 @@ def march_tile(
         first: the tile's first sample.
         t: `[capacity]`, written: distances.
         lengths: `[capacity]`, written: lengths; None without `rays.distances`.
-        positions: `[capacity, 3]` of any strides, written: positions in the scene box scaled to [0, 1]^3.
+        positions: `[capacity, 3]` of any strides, written: positions in `box` scaled to [0, 1]^3.
+        box: six numbers, the box of the field that is asked; that of the grid may be another.
     """
     call(
         "march_tile",
@@ -101,6 +104,7 @@ def march_tile(
         pointer(t),
         pointer(lengths),
         strided(positions),
+        box,
         first,
         t.shape[0],
     )

@@ -30,8 +30,13 @@ class OccupancyGrid(nn.Module):
     occupied where its value exceeds min(mean, density at which one step has `alpha_threshold` opacity). Until the first
     update everything is occupied. The draws depend on (seed, step) only, so a resumed run repeats them.
 
+    For scenes larger than an object, several cascades of the grid: cascade c has as many cells and spans the box grown
+    2^c times about its centre. A place is looked up in the first cascade whose box holds it, so the middle of the later
+    ones is never used. The mean above is that of all cascades.
+
     Args:
-        aabb: scene box `[6]`; [-1, 1]^3 if None. Must be the field's.
+        aabb: scene box `[6]`; [-1, 1]^3 if None. Must be the field's. With several cascades, the first one's; the
+            field is asked in the boxes of all.
         resolution: cells per side.
         decay: factor per update.
         every: update period in training steps.
@@ -40,10 +45,11 @@ class OccupancyGrid(nn.Module):
         step_size: length of that step in scene units; use the renderer's.
         seed: of the sample points.
         backend: native core or pure-PyTorch twins.
+        cascades: number of grids C; `resolution` must be even if above 1.
 
     Attributes:
-        grid: `[R, R, R]` float32 buffer, densities, index order x, y, z.
-        bitfield: `[ceil(R^3 / 8)]` uint8 buffer; bit i of byte b is cell 8 b + i.
+        grid: `[R, R, R]`, or `[C, R, R, R]` with C > 1, float32 buffer, densities, index order x, y, z.
+        bitfield: `[ceil(C R^3 / 8)]` uint8 buffer; bit i of byte b is cell 8 b + i.
     """
 
     aabb: Tensor
@@ -61,15 +67,19 @@ class OccupancyGrid(nn.Module):
         step_size: float = 2.0 * math.sqrt(3.0) / 512.0,
         seed: int = 0,
         backend: Backend = "native",
+        cascades: int = 1,
     ) -> None:
         super().__init__()
         for name, value, least in (
             ("resolution", resolution, 1),
             ("every", every, 1),
             ("warmup_steps", warmup_steps, 0),
+            ("cascades", cascades, 1),
         ):
             if value < least:
                 raise ValueError(f"{name}: got {value}, want at least {least}")
+        if cascades > 1 and resolution % 2 != 0:
+            raise ValueError(f"resolution: got {resolution}, want an even number with {cascades} cascades")
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay: got {decay}, want 0 to 1")
         if not 0.0 < alpha_threshold < 1.0:
@@ -84,13 +94,20 @@ class OccupancyGrid(nn.Module):
             warmup_steps,
             seed,
         )
+        self.cascades = cascades
         self.density_threshold = -math.log1p(-alpha_threshold) / step_size
         native = backend == "native"
         self._update = occupancy_update if native else occupancy_update_reference
         self._pack = occupancy_pack if native else occupancy_pack_reference
         self.register_buffer("aabb", box_tensor(aabb))
-        self.register_buffer("grid", torch.zeros(resolution, resolution, resolution))
-        self.register_buffer("bitfield", torch.full(((resolution**3 + 7) // 8,), 255, dtype=torch.uint8))
+        shape = (resolution,) * 3 if cascades == 1 else (cascades, *(resolution,) * 3)
+        self.register_buffer("grid", torch.zeros(shape))
+        self.register_buffer("bitfield", torch.full(((cascades * resolution**3 + 7) // 8,), 255, dtype=torch.uint8))
+
+    @property
+    def outer_aabb(self) -> Tensor:
+        """Box of the last cascade, `[6]`: outside it nothing is occupied."""
+        return self._grown_box(2.0 ** (self.cascades - 1))
 
     @property
     def threshold(self) -> Tensor:
@@ -98,8 +115,8 @@ class OccupancyGrid(nn.Module):
         return (_BELOW_MEAN * self.grid.mean()).clamp(max=self.density_threshold)
 
     def occupied(self) -> Tensor:
-        """The bitfield as booleans, `[R, R, R]`."""
-        return occupancy_unpack(self.bitfield, self.resolution)
+        """The bitfield as booleans, `[R, R, R]`, or `[C, R, R, R]` with C > 1."""
+        return occupancy_unpack(self.bitfield, self.resolution, self.cascades)
 
     def occupied_fraction(self) -> float:
         """Share of occupied cells, 0 to 1. Waits for the GPU."""
@@ -128,16 +145,15 @@ class OccupancyGrid(nn.Module):
         return True
 
     def set_occupied(self, occupied: Tensor) -> None:
-        """Fix the grid to `occupied`, bool `[R, R, R]`: for static scenes and tests."""
-        size = self.resolution
-        if occupied.shape != (size, size, size):
-            raise ValueError(f"occupied: got shape {list(occupied.shape)}, want [{size}, {size}, {size}]")
+        """Fix the grid to `occupied`, bool of the grid's shape: for static scenes and tests."""
+        if occupied.shape != self.grid.shape:
+            raise ValueError(f"occupied: got shape {list(occupied.shape)}, want {list(self.grid.shape)}")
         self.grid.copy_(occupied.to(self.grid) * 2.0 * self.density_threshold)
         self.bitfield.copy_(self._pack(self.grid, 0.0))
 
     def _choose_cells(self, generator: torch.Generator, everything: bool) -> Tensor:
         """Flat indices of the cells to update, without repetition, int64."""
-        count, device = self.resolution**3, self.grid.device
+        count, device = self.grid.numel(), self.grid.device
         if everything:
             return torch.arange(count, device=device)
         occupied = self.occupied().flatten()
@@ -148,7 +164,13 @@ class OccupancyGrid(nn.Module):
     def _points_in(self, cells: Tensor, generator: torch.Generator) -> Tensor:
         """One uniformly random point in each cell, `[n, 3]`, scene units."""
         size = self.resolution
-        corner = torch.stack([cells // (size * size), cells // size % size, cells % size], dim=1)
+        corner = torch.stack([cells // (size * size) % size, cells // size % size, cells % size], dim=1)
         inside = torch.rand(cells.shape[0], 3, generator=generator, device=cells.device)
-        extent = (self.aabb[3:] - self.aabb[:3]) / size
-        return self.aabb[:3] + (corner + inside) * extent
+        box = self._grown_box(1.0 if self.cascades == 1 else 2.0 ** (cells // size**3)[:, None])
+        extent = (box[..., 3:] - box[..., :3]) / size
+        return box[..., :3] + (corner + inside) * extent
+
+    def _grown_box(self, times: float | Tensor) -> Tensor:
+        """The scene box grown about its centre, `[6]`, or with times `[n, 1]`, `[n, 6]`."""
+        margin = (times - 1.0) * 0.5 * (self.aabb[3:] - self.aabb[:3])
+        return torch.cat([self.aabb[:3] - margin, self.aabb[3:] + margin], dim=-1)

@@ -1,77 +1,30 @@
 """The volume renderer: rays in, colours out, exact gradients, bounded memory.
 
-Rays are marched once and only the distances of the surviving samples are kept. Then, chunk by chunk of whole rays:
-positions -> field -> shading -> compositing. When the samples need more than one chunk, each chunk is recomputed in
-backward, so that at no time more than one chunk's activations exist.
+The built-in field on its own path streams (`streaming`); every other field, and gradients to the rays, go through
+autograd in chunks (`chunked`). Both give the same image.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from dreamfusion_fast.fields.base import Backend, FieldLike, box_tensor, check_backend, evaluate, query_density
+from dreamfusion_fast.fields.base import FieldLike, box_tensor
 from dreamfusion_fast.fields.hash_field import HashGridField
-from dreamfusion_fast.ops import stream
-from dreamfusion_fast.ops.composite import composite, composite_reference
-from dreamfusion_fast.ops.march import march, march_reference
-from dreamfusion_fast.ops.march_tile import MarchedRays, occupied_blocks
-from dreamfusion_fast.ops.ray_box import ray_box, ray_box_reference
+from dreamfusion_fast.rendering.chunked import ChunkedRender
+from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.rays import InvalidRaysError, Rays
-from dreamfusion_fast.rendering.recompute import recomputed, trainable_leaves
-from dreamfusion_fast.rendering.shading import AMBIENT, DIFFUSE, Shading, shade
-from dreamfusion_fast.rendering.streaming import StreamedRender, StreamingField
+from dreamfusion_fast.rendering.request import RaySums, RenderRequest
+from dreamfusion_fast.rendering.sampling import SampledSpace
+from dreamfusion_fast.rendering.shading import AMBIENT, DIFFUSE, Shading
+from dreamfusion_fast.rendering.streaming import StreamedRender
 from dreamfusion_fast.rendering.tiles import default_budget
 
-# Rays marched at a time. It bounds the distances held without gradients, keeps sample counts far from int32's limit,
-# and is no setting, because jitter depends on it in images of more rays than this.
-_RAYS_PER_MARCH = 1 << 18
-# Activations take 1.7 KB per sample, 3.5 KB with normals (bench_render.py, on a CPU): at most 0.9 GB a chunk on
-# a CPU and 3.7 GB on a GPU, which leaves room on a 16 GB card.
-_CHUNK_SAMPLES = {"cpu": 1 << 18, "cuda": 1 << 20}
-
 Background = Tensor | Callable[[Tensor], Tensor] | None
-
-
-@dataclass(frozen=True)
-class RendererConfig:
-    """Settings of :class:`VolumeRenderer`."""
-
-    samples_across: int = 512
-    """Samples along the diagonal of the scene box; the step is diagonal / samples_across."""
-    step: float | None = None
-    """Step in scene units; overrides samples_across."""
-    near: float = 0.0
-    """Distance before which nothing is sampled."""
-    far: float = math.inf
-    """Distance beyond which nothing is sampled."""
-    max_samples_per_chunk: int | None = None
-    """Samples held at a time; None: 2^18 on a CPU, 2^20 on a GPU. A chunk holds at least one whole ray."""
-    early_stop: float = 0.0
-    """Drop samples that less than this share of the light reaches, found by a density pass of its own; 0: keep all."""
-    memory_budget: int | None = None
-    """Bytes of workspace for a render of the built-in field; None: an eighth of what is free, at most 128 MB."""
-    backend: Backend = "native"
-    """March and composite by the native core or by the pure-PyTorch twins (the field has a setting of its own)."""
-
-    def __post_init__(self) -> None:
-        if self.samples_across < 1:
-            raise ValueError(f"RendererConfig.samples_across: got {self.samples_across}, want at least 1")
-        if self.step is not None and not 0.0 < self.step < math.inf:
-            raise ValueError(f"RendererConfig.step: got {self.step}, want above 0")
-        if not 0.0 <= self.near < self.far:
-            raise ValueError(f"RendererConfig.near, far: got {self.near}, {self.far}, want 0 <= near < far")
-        if self.max_samples_per_chunk is not None and self.max_samples_per_chunk < 1:
-            raise ValueError(f"RendererConfig.max_samples_per_chunk: got {self.max_samples_per_chunk}, want at least 1")
-        if not 0.0 <= self.early_stop < 1.0:
-            raise ValueError(f"RendererConfig.early_stop: got {self.early_stop}, want 0 to below 1")
-        check_backend(self.backend)
 
 
 @dataclass(frozen=True)
@@ -85,7 +38,13 @@ class RenderOutput:
         normal: `[n_rays, 3]`, sum of weight * normal, or None when no normals were computed.
         orientation_loss: 0-dim, mean over rays of sum sg(w) max(0, n . v)^2 (DreamFusion, appendix A.2; v the ray's
             direction), or None without normals.
-        samples: how many samples were evaluated.
+        samples: how many samples were evaluated; in a CUDA graph a 0-dim int64 tensor.
+        distortion_loss: 0-dim, mean over rays of sum_ij w_i w_j |t_i - t_j| + 1/3 sum w_i^2 length_i in scene units
+            (mip-NeRF 360, equation 15), or None.
+        entropy_loss: 0-dim, mean over rays of the sum of the samples' binary entropies -w log w - (1 - w) log(1 - w),
+            w clamped to [1e-5, 1 - 1e-5], or None.
+        overflowed: in a CUDA graph of the built-in field, bool 0-dim: there were more samples than the graph was
+            captured for, and everything else is NaN: capture again, and render again. None elsewhere.
     """
 
     color: Tensor
@@ -93,16 +52,10 @@ class RenderOutput:
     depth: Tensor
     normal: Tensor | None
     orientation_loss: Tensor | None
-    samples: int
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """Samples of a run of whole rays: distances `[m]`, ray of each `[m]` (local), offsets int32 `[n + 1]` (local)."""
-
-    t: Tensor
-    ray_indices: Tensor
-    offsets: Tensor
+    samples: int | Tensor
+    distortion_loss: Tensor | None = None
+    entropy_loss: Tensor | None = None
+    overflowed: Tensor | None = None
 
 
 class VolumeRenderer(nn.Module):
@@ -135,6 +88,8 @@ class VolumeRenderer(nn.Module):
         torch.Size([3])
     """
 
+    aabb: Tensor
+
     def __init__(
         self, field: FieldLike, occupancy: OccupancyGrid | None = None, config: RendererConfig | None = None
     ) -> None:
@@ -152,18 +107,16 @@ class VolumeRenderer(nn.Module):
         box = occupancy.aabb if occupancy is not None else getattr(field, "aabb", None)
         self.register_buffer("aabb", box_tensor(box), persistent=False)
         self._box: list[float] = self.aabb.tolist()
-        native = self.config.backend == "native"
-        self._ray_box = ray_box if native else ray_box_reference
-        self._march = march if native else march_reference
-        self._composite = composite if native else composite_reference
+        if self.config.max_step is not None and self.config.max_step < self.step_size:
+            raise ValueError(
+                f"RendererConfig.max_step: got {self.config.max_step}, want at least the step, {self.step_size}"
+            )
         self._budget: int | None = None
-        self._expected: dict[int, int] = {}
-
-    aabb: Tensor
+        self._expected_samples: dict[int, int] = {}  # of the last render of so many rays
 
     @property
     def step_size(self) -> float:
-        """Distance between samples, scene units."""
+        """Distance between samples, scene units; with a cone_angle, the least."""
         if self.config.step is not None:
             return self.config.step
         return math.dist(self._box[:3], self._box[3:]) / self.config.samples_across
@@ -181,30 +134,35 @@ class VolumeRenderer(nn.Module):
         jitter: bool = False,
         seed: int = 0,
         with_normals: bool = False,
+        with_distortion: bool = False,
+        with_entropy: bool = False,
         ambient: float = AMBIENT,
         diffuse: float = DIFFUSE,
     ) -> RenderOutput:
         """Render rays.
 
+        The built-in field on a GPU renders without a wait for it (but for what `streaming` says), also inside a CUDA
+        graph: there, rays are not checked, and `overflowed` has to be looked at.
+
         Args:
             rays: `n_rays` rays with unit directions.
             background: colours `[3]` or `[n_rays, 3]`, or a callable from directions to colours; None is black.
             shading: albedo, lambertian or textureless; the latter two need a light and compute normals.
-            light: point light `[3]` or `[n_rays, 3]`, scene units.
+            light: point light `[3]` or `[n_rays, 3]`, scene units; it gets no gradient from the built-in field.
             jitter: shift the samples of each ray by a random part of a step.
             seed: of the jitter.
             with_normals: compute normals, their image and the orientation loss with albedo shading, too.
+            with_distortion: compute the distortion loss.
+            with_entropy: compute the entropy loss.
             ambient: strength of the light from everywhere.
             diffuse: strength of the point light.
 
         Raises:
             InvalidRaysError: a ray is not finite or its direction not of unit length.
             ValueError: a wrong shape, an unknown shading or a missing light.
+            RuntimeError: more than 2^31 - 1 samples in one image of the built-in field.
         """
         shading = Shading.parse(shading)
-        streams = self._streams(rays)
-        if not (streams and rays.origins.is_cuda):  # there it is seen without a wait, when the samples are counted
-            rays.validate()
         n_rays = len(rays)
         _check_rows("light", light, n_rays)
         if not callable(background):
@@ -212,237 +170,71 @@ class VolumeRenderer(nn.Module):
         if shading.needs_normals and light is None:
             raise ValueError(f"light: got None, want a position [3] or [n_rays, 3] for {shading.value} shading")
         normals = with_normals or shading.needs_normals
-        if streams:
-            sums, samples = self._stream(rays, shading, normals, light, jitter, seed, ambient, diffuse)
-            opacity = -torch.expm1(-sums[:, stream.OPTICAL_DEPTH])
-            color = sums[:, stream.COLOR]
-            if background is not None:
-                behind = background(rays.directions) if callable(background) else background
-                color = color + (1.0 - opacity)[:, None] * behind
-            return RenderOutput(
-                color=color,
-                opacity=opacity,
-                depth=sums[:, stream.DEPTH],
-                normal=sums[:, stream.NORMAL] if normals else None,
-                orientation_loss=sums[:, stream.ORIENTATION].sum() / max(n_rays, 1) if normals else None,
-                samples=samples,
-            )
-        scene = _Scene(self, shading, normals, ambient, diffuse, rays.origins.dtype)
-
-        parts, samples = [], 0
-        for first in range(0, n_rays, _RAYS_PER_MARCH) or (0,):
-            rows = slice(first, first + _RAYS_PER_MARCH)
-            block, block_light = rays[rows], _rows(light, rows)
-            packed = self._sample(block, jitter, seed + first // _RAYS_PER_MARCH)
-            for chunk, chunk_packed in self._chunks(packed):
-                whole = chunk.stop - chunk.start == len(block)
-                chunk_rays = block if whole else block[chunk]
-                if self.config.early_stop > 0.0:
-                    chunk_packed = self._visible(chunk_rays, chunk_packed)
-                samples += chunk_packed.t.shape[0]
-                chunk_light = block_light if whole else _rows(block_light, chunk)
-                parts.append(scene.render(chunk_rays, chunk_light, chunk_packed, keep=whole and len(block) == n_rays))
-        opacity, depth, accumulated, orientation = (
-            column[0] if len(column) == 1 else torch.cat(column) for column in zip(*parts, strict=True)
+        request = RenderRequest(
+            rays, shading, light, ambient, diffuse, normals, with_distortion, with_entropy, jitter, seed
         )
-        color = accumulated[:, :3]
+        if self._streams(request):
+            sums = self._stream(request)
+        else:
+            rays.validate()
+            sums = ChunkedRender(self.field, list(self.parameters()), self.config, request, self.aabb).sums(
+                self._space(rays)
+            )
+        color = sums.color
         if background is not None:
             behind = background(rays.directions) if callable(background) else background
-            color = color + (1.0 - opacity)[:, None] * behind
+            color = color + (1.0 - sums.opacity)[:, None] * behind
+        rays_or_one = max(n_rays, 1)
+
+        def mean(loss: Tensor | None) -> Tensor | None:
+            return None if loss is None else loss / rays_or_one
+
         return RenderOutput(
-            color=color,
-            opacity=opacity,
-            depth=depth,
-            normal=accumulated[:, 3:] if normals else None,
-            orientation_loss=orientation.sum() / max(n_rays, 1) if normals else None,
-            samples=samples,
+            color,
+            sums.opacity,
+            sums.depth,
+            sums.normal,
+            mean(sums.orientation),
+            sums.samples,
+            mean(sums.distortion),
+            mean(sums.entropy),
+            sums.overflowed,
         )
 
-    def _streams(self, rays: Rays) -> bool:
-        """Whether the built-in field's own path serves: no gradients to the rays, one dtype, the native core."""
+    def _space(self, rays: Rays) -> SampledSpace:
+        return SampledSpace.of(rays, self.aabb, self.occupancy, self.config, self.step_size)
+
+    def _streams(self, request: RenderRequest) -> bool:
+        """Whether the built-in field's own path serves: the native core, one dtype, no gradients to rays or light."""
+        field, rays, light = self.field, request.rays, request.light
         return (
-            isinstance(self.field, HashGridField)
-            and self.field.config.backend == self.config.backend == "native"
-            and self.field.table.dtype == rays.origins.dtype
+            isinstance(field, HashGridField)
+            and field.config.backend == self.config.backend == "native"
+            and field.table.dtype == rays.origins.dtype
             and not (rays.origins.requires_grad or rays.directions.requires_grad)
+            and not (light is not None and light.requires_grad)
         )
 
-    def _stream(
-        self,
-        rays: Rays,
-        shading: Shading,
-        normals: bool,
-        light: Tensor | None,
-        jitter: bool,
-        seed: int,
-        ambient: float,
-        diffuse: float,
-    ) -> tuple[Tensor, int | Tensor]:
-        """Per-ray sums and the number of samples."""
-        field = self.field
+    def _stream(self, request: RenderRequest) -> RaySums:
+        field, rays = self.field, request.rays
         assert isinstance(field, HashGridField)
-        origins, directions = rays.origins.contiguous(), rays.directions.contiguous()
-        aabb = self.aabb.to(origins.dtype)
-        t_near, t_far = self._ray_box(origins, directions, aabb, self.config.near, self.config.far)
-        bitfield = None if self.occupancy is None else self.occupancy.bitfield
-        resolution = 1 if self.occupancy is None else self.occupancy.resolution
-        blocks = None if bitfield is None else occupied_blocks(bitfield, resolution)
+        on_gpu = rays.origins.is_cuda
+        if not on_gpu:  # on a GPU it is seen without a wait, when the samples are counted
+            rays.validate()
         if self._budget is None:
-            self._budget = self.config.memory_budget or default_budget(origins.device)
-        lit = light is not None and shading.needs_normals
-        capturing = origins.is_cuda and torch.cuda.is_current_stream_capturing()
-        render = StreamedRender(
-            StreamingField.of(field),
-            MarchedRays(
-                origins, directions, t_near, t_far, aabb, bitfield, blocks, resolution, self.step_size, jitter, seed
-            ),
-            replace(
-                field.head(self._box),
-                shading=shading.value,
-                ambient=ambient,
-                diffuse=diffuse,
-                light=light.detach().to(origins.dtype).contiguous() if lit else None,
-            ),
-            normals,
-            False,
-            self._budget,
-            self._expected.get(len(rays)),
-            self.config.early_stop,
-            self.config.max_samples_per_chunk,
-            None if not origins.is_cuda or capturing else ~rays.valid().all(),
-        )
+            self._budget = self.config.memory_budget or default_budget(rays.origins.device)
+        expected = self._expected_samples.get(len(rays))
+        render = StreamedRender.of(field, request, self._space(rays), self.config, self._budget, expected)
         try:
             sums = render.sums()
         except InvalidRaysError:
             rays.validate()  # says which one, and why
             raise
-        if isinstance(render.samples, int):
-            self._expected[len(rays)] = render.samples
-        return sums, render.samples
-
-    @torch.no_grad()
-    def _sample(self, rays: Rays, jitter: bool, seed: int) -> _Packed:
-        """March the rays through the occupied cells."""
-        origins, directions = rays.origins.detach().contiguous(), rays.directions.detach().contiguous()
-        aabb = self.aabb.to(origins.dtype)
-        t_near, t_far = self._ray_box(origins, directions, aabb, self.config.near, self.config.far)
-        bitfield = None if self.occupancy is None else self.occupancy.bitfield
-        resolution = 1 if self.occupancy is None else self.occupancy.resolution
-        offsets, t, ray_indices = self._march(
-            origins, directions, t_near, t_far, aabb, bitfield, resolution, self.step_size, jitter, seed
-        )
-        return _Packed(t.to(origins.dtype), ray_indices, offsets)
-
-    def _chunks(self, packed: _Packed) -> Iterator[tuple[slice, _Packed]]:
-        """Split into runs of whole rays, each within the budget or of one ray."""
-        n_rays, total = packed.offsets.shape[0] - 1, packed.t.shape[0]
-        budget = self.config.max_samples_per_chunk or _CHUNK_SAMPLES.get(packed.t.device.type, _CHUNK_SAMPLES["cuda"])
-        if total <= budget:
-            yield slice(0, n_rays), packed
-            return
-        offsets = packed.offsets.cpu()
-        start = 0
-        while start < n_rays:
-            first = int(offsets[start])
-            stop = int(torch.searchsorted(offsets, first + budget, right=True)) - 1
-            stop = min(max(stop, start + 1), n_rays)
-            last = int(offsets[stop])
-            yield (
-                slice(start, stop),
-                _Packed(
-                    packed.t[first:last],
-                    packed.ray_indices[first:last] - start,
-                    packed.offsets[start : stop + 1] - first,
-                ),
-            )
-            start = stop
-
-    @torch.no_grad()
-    def _visible(self, rays: Rays, packed: _Packed) -> _Packed:
-        """Drop the samples that less than `early_stop` of the light reaches."""
-        depth = query_density(self.field, _positions(rays.origins, rays.directions, packed)).double() * self.step_size
-        ends = torch.cat([depth.new_zeros(1), depth.clamp(max=1e6).cumsum(0)])
-        before = ends[:-1] - ends[packed.offsets.long()][packed.ray_indices.long()]
-        kept = before <= -math.log(self.config.early_stop)
-        kept_ends = torch.cat([kept.new_zeros(1, dtype=torch.int32), kept.cumsum(0, dtype=torch.int32)])
-        return _Packed(packed.t[kept], packed.ray_indices[kept], kept_ends[packed.offsets.long()])
-
-
-@dataclass(frozen=True)
-class _Scene:
-    """How one render call turns packed samples into per-ray sums."""
-
-    renderer: VolumeRenderer
-    shading: Shading
-    normals: bool
-    ambient: float
-    diffuse: float
-    dtype: torch.dtype
-
-    def render(self, rays: Rays, light: Tensor | None, packed: _Packed, keep: bool) -> tuple[Tensor, ...]:
-        """Opacity `[n]`, depth `[n]`, accumulated `[n, 3 or 6]`, orientation `[1]`.
-
-        Args:
-            rays: the chunk's `n` rays.
-            light: `[3]`, `[n, 3]` or None.
-            packed: their samples.
-            keep: whether to keep the activations for backward instead of recomputing them.
-        """
-
-        def run(origins: Tensor, directions: Tensor, light: Tensor | None) -> tuple[Tensor, ...]:
-            return self._composite(origins, directions, light, packed)
-
-        if keep or not torch.is_grad_enabled():
-            return run(rays.origins, rays.directions, light)
-        return recomputed(run, (rays.origins, rays.directions, light), self._trainable)
-
-    @cached_property
-    def _trainable(self) -> list[Tensor]:
-        """What the field can give gradients to: its parameters, and the leaves of one sample's graph, because a field
-        may also be a plain function, or read tensors that it does not own."""
-        renderer = self.renderer
-        centre = 0.5 * (renderer.aabb[:3] + renderer.aabb[3:])
-        leaves = {
-            id(leaf): leaf for leaf in trainable_leaves(evaluate(renderer.field, centre[None].to(self.dtype))[:2])
-        }
-        for parameter in renderer.parameters():
-            if parameter.requires_grad:
-                leaves[id(parameter)] = parameter
-        return list(leaves.values())
-
-    def _composite(
-        self, origins: Tensor, directions: Tensor, light: Tensor | None, packed: _Packed
-    ) -> tuple[Tensor, ...]:
-        renderer = self.renderer
-        rays = Rays(origins, directions)
-        positions = _positions(origins, directions, packed)
-        output = evaluate(renderer.field, positions, with_normal=self.normals)
-        sample_light = light.index_select(0, packed.ray_indices) if light is not None and light.dim() == 2 else light
-        values = shade(output.albedo, output.normal, positions, sample_light, self.shading, self.ambient, self.diffuse)
-        if output.normal is not None and self.normals:
-            values = torch.cat([values, output.normal], dim=1)
-        weights, opacity, depth, accumulated = renderer._composite(
-            output.density, values, packed.t, renderer.step_size, packed.offsets
-        )
-        orientation = opacity.new_zeros(1)
-        if output.normal is not None and self.normals:
-            facing_away = (
-                (output.normal * rays.directions.index_select(0, packed.ray_indices)).sum(dim=1).clamp(min=0.0)
-            )
-            orientation = (weights.detach() * facing_away.square()).sum()[None]
-        return opacity, depth, accumulated, orientation
-
-
-def _positions(origins: Tensor, directions: Tensor, packed: _Packed) -> Tensor:
-    """Sample positions `[m, 3]`."""
-    index = packed.ray_indices
-    return torch.addcmul(origins.index_select(0, index), directions.index_select(0, index), packed.t[:, None])
+        if isinstance(sums.samples, int):
+            self._expected_samples[len(rays)] = sums.samples
+        return sums
 
 
 def _check_rows(name: str, value: Tensor | None, n_rays: int) -> None:
     if value is not None and tuple(value.shape) not in ((3,), (n_rays, 3)):
         raise ValueError(f"{name}: got shape {list(value.shape)}, want [3] or [{n_rays}, 3], one row per ray")
-
-
-def _rows(value: Tensor | None, rows: slice) -> Tensor | None:
-    return value[rows] if value is not None and value.dim() == 2 else value

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from dreamfusion_fast.ops.march import MAX_STEPS
+from dreamfusion_fast.ops.ray_box import ray_box, ray_box_reference
+from dreamfusion_fast.rendering.config import RendererConfig
+from dreamfusion_fast.rendering.occupancy import OccupancyGrid
+from dreamfusion_fast.rendering.rays import Rays
 
 
 def cone_distances(
@@ -55,3 +61,77 @@ def cone_distances(
     if not bool((distances.diff() > 0).all()):
         raise ValueError(f"cone_distances: min_step {min_step} is below what {dtype} can tell apart at {far}")
     return distances.to(device)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def cached_cone_distances(
+    near: float,
+    far: float,
+    min_step: float,
+    max_step: float,
+    cone_angle: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """`cone_distances`, kept: it takes milliseconds, and a copy to the GPU. Not to be changed in place."""
+    return cone_distances(near, far, min_step, max_step, cone_angle, dtype, device)
+
+
+def covering_distance(t_far: Tensor, near: float) -> float:
+    """A distance that no finite t_far `[n_rays]` exceeds: one of `near` * 2, 4, 8, ..., so that tables made for it are
+    few. Waits for the GPU. `near` > 0."""
+    reach = float(torch.where(t_far.isfinite(), t_far, near).amax()) if t_far.shape[0] > 0 else near
+    return near * 2.0 ** max(math.ceil(math.log2(max(reach / near, 1.0))), 1)
+
+
+@dataclass(frozen=True, eq=False)
+class SampledSpace:
+    """Where rays are sampled: the grid, and each ray's part in its box.
+
+    Attributes:
+        t_near, t_far: `[n_rays]`.
+        aabb: `[6]`, the scene box.
+        bitfield: occupied cells, or None: all are.
+        resolution, cascades: of the grid.
+        step: length of a sample; the least with distances.
+        distances: edges of samples that grow, or None.
+    """
+
+    t_near: Tensor
+    t_far: Tensor
+    aabb: Tensor
+    bitfield: Tensor | None
+    resolution: int
+    cascades: int
+    step: float
+    distances: Tensor | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, rays: Rays, aabb: Tensor, occupancy: OccupancyGrid | None, config: RendererConfig, step: float
+    ) -> SampledSpace:
+        """The space in which `rays` are sampled; nothing waits for a GPU unless samples grow without an end.
+
+        Args:
+            rays: `n_rays` rays.
+            aabb: `[6]`, the scene box.
+            occupancy: where there is anything, or None.
+            config: near, far and the growth of the steps.
+            step: length of a sample, scene units.
+        """
+        dtype = rays.origins.dtype
+        aabb = aabb.to(dtype)
+        outer = aabb if occupancy is None or occupancy.cascades == 1 else occupancy.outer_aabb.to(dtype)
+        box = ray_box if config.backend == "native" else ray_box_reference
+        t_near, t_far = box(rays.origins.detach(), rays.directions.detach(), outer, config.near, config.far)
+        bitfield, resolution, cascades = None, 1, 1
+        if occupancy is not None:
+            bitfield, resolution, cascades = occupancy.bitfield, occupancy.resolution, occupancy.cascades
+        distances = None
+        if config.cone_angle > 0.0:
+            far = config.far if math.isfinite(config.far) else covering_distance(t_far, config.near)
+            steps = (step, math.inf if config.max_step is None else config.max_step)
+            distances = cached_cone_distances(config.near, far, *steps, config.cone_angle, dtype, t_far.device)
+        return cls(t_near, t_far, aabb, bitfield, resolution, cascades, step, distances)

@@ -25,18 +25,28 @@ from torch.autograd.function import once_differentiable
 from dreamfusion_fast.fields.hash_field import HashGridField
 from dreamfusion_fast.ops import hash_grid_tile
 from dreamfusion_fast.ops.hash_grid_tile import HashGridTileLayout
-from dreamfusion_fast.ops.march_tile import MarchedRays, march_count, march_tile, tile_table
+from dreamfusion_fast.ops.march_tile import MarchedRays, march_count, march_tile, occupied_blocks, tile_table
 from dreamfusion_fast.ops.mlp import MlpGradients, mlp_backward_into, mlp_forward_into
 from dreamfusion_fast.ops.stream import (
+    COLOR,
+    DEPTH,
+    DISTORTION,
+    ENTROPY,
     N_PREFIX,
     N_SUMS,
+    NORMAL,
+    OPTICAL_DEPTH,
+    ORIENTATION,
     StreamHead,
     StreamTile,
     stream_backward,
     stream_forward,
     stream_visible,
 )
+from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.rays import InvalidRaysError
+from dreamfusion_fast.rendering.request import RaySums, RenderRequest
+from dreamfusion_fast.rendering.sampling import SampledSpace
 from dreamfusion_fast.rendering.tiles import SMALLEST_TILE, tile_size
 
 _MAX_SAMPLES = 2**31 - 1  # offsets are int32
@@ -54,7 +64,7 @@ class StreamingField:
         layout: of the levels.
         weights, biases: of the MLP, the first layer's columns those of the active levels.
         precision: "float32", "float16" or "bfloat16", of the MLP's operands; with float16 also of table reads.
-        n_features: width of the encoding.
+        box: six numbers, the scene box.
     """
 
     table: Tensor
@@ -62,6 +72,7 @@ class StreamingField:
     weights: list[Tensor]
     biases: list[Tensor]
     precision: str
+    box: tuple[float, ...]
 
     @classmethod
     def of(cls, source: HashGridField) -> StreamingField:
@@ -72,7 +83,7 @@ class StreamingField:
         # float64 has no 16-bit mode, and a CPU none that would be faster.
         wide = table.dtype != torch.float32 or table.device.type != "cuda"
         precision = "float32" if wide else source.config.mlp_dtype
-        return cls(table, layout, [w for w, _ in layers], [b for _, b in layers], precision)
+        return cls(table, layout, [w for w, _ in layers], [b for _, b in layers], precision, source.box)
 
     @property
     def n_features(self) -> int:
@@ -132,7 +143,7 @@ class StreamedRender:
         source: the field.
         rays: what is marched.
         head: how samples are shaded.
-        normals, distortion: whether they are computed.
+        normals, distortion, entropy: whether they are computed.
         budget: bytes of workspace.
         expected: samples of the last render like this one; None: there was none.
         early_stop: share of the light below which samples are left out; 0: none are.
@@ -147,6 +158,7 @@ class StreamedRender:
     head: StreamHead
     normals: bool
     distortion: bool
+    entropy: bool
     budget: int
     expected: int | None
     early_stop: float = 0.0
@@ -154,7 +166,7 @@ class StreamedRender:
     invalid: Tensor | None = None
     samples: int | Tensor = 0
     overflowed: Tensor | None = None
-    # What forward leaves for backward.
+    # What forward leaves for backward, and what is found out on the way.
     size: int = 0
     firsts: Tensor | None = None
     offsets: Tensor | None = None
@@ -164,8 +176,64 @@ class StreamedRender:
     prefix: list[Tensor] = field(default_factory=list)
     kept: list[_Workspace] = field(default_factory=list)
 
-    def sums(self) -> Tensor:
-        """`[n_rays, N_SUMS]`, differentiable to the field's parameters.
+    @classmethod
+    def of(
+        cls,
+        source: HashGridField,
+        request: RenderRequest,
+        space: SampledSpace,
+        config: RendererConfig,
+        budget: int,
+        expected: int | None,
+    ) -> StreamedRender:
+        """A render of a field."""
+        origins, directions = request.rays.origins.contiguous(), request.rays.directions.contiguous()
+        blocks = None
+        if space.bitfield is not None:
+            blocks = occupied_blocks(space.bitfield, space.resolution, space.cascades)
+        rays = MarchedRays(
+            origins,
+            directions,
+            space.t_near,
+            space.t_far,
+            space.aabb,
+            space.bitfield,
+            blocks,
+            space.resolution,
+            space.step,
+            request.jitter,
+            request.seed,
+            space.cascades,
+            space.distances,
+        )
+        light = None
+        if request.light is not None and request.shading.needs_normals:
+            light = request.light.detach().to(origins.dtype).contiguous()
+        head = replace(
+            source.head(),
+            shading=request.shading.value,
+            ambient=request.ambient,
+            diffuse=request.diffuse,
+            light=light,
+        )
+        # On a CPU they have been looked at, and a CUDA graph has nobody to tell.
+        asks = origins.is_cuda and not torch.cuda.is_current_stream_capturing()
+        return cls(
+            StreamingField.of(source),
+            rays,
+            head,
+            request.normals,
+            request.distortion,
+            request.entropy,
+            budget,
+            expected,
+            config.early_stop,
+            config.max_samples_per_chunk,
+            ~request.rays.valid().all() if asks else None,
+        )
+
+    def sums(self) -> RaySums:
+        """Render, differentiable to the field's parameters.
 
         Raises:
             InvalidRaysError: a ray is not finite or its direction not of unit length.
@@ -173,7 +241,18 @@ class StreamedRender:
             torch.OutOfMemoryError: not even the smallest tile fits.
         """
         source = self.source
-        return _Streamed.apply(self, source.table, len(source.weights), *source.weights, *source.biases)
+        sums = _Streamed.apply(self, source.table, len(source.weights), *source.weights, *source.biases)
+        return RaySums(
+            color=sums[:, COLOR],
+            opacity=-torch.expm1(-sums[:, OPTICAL_DEPTH]),
+            depth=sums[:, DEPTH],
+            normal=sums[:, NORMAL] if self.normals else None,
+            orientation=sums[:, ORIENTATION].sum() if self.normals else None,
+            distortion=sums[:, DISTORTION].sum() if self.distortion else None,
+            entropy=sums[:, ENTROPY].sum() if self.entropy else None,
+            samples=self.samples,
+            overflowed=self.overflowed,
+        )
 
     def forward(self, training: bool) -> Tensor:
         """The sums, without a graph. With `training`, backward can follow."""
@@ -331,7 +410,15 @@ class StreamedRender:
         checked = (self.tiles[k][1], self.checked)
         assert self.firsts is not None
         march_tile(
-            self.rays, self.firsts, tile.offsets, tile.ray_range, tile.first, tile.t, tile.lengths, tile.positions
+            self.rays,
+            self.firsts,
+            tile.offsets,
+            tile.ray_range,
+            tile.first,
+            tile.t,
+            tile.lengths,
+            tile.positions,
+            source.box,
         )
         hash_grid_tile.encode(workspace.positions, table, source.layout, workspace.features, *checked)
         mlp_forward_into(

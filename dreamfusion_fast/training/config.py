@@ -19,7 +19,7 @@ from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.fields.hash_field import HashGridFieldConfig
 from dreamfusion_fast.guidance.base import GuidanceConfig
 from dreamfusion_fast.rendering.cameras import CameraConfig
-from dreamfusion_fast.rendering.renderer import RendererConfig
+from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.training import config_io
 
 

@@ -36,14 +36,14 @@ class StepResult:
         losses: name -> value before its weight; "sds" is the root mean square of eps_hat - eps.
         shading: how the views were shaded.
         size: height and width of the views, pixels.
-        samples: points at which the field was evaluated for the images.
+        samples: points at which the field was evaluated for the images; a 0-dim tensor in a CUDA graph.
     """
 
     step: int
     losses: dict[str, Tensor]
     shading: Shading
     size: int
-    samples: int
+    samples: int | Tensor
 
 
 class Trainer:

@@ -137,3 +137,20 @@ def test_nothing_waits_for_the_gpu() -> None:
         occupancy_pack(grid, threshold)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cascades_are_one_grid_after_the_other(device: torch.device) -> None:
+    grid = torch.rand(3, 6, 6, 6, device=device)
+    bits = occupancy_pack(grid, 0.4)
+    assert torch.equal(bits, occupancy_pack_reference(grid, 0.4))
+    assert torch.equal(bits, torch.cat([occupancy_pack(part, 0.4) for part in grid]))
+    assert torch.equal(occupancy_unpack(bits, 6, cascades=3), grid > 0.4)
+    cells = torch.tensor([3, 6**3 + 3, 3 * 6**3 - 1], device=device)
+    twin = grid.clone()
+    occupancy_update(grid, cells, torch.full((3,), 2.0, device=device), 0.5)
+    occupancy_update_reference(twin, cells, torch.full((3,), 2.0, device=device), 0.5)
+    assert torch.equal(grid, twin)
+    assert [float(grid[0, 0, 0, 3]), float(grid[1, 0, 0, 3]), float(grid[2, 5, 5, 5])] == [2.0, 2.0, 2.0]
+    assert int((grid == 2.0).sum()) == 3
+    with pytest.raises(ValueError, match=r"grid must have shape \[C, 6, 6, 6\], got \[3, 6, 6, 5\]"):
+        occupancy_pack(grid[..., :5], 0.4)

@@ -149,3 +149,74 @@ def test_set_occupied() -> None:
 def test_bad_settings_are_named(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OccupancyGrid(**change)
+
+
+class Everywhere:
+    """Density 100 in a ball of radius 0.5 around (3, 0, 0), 0 elsewhere; remembers where it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Tensor] = []
+
+    def density(self, positions: Tensor) -> Tensor:
+        self.asked.append(positions)
+        centre = torch.tensor([3.0, 0.0, 0.0], device=positions.device)
+        return 100.0 * ((positions - centre).norm(dim=1) < 0.5)
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.density(positions), positions
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_cascades_find_what_is_far_away(device: torch.device, backend: str) -> None:
+    grid = OccupancyGrid(resolution=16, cascades=3, backend=backend).to(device)
+    assert grid.outer_aabb.tolist() == [-4.0, -4.0, -4.0, 4.0, 4.0, 4.0]
+    assert grid.grid.shape == grid.occupied().shape == (3, 16, 16, 16)
+    assert grid.bitfield.shape == (3 * 16**3 // 8,)
+    assert grid.occupied().all()
+    assert grid.update(Everywhere(), step=0)
+    occupied = grid.occupied()
+    assert not occupied[:2].any()
+    axis = (torch.arange(16, device=device) + 0.5) / 16 * 8 - 4
+    x, y, z = torch.meshgrid(axis, axis, axis, indexing="ij")
+    distance = torch.stack([x - 3, y, z], dim=-1).norm(dim=-1)
+    reach = math.sqrt(3) / 4
+    assert not occupied[2][distance > 0.5 + reach].any()
+    assert occupied[2][distance < 0.5 - reach].all()
+    assert int(occupied.sum()) > 0
+
+
+def test_points_lie_in_the_cells_of_their_cascades() -> None:
+    box = (0.0, -1.0, 2.0, 1.0, 1.0, 6.0)
+    grid, field = OccupancyGrid(box, resolution=6, cascades=3), Everywhere()
+    grid.update(field, step=0)
+    (points,) = field.asked
+    points = points.view(3, 6, 6, 6, 3)
+    centre, half = 0.5 * (grid.aabb[:3] + grid.aabb[3:]), 0.5 * (grid.aabb[3:] - grid.aabb[:3])
+    index = torch.stack(torch.meshgrid(*(torch.arange(6),) * 3, indexing="ij"), dim=-1)
+    for cascade in range(3):
+        cells = (((points[cascade] - centre) / (2**cascade * half) + 1) * 3).floor().long()
+        assert torch.equal(cells, index)
+    # Later, a part of them: every cell asked for is in the box of some cascade.
+    grid.update(field, step=grid.warmup_steps)
+    assert 0 < len(field.asked[-1]) < 3 * 6**3
+    assert ((field.asked[-1] - centre).abs() <= 4 * half).all()
+
+
+def test_one_cascade_is_what_there_was(device: torch.device) -> None:
+    """Its state has the names and shapes of checkpoints written before there were cascades."""
+    grid = OccupancyGrid(resolution=7).to(device)
+    assert {name: list(tensor.shape) for name, tensor in grid.state_dict().items()} == {
+        "aabb": [6],
+        "grid": [7, 7, 7],
+        "bitfield": [43],
+    }
+    assert torch.equal(grid.outer_aabb, grid.aabb)
+
+
+def test_bad_cascades() -> None:
+    with pytest.raises(ValueError, match="cascades: got 0, want at least 1"):
+        OccupancyGrid(cascades=0)
+    with pytest.raises(ValueError, match="resolution: got 7, want an even number with 2 cascades"):
+        OccupancyGrid(resolution=7, cascades=2)
+    with pytest.raises(ValueError, match=r"occupied: got shape \[4, 4, 4\], want \[2, 4, 4, 4\]"):
+        OccupancyGrid(resolution=4, cascades=2).set_occupied(torch.ones(4, 4, 4, dtype=torch.bool))

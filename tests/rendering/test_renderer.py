@@ -18,6 +18,7 @@ from dreamfusion_fast.rendering import (
     RendererConfig,
     RenderOutput,
     VolumeRenderer,
+    chunked,
     orbit_cameras,
     renderer,
 )
@@ -152,7 +153,7 @@ def test_lit_ball() -> None:
 @pytest.mark.parametrize("chunk", [1, 37, 1000])
 @pytest.mark.parametrize("march", [1 << 18, 50])
 def test_chunks_change_nothing(backend: str, chunk: int, march: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(renderer, "_RAYS_PER_MARCH", march)
+    monkeypatch.setattr(chunked, "RAYS_PER_MARCH", march)
     rays, options = random_rays(113), {"background": torch.rand(113, 3).double(), "with_normals": True}
     config = RendererConfig(samples_across=48, backend=backend)
     whole = VolumeRenderer(gaussian, config=replace(config, max_samples_per_chunk=10**9)).render(rays, **options)

@@ -15,7 +15,9 @@ struct MarchTile {
   const int32_t* ray_range;  // [2], the rays with samples in this tile: first, and one past the last
   T* t;                      // [capacity], out
   T* lengths;                // [capacity], out; nullptr without distances
-  View<T> positions;         // [capacity, 3], out, in the box scaled to [0, 1]^3
+  View<T> positions;         // [capacity, 3], out, in the box below scaled to [0, 1]^3
+  T low[3];                  // the low corner of the box of the field that is asked; the grid may have another
+  T extent[3];               // the sides of that box
   int64_t first;             // the tile's samples are first <= i < first + capacity
   int64_t capacity;
 
@@ -31,9 +33,8 @@ struct MarchTile {
     t[place] = distance;
     if (kWide && lengths != nullptr) lengths[place] = marcher.length(k);
     for (int axis = 0; axis < 3; ++axis) {
-      const T low = rays.aabb[axis];
       const T position = rays.origins[3 * ray + axis] + distance * rays.directions[3 * ray + axis];
-      positions(place, axis) = (position - low) / (rays.aabb[axis + 3] - low);
+      positions(place, axis) = (position - low[axis]) / extent[axis];
     }
   }
 

@@ -130,7 +130,7 @@ def along(
         TypeError, ValueError, RuntimeError: as `encode`.
     """
     _check("along", positions, table, layout, count)
-    check_tensor("hash_grid_tile.along", "direction", direction, positions.shape, like=positions, same_dtype=True)
+    _check_vectors("along", "direction", direction, positions)
     _check_channels("along", "features_along", features_along, positions, layout.levels * table.shape[1])
     if not _on_gpu(positions):
         _encode_on_cpu(direction, positions, table, layout, features_along, count)
@@ -160,7 +160,7 @@ def position_gradient(
     _check(op, positions, table, layout, count)
     channels = layout.levels * table.shape[1]
     _check_channels(op, "grad_features", grad_features, positions, channels)
-    check_tensor(f"hash_grid_tile.{op}", "gradient", gradient, positions.shape, like=positions, same_dtype=True)
+    _check_vectors(op, "gradient", gradient, positions)
     if not _on_gpu(positions):
         n = _live(positions, count)
         p, g = _rows(positions, n, 3), _rows(grad_features, n, channels)
@@ -209,7 +209,7 @@ def scatter(
     if (direction is None) != (grad_of_features is None):
         raise ValueError(f"dreamfusion_fast.ops.hash_grid_tile.{op}: direction and grad_of_features go together")
     if direction is not None and grad_of_features is not None:
-        check_tensor(f"hash_grid_tile.{op}", "direction", direction, positions.shape, like=positions, same_dtype=True)
+        _check_vectors(op, "direction", direction, positions)
         _check_channels(op, "grad_of_features", grad_of_features, positions, channels)
     if not _on_gpu(positions):
         n = _live(positions, count)
@@ -251,6 +251,7 @@ def _check(
         raise ValueError(f"dreamfusion_fast.ops.{where}: {table_name} must be contiguous and aligned to 16 bytes")
     if positions.shape[0] > MAX_SAMPLES:
         raise ValueError(f"dreamfusion_fast.ops.{where}: a tile has at most 2^24 samples, got {positions.shape[0]}")
+    _check_span(where, "positions", positions)
     if layout.resolutions.device != positions.device:
         raise ValueError(
             f"dreamfusion_fast.ops.{where}: layout is on {layout.resolutions.device}, "
@@ -266,15 +267,26 @@ def _check_channels(op: str, name: str, tensor: Tensor, positions: Tensor, chann
     where = f"hash_grid_tile.{op}"
     narrow = _on_gpu(positions) and positions.dtype == torch.float32
     dtypes = [torch.float16, torch.bfloat16, torch.float32] if narrow else [positions.dtype]
-    n = positions.shape[0]
-    check_tensor(where, name, tensor, [n, "levels * n_features"], dtypes=dtypes, like=positions)
+    check_tensor(where, name, tensor, [positions.shape[0], "levels * n_features"], dtypes=dtypes, like=positions)
     if tensor.shape[1] < channels:
         raise ValueError(
             f"dreamfusion_fast.ops.{where}: {name} must have at least {channels} channels, got {tensor.shape[1]}"
         )
-    if n > 0 and (n - 1) * tensor.stride(0) + (tensor.shape[1] - 1) * tensor.stride(1) >= 2**32:
+    _check_span(where, name, tensor)
+
+
+def _check_vectors(op: str, name: str, tensor: Tensor, positions: Tensor) -> None:
+    where = f"hash_grid_tile.{op}"
+    check_tensor(where, name, tensor, positions.shape, like=positions, same_dtype=True)
+    _check_span(where, name, tensor)
+
+
+def _check_span(where: str, name: str, tensor: Tensor) -> None:
+    """Kernels count elements in 32 bits."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.numel() > 0 and last >= 2**32:
         raise ValueError(
-            f"dreamfusion_fast.ops.{where}: {name} must span less than 2^32 elements, got strides {tensor.stride()}"
+            f"dreamfusion_fast.ops.{where}: {name} must span at most 2^32 elements, got strides {tensor.stride()}"
         )
 
 

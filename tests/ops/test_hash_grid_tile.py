@@ -363,6 +363,14 @@ def test_wrong_arguments(change: dict[str, object], error: type[Exception], mess
         encode(**{**arguments, **change})  # type: ignore[arg-type]
 
 
+def test_strides_beyond_32_bits() -> None:
+    """The planes of a buffer on the meta device, which has no memory."""
+    planes = torch.empty(6, 2**30, dtype=torch.float64, device="meta")[:, :4].t()
+    with pytest.raises(ValueError, match=r"features must span at most 2\^32 elements"):
+        hash_grid_tile._check_span("hash_grid_tile.encode", "features", planes)
+    hash_grid_tile._check_span("hash_grid_tile.encode", "features", planes[:, :4])
+
+
 def test_wrong_arguments_of_the_derivatives() -> None:
     tile = Tile(CPU_PLACE, torch.rand(4, 3).double(), layout_of(CPU_PLACE))
     p, w, layout, short = tile.positions, tile.table, tile.layout, tile.direction[:3]

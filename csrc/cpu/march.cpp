@@ -1,6 +1,7 @@
 #include "dreamfusion_fast/march.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "dreamfusion_fast/march_tile.h"
 #include "parallel.h"
@@ -19,21 +20,34 @@ Status march_blocks(const MarchBlocks& op, const Launch& launch) {
 // the object, and now end at once.
 template <typename T>
 void shrink(MarchRays<T>& rays) {
-  if (rays.bitfield == nullptr || rays.cascades > 1) return;
+  if (rays.bitfield == nullptr) return;
   const int32_t n = blocks_along(rays.resolution);
-  int32_t low[3] = {n, n, n};
-  int32_t high[3] = {0, 0, 0};
-  for (int32_t block = 0; block < n * n * n; ++block) {
-    if (!rays.blocks[block]) continue;
-    const int32_t place[3] = {block / (n * n), block / n % n, block % n};
-    for (int axis = 0; axis < 3; ++axis) {
-      low[axis] = std::min(low[axis], place[axis]);
-      high[axis] = std::max(high[axis], place[axis] + 1);
-    }
-  }
+  const double half = 0.5 * rays.resolution;
   for (int axis = 0; axis < 3; ++axis) {
-    rays.low[axis] = low[axis] * kBlock;
-    rays.high[axis] = std::min(high[axis] * kBlock, rays.resolution);
+    rays.low[axis] = rays.resolution;
+    rays.high[axis] = 0;
+  }
+  for (int32_t cascade = 0; cascade < rays.cascades; ++cascade) {
+    int32_t low[3] = {n, n, n};
+    int32_t high[3] = {0, 0, 0};
+    for (int32_t block = 0; block < n * n * n; ++block) {
+      if (!rays.blocks[cascade * n * n * n + block]) continue;
+      const int32_t place[3] = {block / (n * n), block / n % n, block % n};
+      for (int axis = 0; axis < 3; ++axis) {
+        low[axis] = std::min(low[axis], place[axis]);
+        high[axis] = std::max(high[axis], place[axis] + 1);
+      }
+    }
+    if (low[0] >= high[0]) continue;  // nothing is occupied
+    // In cells of the last cascade, and for the others one more on each side, as places are rounded.
+    const double shrinks = 1.0 / (1 << (rays.cascades - 1 - cascade));
+    const int32_t margin = cascade < rays.cascades - 1 ? 1 : 0;
+    for (int axis = 0; axis < 3; ++axis) {
+      const int32_t first = static_cast<int32_t>(std::floor((low[axis] * kBlock - half) * shrinks + half)) - margin;
+      const int32_t end = static_cast<int32_t>(std::ceil((high[axis] * kBlock - half) * shrinks + half)) + margin;
+      rays.low[axis] = std::min(rays.low[axis], std::max(first, 0));
+      rays.high[axis] = std::max(rays.high[axis], std::min(end, rays.resolution));
+    }
   }
 }
 

@@ -93,6 +93,20 @@ def test_only_the_finest_cascade_that_holds_a_sample_counts(resolution: int, dev
     assert positions[:, 0].max() <= -2.9999
 
 
+@pytest.mark.parametrize("resolution", [8, 18])
+@pytest.mark.parametrize("only", [0, 1, 3])
+def test_all_that_is_occupied_lies_in_one_part(only: int, resolution: int, device: torch.device) -> None:
+    """The rays that miss it need not be followed, and those that graze it must not be lost."""
+    rays = scene(513, OTHER_BOX, 4, torch.float32, device)
+    for low, high in [(0, 4), (resolution - 3, resolution), (0, resolution), (0, 0)]:
+        grid = torch.zeros(4, resolution, resolution, resolution, device=device)
+        grid[only, low:high, :, low:high] = 1.0
+        arguments = (*rays, occupancy_pack(grid, 0.5), resolution, 0.043, True, 3)
+        found = march(*arguments, cascades=4)
+        assert_same(found, march_reference(*arguments, cascades=4))
+        assert (len(found[1]) > 0) == (high > low)
+
+
 @pytest.mark.parametrize("cascades", [2, 5])
 def test_along_the_walls_of_cascades(cascades: int, device: torch.device) -> None:
     """Rays in the walls between cascades and within roundings of them, where which cascade it is hangs on a bit."""

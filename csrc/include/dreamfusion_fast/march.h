@@ -52,7 +52,7 @@ struct MarchRays {
   int32_t resolution;       // even with several cascades
   int32_t cascades;
   int32_t low[3];   // the box of the last cascade's cells in which all occupied ones lie, low <= cell < high: the whole
-  int32_t high[3];  // grid, or with one cascade less, where finding it costs less than what it saves
+  int32_t high[3];  // grid, or less where finding it costs less than what it saves
   bool jitter;      // u uniform in [0, 1) per ray instead of 0.5
   uint64_t seed;
   int64_t n_rays;
@@ -241,18 +241,17 @@ class RayMarcher {
 
   // The first cascade whose box holds the place.
   DFF_HD Cascade cascade_of(const T place[3]) const {
+    const Cascade last = last_cascade();
+    const bool inside = inside_along(0, within(last, place[0])) && inside_along(1, within(last, place[1])) &&
+                        inside_along(2, within(last, place[2]));
+    if (!inside) return {-1, T(1)};
     Cascade cascade = {0, T(1)};
-    if (kWide) {
-      for (; cascade.index < rays_.cascades - 1; ++cascade.index, cascade.shrink *= T(0.5)) {
-        if (in_grid(within(cascade, place[0])) && in_grid(within(cascade, place[1])) &&
-            in_grid(within(cascade, place[2]))) {
-          return cascade;
-        }
-      }
+    while (kWide && cascade.index < last.index &&
+           !(in_grid(within(cascade, place[0])) && in_grid(within(cascade, place[1])) &&
+             in_grid(within(cascade, place[2])))) {
+      ++cascade.index;
+      cascade.shrink *= T(0.5);
     }
-    const bool inside = inside_along(0, within(cascade, place[0])) && inside_along(1, within(cascade, place[1])) &&
-                        inside_along(2, within(cascade, place[2]));
-    if (!inside) cascade.index = -1;
     return cascade;
   }
 

@@ -8,6 +8,12 @@ from dreamfusion_fast.ops.hash_grid import (
     hash_grid_reference,
 )
 from dreamfusion_fast.ops.march import march, march_reference
+from dreamfusion_fast.ops.mlp import (
+    mlp,
+    mlp_reference,
+    mlp_with_input_gradient,
+    mlp_with_input_gradient_reference,
+)
 from dreamfusion_fast.ops.occupancy import (
     occupancy_pack,
     occupancy_pack_reference,
@@ -26,6 +32,10 @@ __all__ = [
     "hash_grid_reference",
     "march",
     "march_reference",
+    "mlp",
+    "mlp_reference",
+    "mlp_with_input_gradient",
+    "mlp_with_input_gradient_reference",
     "occupancy_pack",
     "occupancy_pack_reference",
     "occupancy_unpack",

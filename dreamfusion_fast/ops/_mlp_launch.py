@@ -14,6 +14,7 @@ from torch import Tensor
 from dreamfusion_fast.ops._triton import triton_serves
 
 WIDTHS = (16, 32, 64, 128)
+MAX_WIDTH_FLOAT32 = 64
 MAX_HIDDEN_LAYERS = 4
 MAX_INPUTS = 128
 MAX_OUTPUTS = 16
@@ -33,31 +34,37 @@ class Tuning(NamedTuple):
     """Registers per thread, where the compiler would take so many that fewer programs fit."""
 
 
+# Chosen from what the compiler says of registers, spills and shared memory for sm_80 and sm_90.
 FORWARD = Tuning(block=128, warps=8, programs=2, max_registers=128)
-FORWARD_WIDE = Tuning(block=128, warps=8, programs=1)
+FORWARD_WIDE = Tuning(block=64, warps=8, programs=1)
 """Width 128."""
-FORWARD_FLOAT32 = Tuning(block=32, warps=4, programs=4)
+FORWARD_FLOAT32 = Tuning(block=32, warps=8, programs=3)
 BACKWARD = Tuning(block=128, warps=8, programs=1)
 BACKWARD_WIDE = Tuning(block=64, warps=8, programs=1)
-BACKWARD_FLOAT32 = Tuning(block=32, warps=8, programs=2)
+BACKWARD_FLOAT32 = Tuning(block=16, warps=8, programs=2, max_registers=128)
 
 MAX_SUMS = 8192
 """Weights whose gradients one launch sums up in registers: 32 per thread, of which the default network uses 28."""
 SPLIT_SECOND_ORDER = True
 """Sum up what the gradient of v adds in a launch of its own. Both in one need more registers than there are."""
-RESIDENT_BYTES = 49152
-"""Weights that may stay in shared memory, of which activations need as much and some GPUs have 99 KB."""
+RESIDENT_BYTES = 32768
+"""Weights that may stay in shared memory, of which activations need twice as much and some GPUs have 99 KB."""
 
 INTERPRETED_PROGRAMS = 3
 """Programs on the CPU, where the interpreter runs one after the other: more than one, so that tests see the loop."""
 
 
-def kernels_serve(device: torch.device, weights: Sequence[Tensor]) -> bool:
-    """Whether the kernels compute a network of this size and type on this device."""
+def kernels_serve(device: torch.device, weights: Sequence[Tensor], precision: str | None = None) -> bool:
+    """Whether the kernels compute a network of this size and type on this device, in some or in the given precision.
+
+    In float32 there are no tensor cores to use, and products of width 128 neither fit into registers nor compile in
+    less than a minute.
+    """
     width = weights[0].shape[0]
     return (
         weights[0].dtype == torch.float32
         and width in WIDTHS
+        and not (precision == "float32" and width > MAX_WIDTH_FLOAT32)
         and all(weight.shape[0] == width for weight in weights[:-1])
         and 2 <= len(weights) <= MAX_HIDDEN_LAYERS + 1
         and weights[0].shape[1] <= MAX_INPUTS
@@ -66,10 +73,20 @@ def kernels_serve(device: torch.device, weights: Sequence[Tensor]) -> bool:
     )
 
 
-def backward_programs(device: torch.device, width: int) -> int:
+def backward_programs(device: torch.device, weights: Sequence[Tensor]) -> int:
     """The most programs that sum up gradients on a device, whatever the precision."""
-    tunings = (BACKWARD_WIDE if width > 64 else BACKWARD, BACKWARD_FLOAT32)
-    return max(_programs(device, tuning.programs) for tuning in tunings)
+    return max(
+        _programs(device, tuning("backward", weights, precision).programs) for precision in ("float32", "float16")
+    )
+
+
+def tuning(kernel: str, weights: Sequence[Tensor], precision: str) -> Tuning:
+    """How ``"forward"`` or ``"backward"`` is launched for a network."""
+    if precision == "float32":
+        return FORWARD_FLOAT32 if kernel == "forward" else BACKWARD_FLOAT32
+    if weights[0].shape[0] > 64:
+        return FORWARD_WIDE if kernel == "forward" else BACKWARD_WIDE
+    return FORWARD if kernel == "forward" else BACKWARD
 
 
 def forward(
@@ -83,12 +100,11 @@ def forward(
     count: Tensor | None,
 ) -> None:
     """Writes y and, unless it is None, v."""
-    n, width, layers = x.shape[0], weights[0].shape[0], len(weights)
+    n, layers = x.shape[0], len(weights)
     if n == 0:
         return
-    wide = FORWARD_WIDE if width > 64 else FORWARD
-    tuning = FORWARD_FLOAT32 if precision == "float32" else wide
-    grid = (min(_programs(x.device, tuning.programs), -(-n // tuning.block)),)
+    launch = tuning("forward", weights, precision)
+    grid = (min(_programs(x.device, launch.programs), -(-n // launch.block)),)
     arguments = (
         x,
         *x.stride(),
@@ -98,8 +114,7 @@ def forward(
         *_padded(weights, layers),
         *_padded(biases or (), layers),
     )
-    copies = 4 if precision == "float32" else 2
-    settings = _settings(weights, biases, activation, precision, count, tuning, copies)
+    settings = _settings("forward", weights, biases, activation, precision, count, launch)
     with _device(x):
         _launch(_kernels().forward_kernel, grid, (*arguments, n, count), {**settings, "INPUT_GRADIENT": v is not None})
 
@@ -117,17 +132,14 @@ def backward(
     count: Tensor | None,
 ) -> None:
     """Writes grad_x and adds to `partials` ``[programs, parameters]``; each of them may be None."""
-    n, width, layers = x.shape[0], weights[0].shape[0], len(weights)
+    n, layers = x.shape[0], len(weights)
     if n == 0:
         return
-    wide = BACKWARD_WIDE if width > 64 else BACKWARD
-    tuning = BACKWARD_FLOAT32 if precision == "float32" else wide
-    programs = _programs(x.device, tuning.programs)
-    grid = (min(programs if partials is None else min(programs, partials.shape[0]), -(-n // tuning.block)),)
+    launch = tuning("backward", weights, precision)
+    programs = _programs(x.device, launch.programs)
+    grid = (min(programs if partials is None else min(programs, partials.shape[0]), -(-n // launch.block)),)
     parameters = (*_padded(weights, layers), *_padded(biases or (), layers)[:-1])
-    settings = _settings(weights, biases, activation, precision, count, tuning, 4)
-    language = _kernels().tl
-    settings["GRADIENT"] = language.float32 if precision == "float32" else language.bfloat16
+    settings = _settings("backward", weights, biases, activation, precision, count, launch)
     smooth = activation != "relu"
     sizes = tuple(weight.numel() for weight in weights) if partials is not None else ()
     with _device(x):
@@ -210,17 +222,22 @@ def _plan(sizes: tuple[int, ...], second: bool, to_x: bool) -> list[tuple[int, i
 
 
 def _settings(
+    kernel: str,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None,
     activation: str,
     precision: str,
     count: Tensor | None,
-    tuning: Tuning,
-    bytes_per_weight: int,
+    launch: Tuning,
 ) -> dict[str, Any]:
-    """The compile-time constants of both kernels, and how they are compiled."""
+    """The compile-time constants of a kernel that do not depend on what is wanted of it, and how it is compiled."""
     width, inputs = weights[0].shape
+    language = _kernels().tl
+    gradient = {"GRADIENT": language.float32 if precision == "float32" else language.bfloat16}
+    # In 16 bits, backward has the weights in two types.
+    bytes_per_weight = 2 if kernel == "forward" and precision != "float32" else 4
     return {
+        **(gradient if kernel == "backward" else {}),
         "D_IN": inputs,
         "COLS": max(16, 1 << (inputs - 1).bit_length()),
         "WIDTH": width,
@@ -229,11 +246,13 @@ def _settings(
         "ACTIVATION": activation,
         "BIAS": biases is not None,
         "COUNT": count is not None,
-        "OPERAND": getattr(_kernels().tl, precision),
+        "OPERAND": getattr(language, precision),
         "RESIDENT": bytes_per_weight * sum(weight.numel() for weight in weights) <= RESIDENT_BYTES,
-        "BLOCK": tuning.block,
-        "num_warps": tuning.warps,
-        "maxnreg": tuning.max_registers,
+        "BLOCK": launch.block,
+        "num_warps": launch.warps,
+        # No pipelining: it would hold several copies of the weights that are loaded in the loop.
+        "num_stages": 1,
+        "maxnreg": launch.max_registers,
         # What Triton does by default today, and is about to change: fuse a product and a sum into one rounding.
         "enable_fp_fusion": True,
     }

@@ -42,11 +42,18 @@ def _product(a, b):
 
 
 @triton.jit
-def _load_weight(pointer, ROWS: tl.constexpr, D_ROWS: tl.constexpr, COLS: tl.constexpr, D_COLS: tl.constexpr):
+def _load_weight(
+    pointer,
+    ROWS: tl.constexpr,
+    D_ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    D_COLS: tl.constexpr,
+    VOLATILE: tl.constexpr = False,
+):
     """A contiguous matrix [D_ROWS, D_COLS], padded with zeros to [ROWS, COLS]."""
     rows = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, COLS)[None, :]
-    return tl.load(pointer + rows * D_COLS + cols, mask=(rows < D_ROWS) & (cols < D_COLS), other=0.0)
+    return tl.load(pointer + rows * D_COLS + cols, mask=(rows < D_ROWS) & (cols < D_COLS), other=0.0, volatile=VOLATILE)
 
 
 @triton.jit
@@ -64,7 +71,8 @@ def _weight(
     if RESIDENT:
         weight = resident
     else:
-        weight = _load_weight(pointer, ROWS, D_ROWS, COLS, D_COLS)
+        # Volatile, or the compiler would move it out of the loop after all.
+        weight = _load_weight(pointer, ROWS, D_ROWS, COLS, D_COLS, VOLATILE=True)
     return weight.to(TYPE)
 
 
@@ -214,7 +222,7 @@ def _add_row_to_slice(pointer, sums, SIZE: tl.constexpr, D_SIZE: tl.constexpr):
     tl.store(pointer + index, tl.load(pointer + index, mask=mask, other=0.0) + total, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def forward_kernel(
     x, x_row, x_col, y, y_row, y_col, v, v_row, v_col,
     weight_1, weight_2, weight_3, weight_4, weight_last, bias_1, bias_2, bias_3, bias_4, bias_last,
@@ -270,7 +278,7 @@ def forward_kernel(
             _store_rows(v, v_row, v_col, start, end, q, COLS, D_IN, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "partials_stride"])
 def backward_kernel(
     x, x_row, x_col, grad_y, gy_row, gy_col, u, u_row, u_col, grad_x, gx_row, gx_col,
     weight_1, weight_2, weight_3, weight_4, weight_last, bias_1, bias_2, bias_3, bias_4,

@@ -18,12 +18,12 @@ def triton_reason(device: torch.device | str) -> str:
     tensors, slowly: it is how a machine without a GPU tests them.
     """
     device = torch.device(device)
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton compiles for GPUs, and a CPU runs matrix products as well without it"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (PyTorch's CUDA builds for Linux bring it)"
     if device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            return ""
-        return "Triton compiles for GPUs, and the CPU runs matrix products as well without it"
+        return ""
     if device.type != "cuda":
         return f"no Triton kernels for device {device}"
     if torch.version.cuda is None or not torch.cuda.is_available():

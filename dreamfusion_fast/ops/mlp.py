@@ -60,7 +60,8 @@ def mlp(
         x: ``[n, d_in]``, any strides; fast where samples (feature-major) or features are contiguous. Of the type that
             `precision` names, or float32; or float64 with float64 parameters, for which everything is float64.
         weights: of each layer ``[out, in]``, at least two, float32. The kernels know one hidden width of 16, 32, 64 or
-            128 in 1 to 4 hidden layers, up to 128 inputs and 16 outputs; other networks run as torch products.
+            128 (in float32 up to 64) in 1 to 4 hidden layers, up to 128 inputs and 16 outputs; other networks run as
+            torch products.
         biases: of each layer ``[out]``, or None for a network without.
         activation: ``"relu"``, ``"softplus"`` (beta 1) or ``"silu"``.
         precision: type of the products' operands: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
@@ -114,7 +115,7 @@ class MlpGradients:
         self._n_weights, self._has_biases = len(weights), biases is not None
         device, programs = weights[0].device, 1
         if _mlp_launch.kernels_serve(device, weights):
-            programs = _mlp_launch.backward_programs(device, weights[0].shape[0])
+            programs = _mlp_launch.backward_programs(device, weights)
         self._ends = list(accumulate(shape.numel() for shape in self._shapes))
         self.partials = torch.zeros(programs, self._ends[-1], dtype=weights[0].dtype, device=device)
 
@@ -163,7 +164,7 @@ def mlp_forward_into(
         if input_gradient is not None:
             _check_rows(op, "input_gradient", input_gradient, x, x.shape[1], [x.dtype])
         _check_count(op, count, x)
-    if _mlp_launch.kernels_serve(x.device, weights):
+    if _mlp_launch.kernels_serve(x.device, weights, precision):
         _mlp_launch.forward(x, weights, biases, activation, precision, y, input_gradient, count)
         return
     if count is not None and x.device.type == "cpu":
@@ -212,7 +213,7 @@ def mlp_backward_into(
             _check_rows(op, "grad_input_gradient", grad_input_gradient, x, x.shape[1], kinds)
         _check_count(op, count, x)
     partials = None if gradients is None else gradients.partials
-    if _mlp_launch.kernels_serve(x.device, weights):
+    if _mlp_launch.kernels_serve(x.device, weights, precision):
         u = grad_input_gradient
         _mlp_launch.backward(x, weights, biases, activation, precision, grad_y, u, grad_x, partials, count)
         return

@@ -103,6 +103,13 @@ def forward(
     n, layers = x.shape[0], len(weights)
     if n == 0:
         return
+    if v is not None and x.dtype == torch.float32 != getattr(torch, precision):
+        # Triton 3.6 fails to compile the input gradient where it has to be stored in another type than its operands'.
+        narrow = x.to(getattr(torch, precision))
+        narrow_v = torch.empty_like(narrow)
+        forward(narrow, weights, biases, activation, precision, y, narrow_v, count)
+        _copy_first(v, narrow_v, count)
+        return
     launch = tuning("forward", weights, precision)
     grid = (min(_programs(x.device, launch.programs), -(-n // launch.block)),)
     arguments = (
@@ -117,6 +124,15 @@ def forward(
     settings = _settings("forward", weights, biases, activation, precision, count, launch)
     with _device(x):
         _launch(_kernels().forward_kernel, grid, (*arguments, n, count), {**settings, "INPUT_GRADIENT": v is not None})
+
+
+def _copy_first(to: Tensor, of: Tensor, count: Tensor | None) -> None:
+    """Copy the first `count` rows, a number that only the device knows, or all."""
+    if count is None:
+        to.copy_(of)
+        return
+    first = torch.arange(to.shape[0], device=to.device) < count
+    to.copy_(torch.where(first[:, None], of.to(to.dtype), to))
 
 
 def backward(

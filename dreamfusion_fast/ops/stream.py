@@ -194,7 +194,7 @@ def stream_visible(head: StreamHead, tile: StreamTile, depths: Tensor, counts: T
 def head_reference(
     head: StreamHead, positions: Tensor, logits: Tensor, slopes: Tensor | None, light: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Density `[n]`, colour `[n, 3]` and normal `[n, 3]` (zero without slopes) of samples; light is `[3]` or `[n, 3]`."""
+    """Density `[n]`, colour `[n, 3]` and normal `[n, 3]` (zero without slopes) of samples; light `[3]` or `[n, 3]`."""
     centre, extent = logits.new_tensor(head.centre), logits.new_tensor(head.extent)
     offset = (positions - 0.5) * extent
     squared = offset.square().sum(dim=1)

@@ -489,9 +489,9 @@ class _Streamed(torch.autograd.Function):
         training = any(ctx.needs_input_grad)
         ctx.render, ctx.n_layers = render, n_layers
         sums = render.forward(training)
-        bitfield = render.rays.bitfield
-        # Backward marches again: torch tells if the grid, or a parameter, was changed in between.
-        ctx.save_for_backward(sums, bitfield, table, *parameters)
+        rays = render.rays
+        # Backward marches and shades again: torch tells if any of this was changed in between.
+        ctx.save_for_backward(sums, rays.origins, rays.directions, rays.bitfield, render.head.light, table, *parameters)
         return sums
 
     @staticmethod

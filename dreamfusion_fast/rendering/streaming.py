@@ -313,7 +313,8 @@ class StreamedRender:
             if n_tiles <= done:
                 return sums
             self._lay_out(counts, self.samples, training)
-            keep = False
+            if keep:
+                keep, workspace = False, None  # the last one made is that of a kept tile
 
     def _backward(
         self, sums: Tensor, grad_sums: Tensor, needs: tuple[bool, bool]
@@ -324,7 +325,7 @@ class StreamedRender:
         gradients = MlpGradients(source.weights, source.biases) if needs[1] else None
         n_tiles = len(self.prefix) if isinstance(self.samples, Tensor) else -(-self.samples // self.size)
         suffix = sums.new_zeros(n_tiles + 1, 1).unbind()
-        workspace = self.kept[0] if self.kept else self._workspace()
+        workspace = self.kept[0] if 0 < n_tiles <= len(self.kept) else self._workspace()
         to_logits = workspace.rows(4)
         to_features = workspace.rows(source.n_features, source.gradient_dtype)
         to_slopes = workspace.rows(3) if self.normals else None

@@ -275,7 +275,8 @@ class StreamedRender:
 
     def _shrink(self) -> None:
         """Prepare to start again with tiles of half the size; raises the error in flight if they are small already."""
-        if self.size <= SMALLEST_TILE or torch.cuda.is_current_stream_capturing():
+        captured = self.rays.origins.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.size <= SMALLEST_TILE or captured:
             raise
         self.max_tile, self.size = self.size // 2, 0
         self.prefix, self.kept, self.tiles, self.kept_table = [], [], [], None
@@ -446,10 +447,14 @@ class StreamedRender:
         density = replace(self, normals=False, prefix=[], kept=[], size=0)
         n_tiles = density._lay_out(counts, self._planned(total) if total.captured else total.read(), False)
         depths, visible = self.rays.origins.new_zeros(len(self.rays)), torch.zeros_like(counts)
-        workspace = density._workspace()
-        for k in range(n_tiles):
-            tile = density._evaluate(k, table, workspace)
-            stream_visible(self.head, tile, depths, visible, -math.log(self.early_stop))
+        try:
+            workspace = density._workspace()
+            for k in range(n_tiles):
+                tile = density._evaluate(k, table, workspace)
+                stream_visible(self.head, tile, depths, visible, -math.log(self.early_stop))
+        except torch.OutOfMemoryError:
+            self.size = density.size  # what `_shrink` halves
+            raise
         return visible
 
 

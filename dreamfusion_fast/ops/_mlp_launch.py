@@ -192,19 +192,23 @@ def _launch(kernel: Any, grid: tuple[int], arguments: tuple[Any, ...], settings:
     kernel for tile after tile. Only where all addresses are aligned alike is one compiled kernel right for all.
     """
     described: list[Any] = [kernel, *settings.values()]
+    raw: list[Any] = []
     for argument in arguments:
         if not isinstance(argument, Tensor):
             described.append(argument)
-        elif argument.data_ptr() % 16 == 0:
-            described.append((argument.dtype, argument.device))
-        else:
+            raw.append(argument)
+            continue
+        address = argument.data_ptr()
+        if address % 16 != 0:
             kernel[grid](*arguments, **settings)
             return
+        described += (argument.dtype, argument.device)
+        raw.append(address)
     key = tuple(described)
     known = _compiled.get(key)
     if known is not None:
         compiled, constants = known
-        compiled[(grid[0], 1, 1)](*arguments, *constants)
+        compiled[(grid[0], 1, 1)](*raw, *constants)
         return
     compiled = kernel[grid](*arguments, **settings)
     if compiled is not None:  # the interpreter compiles nothing

@@ -24,6 +24,7 @@ NORMAL = slice(5, 8)
 ORIENTATION = 8
 DISTORTION = 9
 ENTROPY = 10
+LOSSES = slice(8, 11)  # the three before
 N_SUMS = 11
 # What is kept for a cut between two tiles: optical depth and sum of w t in front of it.
 N_PREFIX = 2

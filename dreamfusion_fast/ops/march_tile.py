@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ class MarchedRays:
     def __len__(self) -> int:
         return self.origins.shape[0]
 
+    @cached_property
     def arguments(self) -> tuple[int | float | bool, ...]:
         """The first arguments of the native march functions."""
         tensors = (self.origins, self.directions, self.t_near, self.t_far, self.aabb, self.distances)
@@ -68,7 +70,7 @@ def march_count(rays: MarchedRays) -> tuple[Tensor, Tensor]:
     """Samples of each ray, and the number k of its first one: int32 `[n_rays]` each."""
     counts, firsts = rays.origins.new_empty((2, len(rays)), dtype=torch.int32)
     if len(rays) > 0:
-        call("march_count", rays.origins, *rays.arguments(), pointer(counts), pointer(firsts))
+        call("march_count", rays.origins, *rays.arguments, pointer(counts), pointer(firsts))
     return counts, firsts
 
 
@@ -114,7 +116,7 @@ def march_tile(
     call(
         "march_tile",
         rays.origins,
-        *rays.arguments(),
+        *rays.arguments,
         pointer(firsts),
         pointer(offsets),
         pointer(ray_range),

@@ -167,6 +167,11 @@ class VolumeRenderer(nn.Module):
         _check_rows("light", light, n_rays)
         if not callable(background):
             _check_rows("background", background, n_rays)
+        if isinstance(seed, Tensor) and (seed.dtype != torch.int64 or seed.dim() or seed.device != rays.origins.device):
+            raise ValueError(
+                f"seed: got {seed.dtype} {list(seed.shape)} on {seed.device}, want a number or an int64 tensor [] on "
+                f"{rays.origins.device}, where the rays are"
+            )
         if shading.needs_normals and light is None:
             raise ValueError(f"light: got None, want a position [3] or [n_rays, 3] for {shading.value} shading")
         normals = with_normals or shading.needs_normals

@@ -32,7 +32,7 @@ from dreamfusion_fast.ops.march_tile import (
     occupied_blocks,
     tile_table,
 )
-from dreamfusion_fast.ops.mlp import MlpGradients, mlp_backward_into, mlp_forward_into
+from dreamfusion_fast.ops.mlp import MlpGradients, prepared_backward
 from dreamfusion_fast.ops.stream import (
     COLOR,
     DEPTH,
@@ -235,7 +235,7 @@ class StreamedRender:
             if n_tiles <= done:
                 return sums
             self._lay_out(counts, self.samples, training)
-            keep = False
+            keep, workspace = False, None
 
     def _backward(
         self, sums: Tensor, grad_sums: Tensor, needs: tuple[bool, bool]
@@ -251,6 +251,7 @@ class StreamedRender:
         to_features = workspace.rows(source.n_features, source.gradient_dtype)
         to_slopes = workspace.rows(3) if self.normals else None
         to_gradient = workspace.rows(source.n_features, source.gradient_dtype) if self.normals else None
+        mlp_backward = None
         for k in reversed(range(n_tiles)):
             kept = k < len(self.kept)
             if kept:
@@ -261,19 +262,19 @@ class StreamedRender:
             positions, count = workspace.positions, self.tiles[k][1]
             if to_slopes is not None and to_gradient is not None:
                 hash_grid_tile.along(to_slopes, positions, table, source.layout, to_gradient, count, _CHECKED)
-            mlp_backward_into(
-                workspace.features,
-                source.weights,
-                source.biases,
-                "relu",
-                source.precision,
-                to_logits,
-                to_features if needs[0] else None,
-                gradients,
-                to_gradient,
-                count,
-                _CHECKED,
-            )
+            if mlp_backward is None or kept:
+                mlp_backward = prepared_backward(
+                    workspace.features,
+                    source.weights,
+                    source.biases,
+                    "relu",
+                    source.precision,
+                    to_logits,
+                    to_features if needs[0] else None,
+                    gradients,
+                    to_gradient,
+                )
+            mlp_backward(count)
             if grad_table is not None:
                 second = (to_slopes, workspace.input_gradient)
                 hash_grid_tile.scatter(grad_table, positions, source.layout, to_features, count, *second, _CHECKED)
@@ -346,17 +347,7 @@ class StreamedRender:
             source.box,
         )
         hash_grid_tile.encode(workspace.positions, table, source.layout, workspace.features, count, _CHECKED)
-        mlp_forward_into(
-            workspace.features,
-            source.weights,
-            source.biases,
-            "relu",
-            source.precision,
-            workspace.logits,
-            workspace.input_gradient,
-            count,
-            _CHECKED,
-        )
+        workspace.mlp_forward(count)
         gradient = workspace.input_gradient
         if gradient is not None and tile.slopes is not None:
             hash_grid_tile.position_gradient(
@@ -410,7 +401,7 @@ class _Total:
 
 
 class _Streamed(torch.autograd.Function):
-    """Colour `[n, 3]`, opacity `[n]`, depth `[n]`, normal `[n, 3]` and losses `[3]`, the last two None unless wanted."""
+    """Colour `[n, 3]`, opacity `[n]`, depth `[n]`, normal `[n, 3]`, losses `[3]`; the last two None unless wanted."""
 
     @staticmethod
     def forward(ctx: Any, render: StreamedRender, table: Tensor, *parameters: Tensor) -> tuple[Tensor | None, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dreamfusion_fast.fields.hash_field import HashGridField
 from dreamfusion_fast.ops.hash_grid_tile import HashGridTileLayout
+from dreamfusion_fast.ops.mlp import prepared_forward
 
 # A GPU is full from about 2^18 samples on; more only saves launches. On a CPU a tile should stay in the caches.
 _LARGEST_TILE = {"cpu": 1 << 14, "cuda": 1 << 20}
@@ -65,7 +66,7 @@ class StreamingField:
         layout = HashGridTileLayout(level_offsets, resolutions, smoothstep)
         # float64 has no 16-bit mode, and a CPU none that would be faster.
         wide = table.dtype != torch.float32 or table.device.type != "cuda"
-        precision = "float32" if wide else source.config.mlp_dtype
+        precision = "float32" if wide else source.precision
         parameters = [w for w, _ in layers] + [b for _, b in layers]
         plain = [parameter.detach().contiguous() for parameter in parameters]
         n = len(layers)
@@ -113,6 +114,10 @@ class Workspace:
         self.logits = self.rows(4)
         self.slopes = self.rows(3) if normals else None
         self.input_gradient = self.rows(n, source.feature_dtype) if normals else None
+        # logits and input_gradient from features, for the first so many samples
+        self.mlp_forward = prepared_forward(
+            self.features, source.weights, source.biases, "relu", source.precision, self.logits, self.input_gradient
+        )
 
     def rows(self, channels: int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised `[size, channels]`."""

@@ -196,7 +196,8 @@ class StreamedRender:
 
     def _shrink(self) -> None:
         """Prepare to start again with tiles of half the size; raises the error in flight if they are small already."""
-        if self.size <= SMALLEST_TILE or torch.cuda.is_current_stream_capturing():
+        captured = self.rays.origins.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.size <= SMALLEST_TILE or captured:
             raise
         self.max_tile, self.size = self.size // 2, 0
         self.prefix, self.kept, self.tiles, self.kept_table = [], [], [], None
@@ -235,7 +236,8 @@ class StreamedRender:
             if n_tiles <= done:
                 return sums
             self._lay_out(counts, self.samples, training)
-            keep, workspace = False, None
+            if keep:
+                keep, workspace = False, None  # the last one made is that of a kept tile
 
     def _backward(
         self, sums: Tensor, grad_sums: Tensor, needs: tuple[bool, bool]
@@ -246,7 +248,7 @@ class StreamedRender:
         gradients = MlpGradients(source.weights, source.biases) if needs[1] else None
         n_tiles = len(self.prefix) if isinstance(self.samples, Tensor) else -(-self.samples // self.size)
         suffix = sums.new_zeros(n_tiles + 1, 1).unbind()
-        workspace = self.kept[0] if self.kept else self._workspace()
+        workspace = self.kept[0] if 0 < n_tiles <= len(self.kept) else self._workspace()
         to_logits = workspace.rows(4)
         to_features = workspace.rows(source.n_features, source.gradient_dtype)
         to_slopes = workspace.rows(3) if self.normals else None
@@ -363,10 +365,14 @@ class StreamedRender:
         density = replace(self, normals=False, prefix=[], kept=[], size=0)
         n_tiles = density._lay_out(counts, self._most() if total.captured else total.read(), False)
         depths, visible = self.rays.origins.new_zeros(len(self.rays)), torch.zeros_like(counts)
-        workspace = density._workspace()
-        for k in range(n_tiles):
-            tile = density._evaluate(k, table, workspace)
-            stream_visible(self.head, tile, depths, visible, -math.log(self.early_stop))
+        try:
+            workspace = density._workspace()
+            for k in range(n_tiles):
+                tile = density._evaluate(k, table, workspace)
+                stream_visible(self.head, tile, depths, visible, -math.log(self.early_stop))
+        except torch.OutOfMemoryError:
+            self.size = density.size  # what `_shrink` halves
+            raise
         return visible
 
 
@@ -407,8 +413,9 @@ class _Streamed(torch.autograd.Function):
     def forward(ctx: Any, render: StreamedRender, table: Tensor, *parameters: Tensor) -> tuple[Tensor | None, ...]:
         ctx.render = render
         sums = render.forward(any(ctx.needs_input_grad))
-        # Backward marches again: torch tells if the grid, or a parameter, was changed in between.
-        ctx.save_for_backward(sums, render.rays.bitfield, table, *parameters)
+        rays = render.rays
+        # Backward marches and shades again: torch tells if any of this was changed in between.
+        ctx.save_for_backward(sums, rays.origins, rays.directions, rays.bitfield, render.head.light, table, *parameters)
         ctx.set_materialize_grads(False)
         losses = render.normals or render.distortion or render.entropy
         return (

@@ -21,7 +21,8 @@ inline void march_blocks(Address bitfield, int32_t resolution, int32_t cascades,
 template <typename T>
 MarchRays<T> march_rays(Address origins, Address directions, Address t_near, Address t_far, Address aabb,
                         Address distances, int32_t n_steps, Address bitfield, Address blocks, int32_t resolution,
-                        int32_t cascades, double step, bool jitter, uint64_t seed, int64_t n_rays) {
+                        int32_t cascades, double step, bool jitter, uint64_t seed, Address seed_offset,
+                        int64_t n_rays) {
   MarchRays<T> rays;
   rays.origins = pointer<const T>(origins);
   rays.directions = pointer<const T>(directions);
@@ -41,6 +42,7 @@ MarchRays<T> march_rays(Address origins, Address directions, Address t_near, Add
   }
   rays.jitter = jitter;
   rays.seed = seed;
+  rays.seed_offset = pointer<const int64_t>(seed_offset);
   rays.n_rays = n_rays;
   return rays;
 }
@@ -48,10 +50,11 @@ MarchRays<T> march_rays(Address origins, Address directions, Address t_near, Add
 template <typename T>
 void march_count(Address origins, Address directions, Address t_near, Address t_far, Address aabb, Address distances,
                  int32_t n_steps, Address bitfield, Address blocks, int32_t resolution, int32_t cascades, double step,
-                 bool jitter, uint64_t seed, int64_t n_rays, Address counts, Address firsts, std::uintptr_t where) {
+                 bool jitter, uint64_t seed, Address seed_offset, int64_t n_rays, Address counts, Address firsts,
+                 std::uintptr_t where) {
   MarchCount<T> op;
   op.rays = march_rays<T>(origins, directions, t_near, t_far, aabb, distances, n_steps, bitfield, blocks, resolution,
-                          cascades, step, jitter, seed, n_rays);
+                          cascades, step, jitter, seed, seed_offset, n_rays);
   op.counts = pointer<int32_t>(counts);
   op.firsts = pointer<int32_t>(firsts);
   check("march", backend::march_count(op, launch_at(where)));
@@ -60,11 +63,11 @@ void march_count(Address origins, Address directions, Address t_near, Address t_
 template <typename T>
 void march_write(Address origins, Address directions, Address t_near, Address t_far, Address aabb, Address distances,
                  int32_t n_steps, Address bitfield, Address blocks, int32_t resolution, int32_t cascades, double step,
-                 bool jitter, uint64_t seed, int64_t n_rays, Address firsts, Address offsets, Address t,
-                 Address lengths, Address ray_indices, int64_t capacity, std::uintptr_t where) {
+                 bool jitter, uint64_t seed, Address seed_offset, int64_t n_rays, Address firsts, Address offsets,
+                 Address t, Address lengths, Address ray_indices, int64_t capacity, std::uintptr_t where) {
   MarchWrite<T> op;
   op.rays = march_rays<T>(origins, directions, t_near, t_far, aabb, distances, n_steps, bitfield, blocks, resolution,
-                          cascades, step, jitter, seed, n_rays);
+                          cascades, step, jitter, seed, seed_offset, n_rays);
   op.firsts = pointer<const int32_t>(firsts);
   op.offsets = pointer<const int32_t>(offsets);
   op.t = pointer<T>(t);
@@ -77,12 +80,12 @@ void march_write(Address origins, Address directions, Address t_near, Address t_
 template <typename T>
 void march_tile(Address origins, Address directions, Address t_near, Address t_far, Address aabb, Address distances,
                 int32_t n_steps, Address bitfield, Address blocks, int32_t resolution, int32_t cascades, double step,
-                bool jitter, uint64_t seed, int64_t n_rays, Address firsts, Address offsets, Address ray_range,
-                Address t, Address lengths, const ViewArguments& positions, const std::array<double, 6>& box,
-                int64_t first, int64_t capacity, std::uintptr_t where) {
+                bool jitter, uint64_t seed, Address seed_offset, int64_t n_rays, Address firsts, Address offsets,
+                Address ray_range, Address t, Address lengths, const ViewArguments& positions,
+                const std::array<double, 6>& box, int64_t first, int64_t capacity, std::uintptr_t where) {
   MarchTile<T> op;
   op.rays = march_rays<T>(origins, directions, t_near, t_far, aabb, distances, n_steps, bitfield, blocks, resolution,
-                          cascades, step, jitter, seed, n_rays);
+                          cascades, step, jitter, seed, seed_offset, n_rays);
   op.firsts = pointer<const int32_t>(firsts);
   op.offsets = pointer<const int32_t>(offsets);
   op.ray_range = pointer<const int32_t>(ray_range);
@@ -96,6 +99,19 @@ void march_tile(Address origins, Address directions, Address t_near, Address t_f
   op.first = first;
   op.capacity = capacity;
   check("march_tile", backend::march_tile(op, launch_at(where)));
+}
+
+template <typename T>
+void march_totals(Address counts, Address origins, Address directions, double tolerance, Address totals, int64_t n_rays,
+                  std::uintptr_t where) {
+  MarchTotals<T> op;
+  op.counts = pointer<const int32_t>(counts);
+  op.origins = pointer<const T>(origins);
+  op.directions = pointer<const T>(directions);
+  op.tolerance = static_cast<T>(tolerance);
+  op.totals = pointer<int64_t>(totals);
+  op.n_rays = n_rays;
+  check("march_totals", backend::march_totals(op, launch_at(where)));
 }
 
 inline void tile_table(Address offsets, Address table, int64_t n_rays, int64_t size, int64_t n_tiles,
@@ -113,6 +129,7 @@ inline void bind_march(py::module_& module) {
   DFF_DEF(module, "march_count", march_count);
   DFF_DEF(module, "march_write", march_write);
   DFF_DEF(module, "march_tile", march_tile);
+  DFF_DEF(module, "march_totals", march_totals);
   module.def("tile_table", &tile_table, py::call_guard<py::gil_scoped_release>());
 }
 

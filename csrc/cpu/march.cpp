@@ -87,6 +87,18 @@ Status march_tile(const MarchTile<T>& op, const Launch& launch) {
       kRaysPerPiece);
 }
 
+template <typename T>
+Status march_totals(const MarchTotals<T>& op, const Launch&) {
+  for (int64_t ray = 0; ray < op.n_rays; ++ray) {
+    op.totals[0] += op.counts[ray];
+    op.totals[1] += op.invalid(ray);
+  }
+  return nullptr;
+}
+
+template Status march_totals(const MarchTotals<float>&, const Launch&);
+template Status march_totals(const MarchTotals<double>&, const Launch&);
+
 Status tile_table(const TileTable& op, int64_t n_tiles, const Launch& launch) {
   return for_each(n_tiles, launch, op, kRaysPerPiece);
 }

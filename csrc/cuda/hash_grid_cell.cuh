@@ -12,11 +12,13 @@
 namespace dff {
 namespace cuda {
 
-// To be measured: whether the corners x and x + 1 of a cell come in one load where their rows are neighbours in an
-// aligned pair, as they are for every other x. Their addresses share a sector either way; what is saved is a quarter of
-// the addresses that L1 looks up, against one more instruction for each pair.
-constexpr bool kPairedLoads = true;
-// The same for atomics, where the pair saves a quarter of the packets that go to L2.
+// Whether the corners x and x + 1 of a cell come in one load where their rows are neighbours in an aligned pair, as
+// they are for every other x. Their addresses share a sector either way; what is saved is a quarter of the addresses
+// that L1 looks up, against one more instruction for each pair. On an H100, 2^19 samples, 16 levels: the position's
+// gradient takes 143 us with pairs and 134 without, the derivative along a direction 130 and 126, the encoding 126 and
+// 126.
+constexpr bool kPairedLoads = false;
+// The same for atomics, where the pair saves a quarter of the packets that go to L2: 657 us with, 859 without.
 constexpr bool kPairedAtomics = true;
 
 // Whether two rows, counted from an aligned one, make up an aligned pair.

@@ -16,6 +16,10 @@ constexpr int kThreads = 128;
 template <typename Scalar>
 constexpr int kChunk = std::is_same_v<Scalar, float> ? 4 : 1;
 
+// In coarse levels, the fewer cells there are, the more threads wait for each other at the same rows: runs are longer.
+constexpr uint32_t kCoarseRuns = 4;
+constexpr uint32_t kCoarseResolution = 64;
+
 // Features that one thread takes, so that the sums of 8 corners stay in registers; blockIdx.z counts such groups.
 template <typename Scalar, int kFeatures>
 constexpr int kColumnsAtOnce = std::min(kFeatures, std::is_same_v<Scalar, float> ? 4 : 2);
@@ -98,15 +102,16 @@ __device__ __forceinline__ void take(Scalar (&chunk)[kChannels][kCount], Scalar 
 template <typename Scalar, int kFeatures>
 __global__ void __launch_bounds__(kThreads) scatter_kernel(const HashGridTileScatter op, bool fours) {
   constexpr int kCount = kChunk<Scalar>, kColumns = kColumnsAtOnce<Scalar, kFeatures>;
-  const uint32_t n_samples = live_samples(op.tile), run_length = op.samples_per_thread;
+  const int index = static_cast<int>(blockIdx.y);
+  const HashGridLevel level = hash_grid_level(op.tile.levels, index);
+  if (level.rows == 0) return;
+  const uint32_t n_samples = live_samples(op.tile);
+  const uint32_t run_length = op.samples_per_thread * (level.resolution < kCoarseResolution ? kCoarseRuns : 1);
   const uint32_t begin = (blockIdx.x * kThreads + threadIdx.x) * run_length;
   if (begin >= n_samples) return;
   const uint32_t end = min(begin + run_length, n_samples);
   const uint32_t capacity = static_cast<uint32_t>(op.tile.levels.n_samples);
-  const int index = static_cast<int>(blockIdx.y);
   const int column = kColumns == kFeatures ? 0 : static_cast<int>(blockIdx.z) * kColumns;
-  const HashGridLevel level = hash_grid_level(op.tile.levels, index);
-  if (level.rows == 0) return;
   Scalar* grad_table = static_cast<Scalar*>(op.grad_table);
   const bool has_first = op.grad_features.data != nullptr, has_second = op.grad_of_along.data != nullptr;
 

@@ -60,6 +60,22 @@ __global__ void __launch_bounds__(kTileThreads) count_kernel(const MarchCount<T>
   }
 }
 
+template <typename T>
+__global__ void __launch_bounds__(kTileThreads) totals_kernel(const MarchTotals<T> op) {
+  unsigned long long samples = 0, invalid = 0;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kTileThreads;
+  for (int64_t ray = static_cast<int64_t>(blockIdx.x) * kTileThreads + threadIdx.x; ray < op.n_rays; ray += stride) {
+    samples += op.counts[ray];
+    invalid += op.invalid(ray);
+  }
+  samples = Warp().sum(samples);
+  invalid = Warp().sum(invalid);
+  if (threadIdx.x % kWarp != 0) return;
+  unsigned long long* totals = reinterpret_cast<unsigned long long*>(op.totals);
+  atomicAdd(totals, samples);
+  if (invalid != 0) atomicAdd(totals + 1, invalid);
+}
+
 }  // namespace
 
 Status march_blocks(const MarchBlocks& op, const Launch& launch) {
@@ -97,6 +113,17 @@ Status march_tile(const MarchTile<T>& op, const Launch& launch) {
   kernel<<<static_cast<unsigned>(blocks), kTileThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(op);
   return launch_status();
 }
+
+template <typename T>
+Status march_totals(const MarchTotals<T>& op, const Launch& launch) {
+  const int64_t blocks = std::min<int64_t>((op.n_rays + kTileThreads - 1) / kTileThreads, 256);
+  if (blocks <= 0) return nullptr;
+  totals_kernel<<<static_cast<unsigned>(blocks), kTileThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(op);
+  return launch_status();
+}
+
+template Status march_totals(const MarchTotals<float>&, const Launch&);
+template Status march_totals(const MarchTotals<double>&, const Launch&);
 
 Status tile_table(const TileTable& op, int64_t n_tiles, const Launch& launch) { return for_each(n_tiles, launch, op); }
 

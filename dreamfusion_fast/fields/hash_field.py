@@ -89,8 +89,9 @@ class HashGridFieldConfig:
     """Radius at which the softplus blob crosses zero, in scene units."""
     bound: Literal["ball", "box"] = "ball"
     """Where density may be: the ball (ellipsoid) inscribed in the scene box, or the whole box."""
-    mlp_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the MLP's matrix products (autocast); parameters stay float32."""
+    mlp_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Type of the operands of the MLP's products, and with float16, of what is read of the table; sums and parameters
+    stay float32. auto: float16 on a GPU, float32 elsewhere."""
     backend: Backend = "native"
     """Hash grid by the native core or by its pure-PyTorch twin."""
 
@@ -110,9 +111,9 @@ class HashGridFieldConfig:
             )
         if self.bound not in ("ball", "box"):
             raise ValueError(f"HashGridFieldConfig.bound: got {self.bound!r}, want ball or box")
-        if self.mlp_dtype not in ("float32", "bfloat16", "float16"):
+        if self.mlp_dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(
-                f"HashGridFieldConfig.mlp_dtype: got {self.mlp_dtype!r}, want float32, bfloat16 or float16"
+                f"HashGridFieldConfig.mlp_dtype: got {self.mlp_dtype!r}, want auto, float32, bfloat16 or float16"
             )
         if self.blob_std <= 0 or self.blob_radius <= 0:
             raise ValueError(
@@ -315,7 +316,14 @@ class HashGridField(Field):
         density = truncated_exp(raw) if self.config.density_activation == "exp" else F.softplus(raw)
         return torch.where(self._inside(unit.detach()), density, torch.zeros_like(density))
 
+    @property
+    def precision(self) -> str:
+        """`HashGridFieldConfig.mlp_dtype`, with auto decided by the device."""
+        if self.config.mlp_dtype != "auto":
+            return self.config.mlp_dtype
+        return "float16" if self.table.is_cuda else "float32"
+
     def _autocast(self, device_type: str) -> AbstractContextManager[Any]:
-        if self.config.mlp_dtype == "float32":
+        if self.precision == "float32":
             return nullcontext()
-        return torch.autocast(device_type, dtype=getattr(torch, self.config.mlp_dtype))
+        return torch.autocast(device_type, dtype=getattr(torch, self.precision))

@@ -20,7 +20,7 @@ def triton_reason(device: torch.device | str) -> str:
     device = torch.device(device)
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton compiles for GPUs, and a CPU runs matrix products as well without it"
-    if importlib.util.find_spec("triton") is None:
+    if not installed():
         return "triton is not installed (PyTorch's CUDA builds for Linux bring it)"
     if device.type == "cpu":
         return ""
@@ -37,6 +37,12 @@ def triton_reason(device: torch.device | str) -> str:
 def triton_serves(device: torch.device | str) -> bool:
     """Whether Triton kernels can be used on a device."""
     return triton_reason(device) == ""
+
+
+@functools.cache
+def installed() -> bool:
+    """Whether there is a triton to import."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

@@ -236,7 +236,7 @@ def _run(
     origins = tensors[0]
     n_rays = origins.shape[0]
     grid = (pointer(bitfield), pointer(blocks), resolution, cascades)
-    inputs = (*map(pointer, tensors), pointer(distances), n_steps, *grid, step, jitter, seed, n_rays)
+    inputs = (*map(pointer, tensors), pointer(distances), n_steps, *grid, step, jitter, seed, 0, n_rays)
 
     counts, firsts = origins.new_empty((2, n_rays), dtype=torch.int32)
     if n_rays > 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ class MarchedRays:
         aabb: `[6]`.
         bitfield: uint8, or None: all cells are occupied.
         blocks: from `occupied_blocks`; None without bitfield.
-        resolution, step, jitter, seed, cascades: as in `march`.
+        resolution, step, jitter, cascades: as in `march`.
+        seed: as in `march`, or an int64 tensor `[]` on the device, which a CUDA graph reads anew at each replay.
         distances: `[n + 1]` as in `march_lattice`, or None: equal steps.
     """
 
@@ -40,19 +42,21 @@ class MarchedRays:
     resolution: int
     step: float
     jitter: bool
-    seed: int
+    seed: int | Tensor
     cascades: int = 1
     distances: Tensor | None = None
 
     def __len__(self) -> int:
         return self.origins.shape[0]
 
+    @cached_property
     def arguments(self) -> tuple[int | float | bool, ...]:
         """The first arguments of the native march functions."""
         tensors = (self.origins, self.directions, self.t_near, self.t_far, self.aabb, self.distances)
         n_steps = 0 if self.distances is None else self.distances.shape[0] - 1
         grid = (pointer(self.bitfield), pointer(self.blocks), self.resolution, self.cascades)
-        return (*map(pointer, tensors), n_steps, *grid, self.step, self.jitter, self.seed, len(self))
+        seed = (0, pointer(self.seed)) if isinstance(self.seed, Tensor) else (self.seed, 0)
+        return (*map(pointer, tensors), n_steps, *grid, self.step, self.jitter, *seed, len(self))
 
 
 def occupied_blocks(bitfield: Tensor, resolution: int, cascades: int = 1) -> Tensor:
@@ -66,8 +70,23 @@ def march_count(rays: MarchedRays) -> tuple[Tensor, Tensor]:
     """Samples of each ray, and the number k of its first one: int32 `[n_rays]` each."""
     counts, firsts = rays.origins.new_empty((2, len(rays)), dtype=torch.int32)
     if len(rays) > 0:
-        call("march_count", rays.origins, *rays.arguments(), pointer(counts), pointer(firsts))
+        call("march_count", rays.origins, *rays.arguments, pointer(counts), pointer(firsts))
     return counts, firsts
+
+
+def march_totals(rays: MarchedRays, counts: Tensor, tolerance: float) -> Tensor:
+    """Samples of all rays, and how many rays are not finite or not of unit length: int64 `[2]`.
+
+    Args:
+        rays: what was marched.
+        counts: int32 `[n_rays]`.
+        tolerance: how far the square of a direction's length may be off 1.
+    """
+    totals = counts.new_zeros(2, dtype=torch.int64)
+    if len(rays) > 0:
+        tensors = (pointer(counts), pointer(rays.origins), pointer(rays.directions))
+        call("march_totals", rays.origins, *tensors, tolerance, pointer(totals), len(rays))
+    return totals
 
 
 def march_tile(
@@ -97,7 +116,7 @@ def march_tile(
     call(
         "march_tile",
         rays.origins,
-        *rays.arguments(),
+        *rays.arguments,
         pointer(firsts),
         pointer(offsets),
         pointer(ray_range),

@@ -19,7 +19,7 @@ zero, and there is no loss scale that holds for all samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -215,13 +215,63 @@ def mlp_backward_into(
     partials = None if gradients is None else gradients.partials
     if _mlp_launch.kernels_serve(x.device, weights, precision):
         u = grad_input_gradient
-        _mlp_launch.backward(x, weights, biases, activation, precision, grad_y, u, grad_x, partials, count)
+        counted = count is not None
+        options = (biases, activation, precision, grad_y, u, grad_x, partials, counted)
+        _mlp_launch.prepare_backward(x, weights, *options)(count)
         return
     if count is not None:
         x, grad_y, grad_x, grad_input_gradient = _first_rows(count, x, grad_y, grad_x, grad_input_gradient)
     sums = (None, None) if gradients is None else gradients.views(gradients.partials[0])
     operand = _operand(weights, precision)
     _mlp_torch.backward(x, weights, biases, activation, operand, grad_y, grad_input_gradient, grad_x, *sums)
+
+
+def prepared_forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    activation: str,
+    precision: str,
+    y: Tensor,
+    input_gradient: Tensor | None = None,
+) -> Callable[[Tensor], None]:
+    """`mlp_forward_into` for one tile after another: a function of the count alone, which checks nothing any more.
+
+    A renderer's buffers are the same for all its tiles. To look at them anew for each takes longer than the launch.
+    Where there is an input gradient, x has to be of the type that `precision` names, or of that of the parameters.
+    """
+    same_type = x.dtype == weights[0].dtype if precision == "float32" else x.dtype == getattr(torch, precision)
+    if _mlp_launch.kernels_serve(x.device, weights, precision) and (input_gradient is None or same_type):
+        return _mlp_launch.prepare_forward(x, weights, biases, activation, precision, y, input_gradient)
+
+    def plain(count: Tensor) -> None:
+        mlp_forward_into(x, weights, biases, activation, precision, y, input_gradient, count, checked=True)
+
+    return plain
+
+
+def prepared_backward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    activation: str,
+    precision: str,
+    grad_y: Tensor,
+    grad_x: Tensor | None,
+    gradients: MlpGradients | None,
+    grad_input_gradient: Tensor | None = None,
+) -> Callable[[Tensor], None]:
+    """`mlp_backward_into` for one tile after another; see `prepared_forward`."""
+    if _mlp_launch.kernels_serve(x.device, weights, precision):
+        partials = None if gradients is None else gradients.partials
+        options = (biases, activation, precision, grad_y, grad_input_gradient, grad_x, partials)
+        return _mlp_launch.prepare_backward(x, weights, *options)
+
+    def plain(count: Tensor) -> None:
+        options = (biases, activation, precision, grad_y, grad_x, gradients, grad_input_gradient, count)
+        mlp_backward_into(x, weights, *options, checked=True)
+
+    return plain
 
 
 def mlp_reference(

@@ -7,6 +7,7 @@ samples at once, in plain PyTorch. csrc/include/dreamfusion_fast/stream.h has th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ NORMAL = slice(5, 8)
 ORIENTATION = 8
 DISTORTION = 9
 ENTROPY = 10
+LOSSES = slice(8, 11)  # the three before
 N_SUMS = 11
 # What is kept for a cut between two tiles: optical depth and sum of w t in front of it.
 N_PREFIX = 2
@@ -62,6 +64,7 @@ class StreamHead:
     diffuse: float = 0.9
     light: Tensor | None = None
 
+    @cached_property
     def arguments(self) -> tuple[Any, ...]:
         """As the native core takes it."""
         stride = 3 if self.light is not None and self.light.dim() == 2 else 0
@@ -136,7 +139,7 @@ def stream_forward(head: StreamHead, tile: StreamTile, sums: Tensor, prefix: Ten
         prefix: `[N_PREFIX]`, written: what `stream_backward` wants to know of the cut before this tile.
         distortion: whether to compute that column.
     """
-    call("stream_forward", sums, head.arguments(), tile.arguments(), pointer(sums), pointer(prefix), distortion)
+    call("stream_forward", sums, head.arguments, tile.arguments(), pointer(sums), pointer(prefix), distortion)
 
 
 def stream_backward(
@@ -166,7 +169,7 @@ def stream_backward(
     call(
         "stream_backward",
         sums,
-        head.arguments(),
+        head.arguments,
         tile.arguments(),
         pointer(sums),
         pointer(grad_sums),
@@ -188,7 +191,7 @@ def stream_visible(head: StreamHead, tile: StreamTile, depths: Tensor, counts: T
         counts: int32 `[n_rays]`, zero before the first tile: such samples so far, the first ones of their ray.
         limit: -log of the share of light below which a sample does not count.
     """
-    call("stream_visible", depths, head.arguments(), tile.arguments(), pointer(depths), pointer(counts), limit)
+    call("stream_visible", depths, head.arguments, tile.arguments(), pointer(depths), pointer(counts), limit)
 
 
 def head_reference(

@@ -77,7 +77,7 @@ class ChunkedRender:
         for first in range(0, n_rays, RAYS_PER_MARCH) or (0,):
             rows = slice(first, first + RAYS_PER_MARCH)
             block, block_light = rays[rows], _rows(request.light, rows)
-            packed = self._sample(space, rows, block, request.seed + first // RAYS_PER_MARCH)
+            packed = self._sample(space, rows, block, int(request.seed) + first // RAYS_PER_MARCH)
             for chunk, chunk_packed in self._chunks(packed):
                 whole = chunk.stop - chunk.start == len(block)
                 chunk_rays = block if whole else block[chunk]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 # Directions off unit length by more than this would visibly scale distances, and with them opacity.
 _UNIT_TOLERANCE = 1e-3
+SQUARED_TOLERANCE = 2 * _UNIT_TOLERANCE  # of the squared length
 
 
 class InvalidRaysError(ValueError):
@@ -64,7 +65,7 @@ class Rays:
     def valid(self) -> Tensor:
         """Which rays can be rendered, bool `[n_rays]`; nothing waits for a GPU."""
         # NaN and infinity fail the comparison.
-        unit = (self.directions.square().sum(dim=1) - 1.0).abs() <= 2 * _UNIT_TOLERANCE
+        unit = (self.directions.square().sum(dim=1) - 1.0).abs() <= SQUARED_TOLERANCE
         return unit & torch.isfinite(self.origins).all(dim=1)
 
     def validate(self) -> None:

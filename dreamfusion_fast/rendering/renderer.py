@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from dreamfusion_fast.fields.base import FieldLike, box_tensor
@@ -22,7 +23,7 @@ from dreamfusion_fast.rendering.request import RaySums, RenderRequest
 from dreamfusion_fast.rendering.sampling import SampledSpace
 from dreamfusion_fast.rendering.shading import AMBIENT, DIFFUSE, Shading
 from dreamfusion_fast.rendering.streaming import StreamedRender
-from dreamfusion_fast.rendering.tiles import default_budget
+from dreamfusion_fast.rendering.workspace import default_budget
 
 Background = Tensor | Callable[[Tensor], Tensor] | None
 
@@ -132,7 +133,7 @@ class VolumeRenderer(nn.Module):
         shading: Shading | str = Shading.ALBEDO,
         light: Tensor | None = None,
         jitter: bool = False,
-        seed: int = 0,
+        seed: int | Tensor = 0,
         with_normals: bool = False,
         with_distortion: bool = False,
         with_entropy: bool = False,
@@ -150,7 +151,7 @@ class VolumeRenderer(nn.Module):
             shading: albedo, lambertian or textureless; the latter two need a light and compute normals.
             light: point light `[3]` or `[n_rays, 3]`, scene units; it gets no gradient from the built-in field.
             jitter: shift the samples of each ray by a random part of a step.
-            seed: of the jitter.
+            seed: of the jitter; a CUDA graph reads an int64 tensor `[]` on the device anew at each replay.
             with_normals: compute normals, their image and the orientation loss with albedo shading, too.
             with_distortion: compute the distortion loss.
             with_entropy: compute the entropy loss.
@@ -167,6 +168,11 @@ class VolumeRenderer(nn.Module):
         _check_rows("light", light, n_rays)
         if not callable(background):
             _check_rows("background", background, n_rays)
+        if isinstance(seed, Tensor) and (seed.dtype != torch.int64 or seed.dim() or seed.device != rays.origins.device):
+            raise ValueError(
+                f"seed: got {seed.dtype} {list(seed.shape)} on {seed.device}, want a number or an int64 tensor [] on "
+                f"{rays.origins.device}, where the rays are"
+            )
         if shading.needs_normals and light is None:
             raise ValueError(f"light: got None, want a position [3] or [n_rays, 3] for {shading.value} shading")
         normals = with_normals or shading.needs_normals

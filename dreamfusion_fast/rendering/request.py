@@ -23,7 +23,7 @@ class RenderRequest:
     distortion: bool
     entropy: bool
     jitter: bool
-    seed: int
+    seed: int | Tensor
 
 
 @dataclass(frozen=True)

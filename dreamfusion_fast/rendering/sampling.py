@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.ops.march import MAX_STEPS
-from dreamfusion_fast.ops.ray_box import ray_box, ray_box_reference
+from dreamfusion_fast.ops.ray_box import native_ray_box, ray_box_reference
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.rays import Rays
@@ -124,7 +124,7 @@ class SampledSpace:
         dtype = rays.origins.dtype
         aabb = aabb.to(dtype)
         outer = aabb if occupancy is None or occupancy.cascades == 1 else occupancy.outer_aabb.to(dtype)
-        box = ray_box if config.backend == "native" else ray_box_reference
+        box = native_ray_box if config.backend == "native" else ray_box_reference
         t_near, t_far = box(rays.origins.detach(), rays.directions.detach(), outer, config.near, config.far)
         bitfield, resolution, cascades = None, 1, 1
         if occupancy is not None:

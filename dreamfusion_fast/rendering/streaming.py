@@ -24,19 +24,23 @@ from torch.autograd.function import once_differentiable
 
 from dreamfusion_fast.fields.hash_field import HashGridField
 from dreamfusion_fast.ops import hash_grid_tile
-from dreamfusion_fast.ops.hash_grid_tile import HashGridTileLayout
-from dreamfusion_fast.ops.march_tile import MarchedRays, march_count, march_tile, occupied_blocks, tile_table
-from dreamfusion_fast.ops.mlp import MlpGradients, mlp_backward_into, mlp_forward_into
+from dreamfusion_fast.ops.march_tile import (
+    MarchedRays,
+    march_count,
+    march_tile,
+    march_totals,
+    occupied_blocks,
+    tile_table,
+)
+from dreamfusion_fast.ops.mlp import MlpGradients, prepared_backward
 from dreamfusion_fast.ops.stream import (
     COLOR,
     DEPTH,
-    DISTORTION,
-    ENTROPY,
+    LOSSES,
     N_PREFIX,
     N_SUMS,
     NORMAL,
     OPTICAL_DEPTH,
-    ORIENTATION,
     StreamHead,
     StreamTile,
     stream_backward,
@@ -44,95 +48,17 @@ from dreamfusion_fast.ops.stream import (
     stream_visible,
 )
 from dreamfusion_fast.rendering.config import RendererConfig
-from dreamfusion_fast.rendering.rays import InvalidRaysError
+from dreamfusion_fast.rendering.rays import SQUARED_TOLERANCE, InvalidRaysError
 from dreamfusion_fast.rendering.request import RaySums, RenderRequest
 from dreamfusion_fast.rendering.sampling import SampledSpace
-from dreamfusion_fast.rendering.tiles import SMALLEST_TILE, tile_size
+from dreamfusion_fast.rendering.workspace import SMALLEST_TILE, StreamingField, Workspace, tile_size
 
 _MAX_SAMPLES = 2**31 - 1  # offsets are int32
 # Tiles are enqueued for so many samples beyond what the last render had, before the true number is known.
 _RESERVE = 1.25
 _RESERVE_SAMPLES = 4096
-
-
-@dataclass(frozen=True, eq=False)
-class StreamingField:
-    """The built-in field as the kernels read it.
-
-    Attributes:
-        table: `[n_rows, features]`, the active levels' rows.
-        layout: of the levels.
-        weights, biases: of the MLP, the first layer's columns those of the active levels.
-        precision: "float32", "float16" or "bfloat16", of the MLP's operands; with float16 also of table reads.
-        box: six numbers, the scene box.
-    """
-
-    table: Tensor
-    layout: HashGridTileLayout
-    weights: list[Tensor]
-    biases: list[Tensor]
-    precision: str
-    box: tuple[float, ...]
-
-    @classmethod
-    def of(cls, source: HashGridField) -> StreamingField:
-        """The active part of a field."""
-        table, level_offsets, resolutions, smoothstep = source.grid()
-        layers = source.active_layers()
-        layout = HashGridTileLayout(level_offsets, resolutions, smoothstep)
-        # float64 has no 16-bit mode, and a CPU none that would be faster.
-        wide = table.dtype != torch.float32 or table.device.type != "cuda"
-        precision = "float32" if wide else source.config.mlp_dtype
-        return cls(table, layout, [w for w, _ in layers], [b for _, b in layers], precision, source.box)
-
-    @property
-    def n_features(self) -> int:
-        return self.weights[0].shape[1]
-
-    @property
-    def feature_dtype(self) -> torch.dtype:
-        """Of the encoding and of the input gradient: the operands' own."""
-        return self.table.dtype if self.precision == "float32" else getattr(torch, self.precision)
-
-    @property
-    def gradient_dtype(self) -> torch.dtype:
-        """Of gradients by the encoding: a float16 underflows at the size that score distillation gradients have."""
-        return self.table.dtype if self.precision == "float32" else torch.bfloat16
-
-    def readable_table(self) -> Tensor:
-        """The table in the type that the kernels read."""
-        return self.table.detach().to(torch.float16 if self.precision == "float16" else self.table.dtype)
-
-    def bytes_per_sample(self, normals: bool, backward: bool) -> int:
-        """Of a tile's workspace."""
-        real = self.table.element_size()
-        wide = self.n_features * torch.empty((), dtype=self.feature_dtype).element_size()
-        narrow = self.n_features * torch.empty((), dtype=self.gradient_dtype).element_size()
-        size = (4 + 4) * real + wide + normals * (3 * real + wide)
-        return size + backward * (4 * real + narrow + normals * (3 * real + narrow))
-
-
-class _Workspace:
-    """Buffers of one tile; on a GPU a plane per channel, on a CPU a row per sample."""
-
-    def __init__(self, size: int, source: StreamingField, normals: bool, lengths: bool) -> None:
-        self._planes = source.table.device.type == "cuda"
-        self._like = source.table.detach()
-        self._size = size
-        n = source.n_features
-        self.t = self._like.new_empty(size)
-        self.lengths = self._like.new_empty(size) if lengths else None
-        self.positions = self.rows(3)
-        self.features = self.rows(n, source.feature_dtype)
-        self.logits = self.rows(4)
-        self.slopes = self.rows(3) if normals else None
-        self.input_gradient = self.rows(n, source.feature_dtype) if normals else None
-
-    def rows(self, channels: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised `[size, channels]`."""
-        if self._planes:
-            return self._like.new_empty(channels, self._size, dtype=dtype).t()
-        return self._like.new_empty(self._size, channels, dtype=dtype)
+# The buffers are made here, for a field that is consistent: to check them at each launch would take longer than it.
+_CHECKED = True
 
 
 @dataclass(eq=False)
@@ -148,7 +74,6 @@ class StreamedRender:
         expected: samples of the last render like this one; None: there was none.
         early_stop: share of the light below which samples are left out; 0: none are.
         max_tile: most samples of a tile; None: what the budget holds.
-        invalid: bool `[]` on the device, whether a ray cannot be rendered; None: all can. It is read with the count.
         samples: how many there are; a number once the host knows, else on the device.
         overflowed: bool `[]`, in a CUDA graph: more samples than tiles were captured for. None elsewhere.
     """
@@ -163,7 +88,6 @@ class StreamedRender:
     expected: int | None
     early_stop: float = 0.0
     max_tile: int | None = None
-    invalid: Tensor | None = None
     samples: int | Tensor = 0
     overflowed: Tensor | None = None
     # What forward leaves for backward, and what is found out on the way.
@@ -172,9 +96,8 @@ class StreamedRender:
     offsets: Tensor | None = None
     tiles: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     kept_table: Tensor | None = None
-    checked: bool = False
     prefix: list[Tensor] = field(default_factory=list)
-    kept: list[_Workspace] = field(default_factory=list)
+    kept: list[Workspace] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -216,8 +139,6 @@ class StreamedRender:
             diffuse=request.diffuse,
             light=light,
         )
-        # On a CPU they have been looked at, and a CUDA graph has nobody to tell.
-        asks = origins.is_cuda and not torch.cuda.is_current_stream_capturing()
         return cls(
             StreamingField.of(source),
             rays,
@@ -229,7 +150,6 @@ class StreamedRender:
             expected,
             config.early_stop,
             config.max_samples_per_chunk,
-            ~request.rays.valid().all() if asks else None,
         )
 
     def sums(self) -> RaySums:
@@ -241,15 +161,16 @@ class StreamedRender:
             torch.OutOfMemoryError: not even the smallest tile fits.
         """
         source = self.source
-        sums = _Streamed.apply(self, source.table, len(source.weights), *source.weights, *source.biases)
+        color, opacity, depth, normal, losses = _Streamed.apply(self, source.table, *source.parameters)
+        orientation, distortion, entropy = (None, None, None) if losses is None else losses.unbind()
         return RaySums(
-            color=sums[:, COLOR],
-            opacity=-torch.expm1(-sums[:, OPTICAL_DEPTH]),
-            depth=sums[:, DEPTH],
-            normal=sums[:, NORMAL] if self.normals else None,
-            orientation=sums[:, ORIENTATION].sum() if self.normals else None,
-            distortion=sums[:, DISTORTION].sum() if self.distortion else None,
-            entropy=sums[:, ENTROPY].sum() if self.entropy else None,
+            color=color,
+            opacity=opacity,
+            depth=depth,
+            normal=normal,
+            orientation=orientation if self.normals else None,
+            distortion=distortion if self.distortion else None,
+            entropy=entropy if self.entropy else None,
             samples=self.samples,
             overflowed=self.overflowed,
         )
@@ -286,11 +207,12 @@ class StreamedRender:
         rays, source = self.rays, self.source
         counts, self.firsts = march_count(rays)
         table = source.readable_table()
-        total = _Total(counts, self.invalid)
+        total = _Total(rays, counts)
         if self.early_stop > 0.0:
             counts = self._visible_counts(table, counts, total)
-            total = _Total(counts, None)
-        n_tiles = self._lay_out(counts, self._planned(total), training)
+            total = _Total(rays, counts)
+        planned = self._planned(total)
+        n_tiles = self._lay_out(counts, planned, training)
         sums = rays.origins.new_zeros(len(rays), N_SUMS)
         keep = training and n_tiles * self.size * source.bytes_per_sample(self.normals, True) <= self.budget
         workspace = None
@@ -331,6 +253,7 @@ class StreamedRender:
         to_features = workspace.rows(source.n_features, source.gradient_dtype)
         to_slopes = workspace.rows(3) if self.normals else None
         to_gradient = workspace.rows(source.n_features, source.gradient_dtype) if self.normals else None
+        mlp_backward = None
         for k in reversed(range(n_tiles)):
             kept = k < len(self.kept)
             if kept:
@@ -338,39 +261,42 @@ class StreamedRender:
             tile = self._tile(k, workspace) if kept else self._evaluate(k, table, workspace)
             cuts = (self.prefix[k], suffix[k + 1], suffix[k])
             stream_backward(self.head, tile, sums, grad_sums, *cuts, to_logits, to_slopes, self.distortion)
-            positions, count, checked = workspace.positions, self.tiles[k][1], k < n_tiles - 1
+            positions, count = workspace.positions, self.tiles[k][1]
             if to_slopes is not None and to_gradient is not None:
-                hash_grid_tile.along(to_slopes, positions, table, source.layout, to_gradient, count, checked)
-            mlp_backward_into(
-                workspace.features,
-                source.weights,
-                source.biases,
-                "relu",
-                source.precision,
-                to_logits,
-                to_features if needs[0] else None,
-                gradients,
-                to_gradient,
-                count,
-                checked,
-            )
+                hash_grid_tile.along(to_slopes, positions, table, source.layout, to_gradient, count, _CHECKED)
+            if mlp_backward is None or kept:
+                mlp_backward = prepared_backward(
+                    workspace.features,
+                    source.weights,
+                    source.biases,
+                    "relu",
+                    source.precision,
+                    to_logits,
+                    to_features if needs[0] else None,
+                    gradients,
+                    to_gradient,
+                )
+            mlp_backward(count)
             if grad_table is not None:
                 second = (to_slopes, workspace.input_gradient)
-                hash_grid_tile.scatter(grad_table, positions, source.layout, to_features, count, *second, checked)
+                hash_grid_tile.scatter(grad_table, positions, source.layout, to_features, count, *second, _CHECKED)
         return grad_table, gradients
 
     def _planned(self, total: _Total) -> int:
         """Samples to enqueue tiles for."""
+        if self.expected is not None:
+            return min(self._most(), int(_RESERVE * self.expected) + _RESERVE_SAMPLES)
+        return self._most() if total.captured else total.read()
+
+    def _most(self) -> int:
+        """More samples there cannot be."""
         rays = self.rays
         if rays.distances is not None:
             per_ray = rays.distances.shape[0] - 1
         else:
             diagonal = math.dist((0.0, 0.0, 0.0), self.head.extent) * 2 ** (rays.cascades - 1)
             per_ray = math.ceil(diagonal / rays.step) + 1
-        most = len(rays) * per_ray
-        if self.expected is not None:
-            return min(most, int(_RESERVE * self.expected) + _RESERVE_SAMPLES)
-        return most if total.captured else total.read()
+        return len(rays) * per_ray
 
     def _lay_out(self, counts: Tensor, samples: int, training: bool) -> int:
         """Fix offsets and the size of tiles, if they are not, and lay out tiles for so many samples: how many."""
@@ -388,10 +314,10 @@ class StreamedRender:
         self.prefix += self.rays.origins.new_zeros(missing, N_PREFIX).unbind()
         return n_tiles
 
-    def _workspace(self) -> _Workspace:
-        return _Workspace(self.size, self.source, self.normals, self.rays.distances is not None)
+    def _workspace(self) -> Workspace:
+        return Workspace(self.size, self.source, self.normals, self.rays.distances is not None)
 
-    def _tile(self, k: int, workspace: _Workspace) -> StreamTile:
+    def _tile(self, k: int, workspace: Workspace) -> StreamTile:
         assert self.offsets is not None
         return StreamTile(
             self.offsets,
@@ -406,10 +332,10 @@ class StreamedRender:
             self.rays.step,
         )
 
-    def _evaluate(self, k: int, table: Tensor, workspace: _Workspace) -> StreamTile:
+    def _evaluate(self, k: int, table: Tensor, workspace: Workspace) -> StreamTile:
         """March and ask the field: fills the workspace."""
         source, tile = self.source, self._tile(k, workspace)
-        checked = (self.tiles[k][1], self.checked)
+        count = self.tiles[k][1]
         assert self.firsts is not None
         march_tile(
             self.rays,
@@ -422,21 +348,13 @@ class StreamedRender:
             tile.positions,
             source.box,
         )
-        hash_grid_tile.encode(workspace.positions, table, source.layout, workspace.features, *checked)
-        mlp_forward_into(
-            workspace.features,
-            source.weights,
-            source.biases,
-            "relu",
-            source.precision,
-            workspace.logits,
-            workspace.input_gradient,
-            *checked,
-        )
+        hash_grid_tile.encode(workspace.positions, table, source.layout, workspace.features, count, _CHECKED)
+        workspace.mlp_forward(count)
         gradient = workspace.input_gradient
         if gradient is not None and tile.slopes is not None:
-            hash_grid_tile.position_gradient(gradient, workspace.positions, table, source.layout, tile.slopes, *checked)
-        self.checked = True
+            hash_grid_tile.position_gradient(
+                gradient, workspace.positions, table, source.layout, tile.slopes, count, _CHECKED
+            )
         return tile
 
     def _visible_counts(self, table: Tensor, counts: Tensor, total: _Total) -> Tensor:
@@ -445,7 +363,7 @@ class StreamedRender:
         It looks at all samples, so it has to know how many there are, and outside a CUDA graph it asks.
         """
         density = replace(self, normals=False, prefix=[], kept=[], size=0)
-        n_tiles = density._lay_out(counts, self._planned(total) if total.captured else total.read(), False)
+        n_tiles = density._lay_out(counts, self._most() if total.captured else total.read(), False)
         depths, visible = self.rays.origins.new_zeros(len(self.rays)), torch.zeros_like(counts)
         try:
             workspace = density._workspace()
@@ -459,16 +377,15 @@ class StreamedRender:
 
 
 class _Total:
-    """The number of samples, and whether a ray is invalid, on their way to the host."""
+    """The number of samples, and of invalid rays, on their way to the host."""
 
-    def __init__(self, counts: Tensor, invalid: Tensor | None) -> None:
-        self.on_device = counts.sum(dtype=torch.int64)
+    def __init__(self, rays: MarchedRays, counts: Tensor) -> None:
+        totals = march_totals(rays, counts, SQUARED_TOLERANCE)
+        self.on_device = totals[0]
         self.captured = counts.is_cuda and torch.cuda.is_current_stream_capturing()
-        self._host = self.on_device if invalid is None else torch.stack((self.on_device, invalid.to(torch.int64)))
-        self._event = None
+        self._host, self._event = totals, None
         if counts.is_cuda and not self.captured:
-            source = self._host
-            self._host = torch.empty(source.shape, dtype=torch.int64, pin_memory=True).copy_(source, non_blocking=True)
+            self._host = torch.empty(2, dtype=torch.int64, pin_memory=True).copy_(totals, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 
@@ -481,33 +398,55 @@ class _Total:
         """
         if self._event is not None:
             self._event.synchronize()
-        number, *invalid = self._host.reshape(-1).tolist()
-        if any(invalid):
-            raise InvalidRaysError("rays: a ray is not finite or its direction not of unit length")
+        number, invalid = self._host.tolist()
+        if invalid:
+            raise InvalidRaysError(f"rays: {invalid} are not finite, or their directions not of unit length")
         if number > _MAX_SAMPLES:
             raise RuntimeError(f"rays: {number} samples, more than 2^31 - 1: render fewer rays at once")
         return number
 
 
 class _Streamed(torch.autograd.Function):
+    """Colour `[n, 3]`, opacity `[n]`, depth `[n]`, normal `[n, 3]`, losses `[3]`; the last two None unless wanted."""
+
     @staticmethod
-    def forward(ctx: Any, render: StreamedRender, table: Tensor, n_layers: int, *parameters: Tensor) -> Tensor:
-        training = any(ctx.needs_input_grad)
-        ctx.render, ctx.n_layers = render, n_layers
-        sums = render.forward(training)
+    def forward(ctx: Any, render: StreamedRender, table: Tensor, *parameters: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.render = render
+        sums = render.forward(any(ctx.needs_input_grad))
         rays = render.rays
         # Backward marches and shades again: torch tells if any of this was changed in between.
         ctx.save_for_backward(sums, rays.origins, rays.directions, rays.bitfield, render.head.light, table, *parameters)
-        return sums
+        ctx.set_materialize_grads(False)
+        losses = render.normals or render.distortion or render.entropy
+        return (
+            sums[:, COLOR],
+            -torch.expm1(-sums[:, OPTICAL_DEPTH]),
+            sums[:, DEPTH],
+            sums[:, NORMAL] if render.normals else None,
+            sums[:, LOSSES].sum(dim=0) if losses else None,
+        )
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-        sums, n = ctx.saved_tensors[0], ctx.n_layers
-        needs = (ctx.needs_input_grad[1], any(ctx.needs_input_grad[3:]))
-        grad_table, gradients = ctx.render.backward(sums, grad_sums.contiguous(), needs)
-        layers: Sequence[Tensor | None] = [None] * (2 * n)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        sums = ctx.saved_tensors[0]
+        color, opacity, depth, normal, losses = grads
+        grad_sums = torch.zeros_like(sums)
+        if color is not None:
+            grad_sums[:, COLOR] = color
+        if opacity is not None:
+            torch.mul(opacity, torch.exp(-sums[:, OPTICAL_DEPTH]), out=grad_sums[:, OPTICAL_DEPTH])
+        if depth is not None:
+            grad_sums[:, DEPTH] = depth
+        if normal is not None:
+            grad_sums[:, NORMAL] = normal
+        if losses is not None:
+            grad_sums[:, LOSSES] = losses
+        needs = (ctx.needs_input_grad[1], any(ctx.needs_input_grad[2:]))
+        grad_table, gradients = ctx.render.backward(sums, grad_sums, needs)
+        layers: Sequence[Tensor | None] = [None] * len(ctx.render.source.parameters)
         if gradients is not None:
             weights, biases = gradients.result()
-            layers = [*weights, *(biases or [None] * n)]
-        return None, grad_table, None, *layers
+            assert biases is not None
+            layers = [*weights, *biases]
+        return None, grad_table, *layers

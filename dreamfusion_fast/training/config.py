@@ -244,7 +244,14 @@ class ExportConfig:
 # Guidance of 64 pixels shows nothing finer than 1/32 of the box, so a run's field and step stop at a quarter of that.
 # The field's own defaults are for guidance of 512 pixels.
 SMALL_FIELD = HashGridFieldConfig(
-    levels=8, base_resolution=8, finest_resolution=128, log2_rows=16, hidden=32, blob_scale=5.0, blob_radius=0.75
+    levels=8,
+    base_resolution=8,
+    finest_resolution=128,
+    log2_rows=16,
+    hidden=32,
+    blob_scale=5.0,
+    blob_radius=0.75,
+    mlp_dtype="auto",
 )
 
 

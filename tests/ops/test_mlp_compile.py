@@ -29,9 +29,8 @@ def compiled(kernel: str, capability: int, sizes: list[int], precision: str, **c
     function = getattr(_mlp_launch._kernels(), f"{kernel}_kernel")
     weights = [torch.empty(b, a, device="meta") for a, b in pairwise(sizes)]
     biases = [torch.empty(size, device="meta") for size in sizes[1:]]
-    count = torch.empty(1, dtype=torch.int32, device="meta")
     tuning = _mlp_launch.tuning(kernel, weights, precision)
-    settings = _mlp_launch._settings(kernel, weights, biases, "relu", precision, count, tuning)
+    settings = _mlp_launch._settings(kernel, weights, biases, "relu", precision, True, tuning)
     options = {name: settings.pop(name) for name in COMPILER_OPTIONS}
     constants = {**settings, **constants}
     for layer in range(len(weights), _mlp_launch.MAX_HIDDEN_LAYERS + 1):

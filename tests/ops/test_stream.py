@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def twin(s: dict, grad_sums: Tensor, distortion: bool) -> tuple[Tensor, ...]:
     s = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in s.items()}
     head = s["head"]
     if head.light is not None:
-        s["head"] = StreamHead(**{**head.__dict__, "light": head.light.double()})
+        s["head"] = replace(head, light=head.light.double())
     leaves = [x.requires_grad_() for x in (s["logits"], s["slopes"]) if x is not None]
     sums = stream_reference(**s, distortion=distortion)
     gradients = torch.autograd.grad(sums, leaves, grad_sums.double())
@@ -209,7 +210,7 @@ def test_visible_samples_are_a_prefix_of_each_ray(size: int, device: torch.devic
         part |= {
             "directions": s["directions"][:1],
             "slopes": None,
-            "head": StreamHead(**{**s["head"].__dict__, "shading": "albedo", "light": None}),
+            "head": replace(s["head"], shading="albedo", light=None),
         }
         taus = [
             float(

@@ -55,6 +55,7 @@ struct MarchRays {
   int32_t high[3];  // grid, or less where finding it costs less than what it saves
   bool jitter;      // u uniform in [0, 1) per ray instead of 0.5
   uint64_t seed;
+  const int64_t* seed_offset;  // [1] added to the seed, for CUDA graphs, where numbers are fixed; nullptr: 0
   int64_t n_rays;
 
   // Whether more than one grid and equal steps is asked for.
@@ -118,7 +119,8 @@ class RayMarcher {
     }
     valid_ = moves && t_near_ - t_near_ == T(0);
     inverse_step_ = T(1) / rays.step;
-    offset_ = rays.jitter ? uniform<T>(rays.seed, static_cast<uint32_t>(ray)) : T(0.5);
+    const uint64_t seed = rays.seed + (rays.seed_offset != nullptr ? static_cast<uint64_t>(*rays.seed_offset) : 0);
+    offset_ = rays.jitter ? uniform<T>(seed, static_cast<uint32_t>(ray)) : T(0.5);
   }
 
   // Calls visit(k, t) for each sample from k = first on, in order, until it returns false.

@@ -51,6 +51,28 @@ struct MarchTile {
   }
 };
 
+// How many samples all rays have together, and how many rays cannot be rendered at all.
+template <typename T>
+struct MarchTotals {
+  const int32_t* counts;  // [n_rays]
+  const T* origins;       // [n_rays, 3]
+  const T* directions;    // [n_rays, 3]
+  T tolerance;            // how far the square of a direction's length may be off 1
+  int64_t* totals;        // [2] samples, invalid rays; added to
+  int64_t n_rays;
+
+  DFF_HD bool invalid(int64_t ray) const {
+    T squared = 0, finite = 0;
+    for (int axis = 0; axis < 3; ++axis) {
+      const T direction = directions[3 * ray + axis], origin = origins[3 * ray + axis];
+      squared += direction * direction;
+      finite += origin - origin;  // NaN of what is not finite
+    }
+    const T off = squared - T(1);
+    return !(off <= tolerance && off >= -tolerance && finite == T(0));
+  }
+};
+
 // What the kernels of a tile read about it: [n_tiles, kTileColumns], a row per tile.
 constexpr int kTileColumns = 8;
 constexpr int kTileRays = 0;   // the rays with samples in it: first, and one past the last
@@ -88,6 +110,7 @@ struct TileTable {
   }
 };
 
+DFF_LAUNCHER(template <typename T> Status march_totals(const MarchTotals<T>& op, const Launch& launch);)
 DFF_LAUNCHER(Status tile_table(const TileTable& op, int64_t n_tiles, const Launch& launch);)
 DFF_LAUNCHER(template <typename T> Status march_tile(const MarchTile<T>& op, const Launch& launch);)
 

@@ -1,0 +1,126 @@
+"""What the streaming renderer works on: the built-in field as kernels read it, and the buffers of one tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.fields.hash_field import HashGridField
+from dreamfusion_fast.ops.hash_grid_tile import HashGridTileLayout
+from dreamfusion_fast.ops.mlp import prepared_forward
+
+# A GPU is full from about 2^18 samples on; more only saves launches. On a CPU a tile should stay in the caches.
+_LARGEST_TILE = {"cpu": 1 << 14, "cuda": 1 << 20}
+SMALLEST_TILE = 1 << 10
+# Rounded up to this, so that each plane of a tile starts aligned and GPU blocks come out even.
+_GRANULE = 1 << 10
+# Workspace of a render where no budget is given: at most this part of what is free, and this much.
+_FREE_PART = 8
+_DEFAULT_BYTES = 128 << 20
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes of workspace for a render on `device` where nobody says how many."""
+    if device.type != "cuda":
+        return _DEFAULT_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min((free + cached) // _FREE_PART, _DEFAULT_BYTES)
+
+
+def tile_size(bytes_per_sample: int, budget: int, samples: int, device: torch.device) -> int:
+    """Samples per tile: a power of two within the budget, no larger than it takes to hold `samples` in one."""
+    largest = min(max(budget // bytes_per_sample, SMALLEST_TILE), _LARGEST_TILE.get(device.type, 1 << 20))
+    size = 1 << (largest.bit_length() - 1)
+    return min(size, max(-(-samples // _GRANULE), 1) * _GRANULE)
+
+
+@dataclass(frozen=True, eq=False)
+class StreamingField:
+    """The built-in field as the kernels read it.
+
+    Attributes:
+        table: `[n_rows, features]`, the active levels' rows.
+        layout: of the levels.
+        parameters: weights and then biases of the MLP, the first layer's columns those of the active levels.
+        weights, biases: the same without their graph, contiguous.
+        precision: "float32", "float16" or "bfloat16", of the MLP's operands; with float16 also of table reads.
+        box: six numbers, the scene box.
+    """
+
+    table: Tensor
+    layout: HashGridTileLayout
+    parameters: list[Tensor]
+    weights: list[Tensor]
+    biases: list[Tensor]
+    precision: str
+    box: tuple[float, ...]
+
+    @classmethod
+    def of(cls, source: HashGridField) -> StreamingField:
+        """The active part of a field."""
+        table, level_offsets, resolutions, smoothstep = source.grid()
+        layers = source.active_layers()
+        layout = HashGridTileLayout(level_offsets, resolutions, smoothstep)
+        # float64 has no 16-bit mode, and a CPU none that would be faster.
+        wide = table.dtype != torch.float32 or table.device.type != "cuda"
+        precision = "float32" if wide else source.precision
+        parameters = [w for w, _ in layers] + [b for _, b in layers]
+        plain = [parameter.detach().contiguous() for parameter in parameters]
+        n = len(layers)
+        return cls(table, layout, parameters, plain[:n], plain[n:], precision, source.box)
+
+    @property
+    def n_features(self) -> int:
+        return self.weights[0].shape[1]
+
+    @property
+    def feature_dtype(self) -> torch.dtype:
+        """Of the encoding and of the input gradient: the operands' own."""
+        return self.table.dtype if self.precision == "float32" else getattr(torch, self.precision)
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """Of gradients by the encoding: a float16 underflows at the size that score distillation gradients have."""
+        return self.table.dtype if self.precision == "float32" else torch.bfloat16
+
+    def readable_table(self) -> Tensor:
+        """The table in the type that the kernels read."""
+        return self.table.detach().to(torch.float16 if self.precision == "float16" else self.table.dtype)
+
+    def bytes_per_sample(self, normals: bool, backward: bool) -> int:
+        """Of a tile's workspace."""
+        real = self.table.element_size()
+        wide = self.n_features * torch.empty((), dtype=self.feature_dtype).element_size()
+        narrow = self.n_features * torch.empty((), dtype=self.gradient_dtype).element_size()
+        size = (4 + 4) * real + wide + normals * (3 * real + wide)
+        return size + backward * (4 * real + narrow + normals * (3 * real + narrow))
+
+
+class Workspace:
+    """Buffers of one tile; on a GPU a plane per channel, on a CPU a row per sample."""
+
+    def __init__(self, size: int, source: StreamingField, normals: bool, lengths: bool) -> None:
+        self._planes = source.table.device.type == "cuda"
+        self._like = source.table.detach()
+        self._size = size
+        n = source.n_features
+        self.t = self._like.new_empty(size)
+        self.lengths = self._like.new_empty(size) if lengths else None
+        self.positions = self.rows(3)
+        self.features = self.rows(n, source.feature_dtype)
+        self.logits = self.rows(4)
+        self.slopes = self.rows(3) if normals else None
+        self.input_gradient = self.rows(n, source.feature_dtype) if normals else None
+        # logits and input_gradient from features, for the first so many samples
+        self.mlp_forward = prepared_forward(
+            self.features, source.weights, source.biases, "relu", source.precision, self.logits, self.input_gradient
+        )
+
+    def rows(self, channels: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised `[size, channels]`."""
+        if self._planes:
+            return self._like.new_empty(channels, self._size, dtype=dtype).t()
+        return self._like.new_empty(self._size, channels, dtype=dtype)

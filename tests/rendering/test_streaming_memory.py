@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from streaming_cases import (
 )
 from torch import Tensor
 
+from dreamfusion_fast.ops.stream import StreamHead, StreamTile
 from dreamfusion_fast.rendering import OccupancyGrid, RendererConfig, VolumeRenderer, streaming
 
 ALL = {"shading": "lambertian", **EVERYTHING}
@@ -90,26 +92,49 @@ def test_all_is_kept_with_a_large_budget_and_gives_the_same() -> None:
     assert_equal(*results, 1e-12)
 
 
+class _Marched:
+    """Counts the tiles that are marched, and the buffers that they are marched into."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.buffers: list[Tensor] = []
+        original = streaming.march_tile
+
+        def counted(*arguments: Any) -> None:
+            self.buffers.append(next(a for a in arguments if isinstance(a, Tensor) and a.dtype == torch.float64))
+            original(*arguments)
+
+        monkeypatch.setattr(streaming, "march_tile", counted)
+
+    def addresses(self) -> set[int]:
+        return {buffer.data_ptr() for buffer in self.buffers}
+
+
 def test_kept_tiles_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same number of samples goes through the network once with a large budget, twice with a small one."""
-    rows: list[int] = []
-    original = streaming.mlp_forward_into
-
-    def counted(x: Tensor, *rest: Any) -> None:
-        rows.append(x.shape[0])
-        original(x, *rest)
-
-    monkeypatch.setattr(streaming, "mlp_forward_into", counted)
-    passes = []
-    for budget in (LITTLE, PLENTY):
-        view = make_view(step=0.01, memory_budget=budget)
+    """With a large budget each tile is marched once, into buffers of its own; with a small one twice, into the same."""
+    marched, config = _Marched(monkeypatch), {"step": 0.01, "max_samples_per_chunk": SMALLEST}
+    for budget, passes in ((LITTLE, 2), (PLENTY, 1)):
+        view = make_view(memory_budget=budget, **config)
         output = view.render(make_rays())
-        forward = len(rows)
-        assert sum(rows) >= output.samples
+        tiles = len(marched.buffers)
+        assert tiles == -(-output.samples // SMALLEST) > 5
+        assert len(marched.addresses()) == (1 if budget == LITTLE else tiles)
         output.color.sum().backward()
-        passes.append(len(rows) / forward)
-        rows.clear()
-    assert passes == [2.0, 1.0]
+        assert len(marched.buffers) == passes * tiles
+        marched.buffers.clear()
+
+
+@pytest.mark.parametrize("why", ["no_grad", "inference_mode", "frozen"])
+def test_nothing_is_kept_where_no_backward_can_follow(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    marched = _Marched(monkeypatch)
+    view = make_view(step=0.01, memory_budget=PLENTY, max_samples_per_chunk=SMALLEST)
+    wanted = view.render(make_rays()).color.detach()
+    assert len(marched.addresses()) == len(marched.buffers) > 5
+    marched.buffers.clear()
+    view.requires_grad_(why != "frozen")
+    with {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "frozen": nullcontext}[why]():
+        given = view.render(make_rays()).color
+    assert len(marched.addresses()) == 1
+    torch.testing.assert_close(given, wanted, rtol=1e-12, atol=0)
 
 
 def test_a_render_without_gradients_holds_its_outputs_only() -> None:
@@ -159,21 +184,24 @@ class _Ladder:
         self.refused: list[int] = []
         original = getattr(streaming, name)
 
-        def limited(x: Tensor, *rest: Any) -> None:
-            if x.shape[0] > most:
-                self.refused.append(x.shape[0])
-                raise torch.OutOfMemoryError(f"{name} of {x.shape[0]} samples")
-            original(x, *rest)
+        def limited(head: StreamHead, tile: StreamTile, *rest: Any) -> None:
+            size = tile.t.shape[0]
+            if size > most:
+                self.refused.append(size)
+                raise torch.OutOfMemoryError(f"{name} of {size} samples")
+            original(head, tile, *rest)
 
         monkeypatch.setattr(streaming, name, limited)
 
 
 @pytest.mark.parametrize("budget", [20 << 20, PLENTY], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("early_stop", [0.0, 0.3])
-@pytest.mark.parametrize("name", ["mlp_forward_into", "mlp_backward_into"])
+@pytest.mark.parametrize("name", ["stream_forward", "stream_backward", "stream_visible"])
 def test_smaller_tiles_are_tried_when_memory_ends(
     monkeypatch: pytest.MonkeyPatch, name: str, early_stop: float, budget: int
 ) -> None:
+    if name == "stream_visible" and early_stop == 0.0:
+        early_stop = 1e-9  # it takes a density pass, which drops next to nothing
     rays = make_rays()
     config = {"step": 0.002, "early_stop": early_stop, "memory_budget": budget}
     wanted = render_with_gradients(make_view(**config), rays, **ALL)
@@ -185,13 +213,13 @@ def test_smaller_tiles_are_tried_when_memory_ends(
     assert_equal(given, wanted, 1e-12)
 
 
-@pytest.mark.parametrize("name", ["mlp_forward_into", "mlp_backward_into"])
+@pytest.mark.parametrize("name", ["stream_forward", "stream_backward", "stream_visible"])
 def test_an_error_remains_one_when_even_the_smallest_tile_does_not_fit(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     ladder = _Ladder(monkeypatch, name, 100)
     with pytest.raises(torch.OutOfMemoryError, match=rf"{name} of \d+ samples"):
-        render_with_gradients(make_view(step=0.01), make_rays(), **ALL)
+        render_with_gradients(make_view(step=0.01, early_stop=0.1), make_rays(), **ALL)
     assert ladder.refused[0] > 2 * SMALLEST
     assert SMALLEST // 2 < ladder.refused[-1] <= SMALLEST
     assert ladder.refused == sorted(ladder.refused, reverse=True)

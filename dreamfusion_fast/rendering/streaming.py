@@ -161,7 +161,9 @@ class StreamedRender:
             torch.OutOfMemoryError: not even the smallest tile fits.
         """
         source = self.source
-        color, opacity, depth, normal, losses = _Streamed.apply(self, source.table, *source.parameters)
+        # Inside forward, gradients are always off.
+        training = torch.is_grad_enabled()
+        color, opacity, depth, normal, losses = _Streamed.apply(self, training, source.table, *source.parameters)
         orientation, distortion, entropy = (None, None, None) if losses is None else losses.unbind()
         return RaySums(
             color=color,
@@ -410,9 +412,11 @@ class _Streamed(torch.autograd.Function):
     """Colour `[n, 3]`, opacity `[n]`, depth `[n]`, normal `[n, 3]`, losses `[3]`; the last two None unless wanted."""
 
     @staticmethod
-    def forward(ctx: Any, render: StreamedRender, table: Tensor, *parameters: Tensor) -> tuple[Tensor | None, ...]:
+    def forward(
+        ctx: Any, render: StreamedRender, training: bool, table: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor | None, ...]:
         ctx.render = render
-        sums = render.forward(any(ctx.needs_input_grad))
+        sums = render.forward(training and any(ctx.needs_input_grad))
         rays = render.rays
         # Backward marches and shades again: torch tells if any of this was changed in between.
         ctx.save_for_backward(sums, rays.origins, rays.directions, rays.bitfield, render.head.light, table, *parameters)
@@ -442,11 +446,11 @@ class _Streamed(torch.autograd.Function):
             grad_sums[:, NORMAL] = normal
         if losses is not None:
             grad_sums[:, LOSSES] = losses
-        needs = (ctx.needs_input_grad[1], any(ctx.needs_input_grad[2:]))
+        needs = (ctx.needs_input_grad[2], any(ctx.needs_input_grad[3:]))
         grad_table, gradients = ctx.render.backward(sums, grad_sums, needs)
         layers: Sequence[Tensor | None] = [None] * len(ctx.render.source.parameters)
         if gradients is not None:
             weights, biases = gradients.result()
             assert biases is not None
             layers = [*weights, *biases]
-        return None, grad_table, *layers
+        return None, None, grad_table, *layers

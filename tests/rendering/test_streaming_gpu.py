@@ -93,8 +93,7 @@ def test_memory_stays_within_the_budget() -> None:
 
 def test_more_samples_than_offsets_can_count_are_an_error() -> None:
     """130 rays of 2^24 samples are 2^25 more than 2^31. They are counted, and that is all."""
-    view = VolumeRenderer(make_field(dtype=torch.float32, hidden=16).to("cuda"), config=RendererConfig(step=1e-7))
-    view = view.to("cuda")
+    view = VolumeRenderer(make_field(dtype=torch.float32, hidden=16), config=RendererConfig(step=1e-7)).to("cuda")
     down = torch.tensor([0.0, 0.0, -1.0], device="cuda").expand(130, 3)
     hits = Rays(torch.tensor([0.1, 0.2, 3.0], device="cuda").expand(130, 3), down)
     message = r"2181038080 samples, more than 2\^31 - 1"
@@ -229,7 +228,7 @@ def _capture(
 def test_a_graph_says_that_it_was_captured_for_fewer_samples() -> None:
     scene, rays = smooth_scene(torch.float32, "cuda")
     occupancy = OccupancyGrid(resolution=16).to("cuda")
-    few, many = torch.zeros(16, 16, 16, dtype=torch.bool, device="cuda"), torch.ones_like(occupancy.occupied())
+    few, many = torch.zeros(16, 16, 16, dtype=torch.bool, device="cuda"), torch.ones(16, 16, 16, dtype=torch.bool, device="cuda")
     few[8, 8, 8] = True
     view = VolumeRenderer(scene.field, occupancy, RendererConfig(step=0.004))
     parameters, mix = list(scene.field.parameters()), torch.linspace(-1, 1, 3, device="cuda")

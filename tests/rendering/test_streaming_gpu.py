@@ -228,7 +228,7 @@ def _capture(
 def test_a_graph_says_that_it_was_captured_for_fewer_samples() -> None:
     scene, rays = smooth_scene(torch.float32, "cuda")
     occupancy = OccupancyGrid(resolution=16).to("cuda")
-    few, many = torch.zeros(16, 16, 16, dtype=torch.bool, device="cuda"), torch.ones(16, 16, 16, dtype=torch.bool, device="cuda")
+    few, many = torch.tensor([False, True], device="cuda")[:, None, None, None].repeat(1, 16, 16, 16)
     few[8, 8, 8] = True
     view = VolumeRenderer(scene.field, occupancy, RendererConfig(step=0.004))
     parameters, mix = list(scene.field.parameters()), torch.linspace(-1, 1, 3, device="cuda")

@@ -21,6 +21,7 @@ from dreamfusion_fast.fields.base import (
     safe_normalize,
 )
 from dreamfusion_fast.ops.hash_grid import hash_grid, hash_grid_layout, hash_grid_position_gradient, hash_grid_reference
+from dreamfusion_fast.ops.hash_grid_tile import HashGridTileLayout
 from dreamfusion_fast.ops.stream import StreamHead
 
 # exp(15) = 3.3e6 per scene unit: opaque within any step; more only risks overflow.
@@ -158,6 +159,7 @@ class HashGridField(Field):
         self.register_buffer("resolutions", resolutions, persistent=False)
         self._level_rows: list[int] = level_offsets.tolist()
         self._active_levels = c.levels
+        self._layout: tuple[tuple[int, int], HashGridTileLayout] | None = None
         self._box: tuple[tuple[int, int], tuple[float, ...]] | None = None
         self.table = nn.Parameter(
             torch.empty(self._level_rows[-1], c.features).uniform_(-1e-4, 1e-4, generator=generator)
@@ -236,6 +238,14 @@ class HashGridField(Field):
         levels = self._active_levels
         table = self.table if levels == self.config.levels else self.table[: self._level_rows[levels]]
         return table, self.level_offsets[: levels + 1], self.resolutions[:levels], self.config.smoothstep
+
+    def tile_layout(self) -> HashGridTileLayout:
+        """The active levels as the streaming renderer's kernels read them; the same object until something changes."""
+        state = (self._active_levels, self.level_offsets.data_ptr())
+        if self._layout is None or self._layout[0] != state:
+            _, level_offsets, resolutions, smoothstep = self.grid()
+            self._layout = (state, HashGridTileLayout(level_offsets, resolutions, smoothstep))
+        return self._layout[1]
 
     def active_layers(self) -> list[tuple[Tensor, Tensor]]:
         """Weight `[out, in]` and bias `[out]` of each layer, the first one's without the columns of inactive levels."""

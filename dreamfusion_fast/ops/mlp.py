@@ -20,7 +20,6 @@ zero, and there is no loss scale that holds for all samples.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -116,15 +115,13 @@ class MlpGradients:
         device, programs = weights[0].device, 1
         if _mlp_launch.kernels_serve(device, weights):
             programs = _mlp_launch.backward_programs(device, weights)
-        self._ends = list(accumulate(shape.numel() for shape in self._shapes))
-        self.partials = torch.zeros(programs, self._ends[-1], dtype=weights[0].dtype, device=device)
+        total = sum(shape.numel() for shape in self._shapes)
+        self.partials = torch.zeros(programs, total, dtype=weights[0].dtype, device=device)
 
     def views(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor] | None]:
         """A vector of all parameters, seen as weights and biases."""
-        starts = (0, *self._ends[:-1])
-        parts = [
-            flat[start:end].view(shape) for start, end, shape in zip(starts, self._ends, self._shapes, strict=True)
-        ]
+        sizes = [shape.numel() for shape in self._shapes]
+        parts = [part.view(shape) for part, shape in zip(flat.split(sizes), self._shapes, strict=True)]
         return parts[: self._n_weights], parts[self._n_weights :] if self._has_biases else None
 
     def result(self) -> tuple[list[Tensor], list[Tensor] | None]:

@@ -107,7 +107,8 @@ class VolumeRenderer(nn.Module):
         self.config = config or RendererConfig()
         box = occupancy.aabb if occupancy is not None else getattr(field, "aabb", None)
         self.register_buffer("aabb", box_tensor(box), persistent=False)
-        self._box: list[float] = self.aabb.tolist()
+        corners = self.aabb.tolist()
+        self._diagonal = math.dist(corners[:3], corners[3:])
         if self.config.max_step is not None and self.config.max_step < self.step_size:
             raise ValueError(
                 f"RendererConfig.max_step: got {self.config.max_step}, want at least the step, {self.step_size}"
@@ -120,7 +121,7 @@ class VolumeRenderer(nn.Module):
         """Distance between samples, scene units; with a cone_angle, the least."""
         if self.config.step is not None:
             return self.config.step
-        return math.dist(self._box[:3], self._box[3:]) / self.config.samples_across
+        return self._diagonal / self.config.samples_across
 
     def forward(self, rays: Rays, **options: object) -> RenderOutput:
         """The same as :meth:`render`."""
@@ -208,7 +209,7 @@ class VolumeRenderer(nn.Module):
         )
 
     def _space(self, rays: Rays) -> SampledSpace:
-        return SampledSpace.of(rays, self.aabb, self.occupancy, self.config, self.step_size)
+        return SampledSpace.of(rays, self.aabb, self.occupancy, self.config, self._diagonal, self.step_size)
 
     def _streams(self, request: RenderRequest) -> bool:
         """Whether the built-in field's own path serves: the native core, one dtype, no gradients to rays or light."""

@@ -94,6 +94,7 @@ class SampledSpace:
         aabb: `[6]`, the scene box.
         bitfield: occupied cells, or None: all are.
         resolution, cascades: of the grid.
+        diagonal: of the box in which anything is sampled, scene units.
         step: length of a sample; the least with distances.
         distances: edges of samples that grow, or None.
     """
@@ -104,13 +105,19 @@ class SampledSpace:
     bitfield: Tensor | None
     resolution: int
     cascades: int
+    diagonal: float
     step: float
     distances: Tensor | None
 
     @classmethod
-    @torch.no_grad()
     def of(
-        cls, rays: Rays, aabb: Tensor, occupancy: OccupancyGrid | None, config: RendererConfig, step: float
+        cls,
+        rays: Rays,
+        aabb: Tensor,
+        occupancy: OccupancyGrid | None,
+        config: RendererConfig,
+        diagonal: float,
+        step: float,
     ) -> SampledSpace:
         """The space in which `rays` are sampled; nothing waits for a GPU unless samples grow without an end.
 
@@ -119,6 +126,7 @@ class SampledSpace:
             aabb: `[6]`, the scene box.
             occupancy: where there is anything, or None.
             config: near, far and the growth of the steps.
+            diagonal: of the scene box, scene units.
             step: length of a sample, scene units.
         """
         dtype = rays.origins.dtype
@@ -134,4 +142,5 @@ class SampledSpace:
             far = config.far if math.isfinite(config.far) else covering_distance(t_far, config.near)
             steps = (step, math.inf if config.max_step is None else config.max_step)
             distances = cached_cone_distances(config.near, far, *steps, config.cone_angle, dtype, t_far.device)
-        return cls(t_near, t_far, aabb, bitfield, resolution, cascades, step, distances)
+        outer_diagonal = diagonal * 2 ** (cascades - 1)
+        return cls(t_near, t_far, aabb, bitfield, resolution, cascades, outer_diagonal, step, distances)

@@ -14,6 +14,7 @@ there the number of tiles is fixed at the capture, and a render that would need 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -70,6 +71,7 @@ class StreamedRender:
         rays: what is marched.
         head: how samples are shaded.
         normals, distortion, entropy: whether they are computed.
+        diagonal: of the box in which anything is sampled, scene units.
         budget: bytes of workspace.
         expected: samples of the last render like this one; None: there was none.
         early_stop: share of the light below which samples are left out; 0: none are.
@@ -84,6 +86,7 @@ class StreamedRender:
     normals: bool
     distortion: bool
     entropy: bool
+    diagonal: float
     budget: int
     expected: int | None
     early_stop: float = 0.0
@@ -146,6 +149,7 @@ class StreamedRender:
             request.normals,
             request.distortion,
             request.entropy,
+            space.diagonal,
             budget,
             expected,
             config.early_stop,
@@ -296,8 +300,7 @@ class StreamedRender:
         if rays.distances is not None:
             per_ray = rays.distances.shape[0] - 1
         else:
-            diagonal = math.dist((0.0, 0.0, 0.0), self.head.extent) * 2 ** (rays.cascades - 1)
-            per_ray = math.ceil(diagonal / rays.step) + 1
+            per_ray = math.ceil(self.diagonal / rays.step) + 1
         return len(rays) * per_ray
 
     def _lay_out(self, counts: Tensor, samples: int, training: bool) -> int:
@@ -378,6 +381,17 @@ class StreamedRender:
         return visible
 
 
+_mailboxes = threading.local()
+
+
+def _mailbox(device: torch.device) -> tuple[Tensor, torch.cuda.Event]:
+    """Pinned int64 `[2]` and an event, one pair per thread and GPU: each render reads its own before the next one."""
+    boxes, name = _mailboxes.__dict__, str(device)
+    if name not in boxes:
+        boxes[name] = (torch.empty(2, dtype=torch.int64, pin_memory=True), torch.cuda.Event())
+    return boxes[name]
+
+
 class _Total:
     """The number of samples, and of invalid rays, on their way to the host."""
 
@@ -387,8 +401,8 @@ class _Total:
         self.captured = counts.is_cuda and torch.cuda.is_current_stream_capturing()
         self._host, self._event = totals, None
         if counts.is_cuda and not self.captured:
-            self._host = torch.empty(2, dtype=torch.int64, pin_memory=True).copy_(totals, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._host, self._event = _mailbox(counts.device)
+            self._host.copy_(totals, non_blocking=True)
             self._event.record()
 
     def read(self) -> int:

@@ -61,16 +61,15 @@ class StreamingField:
     @classmethod
     def of(cls, source: HashGridField) -> StreamingField:
         """The active part of a field."""
-        table, level_offsets, resolutions, smoothstep = source.grid()
+        table = source.grid()[0]
         layers = source.active_layers()
-        layout = HashGridTileLayout(level_offsets, resolutions, smoothstep)
         # float64 has no 16-bit mode, and a CPU none that would be faster.
         wide = table.dtype != torch.float32 or table.device.type != "cuda"
         precision = "float32" if wide else source.precision
         parameters = [w for w, _ in layers] + [b for _, b in layers]
         plain = [parameter.detach().contiguous() for parameter in parameters]
         n = len(layers)
-        return cls(table, layout, parameters, plain[:n], plain[n:], precision, source.box)
+        return cls(table, source.tile_layout(), parameters, plain[:n], plain[n:], precision, source.box)
 
     @property
     def n_features(self) -> int:

@@ -278,7 +278,8 @@ def test_a_graph_that_knows_nothing_has_room_for_all() -> None:
     """Captured without an eager render of that many rays: tiles for as many samples as the box can hold."""
     scene, rays = smooth_scene(torch.float32, "cuda")
     view = VolumeRenderer(scene.field, config=RendererConfig(step=STEP))
-    wanted = view.render(rays)
+    with torch.no_grad():  # a graph of the default stream that is alive would draw that stream into the capture
+        wanted = view.render(rays)
     fresh, mix = VolumeRenderer(scene.field, config=view.config), torch.ones(3, device="cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

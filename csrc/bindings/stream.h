@@ -55,20 +55,21 @@ StreamTile<T> stream_tile(const TileArguments& given) {
 
 template <typename T>
 void stream_forward(const HeadArguments& head, const TileArguments& tile, Address sums, Address prefix, bool distortion,
-                    std::uintptr_t where) {
+                    bool entropy, std::uintptr_t where) {
   StreamForward<T> op;
   op.head = stream_head<T>(head);
   op.tile = stream_tile<T>(tile);
   op.sums = pointer<T>(sums);
   op.prefix = pointer<T>(prefix);
   op.distortion = distortion;
+  op.entropy = entropy;
   check("stream", backend::stream_forward(op, launch_at(where)));
 }
 
 template <typename T>
 void stream_backward(const HeadArguments& head, const TileArguments& tile, Address sums, Address grad_sums,
                      Address prefix, Address suffix_after, Address suffix, const ViewArguments& grad_logits,
-                     const ViewArguments& grad_slopes, bool distortion, std::uintptr_t where) {
+                     const ViewArguments& grad_slopes, bool distortion, bool entropy, std::uintptr_t where) {
   StreamBackward<T> op;
   op.head = stream_head<T>(head);
   op.tile = stream_tile<T>(tile);
@@ -80,6 +81,7 @@ void stream_backward(const HeadArguments& head, const TileArguments& tile, Addre
   op.grad_logits = view<T>(grad_logits);
   op.grad_slopes = view<T>(grad_slopes);
   op.distortion = distortion;
+  op.entropy = entropy;
   check("stream", backend::stream_backward(op, launch_at(where)));
 }
 

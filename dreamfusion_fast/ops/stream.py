@@ -129,7 +129,9 @@ class StreamTile:
         )
 
 
-def stream_forward(head: StreamHead, tile: StreamTile, sums: Tensor, prefix: Tensor, distortion: bool) -> None:
+def stream_forward(
+    head: StreamHead, tile: StreamTile, sums: Tensor, prefix: Tensor, distortion: bool, entropy: bool = True
+) -> None:
     """Add a tile's samples to the sums. Tiles have to come in order.
 
     Args:
@@ -137,9 +139,10 @@ def stream_forward(head: StreamHead, tile: StreamTile, sums: Tensor, prefix: Ten
         tile: the samples.
         sums: `[n_rays, N_SUMS]`, contiguous, zero before the first tile.
         prefix: `[N_PREFIX]`, written: what `stream_backward` wants to know of the cut before this tile.
-        distortion: whether to compute that column.
+        distortion, entropy: whether to compute those columns.
     """
-    call("stream_forward", sums, head.arguments, tile.arguments(), pointer(sums), pointer(prefix), distortion)
+    arguments = (head.arguments, tile.arguments(), pointer(sums), pointer(prefix), distortion, entropy)
+    call("stream_forward", sums, *arguments)
 
 
 def stream_backward(
@@ -153,11 +156,12 @@ def stream_backward(
     grad_logits: Tensor,
     grad_slopes: Tensor | None,
     distortion: bool,
+    entropy: bool = True,
 ) -> None:
     """The gradient of a tile's samples. Tiles have to come in the opposite order.
 
     Args:
-        head, tile, distortion: as in `stream_forward`.
+        head, tile, distortion, entropy: as in `stream_forward`.
         sums: after the last tile.
         grad_sums: `[n_rays, N_SUMS]`, contiguous.
         prefix: what `stream_forward` wrote for this tile.
@@ -179,6 +183,7 @@ def stream_backward(
         strided(grad_logits),
         strided(grad_slopes),
         distortion,
+        entropy,
     )
 
 

@@ -228,7 +228,7 @@ class StreamedRender:
                 if workspace is None or keep:
                     workspace = self._workspace()
                 tile = self._evaluate(k, table, workspace)
-                stream_forward(self.head, tile, sums, self.prefix[k], self.distortion)
+                stream_forward(self.head, tile, sums, self.prefix[k], self.distortion, self.entropy)
                 if keep:
                     self.kept.append(workspace)
                     self.kept_table = table
@@ -266,7 +266,8 @@ class StreamedRender:
                 workspace = self.kept[k]
             tile = self._tile(k, workspace) if kept else self._evaluate(k, table, workspace)
             cuts = (self.prefix[k], suffix[k + 1], suffix[k])
-            stream_backward(self.head, tile, sums, grad_sums, *cuts, to_logits, to_slopes, self.distortion)
+            losses = (self.distortion, self.entropy)
+            stream_backward(self.head, tile, sums, grad_sums, *cuts, to_logits, to_slopes, *losses)
             positions, count = workspace.positions, self.tiles[k][1]
             if to_slopes is not None and to_gradient is not None:
                 hash_grid_tile.along(to_slopes, positions, table, source.layout, to_gradient, count, _CHECKED)
@@ -290,7 +291,7 @@ class StreamedRender:
 
     def _planned(self, total: _Total) -> int:
         """Samples to enqueue tiles for."""
-        if self.expected is not None:
+        if self.expected is not None and self.rays.origins.is_cuda:
             return min(self._most(), int(_RESERVE * self.expected) + _RESERVE_SAMPLES)
         return self._most() if total.captured else total.read()
 

@@ -75,6 +75,7 @@ struct StreamForward {
   T* sums;          // [n_rays, kSums], zero before the first tile
   T* prefix;        // [kPrefix], out, for the cut at `first` if a ray crosses it
   bool distortion;  // whether to compute it; it takes a scan of its own
+  bool entropy;     // whether to compute it; it takes two logarithms
 };
 
 template <typename T>
@@ -89,6 +90,7 @@ struct StreamBackward {
   View<T> grad_logits;    // [capacity, 4], out
   View<T> grad_slopes;    // [capacity, 3], out; empty without normals
   bool distortion;
+  bool entropy;
 };
 
 // How many samples of each ray come before less than exp(-limit) of the light is left: a prefix of the ray.
@@ -314,7 +316,7 @@ DFF_HD void stream_forward_ray(const StreamForward<T>& p, int64_t ray, const Gro
     }
     if (!active) continue;
     added[kDepth] += weight * t;
-    added[kEntropy] += stream_entropy(weight);
+    if (p.entropy) added[kEntropy] += stream_entropy(weight);
     for (int c = 0; c < 3; ++c) added[kColor + c] += weight * s.color[c];
     if (normals) {
       for (int c = 0; c < 3; ++c) added[kNormal + c] += weight * s.normal[c];
@@ -377,7 +379,8 @@ DFF_HD void stream_backward_ray(const StreamBackward<T>& p, int64_t ray, const G
     const T tau = s.density * length;
     const T before = p.grad_logits(place, 0);
     const T weight = std::exp(-before) * -std::expm1(-tau);
-    T to_weight = grad[kDepth] * t + grad[kEntropy] * stream_entropy_slope(weight);
+    T to_weight = grad[kDepth] * t;
+    if (p.entropy) to_weight += grad[kEntropy] * stream_entropy_slope(weight);
     T to_color[3], to_normal[3] = {};
     for (int c = 0; c < 3; ++c) {
       to_weight += grad[kColor + c] * s.color[c];

@@ -150,6 +150,30 @@ def along(
         _encode_on_gpu(direction, positions, table, layout, features_along, count)
 
 
+def along_and_scatter(
+    direction: Tensor,
+    grad_of_features: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    layout: HashGridTileLayout,
+    features_along: Tensor,
+    grad_table: Tensor,
+    count: Tensor | None = None,
+) -> None:
+    """`along`, and the second order of `scatter`, in one pass: on a CPU alone, where they share the work on cells.
+
+    Args:
+        direction, positions, table, layout, features_along, count: as in `along`.
+        grad_of_features, grad_table: as in `scatter`.
+    """
+    n, channels = _live(positions, count), layout.levels * table.shape[1]
+    p, d, v = _rows(positions, n, 3), _rows(direction, n, 3), _rows(grad_of_features, n, channels)
+    out = _rows(features_along, n, channels)
+    tensors = (pointer(d), pointer(v), pointer(p), pointer(table), pointer(out), pointer(grad_table), 0)
+    call("hash_grid_backward_backward", p, *tensors, *_levels(layout, table.shape[0], n, table.shape[1]))
+    _write_back(out, features_along)
+
+
 def position_gradient(
     grad_features: Tensor,
     positions: Tensor,

@@ -269,8 +269,14 @@ class StreamedRender:
             losses = (self.distortion, self.entropy)
             stream_backward(self.head, tile, sums, grad_sums, *cuts, to_logits, to_slopes, *losses)
             positions, count = workspace.positions, self.tiles[k][1]
-            if to_slopes is not None and to_gradient is not None:
-                hash_grid_tile.along(to_slopes, positions, table, source.layout, to_gradient, count, _CHECKED)
+            second: tuple[Tensor | None, Tensor | None] = (to_slopes, workspace.input_gradient)
+            if to_slopes is not None and to_gradient is not None and workspace.input_gradient is not None:
+                if grad_table is None or table.is_cuda:
+                    hash_grid_tile.along(to_slopes, positions, table, source.layout, to_gradient, count, _CHECKED)
+                else:
+                    shared = (positions, table, source.layout, to_gradient, grad_table, count)
+                    hash_grid_tile.along_and_scatter(to_slopes, workspace.input_gradient, *shared)
+                    second = (None, None)
             if mlp_backward is None or kept:
                 mlp_backward = prepared_backward(
                     workspace.features,
@@ -285,7 +291,6 @@ class StreamedRender:
                 )
             mlp_backward(count)
             if grad_table is not None:
-                second = (to_slopes, workspace.input_gradient)
                 hash_grid_tile.scatter(grad_table, positions, source.layout, to_features, count, *second, _CHECKED)
         return grad_table, gradients
 

@@ -41,9 +41,9 @@ class Ours:
         config = HashGridFieldConfig(hidden_layers=2, bound="box", mlp_dtype=mlp_dtype, backend=backend)  # type: ignore[arg-type]
         occupancy = OccupancyGrid(resolution=RESOLUTION, backend=backend).to(scene.device)  # type: ignore[arg-type]
         occupancy.set_occupied(scene.occupied)
-        budget = {} if memory_budget is None else {"memory_budget": memory_budget}
+        options = RendererConfig(backend=backend, memory_budget=memory_budget)  # type: ignore[arg-type]
         field = HashGridField(config, generator=torch.Generator().manual_seed(0))
-        renderer = VolumeRenderer(field.to(scene.device), occupancy, RendererConfig(backend=backend, **budget))  # type: ignore[arg-type]
+        renderer = VolumeRenderer(field.to(scene.device), occupancy, options)
         self._renderer = renderer.to(scene.device)
 
     def parameters(self) -> list[nn.Parameter]:

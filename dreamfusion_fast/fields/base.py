@@ -12,15 +12,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dreamfusion_fast.ops.stream import SHORTEST_SLOPE
+
 Backend = Literal["native", "reference"]
 BACKENDS: tuple[Backend, ...] = ("native", "reference")
 
 UNIT_BOX = (-1.0, -1.0, -1.0, 1.0, 1.0, 1.0)
 
-# Below these lengths a gradient has no meaningful direction. Density logits change by 1 to 100 per scene unit: 1e-4 is
-# far below anything that shapes a surface, and 1 / 1e-4 bounds how much normalising can amplify a gradient. A density
-# itself may be tiny, and its gradient with it; but so is the sample's weight. 1e-15 squared is still a normal float32.
-_SHORTEST_LOGIT_GRADIENT = 1e-4
+# Below SHORTEST_SLOPE and this a gradient has no meaningful direction. Density logits change by 1 to 100 per scene
+# unit: 1e-4 is far below anything that shapes a surface, and 1 / 1e-4 bounds how much normalising can amplify a
+# gradient. A density itself may be tiny, and its gradient with it; but so is the sample's weight. 1e-15 squared is
+# still a normal float32.
 _SHORTEST_DENSITY_GRADIENT = 1e-15
 
 
@@ -36,7 +38,7 @@ class FieldOutput(NamedTuple):
 FieldLike = Callable[..., Any]
 
 
-def safe_normalize(vectors: Tensor, shortest: float = _SHORTEST_LOGIT_GRADIENT) -> Tensor:
+def safe_normalize(vectors: Tensor, shortest: float = SHORTEST_SLOPE) -> Tensor:
     """Scale vectors to unit length, with finite values and gradients everywhere.
 
     Args:

@@ -22,12 +22,7 @@ from dreamfusion_fast.fields.base import (
 )
 from dreamfusion_fast.ops.hash_grid import hash_grid, hash_grid_layout, hash_grid_position_gradient, hash_grid_reference
 from dreamfusion_fast.ops.hash_grid_tile import HashGridTileLayout
-from dreamfusion_fast.ops.stream import StreamHead
-
-# exp(15) = 3.3e6 per scene unit: opaque within any step; more only risks overflow.
-_MAX_EXPONENT = 15.0
-# Squared distance added under the root of the softplus blob so that its second derivatives stay finite at the centre.
-_BLOB_CENTRE_EPS = 1e-10
+from dreamfusion_fast.ops.stream import BLOB_CENTRE_EPS, MAX_EXPONENT, StreamHead
 
 
 class _TruncatedExp(torch.autograd.Function):
@@ -35,7 +30,7 @@ class _TruncatedExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.clamp(max=_MAX_EXPONENT).exp()
+        y = x.clamp(max=MAX_EXPONENT).exp()
         ctx.save_for_backward(y)
         return y
 
@@ -312,12 +307,12 @@ class HashGridField(Field):
         squared = offsets.square().sum(dim=1)
         if self.config.density_activation == "exp":
             return self._blob_scale * torch.exp(squared * (-0.5 / self.config.blob_std**2))
-        return self._blob_scale * (1.0 - torch.sqrt(squared + _BLOB_CENTRE_EPS) * (1.0 / self.config.blob_radius))
+        return self._blob_scale * (1.0 - torch.sqrt(squared + BLOB_CENTRE_EPS) * (1.0 / self.config.blob_radius))
 
     def _blob_gradient(self, offsets: Tensor) -> Tensor:
         if self.config.density_activation == "exp":
             return offsets * (self._blob(offsets) * (-1.0 / self.config.blob_std**2))[:, None]
-        length = torch.sqrt(offsets.square().sum(dim=1, keepdim=True) + _BLOB_CENTRE_EPS)
+        length = torch.sqrt(offsets.square().sum(dim=1, keepdim=True) + BLOB_CENTRE_EPS)
         return offsets * (-self._blob_scale / self.config.blob_radius) / length
 
     def _activate(self, logit: Tensor, offsets: Tensor, unit: Tensor) -> Tensor:

@@ -62,15 +62,11 @@ def kernels_serve(device: torch.device, weights: Sequence[Tensor], precision: st
     In float32 there are no tensor cores to use, and products of width 128 neither fit into registers nor compile in
     less than a minute.
     """
-    if device.type == "cuda":
-        return _serve_shapes(device, weights[0].dtype, tuple(weight.shape for weight in weights), precision)
-    return _serve_shapes.__wrapped__(device, weights[0].dtype, tuple(weight.shape for weight in weights), precision)
+    return _fit(weights[0].dtype, tuple(weight.shape for weight in weights), precision) and triton_serves(device)
 
 
 @functools.cache
-def _serve_shapes(
-    device: torch.device, dtype: torch.dtype, shapes: tuple[torch.Size, ...], precision: str | None
-) -> bool:
+def _fit(dtype: torch.dtype, shapes: tuple[torch.Size, ...], precision: str | None) -> bool:
     width = shapes[0][0]
     return (
         dtype == torch.float32
@@ -80,7 +76,6 @@ def _serve_shapes(
         and 2 <= len(shapes) <= MAX_HIDDEN_LAYERS + 1
         and shapes[0][1] <= MAX_INPUTS
         and shapes[-1][0] <= MAX_OUTPUTS
-        and triton_serves(device)
     )
 
 
@@ -220,7 +215,7 @@ _compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 
 
 class _Launch:
-    """One launch: what `kernel[grid](*arguments, count, **settings)` does, in a tenth of its time once that was done.
+    """One launch: what `kernel[grid](*arguments, count, **settings)` does, and less of it once that has been done.
 
     Triton goes through all arguments at each launch to find out for what it has to compile; a renderer launches one
     kernel for tile after tile. Only where all addresses are aligned alike is one compiled kernel right for all.

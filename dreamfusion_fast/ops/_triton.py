@@ -26,12 +26,7 @@ def triton_reason(device: torch.device | str) -> str:
         return ""
     if device.type != "cuda":
         return f"no Triton kernels for device {device}"
-    if torch.version.cuda is None or not torch.cuda.is_available():
-        return "torch finds no usable CUDA GPU"
-    major, minor = _capability(torch.cuda.current_device() if device.index is None else device.index)
-    if (major, minor) < _LEAST_CAPABILITY:
-        return f"the GPU has compute capability {major}.{minor}, Triton wants 8.0 or newer"
-    return ""
+    return _gpu_reason(device)
 
 
 def triton_serves(device: torch.device | str) -> bool:
@@ -46,5 +41,10 @@ def installed() -> bool:
 
 
 @functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+def _gpu_reason(device: torch.device) -> str:
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "torch finds no usable CUDA GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < _LEAST_CAPABILITY:
+        return f"the GPU has compute capability {major}.{minor}, Triton wants 8.0 or newer"
+    return ""

@@ -35,18 +35,20 @@ from dreamfusion_fast.ops.hash_grid import FEATURES, check_levels
 MAX_SAMPLES = 2**24
 # Levels that one thread of `encode` and `along` goes through, at most 16. More reuse position and cell arithmetic; the
 # tables of so many levels, 2 MB each at 2^19 rows of 2 float16, should stay in L2. Of 2^19 samples and 16 levels on an
-# H100: 8 take 153 us, 16 take 126.
+# H100: 8 take 138 us, 16 take 126.
 LEVELS_PER_THREAD = 16
 # A smaller launch takes fewer levels per thread, until there are so many threads: 132 multiprocessors hold 270,000.
 ENOUGH_THREADS = 2**18
 # The same for `position_gradient`, which has to bring the levels of a sample together: so many at a time in registers,
-# at most 16, the rest in further launches: 4 take 184 us, 8 take 173, 16 take 143.
+# at most 16, the rest in further launches: 4 take 165 us, 8 take 154, 16 take 134.
 LEVELS_PER_LAUNCH = 16
 # Successive samples that one thread of `scatter` takes, a multiple of 4. Along a ray, up to 18 share a cell of the
 # coarsest level, and atomics are spent once for each cell that a thread meets; more samples leave fewer threads. All
 # levels one by one on an H100: 4 take 1033 us, 8 take 849, 16 take 771. The coarsest levels take more (kCoarseRuns):
-# with them, all levels at once, 8 take 526 us, 16 take 486, 32 take 501. A small tile takes 8 in place of these.
+# with them, all levels at once, 8 take 526 us, 16 take 486, 32 take 501.
 SAMPLES_PER_THREAD = 16
+# A tile too small for so many threads takes these.
+SAMPLES_PER_THREAD_OF_FEW = 8
 
 _ELEMENT_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _NONE = (0, 0, 0, 2)
@@ -150,28 +152,45 @@ def along(
         _encode_on_gpu(direction, positions, table, layout, features_along, count)
 
 
-def along_and_scatter(
+def along_before_scatter(
     direction: Tensor,
     grad_of_features: Tensor,
+    grad_table: Tensor,
     positions: Tensor,
     table: Tensor,
     layout: HashGridTileLayout,
     features_along: Tensor,
-    grad_table: Tensor,
     count: Tensor | None = None,
-) -> None:
-    """`along`, and the second order of `scatter`, in one pass: on a CPU alone, where they share the work on cells.
+    checked: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`along`, and as much of the `scatter` of the second order that is to follow as comes cheaper with it.
+
+    On a CPU that is all of it, since both find the same cells; on a GPU nothing, since there `scatter` takes both
+    orders in one pass.
 
     Args:
-        direction, positions, table, layout, features_along, count: as in `along`.
+        direction, positions, table, layout, features_along, count, checked: as in `along`.
         grad_of_features, grad_table: as in `scatter`.
+
+    Returns:
+        The direction and grad_of_features that `scatter` still has to be given.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `encode`.
     """
+    if _on_gpu(positions):
+        along(direction, positions, table, layout, features_along, count, checked)
+        return direction, grad_of_features
+    if not checked:
+        _check_scatter(grad_table, positions, layout, features_along, count, direction, grad_of_features)
+        _check("along_before_scatter", positions, table, layout, count)
     n, channels = _live(positions, count), layout.levels * table.shape[1]
     p, d, v = _rows(positions, n, 3), _rows(direction, n, 3), _rows(grad_of_features, n, channels)
     out = _rows(features_along, n, channels)
     tensors = (pointer(d), pointer(v), pointer(p), pointer(table), pointer(out), pointer(grad_table), 0)
     call("hash_grid_backward_backward", p, *tensors, *_levels(layout, table.shape[0], n, table.shape[1]))
     _write_back(out, features_along)
+    return None, None
 
 
 def position_gradient(
@@ -256,7 +275,8 @@ def scatter(
         return
     tile = _tile(positions, layout, count, *grad_table.shape)
     arrays = (_array(grad_features), _array(direction), _array(grad_of_features), pointer(grad_table))
-    run = SAMPLES_PER_THREAD if positions.shape[0] * layout.levels > ENOUGH_THREADS * SAMPLES_PER_THREAD else 8
+    many = positions.shape[0] * layout.levels > ENOUGH_THREADS * SAMPLES_PER_THREAD
+    run = SAMPLES_PER_THREAD if many else SAMPLES_PER_THREAD_OF_FEW
     call("hash_grid_tile_scatter", positions, *arrays, run, *tile)
 
 

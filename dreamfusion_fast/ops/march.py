@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.ops._checks import check_same_length, check_tensor
+from dreamfusion_fast.ops._marched_rays import MarchedRays, count_samples, occupied_blocks
 from dreamfusion_fast.ops._native import call, pointer
 from dreamfusion_fast.ops.occupancy import occupancy_unpack
 from dreamfusion_fast.ops.ray_box import ray_box_reference
 
 MAX_STEPS = 1 << 24  # steps of one ray; up to here float32 counts them exactly (kMaxSteps in march.h)
-BLOCK = 8  # cells along a block (kBlock in march.h)
-_MAX_SAMPLES = 2**31 - 1  # offsets are int32
+MAX_SAMPLES = 2**31 - 1  # offsets are int32
 _MAX_CASCADES = 16
 
 
@@ -152,7 +152,7 @@ def _check(
         check_tensor(op, "bitfield", bitfield, [(cascades * resolution**3 + 7) // 8], (torch.uint8,), like=origins)
     if not 0 <= seed < 2**63:
         raise ValueError(f"dreamfusion_fast.ops.{op}: seed must be in [0, 2^63), got {seed}")
-    if capacity is not None and not 0 <= capacity <= _MAX_SAMPLES:
+    if capacity is not None and not 0 <= capacity <= MAX_SAMPLES:
         raise ValueError(f"dreamfusion_fast.ops.{op}: capacity must be between 0 and 2^31 - 1, got {capacity}")
 
 
@@ -224,27 +224,20 @@ def _run(
     cascades: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both ops; no lengths without distances."""
-    # Held in a list until the launches are made: a copy made here must outlive its address.
-    tensors = [tensor.contiguous() for tensor in rays]
     distances = None if distances is None else distances.contiguous()
-    n_steps = 0 if distances is None else distances.shape[0] - 1
-    blocks = None
-    if bitfield is not None:
-        bitfield = bitfield.contiguous()
-        blocks = bitfield.new_empty(cascades * ((resolution + BLOCK - 1) // BLOCK) ** 3)
-        call("march_blocks", bitfield, pointer(bitfield), resolution, cascades, pointer(blocks))
-    origins = tensors[0]
-    n_rays = origins.shape[0]
-    grid = (pointer(bitfield), pointer(blocks), resolution, cascades)
-    inputs = (*map(pointer, tensors), pointer(distances), n_steps, *grid, step, jitter, seed, 0, n_rays)
-
-    counts, firsts = origins.new_empty((2, n_rays), dtype=torch.int32)
-    if n_rays > 0:
-        call("march_count", origins, *inputs, pointer(counts), pointer(firsts))
+    bitfield = None if bitfield is None else bitfield.contiguous()
+    blocks = None if bitfield is None else occupied_blocks(bitfield, resolution, cascades)
+    origins, directions, t_near, t_far, aabb = (tensor.contiguous() for tensor in rays)
+    # It holds what is copied here until the launches are made.
+    marched = MarchedRays(
+        origins, directions, t_near, t_far, aabb, bitfield, blocks, resolution, step, jitter, seed, cascades, distances
+    )
+    n_rays = len(marched)
+    counts, firsts = count_samples(marched)
     totals = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int64), (1, 0))
     if capacity is None:
         size = int(totals[-1])  # the one wait for the GPU
-        if size > _MAX_SAMPLES:
+        if size > MAX_SAMPLES:
             raise RuntimeError(
                 f"dreamfusion_fast.ops.march: {size} samples, more than 2^31 - 1: march fewer rays at once"
             )
@@ -252,13 +245,13 @@ def _run(
     else:
         size = capacity
         # A count past int32 must not become a negative place to write to.
-        totals = totals.clamp(max=_MAX_SAMPLES)
+        totals = totals.clamp(max=MAX_SAMPLES)
         t, ray_indices = origins.new_zeros(size), counts.new_full((size,), max(n_rays - 1, 0))
     lengths = origins.new_empty(0) if distances is None else torch.zeros_like(t)
     offsets = totals.to(torch.int32)
     if n_rays > 0 and size > 0:
         outputs = (pointer(t), 0 if distances is None else pointer(lengths), pointer(ray_indices), size)
-        call("march_write", origins, *inputs, pointer(firsts), pointer(offsets), *outputs)
+        call("march_write", origins, *marched.arguments, pointer(firsts), pointer(offsets), *outputs)
     return offsets, t, ray_indices, lengths
 
 

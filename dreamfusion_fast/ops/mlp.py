@@ -120,8 +120,7 @@ class MlpGradients:
 
     def views(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor] | None]:
         """A vector of all parameters, seen as weights and biases."""
-        sizes = [shape.numel() for shape in self._shapes]
-        parts = [part.view(shape) for part, shape in zip(flat.split(sizes), self._shapes, strict=True)]
+        parts = _split(flat, self._shapes)
         return parts[: self._n_weights], parts[self._n_weights :] if self._has_biases else None
 
     def result(self) -> tuple[list[Tensor], list[Tensor] | None]:
@@ -129,7 +128,6 @@ class MlpGradients:
         return self.views(self.partials.sum(0) if self.partials.shape[0] > 1 else self.partials[0])
 
 
-@torch.no_grad()
 def mlp_forward_into(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -139,7 +137,6 @@ def mlp_forward_into(
     y: Tensor,
     input_gradient: Tensor | None = None,
     count: Tensor | None = None,
-    checked: bool = False,
 ) -> None:
     """Writes y and v, for buffers that are used again and again. No autograd, nothing that waits for the GPU.
 
@@ -149,29 +146,19 @@ def mlp_forward_into(
         input_gradient: v, ``[n, d_in]``, of the type of x, any strides; written unless None.
         count: int32, one element, on the device: only the first ``min(n, count)`` rows are read and written (on a GPU
             that Triton does not serve, all are). None: all.
-        checked: the caller has passed these very shapes and types before, and saves the time to check them.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or name.
     """
-    if not checked:
-        op = "mlp_forward_into"
-        _check(op, x, weights, biases, activation, precision)
-        _check_rows(op, "y", y, x, weights[-1].shape[0], [weights[0].dtype])
-        if input_gradient is not None:
-            _check_rows(op, "input_gradient", input_gradient, x, x.shape[1], [x.dtype])
-        _check_count(op, count, x)
-    if _mlp_launch.kernels_serve(x.device, weights, precision):
-        _mlp_launch.forward(x, weights, biases, activation, precision, y, input_gradient, count)
-        return
-    if count is not None and x.device.type == "cpu":
-        n = _rows(x, count)
-        x, y = x[:n], y[:n]
-        input_gradient = None if input_gradient is None else input_gradient[:n]
-    _mlp_torch.forward(x, weights, biases, activation, _operand(weights, precision), y, input_gradient)
+    op = "mlp_forward_into"
+    _check(op, x, weights, biases, activation, precision)
+    _check_rows(op, "y", y, x, weights[-1].shape[0], [weights[0].dtype])
+    if input_gradient is not None:
+        _check_rows(op, "input_gradient", input_gradient, x, x.shape[1], [x.dtype])
+    _check_count(op, count, x)
+    _forward_into(x, weights, biases, activation, precision, y, input_gradient, count)
 
 
-@torch.no_grad()
 def mlp_backward_into(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -183,7 +170,6 @@ def mlp_backward_into(
     gradients: MlpGradients | None,
     grad_input_gradient: Tensor | None = None,
     count: Tensor | None = None,
-    checked: bool = False,
 ) -> None:
     """Goes back from the gradients of y and v: writes that of x and adds those of the parameters to `gradients`.
 
@@ -194,33 +180,21 @@ def mlp_backward_into(
         gradients: of these weights and biases; None where they are not wanted.
         grad_input_gradient: u, the gradient of v, ``[n, d_in]``, bfloat16 or float32 (or float64), any strides; None
             is zero.
-        count, checked: as in `mlp_forward_into`.
+        count: as in `mlp_forward_into`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or name.
     """
-    if not checked:
-        op = "mlp_backward_into"
-        _check(op, x, weights, biases, activation, precision)
-        _check_rows(op, "grad_y", grad_y, x, weights[-1].shape[0], [weights[0].dtype])
-        kinds = [weights[0].dtype] if weights[0].dtype == torch.float64 else [torch.bfloat16, torch.float32]
-        if grad_x is not None:
-            _check_rows(op, "grad_x", grad_x, x, x.shape[1], kinds)
-        if grad_input_gradient is not None:
-            _check_rows(op, "grad_input_gradient", grad_input_gradient, x, x.shape[1], kinds)
-        _check_count(op, count, x)
-    partials = None if gradients is None else gradients.partials
-    if _mlp_launch.kernels_serve(x.device, weights, precision):
-        u = grad_input_gradient
-        counted = count is not None
-        options = (biases, activation, precision, grad_y, u, grad_x, partials, counted)
-        _mlp_launch.prepare_backward(x, weights, *options)(count)
-        return
-    if count is not None:
-        x, grad_y, grad_x, grad_input_gradient = _first_rows(count, x, grad_y, grad_x, grad_input_gradient)
-    sums = (None, None) if gradients is None else gradients.views(gradients.partials[0])
-    operand = _operand(weights, precision)
-    _mlp_torch.backward(x, weights, biases, activation, operand, grad_y, grad_input_gradient, grad_x, *sums)
+    op = "mlp_backward_into"
+    _check(op, x, weights, biases, activation, precision)
+    _check_rows(op, "grad_y", grad_y, x, weights[-1].shape[0], [weights[0].dtype])
+    kinds = [weights[0].dtype] if weights[0].dtype == torch.float64 else [torch.bfloat16, torch.float32]
+    if grad_x is not None:
+        _check_rows(op, "grad_x", grad_x, x, x.shape[1], kinds)
+    if grad_input_gradient is not None:
+        _check_rows(op, "grad_input_gradient", grad_input_gradient, x, x.shape[1], kinds)
+    _check_count(op, count, x)
+    _backward_into(x, weights, biases, activation, precision, grad_y, grad_x, gradients, grad_input_gradient, count)
 
 
 def prepared_forward(
@@ -235,14 +209,14 @@ def prepared_forward(
     """`mlp_forward_into` for one tile after another: a function of the count alone, which checks nothing any more.
 
     A renderer's buffers are the same for all its tiles. To look at them anew for each takes longer than the launch.
-    Where there is an input gradient, x has to be of the type that `precision` names, or of that of the parameters.
+    With an input gradient that is quick only where x is of the type that `precision` names.
     """
-    same_type = x.dtype == weights[0].dtype if precision == "float32" else x.dtype == getattr(torch, precision)
-    if _mlp_launch.kernels_serve(x.device, weights, precision) and (input_gradient is None or same_type):
+    stores_v = input_gradient is None or x.dtype == getattr(torch, precision)
+    if stores_v and _mlp_launch.kernels_serve(x.device, weights, precision):
         return _mlp_launch.prepare_forward(x, weights, biases, activation, precision, y, input_gradient)
 
     def plain(count: Tensor) -> None:
-        mlp_forward_into(x, weights, biases, activation, precision, y, input_gradient, count, checked=True)
+        _forward_into(x, weights, biases, activation, precision, y, input_gradient, count)
 
     return plain
 
@@ -266,7 +240,7 @@ def prepared_backward(
 
     def plain(count: Tensor) -> None:
         options = (biases, activation, precision, grad_y, grad_x, gradients, grad_input_gradient, count)
-        mlp_backward_into(x, weights, *options, checked=True)
+        _backward_into(x, weights, *options)
 
     return plain
 
@@ -290,6 +264,56 @@ def mlp_with_input_gradient_reference(
         y = mlp_reference(x, weights, biases, activation)
         (v,) = torch.autograd.grad(y[:, 0].sum(), x, create_graph=True)
     return y, v
+
+
+@torch.no_grad()
+def _forward_into(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    activation: str,
+    precision: str,
+    y: Tensor,
+    input_gradient: Tensor | None,
+    count: Tensor | None,
+) -> None:
+    """`mlp_forward_into` of arguments that are right."""
+    if _mlp_launch.kernels_serve(x.device, weights, precision):
+        _mlp_launch.forward(x, weights, biases, activation, precision, y, input_gradient, count)
+        return
+    if count is not None and x.device.type == "cpu":
+        n = _rows(x, count)
+        x, y = x[:n], y[:n]
+        input_gradient = None if input_gradient is None else input_gradient[:n]
+    _mlp_torch.forward(x, weights, biases, activation, _operand(weights, precision), y, input_gradient)
+
+
+@torch.no_grad()
+def _backward_into(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    activation: str,
+    precision: str,
+    grad_y: Tensor,
+    grad_x: Tensor | None,
+    gradients: MlpGradients | None,
+    grad_input_gradient: Tensor | None,
+    count: Tensor | None,
+) -> None:
+    """`mlp_backward_into` of arguments that are right."""
+    partials = None if gradients is None else gradients.partials
+    if _mlp_launch.kernels_serve(x.device, weights, precision):
+        u = grad_input_gradient
+        counted = count is not None
+        options = (biases, activation, precision, grad_y, u, grad_x, partials, counted)
+        _mlp_launch.prepare_backward(x, weights, *options)(count)
+        return
+    if count is not None:
+        x, grad_y, grad_x, grad_input_gradient = _first_rows(count, x, grad_y, grad_x, grad_input_gradient)
+    sums = (None, None) if gradients is None else gradients.views(gradients.partials[0])
+    operand = _operand(weights, precision)
+    _mlp_torch.backward(x, weights, biases, activation, operand, grad_y, grad_input_gradient, grad_x, *sums)
 
 
 def _check(
@@ -334,6 +358,12 @@ def _check_count(op: str, count: Tensor | None, x: Tensor) -> None:
         raise ValueError(
             f"dreamfusion_fast.ops.{op}: count must be a torch.int32 tensor with one element on {x.device}, got {given}"
         )
+
+
+def _split(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """A vector seen as tensors of these shapes, one after the other."""
+    parts = flat.split([shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _operand(weights: Sequence[Tensor], precision: str) -> torch.dtype:
@@ -441,9 +471,8 @@ def _go_back(ctx: Any, grad_y: Tensor | None, u: Tensor | None = None) -> tuple[
     to_weights: list[Tensor | None] = [None] * len(weights)
     to_biases: list[Tensor | None] = [None] * len(biases)
     if to_parameters:
-        parts = flat.split([parameter.numel() for parameter in parameters])
-        shaped = [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
-        to_weights, to_biases = list(shaped[: len(weights)]), list(shaped[len(weights) :])
+        shaped = _split(flat, [parameter.shape for parameter in parameters])
+        to_weights[:], to_biases[:] = shaped[: len(weights)], shaped[len(weights) :]
     return grad_x if to_x else None, to_weights, to_biases, None, None
 
 

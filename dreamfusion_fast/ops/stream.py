@@ -32,10 +32,11 @@ N_PREFIX = 2
 
 _ACTIVATIONS = {"softplus": 0, "exp": 1}
 _SHADINGS = {"albedo": 0, "lambertian": 1, "textureless": 2}
-_ENTROPY_EPS = 1e-5
-_SHORTEST_SLOPE = 1e-4
-_BLOB_CENTRE_EPS = 1e-10
-_MAX_EXPONENT = 15.0
+# The constants of stream.h, which has their reasons.
+ENTROPY_EPS = 1e-5
+SHORTEST_SLOPE = 1e-4
+BLOB_CENTRE_EPS = 1e-10
+MAX_EXPONENT = 15.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,12 +214,12 @@ def head_reference(
     if exponential:
         blob = head.blob_scale * torch.exp(-0.5 * squared / width**2)
         raw = logits[:, 0] + blob
-        capped = raw.clamp(max=_MAX_EXPONENT).exp()
+        capped = raw.clamp(max=MAX_EXPONENT).exp()
         # The gradient of exp(15) above 15: the value is the constant, the slope is kept.
-        density = torch.where(raw > _MAX_EXPONENT, capped.detach() * (1 + raw - raw.detach()), capped)
+        density = torch.where(raw > MAX_EXPONENT, capped.detach() * (1 + raw - raw.detach()), capped)
         factor = -blob / width**2
     else:
-        length = torch.sqrt(squared + _BLOB_CENTRE_EPS)
+        length = torch.sqrt(squared + BLOB_CENTRE_EPS)
         density = F.softplus(logits[:, 0] + head.blob_scale * (1 - length / width))
         factor = -head.blob_scale / (width * length)
     density = torch.where(inside, density, torch.zeros_like(density))
@@ -226,7 +227,7 @@ def head_reference(
     if slopes is None:
         return density, albedo, torch.zeros_like(albedo)
     gradient = slopes / extent + factor[:, None] * offset
-    scale = gradient.square().sum(dim=1, keepdim=True).clamp(min=_SHORTEST_SLOPE**2).rsqrt()
+    scale = gradient.square().sum(dim=1, keepdim=True).clamp(min=SHORTEST_SLOPE**2).rsqrt()
     normal = -gradient * scale
     if head.shading == "albedo":
         return density, albedo, normal
@@ -267,7 +268,7 @@ def stream_reference(
     values = torch.cat([color, normal], dim=1)
     # With densities in units of the samples' lengths, all samples are of length 1.
     w, _, depth, accumulated = composite_reference(tau, values, t, 1.0, offsets)
-    clamped = w.clamp(_ENTROPY_EPS, 1 - _ENTROPY_EPS)
+    clamped = w.clamp(ENTROPY_EPS, 1 - ENTROPY_EPS)
     away = (normal * directions[ray]).sum(dim=1).clamp(min=0)
     per_sample = {
         OPTICAL_DEPTH: tau,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dreamfusion_fast.fields.base import FieldLike, evaluate, query_density
 from dreamfusion_fast.ops.composite import composite, composite_reference
 from dreamfusion_fast.ops.march import march, march_lattice, march_lattice_reference, march_reference
+from dreamfusion_fast.ops.stream import ENTROPY_EPS
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.rays import Rays
 from dreamfusion_fast.rendering.recompute import recomputed, trainable_leaves
@@ -31,8 +32,6 @@ RAYS_PER_MARCH = 1 << 18
 # Activations take 1.7 KB per sample, 3.5 KB with normals (bench_render.py, on a CPU): at most 0.9 GB a chunk on
 # a CPU and 3.7 GB on a GPU, which leaves room on a 16 GB card.
 _CHUNK_SAMPLES = {"cpu": 1 << 18, "cuda": 1 << 20}
-# Weights are kept from 0 and 1 where their logarithm is taken, as in stream.h.
-_ENTROPY_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,7 @@ class ChunkedRender:
         if request.distortion:
             losses[1] = _distortion(weights, packed)
         if request.entropy:
-            w = weights.clamp(_ENTROPY_EPS, 1.0 - _ENTROPY_EPS)
+            w = weights.clamp(ENTROPY_EPS, 1.0 - ENTROPY_EPS)
             losses[2] = -(w * w.log() + (1.0 - w) * torch.log1p(-w)).sum()
         return opacity, depth, accumulated, torch.stack(losses)[None]
 

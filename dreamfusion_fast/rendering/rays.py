@@ -61,21 +61,15 @@ class Rays:
         """The same rays with directions of unit length (zero directions stay zero)."""
         return Rays(self.origins, torch.nn.functional.normalize(self.directions, dim=1))
 
-    @torch.no_grad()
-    def valid(self) -> Tensor:
-        """Which rays can be rendered, bool `[n_rays]`; nothing waits for a GPU."""
-        # NaN and infinity fail the comparison.
-        unit = (self.directions.square().sum(dim=1) - 1.0).abs() <= SQUARED_TOLERANCE
-        return unit & torch.isfinite(self.origins).all(dim=1)
-
     def validate(self) -> None:
         """Raise :class:`InvalidRaysError` naming the first ray that cannot be rendered."""
         with torch.no_grad():
-            good = self.valid()
-            if bool(good.all()):  # one wait for a GPU
+            squared = self.directions.square().sum(dim=1)
+            # NaN and infinity fail the comparison, so one reduction (one wait for a GPU) covers every case.
+            good = ((squared - 1.0).abs() <= SQUARED_TOLERANCE) & torch.isfinite(self.origins).all(dim=1)
+            if bool(good.all()):
                 return
             bad = int((~good).nonzero()[0])
-            squared = self.directions.square().sum(dim=1)
         origin, direction = self.origins[bad].tolist(), self.directions[bad].tolist()
         if not bool(torch.isfinite(self.origins[bad]).all() and torch.isfinite(self.directions[bad]).all()):
             problem = "is not finite"

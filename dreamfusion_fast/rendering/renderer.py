@@ -169,6 +169,8 @@ class VolumeRenderer(nn.Module):
         _check_rows("light", light, n_rays)
         if not callable(background):
             _check_rows("background", background, n_rays)
+        if not isinstance(seed, Tensor) and not 0 <= seed < 2**63:
+            raise ValueError(f"seed: got {seed}, want 0 <= seed < 2^63")
         if isinstance(seed, Tensor) and (seed.dtype != torch.int64 or seed.dim() or seed.device != rays.origins.device):
             raise ValueError(
                 f"seed: got {seed.dtype} {list(seed.shape)} on {seed.device}, want a number or an int64 tensor [] on "
@@ -209,6 +211,8 @@ class VolumeRenderer(nn.Module):
         )
 
     def _space(self, rays: Rays) -> SampledSpace:
+        _check_device("renderer", self.aabb, rays)
+        _check_device("occupancy", None if self.occupancy is None else self.occupancy.bitfield, rays)
         return SampledSpace.of(rays, self.aabb, self.occupancy, self.config, self._diagonal, self.step_size)
 
     def _streams(self, request: RenderRequest) -> bool:
@@ -225,21 +229,26 @@ class VolumeRenderer(nn.Module):
     def _stream(self, request: RenderRequest) -> RaySums:
         field, rays = self.field, request.rays
         assert isinstance(field, HashGridField)
-        on_gpu = rays.origins.is_cuda
-        if not on_gpu:  # on a GPU it is seen without a wait, when the samples are counted
-            rays.validate()
+        _check_device("field", field.table, rays)
+        _check_device("light", request.light, rays)
         if self._budget is None:
             self._budget = self.config.memory_budget or default_budget(rays.origins.device)
         expected = self._expected_samples.get(len(rays))
         render = StreamedRender.of(field, request, self._space(rays), self.config, self._budget, expected)
         try:
             sums = render.sums()
-        except InvalidRaysError:
+        except InvalidRaysError:  # found when the samples were counted, without a wait of its own
             rays.validate()  # says which one, and why
             raise
         if isinstance(sums.samples, int):
             self._expected_samples[len(rays)] = sums.samples
         return sums
+
+
+def _check_device(name: str, tensor: Tensor | None, rays: Rays) -> None:
+    """What the kernels are given addresses of has to be where the rays are."""
+    if tensor is not None and tensor.device != rays.origins.device:
+        raise ValueError(f"{name}: is on {tensor.device}, want {rays.origins.device}, where the rays are")
 
 
 def _check_rows(name: str, value: Tensor | None, n_rays: int) -> None:

@@ -25,14 +25,9 @@ from torch.autograd.function import once_differentiable
 
 from dreamfusion_fast.fields.hash_field import HashGridField
 from dreamfusion_fast.ops import hash_grid_tile
-from dreamfusion_fast.ops.march_tile import (
-    MarchedRays,
-    march_count,
-    march_tile,
-    march_totals,
-    occupied_blocks,
-    tile_table,
-)
+from dreamfusion_fast.ops._marched_rays import MarchedRays, count_samples, occupied_blocks
+from dreamfusion_fast.ops.march import MAX_SAMPLES
+from dreamfusion_fast.ops.march_tile import march_tile, march_totals, tile_table
 from dreamfusion_fast.ops.mlp import MlpGradients, prepared_backward
 from dreamfusion_fast.ops.stream import (
     COLOR,
@@ -54,7 +49,6 @@ from dreamfusion_fast.rendering.request import RaySums, RenderRequest
 from dreamfusion_fast.rendering.sampling import SampledSpace
 from dreamfusion_fast.rendering.workspace import SMALLEST_TILE, StreamingField, Workspace, tile_size
 
-_MAX_SAMPLES = 2**31 - 1  # offsets are int32
 # Tiles are enqueued for so many samples beyond what the last render had, before the true number is known.
 _RESERVE = 1.25
 _RESERVE_SAMPLES = 4096
@@ -211,7 +205,7 @@ class StreamedRender:
 
     def _forward(self, training: bool) -> Tensor:
         rays, source = self.rays, self.source
-        counts, self.firsts = march_count(rays)
+        counts, self.firsts = count_samples(rays)
         table = source.readable_table()
         total = _Total(rays, counts)
         if self.early_stop > 0.0:
@@ -221,6 +215,7 @@ class StreamedRender:
         n_tiles = self._lay_out(counts, planned, training)
         sums = rays.origins.new_zeros(len(rays), N_SUMS)
         keep = training and n_tiles * self.size * source.bytes_per_sample(self.normals, True) <= self.budget
+        self.kept_table = table if keep else None
         workspace = None
         done = 0
         while True:
@@ -231,7 +226,6 @@ class StreamedRender:
                 stream_forward(self.head, tile, sums, self.prefix[k], self.distortion, self.entropy)
                 if keep:
                     self.kept.append(workspace)
-                    self.kept_table = table
             done = n_tiles
             if total.captured:
                 self.samples = total.on_device
@@ -269,14 +263,15 @@ class StreamedRender:
             losses = (self.distortion, self.entropy)
             stream_backward(self.head, tile, sums, grad_sums, *cuts, to_logits, to_slopes, *losses)
             positions, count = workspace.positions, self.tiles[k][1]
-            second: tuple[Tensor | None, Tensor | None] = (to_slopes, workspace.input_gradient)
+            second: tuple[Tensor | None, Tensor | None] = (None, None)
             if to_slopes is not None and to_gradient is not None and workspace.input_gradient is not None:
-                if grad_table is None or table.is_cuda:
-                    hash_grid_tile.along(to_slopes, positions, table, source.layout, to_gradient, count, _CHECKED)
+                shared = (positions, table, source.layout, to_gradient, count, _CHECKED)
+                if grad_table is None:
+                    hash_grid_tile.along(to_slopes, *shared)
                 else:
-                    shared = (positions, table, source.layout, to_gradient, grad_table, count)
-                    hash_grid_tile.along_and_scatter(to_slopes, workspace.input_gradient, *shared)
-                    second = (None, None)
+                    second = hash_grid_tile.along_before_scatter(
+                        to_slopes, workspace.input_gradient, grad_table, *shared
+                    )
             if mlp_backward is None or kept:
                 mlp_backward = prepared_backward(
                     workspace.features,
@@ -322,7 +317,8 @@ class StreamedRender:
         n_tiles = -(-samples // self.size)
         self.tiles = tile_table(self.offsets, self.size, n_tiles)
         missing = max(n_tiles - len(self.prefix), 0)
-        self.prefix += self.rays.origins.new_zeros(missing, N_PREFIX).unbind()
+        # Written by the tile that a ray is cut by, and only then read.
+        self.prefix += self.rays.origins.new_empty(missing, N_PREFIX).unbind()
         return n_tiles
 
     def _workspace(self) -> Workspace:
@@ -423,7 +419,7 @@ class _Total:
         number, invalid = self._host.tolist()
         if invalid:
             raise InvalidRaysError(f"rays: {invalid} are not finite, or their directions not of unit length")
-        if number > _MAX_SAMPLES:
+        if number > MAX_SAMPLES:
             raise RuntimeError(f"rays: {number} samples, more than 2^31 - 1: render fewer rays at once")
         return number
 

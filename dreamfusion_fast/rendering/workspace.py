@@ -34,7 +34,7 @@ def default_budget(device: torch.device) -> int:
 
 def tile_size(bytes_per_sample: int, budget: int, samples: int, device: torch.device) -> int:
     """Samples per tile: a power of two within the budget, no larger than it takes to hold `samples` in one."""
-    largest = min(max(budget // bytes_per_sample, SMALLEST_TILE), _LARGEST_TILE.get(device.type, 1 << 20))
+    largest = min(max(budget // bytes_per_sample, SMALLEST_TILE), _LARGEST_TILE[device.type])
     size = 1 << (largest.bit_length() - 1)
     return min(size, max(-(-samples // _GRANULE), 1) * _GRANULE)
 

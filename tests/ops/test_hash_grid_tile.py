@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.ops import hash_grid_layout, hash_grid_reference, hash_grid_tile
-from dreamfusion_fast.ops.hash_grid_tile import HashGridTileLayout, along, encode, position_gradient, scatter
+from dreamfusion_fast.ops.hash_grid_tile import (
+    HashGridTileLayout,
+    along,
+    along_before_scatter,
+    encode,
+    position_gradient,
+    scatter,
+)
 
 # A dense level, one hashed into a power of two (a mask), one hashed into an odd number of rows (a division). The second
 # and third start at odd rows, so that aligned pairs of rows are not those of even rows of the level.
@@ -105,6 +112,14 @@ class Tile:
         second = (self.direction, self.values) if second_order else (None, None)
         scatter(self.grad_table, self.positions, self.layout, self.grads, count, *second)
 
+    def run_in_turn(self, count: Tensor | None = None) -> None:
+        """The same with what `along` has in common with `scatter` done once."""
+        encode(self.positions, self.table, self.layout, self.features, count)
+        position_gradient(self.grads, self.positions, self.table, self.layout, self.gradient, count)
+        place = (self.positions, self.table, self.layout, self.features_along, count)
+        second = along_before_scatter(self.direction, self.values, self.grad_table, *place)
+        scatter(self.grad_table, self.positions, self.layout, self.grads, count, *second)
+
     def results(self) -> list[Tensor]:
         return [self.features, self.gradient, self.features_along, self.grad_table]
 
@@ -189,6 +204,15 @@ def test_a_cell_that_is_left_and_entered_again(place: Place) -> None:
     tile = Tile(place, points + 0.01 * torch.rand(len(points), 3, dtype=torch.float64), layout_of(place))
     tile.run()
     tile.check(len(points))
+
+
+@pytest.mark.parametrize("count", [None, 0, 60])
+@every_place
+def test_what_along_and_scatter_share_is_done_once(place: Place, count: int | None) -> None:
+    tile = Tile(place, torch.rand(113, 3, dtype=torch.float64), layout_of(place))
+    live = None if count is None else torch.tensor([count], dtype=torch.int32, device=place.device)
+    tile.run_in_turn(live)
+    tile.check(113 if count is None else count)
 
 
 @every_place
@@ -382,6 +406,8 @@ def test_wrong_arguments_of_the_derivatives() -> None:
         scatter(tile.grad_table, p, layout, tile.grads, direction=tile.direction)
     with pytest.raises(TypeError, match=r"grad_table must be torch\.float64, got torch\.float32"):
         scatter(tile.grad_table.float(), p, layout, tile.grads)
+    with pytest.raises(TypeError, match=r"grad_table must be torch\.float64, got torch\.float32"):
+        along_before_scatter(tile.direction, tile.values, tile.grad_table.float(), p, w, layout, tile.features)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dreamfusion_fast.fields import MlpBackground
-from dreamfusion_fast.rendering import InvalidRaysError, Rays, RendererConfig, VolumeRenderer
+from dreamfusion_fast.rendering import InvalidRaysError, OccupancyGrid, Rays, RendererConfig, VolumeRenderer
 
 
 @dataclass(frozen=True)
@@ -325,6 +325,23 @@ def test_bad_arguments_are_named() -> None:
         view.render(rays, torch.ones(41, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"RendererConfig\.memory_budget: got 0, want at least 1 byte"):
         RendererConfig(memory_budget=0)
+    for seed in (-1, 2**63):
+        with pytest.raises(ValueError, match=rf"seed: got {seed}, want 0 <= seed < 2\^63"):
+            view.render(rays, jitter=True, seed=seed)
+    with pytest.raises(ValueError, match="light: is on meta, want cpu, where the rays are"):
+        view.render(rays, shading="lambertian", light=LIGHTS.to("meta"))
+
+
+@pytest.mark.parametrize("what", ["field", "renderer", "occupancy"])
+def test_another_device_than_the_rays_is_named(what: str) -> None:
+    """The kernels are given addresses, which say nothing of the device."""
+    view = VolumeRenderer(make_field(), OccupancyGrid(resolution=4))
+    if what == "renderer":
+        view.aabb = view.aabb.to("meta")
+    else:
+        getattr(view, what).to("meta")
+    with pytest.raises(ValueError, match=f"{what}: is on meta, want cpu, where the rays are"):
+        view.render(make_rays())
 
 
 @pytest.mark.parametrize("tensor", ["origins", "directions", "light"])

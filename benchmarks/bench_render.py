@@ -4,7 +4,7 @@ The scene is that of `workload.py`. Each row is one image size, ball radius and 
 compute normals, analytic ones in our backends. Per row:
 
 - samples: how many the render took;
-- forward, backward, full: milliseconds, each the median over the repeats (12) after 3 warm-up steps, by CUDA events on
+- forward, backward, full: milliseconds, each the median over the repeats (12) after 6 warm-up steps, by CUDA events on
   a GPU. Parameter gradients are cleared before each step, and each step begins with an idle GPU;
 - graph: the full step replayed as a CUDA graph, for the sizes of --captured, after a look at its gradients;
 - peak MB: what torch had allocated at the worst moment above what was there before the first render (parameters, rays,
@@ -36,7 +36,7 @@ from machine import RESULTS, describe, headline, write_result
 from measure import MB, Clock, Memory, captured_ms, warm_up_blas
 from workload import SHADINGS, make_scene
 
-WARMUPS = 3
+WARMUPS = 6  # small renders run as graphs of the renderer's own from the fifth on
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from dreamfusion_fast.fields.base import FieldLike, box_tensor
 from dreamfusion_fast.fields.hash_field import HashGridField
 from dreamfusion_fast.rendering.chunked import ChunkedRender
 from dreamfusion_fast.rendering.config import RendererConfig
+from dreamfusion_fast.rendering.differentiable import FieldRender, differentiable_sums
+from dreamfusion_fast.rendering.graphs import RenderGraphs
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.rays import InvalidRaysError, Rays
 from dreamfusion_fast.rendering.request import RaySums, RenderRequest
@@ -115,6 +118,7 @@ class VolumeRenderer(nn.Module):
             )
         self._budget: int | None = None
         self._expected_samples: dict[int, int] = {}  # of the last render of so many rays
+        self._graphs = RenderGraphs()
 
     @property
     def step_size(self) -> float:
@@ -180,7 +184,16 @@ class VolumeRenderer(nn.Module):
             raise ValueError(f"light: got None, want a position [3] or [n_rays, 3] for {shading.value} shading")
         normals = with_normals or shading.needs_normals
         request = RenderRequest(
-            rays, shading, light, ambient, diffuse, normals, with_distortion, with_entropy, jitter, seed
+            rays,
+            shading,
+            light if shading.needs_normals else None,
+            ambient,
+            diffuse,
+            normals,
+            with_distortion,
+            with_entropy,
+            jitter,
+            seed,
         )
         if self._streams(request):
             sums = self._stream(request)
@@ -231,18 +244,27 @@ class VolumeRenderer(nn.Module):
         assert isinstance(field, HashGridField)
         _check_device("field", field.table, rays)
         _check_device("light", request.light, rays)
-        if self._budget is None:
-            self._budget = self.config.memory_budget or default_budget(rays.origins.device)
         expected = self._expected_samples.get(len(rays))
-        render = StreamedRender.of(field, request, self._space(rays), self.config, self._budget, expected)
+        make = partial(self._streamed, field)
+        render: FieldRender | None
+        render = self._graphs.find(field, self.occupancy, self.config, request, expected, make)
+        if render is None:
+            render = make(request)
         try:
-            sums = render.sums()
+            sums = differentiable_sums(render)
         except InvalidRaysError:  # found when the samples were counted, without a wait of its own
             rays.validate()  # says which one, and why
             raise
         if isinstance(sums.samples, int):
             self._expected_samples[len(rays)] = sums.samples
         return sums
+
+    def _streamed(self, field: HashGridField, request: RenderRequest) -> StreamedRender:
+        rays = request.rays
+        if self._budget is None:
+            self._budget = self.config.memory_budget or default_budget(rays.origins.device)
+        expected = self._expected_samples.get(len(rays))
+        return StreamedRender.of(field, request, self._space(rays), self.config, self._budget, expected)
 
 
 def _check_device(name: str, tensor: Tensor | None, rays: Rays) -> None:

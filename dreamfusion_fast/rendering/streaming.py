@@ -14,29 +14,22 @@ there the number of tiles is fixed at the capture, and a render that would need 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dreamfusion_fast.fields.hash_field import HashGridField
 from dreamfusion_fast.ops import hash_grid_tile
 from dreamfusion_fast.ops._marched_rays import MarchedRays, count_samples, occupied_blocks
-from dreamfusion_fast.ops.march import MAX_SAMPLES
-from dreamfusion_fast.ops.march_tile import march_tile, march_totals, tile_table
+from dreamfusion_fast.ops.march_tile import march_tile, tile_table
 from dreamfusion_fast.ops.mlp import MlpGradients, prepared_backward
 from dreamfusion_fast.ops.stream import (
-    COLOR,
-    DEPTH,
-    LOSSES,
     N_PREFIX,
     N_SUMS,
-    NORMAL,
-    OPTICAL_DEPTH,
     StreamHead,
     StreamTile,
     stream_backward,
@@ -44,8 +37,8 @@ from dreamfusion_fast.ops.stream import (
     stream_visible,
 )
 from dreamfusion_fast.rendering.config import RendererConfig
-from dreamfusion_fast.rendering.rays import SQUARED_TOLERANCE, InvalidRaysError
-from dreamfusion_fast.rendering.request import RaySums, RenderRequest
+from dreamfusion_fast.rendering.request import RenderRequest
+from dreamfusion_fast.rendering.sample_total import SampleTotal
 from dreamfusion_fast.rendering.sampling import SampledSpace
 from dreamfusion_fast.rendering.workspace import SMALLEST_TILE, StreamingField, Workspace, tile_size
 
@@ -89,6 +82,7 @@ class StreamedRender:
     overflowed: Tensor | None = None
     # What forward leaves for backward, and what is found out on the way.
     size: int = 0
+    total: SampleTotal | None = None
     firsts: Tensor | None = None
     offsets: Tensor | None = None
     tiles: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -150,49 +144,56 @@ class StreamedRender:
             config.max_samples_per_chunk,
         )
 
-    def sums(self) -> RaySums:
-        """Render, differentiable to the field's parameters.
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What gradients are for: the table, then weights, then biases of the MLP."""
+        return [self.source.table, *self.source.parameters]
+
+    @property
+    def guarded(self) -> tuple[Tensor | None, ...]:
+        """What must not change between forward and backward, which marches and shades again."""
+        return self.rays.origins, self.rays.directions, self.rays.bitfield, self.head.light
+
+    def forward(self, training: bool) -> Tensor:
+        """The sums `[n_rays, N_SUMS]`, without a graph. With `training`, backward can follow.
 
         Raises:
             InvalidRaysError: a ray is not finite or its direction not of unit length.
             RuntimeError: more samples than 32-bit offsets can hold.
             torch.OutOfMemoryError: not even the smallest tile fits.
         """
-        source = self.source
-        # Inside forward, gradients are always off.
-        training = torch.is_grad_enabled()
-        color, opacity, depth, normal, losses = _Streamed.apply(self, training, source.table, *source.parameters)
-        orientation, distortion, entropy = (None, None, None) if losses is None else losses.unbind()
-        return RaySums(
-            color=color,
-            opacity=opacity,
-            depth=depth,
-            normal=normal,
-            orientation=orientation if self.normals else None,
-            distortion=distortion if self.distortion else None,
-            entropy=entropy if self.entropy else None,
-            samples=self.samples,
-            overflowed=self.overflowed,
-        )
-
-    def forward(self, training: bool) -> Tensor:
-        """The sums, without a graph. With `training`, backward can follow."""
         while True:
             try:
                 return self._forward(training)
             except torch.OutOfMemoryError:
                 self._shrink()
 
+    def zero_grad_sums(self) -> Tensor:
+        """Zeros for the gradient of the sums."""
+        return self.rays.origins.new_zeros(len(self.rays), N_SUMS)
+
     def backward(
         self, sums: Tensor, grad_sums: Tensor, needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, MlpGradients | None]:
         """The gradients of table and MLP, as far as `needs` asks for them."""
+        table = self.source.table
         while True:
             try:
-                return self._backward(sums, grad_sums, needs)
+                grad_table = torch.zeros_like(table, memory_format=torch.contiguous_format) if needs[0] else None
+                gradients, _ = self._backward(sums, grad_sums, needs, grad_table)
+                return grad_table, gradients
             except torch.OutOfMemoryError:
+                grad_table = None
                 self._shrink()
             self.forward(False)  # the cuts between smaller tiles are others
+
+    def backward_to_scatter(
+        self, sums: Tensor, grad_sums: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Callable[[Tensor], None], MlpGradients | None]:
+        """`backward` of a single tile but for its last launch, which adds to a gradient of the table that is given."""
+        gradients, scatter = self._backward(sums, grad_sums, needs, None)
+        assert scatter is not None
+        return scatter, gradients
 
     def _shrink(self) -> None:
         """Prepare to start again with tiles of half the size; raises the error in flight if they are small already."""
@@ -207,10 +208,11 @@ class StreamedRender:
         rays, source = self.rays, self.source
         counts, self.firsts = count_samples(rays)
         table = source.readable_table()
-        total = _Total(rays, counts)
+        total = SampleTotal(rays, counts)
         if self.early_stop > 0.0:
             counts = self._visible_counts(table, counts, total)
-            total = _Total(rays, counts)
+            total = SampleTotal(rays, counts)
+        self.total = total
         planned = self._planned(total)
         n_tiles = self._lay_out(counts, planned, training)
         sums = rays.origins.new_zeros(len(rays), N_SUMS)
@@ -240,11 +242,12 @@ class StreamedRender:
                 keep, workspace = False, None  # the last one made is that of a kept tile
 
     def _backward(
-        self, sums: Tensor, grad_sums: Tensor, needs: tuple[bool, bool]
-    ) -> tuple[Tensor | None, MlpGradients | None]:
+        self, sums: Tensor, grad_sums: Tensor, needs: tuple[bool, bool], grad_table: Tensor | None
+    ) -> tuple[MlpGradients | None, Callable[[Tensor], None] | None]:
+        """The gradients of the MLP, and what adds the first tile's to a gradient of the table that is not there yet."""
         source = self.source
+        scatter = None
         table = source.readable_table() if self.kept_table is None else self.kept_table
-        grad_table = torch.zeros_like(source.table, memory_format=torch.contiguous_format) if needs[0] else None
         gradients = MlpGradients(source.weights, source.biases) if needs[1] else None
         n_tiles = len(self.prefix) if isinstance(self.samples, Tensor) else -(-self.samples // self.size)
         suffix = sums.new_zeros(n_tiles + 1, 1).unbind()
@@ -268,6 +271,7 @@ class StreamedRender:
                 shared = (positions, table, source.layout, to_gradient, count, _CHECKED)
                 if grad_table is None:
                     hash_grid_tile.along(to_slopes, *shared)
+                    second = (to_slopes, workspace.input_gradient)
                 else:
                     second = hash_grid_tile.along_before_scatter(
                         to_slopes, workspace.input_gradient, grad_table, *shared
@@ -285,11 +289,14 @@ class StreamedRender:
                     to_gradient,
                 )
             mlp_backward(count)
+            to_table = (positions, source.layout, to_features, count, *second, _CHECKED)
             if grad_table is not None:
-                hash_grid_tile.scatter(grad_table, positions, source.layout, to_features, count, *second, _CHECKED)
-        return grad_table, gradients
+                hash_grid_tile.scatter(grad_table, *to_table)
+            else:
+                scatter = partial(_scatter, arguments=to_table)
+        return gradients, scatter
 
-    def _planned(self, total: _Total) -> int:
+    def _planned(self, total: SampleTotal) -> int:
         """Samples to enqueue tiles for."""
         if self.expected is not None and self.rays.origins.is_cuda:
             return min(self._most(), int(_RESERVE * self.expected) + _RESERVE_SAMPLES)
@@ -364,7 +371,7 @@ class StreamedRender:
             )
         return tile
 
-    def _visible_counts(self, table: Tensor, counts: Tensor, total: _Total) -> Tensor:
+    def _visible_counts(self, table: Tensor, counts: Tensor, total: SampleTotal) -> Tensor:
         """Samples of each ray that more than `early_stop` of the light reaches, by a density pass of its own.
 
         It looks at all samples, so it has to know how many there are, and outside a CUDA graph it asks.
@@ -383,90 +390,5 @@ class StreamedRender:
         return visible
 
 
-_mailboxes = threading.local()
-
-
-def _mailbox(device: torch.device) -> tuple[Tensor, torch.cuda.Event]:
-    """Pinned int64 `[2]` and an event, one pair per thread and GPU: each render reads its own before the next one."""
-    boxes, name = _mailboxes.__dict__, str(device)
-    if name not in boxes:
-        boxes[name] = (torch.empty(2, dtype=torch.int64, pin_memory=True), torch.cuda.Event())
-    return boxes[name]
-
-
-class _Total:
-    """The number of samples, and of invalid rays, on their way to the host."""
-
-    def __init__(self, rays: MarchedRays, counts: Tensor) -> None:
-        totals = march_totals(rays, counts, SQUARED_TOLERANCE)
-        self.on_device = totals[0]
-        self.captured = counts.is_cuda and torch.cuda.is_current_stream_capturing()
-        self._host, self._event = totals, None
-        if counts.is_cuda and not self.captured:
-            self._host, self._event = _mailbox(counts.device)
-            self._host.copy_(totals, non_blocking=True)
-            self._event.record()
-
-    def read(self) -> int:
-        """Wait for the count, not for what was enqueued since.
-
-        Raises:
-            InvalidRaysError: a ray is invalid (which one, `Rays.validate` says).
-            RuntimeError: more samples than 32-bit offsets can hold.
-        """
-        if self._event is not None:
-            self._event.synchronize()
-        number, invalid = self._host.tolist()
-        if invalid:
-            raise InvalidRaysError(f"rays: {invalid} are not finite, or their directions not of unit length")
-        if number > MAX_SAMPLES:
-            raise RuntimeError(f"rays: {number} samples, more than 2^31 - 1: render fewer rays at once")
-        return number
-
-
-class _Streamed(torch.autograd.Function):
-    """Colour `[n, 3]`, opacity `[n]`, depth `[n]`, normal `[n, 3]`, losses `[3]`; the last two None unless wanted."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, render: StreamedRender, training: bool, table: Tensor, *parameters: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        ctx.render = render
-        sums = render.forward(training and any(ctx.needs_input_grad))
-        rays = render.rays
-        # Backward marches and shades again: torch tells if any of this was changed in between.
-        ctx.save_for_backward(sums, rays.origins, rays.directions, rays.bitfield, render.head.light, table, *parameters)
-        ctx.set_materialize_grads(False)
-        losses = render.normals or render.distortion or render.entropy
-        return (
-            sums[:, COLOR],
-            -torch.expm1(-sums[:, OPTICAL_DEPTH]),
-            sums[:, DEPTH],
-            sums[:, NORMAL] if render.normals else None,
-            sums[:, LOSSES].sum(dim=0) if losses else None,
-        )
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        sums = ctx.saved_tensors[0]
-        color, opacity, depth, normal, losses = grads
-        grad_sums = torch.zeros_like(sums)
-        if color is not None:
-            grad_sums[:, COLOR] = color
-        if opacity is not None:
-            torch.mul(opacity, torch.exp(-sums[:, OPTICAL_DEPTH]), out=grad_sums[:, OPTICAL_DEPTH])
-        if depth is not None:
-            grad_sums[:, DEPTH] = depth
-        if normal is not None:
-            grad_sums[:, NORMAL] = normal
-        if losses is not None:
-            grad_sums[:, LOSSES] = losses
-        needs = (ctx.needs_input_grad[2], any(ctx.needs_input_grad[3:]))
-        grad_table, gradients = ctx.render.backward(sums, grad_sums, needs)
-        layers: Sequence[Tensor | None] = [None] * len(ctx.render.source.parameters)
-        if gradients is not None:
-            weights, biases = gradients.result()
-            assert biases is not None
-            layers = [*weights, *biases]
-        return None, None, grad_table, *layers
+def _scatter(grad_table: Tensor, arguments: tuple[Any, ...]) -> None:
+    hash_grid_tile.scatter(grad_table, *arguments)

@@ -1,0 +1,294 @@
+"""Small renders of the built-in field as CUDA graphs, for training steps that are not captured themselves.
+
+A 64^2 image is a third of a millisecond of work for a GPU, in some thirty launches, for which Python takes two. When a
+render like the last ones comes again, it is captured, forward and backward: from then on each is one launch. What
+differs between renders that are alike is copied to where the graph reads it: rays, light and seed. Results are those of
+`StreamedRender`, which the graphs are captured from, and which steps in whenever they do not fit: more samples than
+there is room for, a second render before the first one went backward, a second backward.
+
+The price is memory: the buffers of a captured render stay, at most `MAX_GRAPHS` times. `RendererConfig.graphs` turns
+all of this off; within a capture of the caller's own it is off by itself.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.fields.hash_field import HashGridField
+from dreamfusion_fast.ops.mlp import MlpGradients
+from dreamfusion_fast.rendering.config import RendererConfig
+from dreamfusion_fast.rendering.occupancy import OccupancyGrid
+from dreamfusion_fast.rendering.rays import Rays
+from dreamfusion_fast.rendering.request import RenderRequest
+from dreamfusion_fast.rendering.streaming import StreamedRender
+
+# Larger renders keep the GPU busy for as long as Python takes for their launches.
+MAX_SAMPLES = 1 << 17
+# Kinds of render whose graphs are kept: the shadings that a training loop takes in turns.
+MAX_GRAPHS = 4
+# So many renders alike are run as they are before one is captured.
+_BEFORE_CAPTURE = 3
+_REMEMBERED = 16
+
+MakeRender = Callable[[RenderRequest], StreamedRender]
+
+
+class RenderGraphs:
+    """The graphs of one renderer."""
+
+    def __init__(self) -> None:
+        self._seen: OrderedDict[Hashable, int] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, _Graphs | None] = OrderedDict()
+
+    def find(
+        self,
+        field: HashGridField,
+        occupancy: OccupancyGrid | None,
+        config: RendererConfig,
+        request: RenderRequest,
+        expected: int | None,
+        make: MakeRender,
+    ) -> GraphedRender | None:
+        """A render by graphs, if there are any for it or it is time to capture them.
+
+        Args:
+            field, occupancy, config, request: what is rendered.
+            expected: samples of the last render like this one; None: there was none.
+            make: a render of a request as it is.
+        """
+        if expected is None or expected > MAX_SAMPLES or not self._apply(occupancy, config, request):
+            return None
+        parameters = [field.grid()[0]]
+        for weight, bias in field.active_layers():
+            parameters += [weight, bias]
+        if not any(parameter.requires_grad for parameter in parameters):
+            return None
+        kind = _kind(field, parameters, occupancy, config, request)
+        if kind not in self._graphs:
+            self._seen[kind] = self._seen.pop(kind, 0) + 1
+            if len(self._seen) > _REMEMBERED:
+                self._seen.popitem(last=False)
+            if self._seen[kind] <= _BEFORE_CAPTURE:
+                return None
+            if len(self._graphs) >= MAX_GRAPHS:
+                self._graphs.popitem(last=False)
+            wanted = [parameter.requires_grad for parameter in parameters]
+            self._graphs[kind] = _capture(request, make, (wanted[0], any(wanted[1:])))
+        graphs = self._graphs[kind]
+        self._graphs.move_to_end(kind)
+        if graphs is None or graphs.busy:
+            return None
+        if expected > graphs.capacity:  # a render did not fit: capture again, with more room
+            del self._graphs[kind]
+            return None
+        ordered = (parameters[0], *parameters[1::2], *parameters[2::2])
+        return GraphedRender(graphs, request, make, ordered, occupancy)
+
+    def __reduce__(self) -> tuple[type[RenderGraphs], tuple[()]]:
+        """A copy of a renderer, pickled or not, begins without any."""
+        return RenderGraphs, ()
+
+    @staticmethod
+    def _apply(occupancy: OccupancyGrid | None, config: RendererConfig, request: RenderRequest) -> bool:
+        """Whether this render can be captured: whatever asks the GPU, or launches for what it said, cannot."""
+        return (
+            config.graphs
+            and request.rays.origins.is_cuda
+            and torch.is_grad_enabled()
+            and config.early_stop == 0.0
+            and config.cone_angle == 0.0
+            and (occupancy is None or occupancy.cascades == 1)
+            and not torch.cuda.is_current_stream_capturing()
+        )
+
+
+def _kind(
+    field: HashGridField,
+    parameters: list[Tensor],
+    occupancy: OccupancyGrid | None,
+    config: RendererConfig,
+    request: RenderRequest,
+) -> Hashable:
+    """All that a graph does not read anew: numbers, shapes and addresses."""
+    light, origins = request.light, request.rays.origins
+    return (
+        torch._C._cuda_getCurrentRawStream(origins.device.index),
+        len(request.rays),
+        request.shading,
+        None if light is None else light.shape,
+        request.ambient,
+        request.diffuse,
+        request.normals,
+        request.distortion,
+        request.entropy,
+        request.jitter,
+        config,
+        field.config,
+        field.precision,
+        field.active_levels,
+        field.box,
+        tuple((parameter.data_ptr(), parameter.requires_grad) for parameter in parameters),
+        None if occupancy is None else (occupancy.bitfield.data_ptr(), occupancy.aabb.data_ptr(), occupancy.resolution),
+    )
+
+
+class _Graphs:
+    """Two graphs, where they read what differs, and what they leave.
+
+    Attributes:
+        render: what was captured.
+        capacity: samples that there is room for; 0: the render takes more than one tile, and there is no second graph.
+        sums, gradients, scatter: as `StreamedRender` gives them; the second graph needs the first one's buffers as they
+            were left.
+        grad_sums: what the second graph reads.
+        run: number of the last render.
+    """
+
+    def __init__(self, request: RenderRequest, make: MakeRender, needs: tuple[bool, bool]) -> None:
+        rays, light = request.rays, request.light
+        self._rays = [
+            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (rays.origins, rays.directions)
+        ]
+        self._light = None if light is None else torch.empty_like(light, memory_format=torch.contiguous_format)
+        self._seed = torch.zeros((), dtype=torch.int64, device=rays.origins.device)
+        captured = replace(request, rays=Rays(*self._rays), light=self._light, seed=self._seed)
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        pool = torch.cuda.graph_pool_handle()
+        device = rays.origins.device
+        # Not the default stream, which cannot be captured.
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream), torch.no_grad():
+            with _capturing(self._forward, pool):
+                self.render = make(captured)
+                self.sums = self.render.forward(True)
+            one_tile = len(self.render.kept) == 1
+            self.capacity = self.render.size if one_tile else 0
+            if one_tile:
+                with _capturing(self._backward, pool):
+                    self.grad_sums = torch.empty_like(self.sums)
+                    self.scatter, self.gradients = self.render.backward_to_scatter(self.sums, self.grad_sums, needs)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self.run = 0
+        self._user: weakref.ref[GraphedRender] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a render was run that may still go backward for the first time."""
+        user = None if self._user is None else self._user()
+        return user is not None and not user.went_back
+
+    def forward(self, user: GraphedRender, request: RenderRequest) -> int:
+        """Render; the number of samples. If there is room for so many, the results are in `sums`."""
+        rays = request.rays
+        to, of = list(self._rays), [rays.origins.detach(), rays.directions.detach()]
+        if self._light is not None and request.light is not None:
+            to.append(self._light)
+            of.append(request.light.detach())
+        torch._foreach_copy_(to, of)
+        if isinstance(request.seed, Tensor):
+            self._seed.copy_(request.seed)
+        else:
+            self._seed.fill_(request.seed)
+        self.run += 1
+        self._user = weakref.ref(user)
+        self._forward.replay()
+        assert self.render.total is not None
+        self.render.total.send()
+        return self.render.total.read()
+
+    def backward(self) -> None:
+        """From `grad_sums` to `gradients`, and to what `scatter` reads."""
+        self._backward.replay()
+
+
+class GraphedRender:
+    """One render by graphs; a `FieldRender` like `StreamedRender`."""
+
+    overflowed: Tensor | None = None
+
+    def __init__(
+        self,
+        graphs: _Graphs,
+        request: RenderRequest,
+        make: MakeRender,
+        parameters: tuple[Tensor, ...],
+        occupancy: OccupancyGrid | None,
+    ) -> None:
+        self.normals, self.distortion, self.entropy = request.normals, request.distortion, request.entropy
+        self.samples: int | Tensor = 0
+        self.parameters = parameters
+        rays = request.rays
+        bitfield = None if occupancy is None else occupancy.bitfield
+        self.guarded = (rays.origins, rays.directions, bitfield, request.light)
+        self.went_back = False
+        self._graphs, self._request, self._make = graphs, request, make
+        self._run = 0
+        self._instead: StreamedRender | None = None
+
+    def forward(self, training: bool) -> Tensor:
+        """As `StreamedRender.forward`."""
+        graphs = self._graphs
+        self.samples = graphs.forward(self, self._request)
+        if self.samples <= graphs.capacity:
+            self._run = graphs.run
+            return graphs.sums.clone()
+        return self._run_instead(training)
+
+    def zero_grad_sums(self) -> Tensor:
+        """As `StreamedRender.zero_grad_sums`; the graphs' own, for the `backward` that follows."""
+        if self._instead is None and self._graphs.run != self._run:
+            self._run_instead(True)  # another render has used the buffers since
+        return self._graphs.grad_sums.zero_() if self._instead is None else self._instead.zero_grad_sums()
+
+    def backward(
+        self, sums: Tensor, grad_sums: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, MlpGradients | None]:
+        """As `StreamedRender.backward`, of what `zero_grad_sums` gave."""
+        graphs = self._graphs
+        self.went_back = True
+        if self._instead is not None:
+            return self._instead.backward(sums, grad_sums, needs)
+        assert grad_sums is graphs.grad_sums
+        graphs.backward()
+        if not needs[0]:
+            return None, graphs.gradients
+        grad_table = torch.zeros_like(self.parameters[0], memory_format=torch.contiguous_format)
+        graphs.scatter(grad_table)
+        return grad_table, graphs.gradients
+
+    def _run_instead(self, training: bool) -> Tensor:
+        self.went_back = True  # the graphs are free
+        self._instead = self._make(self._request)
+        return self._instead.forward(training)
+
+
+def _capture(request: RenderRequest, make: MakeRender, needs: tuple[bool, bool]) -> _Graphs | None:
+    """The graphs of a render, or None where it takes more than one tile or more memory than there is."""
+    try:
+        graphs = _Graphs(request, make, needs)
+    except torch.OutOfMemoryError:
+        return None
+    return graphs if graphs.capacity > 0 else None
+
+
+def _room_for(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    """`torch.cuda.graph` without its wait for the GPU and its garbage collection."""
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        yield
+    finally:
+        graph.capture_end()

@@ -1,0 +1,59 @@
+"""The number of samples on its way from the GPU to the host, which goes on meanwhile."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.ops._marched_rays import MarchedRays
+from dreamfusion_fast.ops.march import MAX_SAMPLES
+from dreamfusion_fast.ops.march_tile import march_totals
+from dreamfusion_fast.rendering.rays import SQUARED_TOLERANCE, InvalidRaysError
+
+_mailboxes = threading.local()
+
+
+def _mailbox(device: torch.device) -> tuple[Tensor, torch.cuda.Event]:
+    """Pinned int64 `[2]` and an event, one pair per thread and GPU: each render reads its own before the next one."""
+    boxes, name = _mailboxes.__dict__, str(device)
+    if name not in boxes:
+        boxes[name] = (torch.empty(2, dtype=torch.int64, pin_memory=True), torch.cuda.Event())
+    return boxes[name]
+
+
+class SampleTotal:
+    """The number of samples, and of invalid rays, on their way to the host."""
+
+    def __init__(self, rays: MarchedRays, counts: Tensor) -> None:
+        self.totals = march_totals(rays, counts, SQUARED_TOLERANCE)
+        self.on_device = self.totals[0]
+        self.captured = counts.is_cuda and torch.cuda.is_current_stream_capturing()
+        self._host = self.totals
+        self._event: torch.cuda.Event | None = None
+        if counts.is_cuda and not self.captured:
+            self.send()
+
+    def send(self) -> None:
+        """Start the copy to the host."""
+        self._host, event = _mailbox(self.totals.device)
+        self._host.copy_(self.totals, non_blocking=True)
+        event.record()
+        self._event = event
+
+    def read(self) -> int:
+        """Wait for the count, not for what was enqueued since.
+
+        Raises:
+            InvalidRaysError: a ray is invalid (which one, `Rays.validate` says).
+            RuntimeError: more samples than 32-bit offsets can hold.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        number, invalid = self._host.tolist()
+        if invalid:
+            raise InvalidRaysError(f"rays: {invalid} are not finite, or their directions not of unit length")
+        if number > MAX_SAMPLES:
+            raise RuntimeError(f"rays: {number} samples, more than 2^31 - 1: render fewer rays at once")
+        return number

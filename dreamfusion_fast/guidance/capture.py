@@ -1,4 +1,4 @@
-"""A network evaluated as a CUDA graph: one launch in place of hundreds.
+"""Networks as CUDA graphs, with and without a gradient: one launch in place of hundreds.
 
 A diffusion model's U-Net at the batch of one guided view is bound by the time that the CPU takes to launch its
 kernels. A captured graph replays them all at once, with the same results.
@@ -6,11 +6,13 @@ kernels. A captured graph replays them all at once, with the same results.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Runs before a capture: libraries choose their algorithms and allocate their workspaces in the first ones.
 _WARM_UPS = 3
@@ -66,3 +68,107 @@ class _Captured:
             static.copy_(given)
         self._graph.replay()
         return self._output.clone()
+
+
+class CapturedPair:
+    """A function and its gradient, each replayed from a CUDA graph per signature of the input: one differentiable call.
+
+    On other devices, while somebody else captures, and for a second call before the first one went backward, both are
+    called as they are.
+
+    Args:
+        forward: `x -> (y, kept)`; both without gradients of their own, and captured as `CapturedFunction` says.
+        backward: `(grad_y, kept) -> grad_x`; may use up what is kept.
+    """
+
+    def __init__(
+        self, forward: Callable[[Tensor], tuple[Tensor, Any]], backward: Callable[[Tensor, Any], Tensor]
+    ) -> None:
+        self.forward, self.backward = forward, backward
+        self._graphs: dict[tuple[object, ...], _CapturedPair] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y in memory of its own, differentiable to x once."""
+        graphs = None
+        if x.is_cuda and not torch.cuda.is_current_stream_capturing() and x.requires_grad and torch.is_grad_enabled():
+            signature = (x.device, x.dtype, x.shape, x.stride())
+            if signature not in self._graphs:
+                self._graphs[signature] = _CapturedPair(self, x.detach())
+            graphs = self._graphs[signature]
+            if graphs.waiting:
+                graphs = None
+        return _Pair.apply(x, self, graphs)
+
+    def clear(self) -> None:
+        """Free the graphs and their memory."""
+        self._graphs.clear()
+
+
+class _CapturedPair:
+    """Two graphs, of which the second one reads what the first one left.
+
+    Attributes:
+        waiting: whether a forward was replayed whose backward is yet to come.
+    """
+
+    def __init__(self, pair: CapturedPair, x: Tensor) -> None:
+        self._x = torch.empty_like(x).copy_(x)
+        self._user: weakref.ref[Any] | None = None
+        pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream), torch.no_grad():
+            for _ in range(_WARM_UPS):
+                y, kept = pair.forward(self._x)
+                pair.backward(torch.ones_like(y), kept)
+                del y, kept
+        torch.cuda.current_stream(x.device).wait_stream(stream)
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.no_grad():
+            with torch.cuda.graph(self._forward, pool=pool, stream=stream):
+                self._y, kept = pair.forward(self._x)
+            self._grad_y = torch.empty_like(self._y)
+            with torch.cuda.graph(self._backward, pool=pool, stream=stream):
+                self._grad_x = pair.backward(self._grad_y, kept)
+
+    @property
+    def waiting(self) -> bool:
+        return self._user is not None and self._user() is not None
+
+    def forward(self, x: Tensor, user: object) -> Tensor:
+        self._x.copy_(x)
+        self._forward.replay()
+        self._user = weakref.ref(user)
+        return self._y.clone()
+
+    def backward(self, grad_y: Tensor) -> Tensor:
+        self._user = None
+        self._grad_y.copy_(grad_y)
+        self._backward.replay()
+        return self._grad_x.clone()
+
+
+class _Call:
+    """Stands for one call for as long as its graph lives."""
+
+
+class _Pair(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pair: CapturedPair, graphs: _CapturedPair | None) -> Tensor:
+        ctx.pair, ctx.graphs, ctx.done = pair, graphs, False
+        if graphs is not None:
+            ctx.call = _Call()
+            return graphs.forward(x, ctx.call)
+        y, ctx.kept = pair.forward(x)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.done:
+            raise RuntimeError("backward a second time: what it needs is used up by the first one")
+        ctx.done = True
+        if ctx.graphs is not None:
+            return ctx.graphs.backward(grad_y), None, None
+        kept, ctx.kept = ctx.kept, None
+        return ctx.pair.backward(grad_y, kept), None, None

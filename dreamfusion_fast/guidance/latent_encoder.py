@@ -1,0 +1,405 @@
+"""The encoder of a latent diffusion model's autoencoder with the gradient of its input, in little memory and time.
+
+In a step of latent score distillation the autoencoder takes longer than the U-Net: forward, and back from the latents
+to the image. Its weights are frozen, so a convolution needs nothing of its input to go back, and a normalisation only
+what it read. What autograd would keep, 1.5 GB for one image of 512^2 in float16, is thus less than half:
+
+- kept are the inputs of the normalisations, nothing else; with `recompute` not even those between the two convolutions
+  of a residual block, which one more convolution brings back;
+- normalisation and SiLU are passes of `dreamfusion_fast.ops.group_norm`, which also add what would be passes of their
+  own: biases, residuals, and the two gradients that meet at a residual;
+- images are channels last in memory, as tensor cores want them;
+- attention keeps its input alone and goes through the scores in parts.
+
+The latent is the mean of the posterior. The result is that of diffusers' `AutoencoderKL` up to rounding, and the
+gradient is exact: nothing is approximated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dreamfusion_fast.guidance.capture import CapturedPair
+from dreamfusion_fast.ops.group_norm import GroupNorm, input_gradient, normalise, statistics
+
+# Scores of attention, float32, in memory at a time: 34 MB.
+_SCORES = 1 << 23
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An image `[n, c, h, w]`, channels last, that is yet to be summed up: raw + offset + residual.
+
+    Attributes:
+        raw: as a convolution left it.
+        offset: `[c]`, or None: zero.
+        residual: like raw, or None: zero.
+    """
+
+    raw: Tensor
+    offset: Tensor | None = None
+    residual: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """The sum."""
+        result = self.raw if self.offset is None else self.raw + self.offset.reshape(1, -1, 1, 1)
+        return result if self.residual is None else result + self.residual
+
+    def measured(self, norm: GroupNorm) -> tuple[Pending, Tensor]:
+        """The same without a residual, and its statistics: in one pass over memory."""
+        if self.residual is None:
+            return self, statistics(norm, self.raw, self.offset)
+        total = torch.empty_like(self.raw)
+        found = statistics(norm, self.raw, self.offset, self.residual, total)
+        return Pending(total), found
+
+
+class Layer(Protocol):
+    """A part of the chain. `forward` gives what `backward` wants to have kept."""
+
+    def forward(self, x: Pending, recompute: bool) -> tuple[Pending, Any]: ...
+
+    def backward(self, grad: Tensor, kept: Any) -> Tensor: ...
+
+
+class Convolution:
+    """A convolution whose bias is left to whatever reads its output."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> None:
+        self.weight = weight.detach().contiguous(memory_format=torch.channels_last)
+        self.bias = None if bias is None else bias.detach()
+        self._stride, self._padding = (stride, stride), (padding, padding)
+
+    @classmethod
+    def of(cls, module: torch.nn.Conv2d) -> Convolution:
+        """That of a module."""
+        padding = module.padding
+        assert not isinstance(padding, str)
+        return cls(module.weight, module.bias, module.stride[0], padding[0])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, None, self._stride, self._padding)
+
+    def input_gradient(self, grad: Tensor, size: torch.Size) -> Tensor:
+        """The gradient of an input of that size; the input itself plays no part in it."""
+        like = self.weight.new_empty(1).expand(size)
+        settings = ([0], self._stride, self._padding, (1, 1), False, (0, 0), 1)
+        found, _, _ = torch.ops.aten.convolution_backward(grad, like, self.weight, *settings, (True, False, False))
+        return found.contiguous(memory_format=torch.channels_last)
+
+
+class First:
+    """The first convolution."""
+
+    def __init__(self, convolution: Convolution) -> None:
+        self._convolution = convolution
+
+    def forward(self, x: Pending, recompute: bool) -> tuple[Pending, torch.Size]:
+        """Keeps the size."""
+        return Pending(self._convolution(x.raw), self._convolution.bias), x.raw.shape
+
+    def backward(self, grad: Tensor, kept: torch.Size) -> Tensor:
+        """Of the image."""
+        return self._convolution.input_gradient(grad, kept)
+
+
+@dataclass
+class _KeptResidual:
+    x: Pending
+    statistics: Tensor
+    between: Tensor | None
+    statistics_between: Tensor
+
+
+class ResidualBlock:
+    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), x through a convolution of 1 x 1 where the channels change."""
+
+    def __init__(self, module: Any) -> None:
+        self._norm1, self._norm2 = _norm(module.norm1), _norm(module.norm2)
+        self._conv1, self._conv2 = Convolution.of(module.conv1), Convolution.of(module.conv2)
+        self._shortcut = None if module.conv_shortcut is None else Convolution.of(module.conv_shortcut)
+
+    def forward(self, x: Pending, recompute: bool) -> tuple[Pending, _KeptResidual]:
+        """Keeps x, and what is between the convolutions unless that is recomputed."""
+        x, found = x.measured(self._norm1)
+        between = self._between(x, found)
+        found_between = statistics(self._norm2, between, self._conv1.bias)
+        raw = self._conv2(normalise(self._norm2, between, found_between, self._conv1.bias))
+        if self._shortcut is None:
+            residual, offset = x.raw, x.offset
+        else:
+            residual, offset = self._shortcut(x.raw), self._shortcut.bias
+            if x.offset is not None:
+                offset = _plus(offset, F.linear(x.offset, self._shortcut.weight.flatten(1)))
+        kept = _KeptResidual(x, found, None if recompute else between, found_between)
+        return Pending(raw, _plus(self._conv2.bias, offset), residual), kept
+
+    def backward(self, grad: Tensor, kept: _KeptResidual) -> Tensor:
+        """Of x."""
+        x, between = kept.x, kept.between
+        if between is None:
+            between = self._between(x, kept.statistics)
+        g = self._conv2.input_gradient(grad, between.shape)
+        g = input_gradient(self._norm2, g, between, kept.statistics_between, self._conv1.bias)
+        kept.between = between = None
+        g = self._conv1.input_gradient(g, x.raw.shape)
+        skip = grad if self._shortcut is None else self._shortcut.input_gradient(grad, x.raw.shape)
+        return input_gradient(self._norm1, g, x.raw, kept.statistics, x.offset, skip)
+
+    def _between(self, x: Pending, found: Tensor) -> Tensor:
+        return self._conv1(normalise(self._norm1, x.raw, found, x.offset))
+
+
+class Downsample:
+    """Zeros to the right and below, then a convolution of 3 x 3 at every other pixel."""
+
+    def __init__(self, convolution: Convolution) -> None:
+        self._convolution = convolution
+
+    def forward(self, x: Pending, recompute: bool) -> tuple[Pending, torch.Size]:
+        """Keeps the size."""
+        padded = F.pad(x.total(), (0, 1, 0, 1))
+        return Pending(self._convolution(padded), self._convolution.bias), padded.shape
+
+    def backward(self, grad: Tensor, kept: torch.Size) -> Tensor:
+        """Of x."""
+        padded = self._convolution.input_gradient(grad, kept)
+        return padded[:, :, :-1, :-1].contiguous(memory_format=torch.channels_last)
+
+
+@dataclass
+class _KeptAttention:
+    x: Pending
+    statistics: Tensor
+
+
+class Attention:
+    """x + out(softmax(q k^T / sqrt(d)) v), one head, q, k and v from the normalised x. Pixels are tokens."""
+
+    def __init__(self, module: Any) -> None:
+        self._norm = _norm(module.group_norm, silu=False)
+        projections = (module.to_q, module.to_k, module.to_v)
+        self._weight = torch.cat([p.weight.detach().flatten(1) for p in projections])
+        self._bias = torch.cat([p.bias.detach() for p in projections])
+        self._out_weight, self._out_bias = module.to_out[0].weight.detach().flatten(1), module.to_out[0].bias.detach()
+        self._scale = module.to_q.weight.shape[0] ** -0.5
+
+    def forward(self, x: Pending, recompute: bool) -> tuple[Pending, _KeptAttention]:
+        """Keeps x."""
+        x, found = x.measured(self._norm)
+        q, k, v = self._projected(x, found)
+        mixed = torch.empty_like(v)
+        for rows in _parts(q):
+            mixed[:, rows] = self._shares(q[:, rows], k).to(v.dtype) @ v
+        return Pending(_image(F.linear(mixed, self._out_weight), x.raw), *self._rest(x)), _KeptAttention(x, found)
+
+    def backward(self, grad: Tensor, kept: _KeptAttention) -> Tensor:
+        """Of x. With P the softmax and g the gradient of P v: dS = P * (g v^T - sum(P * g v^T))."""
+        x = kept.x
+        q, k, v = self._projected(x, kept.statistics)
+        grad_mixed = _tokens(grad) @ self._out_weight
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k, dtype=_sums(k)), None
+        grad_v = torch.zeros_like(v, dtype=_sums(v))
+        for rows in _parts(q):
+            shares = self._shares(q[:, rows], k)
+            g = grad_mixed[:, rows]
+            grad_v += shares.to(v.dtype).mT @ g
+            to_scores = _wide_product(g, v.mT)
+            to_scores = shares * (to_scores - (shares * to_scores).sum(dim=-1, keepdim=True))
+            to_scores = (to_scores * self._scale).to(q.dtype)
+            grad_q[:, rows] = to_scores @ k
+            grad_k += to_scores.mT @ q[:, rows]
+        g = torch.cat([grad_q, grad_k.to(q.dtype), grad_v.to(q.dtype)], dim=2) @ self._weight
+        return input_gradient(self._norm, _image(g, x.raw), x.raw, kept.statistics, x.offset, grad)
+
+    def _rest(self, x: Pending) -> tuple[Tensor | None, Tensor]:
+        return _plus(self._out_bias, x.offset), x.raw
+
+    def _projected(self, x: Pending, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = F.linear(_tokens(normalise(self._norm, x.raw, found, x.offset)), self._weight, self._bias).chunk(3, 2)
+        return q, k, v
+
+    def _shares(self, q: Tensor, k: Tensor) -> Tensor:
+        """The softmax, float32 at least."""
+        return torch.softmax(_wide_product(q, k.mT) * self._scale, dim=-1)
+
+
+@dataclass
+class _KeptLast:
+    x: Pending
+    statistics: Tensor
+
+
+class Last:
+    """Normalisation, SiLU and the last convolution."""
+
+    def __init__(self, norm: torch.nn.GroupNorm, convolution: Convolution) -> None:
+        self._norm, self._convolution = _norm(norm), convolution
+
+    def forward(self, x: Pending, recompute: bool) -> tuple[Pending, _KeptLast]:
+        """Keeps x."""
+        x, found = x.measured(self._norm)
+        raw = self._convolution(normalise(self._norm, x.raw, found, x.offset))
+        return Pending(raw, self._convolution.bias), _KeptLast(x, found)
+
+    def backward(self, grad: Tensor, kept: _KeptLast) -> Tensor:
+        """Of x."""
+        x = kept.x
+        g = self._convolution.input_gradient(grad, x.raw.shape)
+        return input_gradient(self._norm, g, x.raw, kept.statistics, x.offset)
+
+
+class LatentEncoder:
+    """Images in [-1, 1] to the mean of the posterior, differentiable to the images.
+
+    Args:
+        vae: a diffusers `AutoencoderKL`, frozen, in the type and on the device in which it is to run.
+        recompute: keep less, for one more convolution in each residual block on the way back.
+
+    Raises:
+        ValueError: `unserved(vae)` says why.
+    """
+
+    def __init__(self, vae: Any, recompute: bool = False) -> None:
+        reason = unserved(vae)
+        if reason:
+            raise ValueError(f"vae: {reason}")
+        encoder = vae.encoder
+        self.recompute = recompute
+        self.dtype = encoder.conv_in.weight.dtype
+        self._layers: list[Layer] = [First(Convolution.of(encoder.conv_in))]
+        for block in encoder.down_blocks:
+            self._layers += [ResidualBlock(resnet) for resnet in block.resnets]
+            if block.downsamplers is not None:
+                self._layers.append(Downsample(Convolution.of(block.downsamplers[0].conv)))
+        middle = encoder.mid_block
+        self._layers.append(ResidualBlock(middle.resnets[0]))
+        for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
+            if attention is not None:
+                self._layers.append(Attention(attention))
+            self._layers.append(ResidualBlock(resnet))
+        self._layers.append(Last(encoder.conv_norm_out, _mean_convolution(encoder.conv_out, vae.quant_conv)))
+        self._differentiable = CapturedPair(self.forward, self.backward)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """`[n, 3, H, W]` in any float type to `[n, channels, H / f, W / f]` in the encoder's; CUDA graphs on a GPU."""
+        if images.requires_grad and torch.is_grad_enabled():
+            return self._differentiable(images)
+        mean, _ = self.forward(images, keep=False)
+        return mean
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, keep: bool = True) -> tuple[Tensor, list[Any]]:
+        """The mean, and what `backward` wants."""
+        x = Pending(images.to(self.dtype).contiguous(memory_format=torch.channels_last))
+        everything: list[Any] = [images.dtype]
+        for layer in self._layers:
+            x, kept = layer.forward(x, self.recompute)
+            if keep:
+                everything.append(kept)
+        return x.total(), everything if keep else []
+
+    @torch.no_grad()
+    def backward(self, grad: Tensor, kept: list[Any]) -> Tensor:
+        """The gradient of the images, in their type, from that of the mean. Empties `kept`."""
+        grad = grad.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        for layer in reversed(self._layers):
+            grad = layer.backward(grad, kept.pop())
+        return grad.to(kept.pop())
+
+
+def unserved(vae: Any) -> str:
+    """Why a `LatentEncoder` cannot stand in for a vae; empty when it can."""
+    import diffusers.models.attention_processor as processors
+    from diffusers.models.autoencoders.vae import Encoder
+    from diffusers.models.downsampling import Downsample2D
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D
+
+    encoder = getattr(vae, "encoder", None)
+    if not isinstance(encoder, Encoder):
+        return f"the encoder is no diffusers Encoder but {type(encoder).__name__}"
+    resnets, attentions = list(encoder.mid_block.resnets), [a for a in encoder.mid_block.attentions if a is not None]
+    for block in encoder.down_blocks:
+        if not isinstance(block, DownEncoderBlock2D):
+            return f"a block is {type(block).__name__}, not DownEncoderBlock2D"
+        resnets += block.resnets
+        for downsampler in block.downsamplers or ():
+            plain = isinstance(downsampler, Downsample2D) and downsampler.use_conv and downsampler.norm is None
+            if not plain or downsampler.padding != 0:
+                return "a downsampling is no convolution of 3 x 3 with zeros to the right and below"
+    for resnet in resnets:
+        plain = isinstance(resnet, ResnetBlock2D) and not (resnet.up or resnet.down or resnet.time_emb_proj)
+        if not plain or resnet.output_scale_factor != 1 or not isinstance(resnet.nonlinearity, torch.nn.SiLU):
+            return "a residual block is not norm, SiLU, convolution, twice"
+    for attention in attentions:
+        plain = isinstance(attention, processors.Attention) and attention.heads == 1 and attention.residual_connection
+        if not plain or attention.rescale_output_factor != 1 or attention.group_norm is None:
+            return "the attention is not of one head with a group norm and a residual"
+    if vae.quant_conv is not None and vae.quant_conv.kernel_size != (1, 1):
+        return "the last convolution is not of 1 x 1"
+    return ""
+
+
+def _mean_convolution(last: torch.nn.Conv2d, quantiser: torch.nn.Conv2d | None) -> Convolution:
+    """The last convolution with the one of 1 x 1 behind it, without the half of the channels that is the variance."""
+    assert last.bias is not None
+    weight, bias = last.weight.detach(), last.bias.detach()
+    if quantiser is None:
+        half = weight.shape[0] // 2
+        weight, bias = weight[:half], bias[:half]
+    else:
+        half = quantiser.weight.shape[0] // 2
+        wide = _sums(weight)
+        mix = quantiser.weight.detach()[:half].flatten(1).to(wide)
+        offset = 0.0 if quantiser.bias is None else quantiser.bias.detach()[:half].to(wide)
+        bias = (mix @ bias.to(wide) + offset).to(bias.dtype)
+        weight = torch.einsum("oc,cikl->oikl", mix, weight.to(wide)).to(weight.dtype)
+    return Convolution(weight, bias, 1, int(last.padding[0]))
+
+
+def _norm(module: torch.nn.GroupNorm, silu: bool = True) -> GroupNorm:
+    return GroupNorm(module.weight.detach(), module.bias.detach(), module.num_groups, module.eps, silu)
+
+
+def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def _tokens(image: Tensor) -> Tensor:
+    """`[n, c, h, w]`, channels last, as `[n, h w, c]`."""
+    return image.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _image(tokens: Tensor, like: Tensor) -> Tensor:
+    """The opposite, `like` an image of that size."""
+    n, _, height, width = like.shape
+    return tokens.reshape(n, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _parts(q: Tensor) -> list[slice]:
+    """Ranges of queries `[n, tokens, c]` that are worked on at a time."""
+    n, tokens, _ = q.shape
+    at_once = max(_SCORES // (n * tokens), 1)
+    return [slice(first, first + at_once) for first in range(0, tokens, at_once)]
+
+
+def _sums(x: Tensor) -> torch.dtype:
+    """The type in which sums over x are taken."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32 (float64 for float64), not rounded to the operands' type."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

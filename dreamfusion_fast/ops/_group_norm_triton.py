@@ -1,0 +1,281 @@
+"""Triton kernels of group normalisation with SiLU, channels last; `dreamfusion_fast.ops.group_norm` has the maths.
+
+An image is a matrix of pixels by channels. A group's channels need not be a power of two, so tiles take whole channels
+and sum up per channel; a small kernel brings a group's channels and an image's tiles together. A program takes TILES
+tiles of ROWS pixels by COLS channels, one after the other.
+"""
+
+# Compile-time constants are capitals, as everywhere in Triton, whose language has no types to annotate.
+# ruff: noqa: N803
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _silu_and_slope(z):
+    gate = 1.0 / (1.0 + tl.exp(-z))
+    return z * gate, gate * (1.0 + z * (1.0 - gate))
+
+
+@triton.jit
+def moments_kernel(
+    x,
+    offset,
+    offset_stride,
+    residual,
+    total,
+    partials,
+    pixels,
+    channels,
+    chunks,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Mean and sum of squared deviations of each channel in a chunk of pixels: partials ``[n, chunks, channels, 2]``.
+
+    What is measured is x + offset + residual, which is written to `total` unless that is None.
+    """
+    chunk, block, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    cols = block * COLS + tl.arange(0, COLS)
+    live_cols = cols < channels
+    base = image.to(tl.int64) * pixels * channels
+    shift = tl.zeros((COLS,), dtype=tl.float32)
+    if offset is not None:
+        shift += tl.load(offset + image * offset_stride + cols, mask=live_cols, other=0.0).to(tl.float32)
+    count = 0.0
+    mean = tl.zeros((COLS,), dtype=tl.float32)
+    squares = tl.zeros((COLS,), dtype=tl.float32)
+    for tile in range(TILES):
+        rows = (chunk * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        live = (rows < pixels)[:, None] & live_cols[None, :]
+        at = base + rows[:, None].to(tl.int64) * channels + cols[None, :]
+        value = tl.load(x + at, mask=live, other=0.0).to(tl.float32) + shift[None, :]
+        if residual is not None:
+            value += tl.load(residual + at, mask=live, other=0.0).to(tl.float32)
+        if total is not None:
+            stored = value.to(total.dtype.element_ty)
+            tl.store(total + at, stored, mask=live)
+            value = stored.to(tl.float32)
+        here = tl.maximum(tl.minimum(pixels - (chunk * TILES + tile) * ROWS, ROWS), 0).to(tl.float32)
+        if here > 0:
+            value = tl.where(live, value, 0.0)
+            tile_mean = tl.sum(value, 0) / here
+            deviation = tl.where(live, value - tile_mean[None, :], 0.0)
+            both = count + here
+            delta = tile_mean - mean
+            squares += tl.sum(deviation * deviation, 0) + delta * delta * (count * here / both)
+            mean += delta * (here / both)
+            count = both
+    to = partials + ((image.to(tl.int64) * chunks + chunk) * channels + cols) * 2
+    tl.store(to, mean, mask=live_cols)
+    tl.store(to + 1, squares, mask=live_cols)
+
+
+@triton.jit
+def statistics_kernel(
+    partials,
+    statistics,
+    pixels,
+    channels,
+    chunks,
+    chunk_pixels,
+    eps,
+    GROUP: tl.constexpr,
+    GROUP_COLS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """Mean and 1 / standard deviation of each group, ``[n, groups, 2]``, from the chunks' moments."""
+    group, image = tl.program_id(0), tl.program_id(1)
+    cols = tl.arange(0, GROUP_COLS)
+    total = 0.0
+    for first in range(0, chunks, CHUNKS):
+        k = first + tl.arange(0, CHUNKS)
+        live = (k < chunks)[:, None] & (cols < GROUP)[None, :]
+        at = ((image.to(tl.int64) * chunks + k[:, None]) * channels + group * GROUP + cols[None, :]) * 2
+        count = tl.minimum(pixels - k * chunk_pixels, chunk_pixels).to(tl.float32)
+        total += tl.sum(tl.load(partials + at, mask=live, other=0.0) * tl.where(live, count[:, None], 0.0))
+    size = 1.0 * pixels * GROUP
+    mean = total / size
+    squares = 0.0
+    for first in range(0, chunks, CHUNKS):
+        k = first + tl.arange(0, CHUNKS)
+        live = (k < chunks)[:, None] & (cols < GROUP)[None, :]
+        at = ((image.to(tl.int64) * chunks + k[:, None]) * channels + group * GROUP + cols[None, :]) * 2
+        count = tl.minimum(pixels - k * chunk_pixels, chunk_pixels).to(tl.float32)
+        delta = tl.load(partials + at, mask=live, other=0.0) - mean
+        inside = tl.load(partials + at + 1, mask=live, other=0.0)
+        squares += tl.sum(tl.where(live, inside + count[:, None] * delta * delta, 0.0))
+    to = statistics + (image * tl.num_programs(0) + group) * 2
+    tl.store(to, mean)
+    tl.store(to + 1, 1.0 / tl.sqrt(squares / size + eps))
+
+
+@triton.jit
+def _channels(offset, offset_stride, statistics, weight, bias, image, groups, cols, live_cols, GROUP: tl.constexpr):
+    """Per channel: what is added to x, the group's mean and 1 / deviation, weight and bias."""
+    at = statistics + (image * groups + cols // GROUP) * 2
+    mean = tl.load(at, mask=live_cols, other=0.0)
+    scale = tl.load(at + 1, mask=live_cols, other=0.0)
+    if offset is not None:
+        mean -= tl.load(offset + image * offset_stride + cols, mask=live_cols, other=0.0).to(tl.float32)
+    w = tl.load(weight + cols, mask=live_cols, other=0.0).to(tl.float32)
+    b = tl.load(bias + cols, mask=live_cols, other=0.0).to(tl.float32)
+    return mean, scale, w, b
+
+
+@triton.jit
+def normalise_kernel(
+    x,
+    offset,
+    offset_stride,
+    statistics,
+    weight,
+    bias,
+    y,
+    pixels,
+    channels,
+    groups,
+    GROUP: tl.constexpr,
+    SILU: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """y from x + offset."""
+    chunk, block, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    cols = block * COLS + tl.arange(0, COLS)
+    live_cols = cols < channels
+    mean, scale, w, b = _channels(
+        offset, offset_stride, statistics, weight, bias, image, groups, cols, live_cols, GROUP
+    )
+    rows = chunk * ROWS + tl.arange(0, ROWS)
+    live = (rows < pixels)[:, None] & live_cols[None, :]
+    at = image.to(tl.int64) * pixels * channels + rows[:, None].to(tl.int64) * channels + cols[None, :]
+    value = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
+    z = (value - mean[None, :]) * (scale * w)[None, :] + b[None, :]
+    if SILU:
+        z, _ = _silu_and_slope(z)
+    tl.store(y + at, z.to(y.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def gradient_sums_kernel(
+    grad_y,
+    x,
+    offset,
+    offset_stride,
+    statistics,
+    weight,
+    bias,
+    partials,
+    pixels,
+    channels,
+    groups,
+    chunks,
+    GROUP: tl.constexpr,
+    SILU: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Sums over a chunk of g and g * x_hat, g the gradient of x_hat: partials ``[n, chunks, channels, 2]``."""
+    chunk, block, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    cols = block * COLS + tl.arange(0, COLS)
+    live_cols = cols < channels
+    mean, scale, w, b = _channels(
+        offset, offset_stride, statistics, weight, bias, image, groups, cols, live_cols, GROUP
+    )
+    base = image.to(tl.int64) * pixels * channels
+    first = tl.zeros((COLS,), dtype=tl.float32)
+    second = tl.zeros((COLS,), dtype=tl.float32)
+    for tile in range(TILES):
+        rows = (chunk * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        live = (rows < pixels)[:, None] & live_cols[None, :]
+        at = base + rows[:, None].to(tl.int64) * channels + cols[None, :]
+        x_hat = (tl.load(x + at, mask=live, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
+        g = tl.load(grad_y + at, mask=live, other=0.0).to(tl.float32)
+        if SILU:
+            _, slope = _silu_and_slope(x_hat * w[None, :] + b[None, :])
+            g *= slope
+        g *= w[None, :]
+        first += tl.sum(g, 0)
+        second += tl.sum(g * x_hat, 0)
+    to = partials + ((image.to(tl.int64) * chunks + chunk) * channels + cols) * 2
+    tl.store(to, first, mask=live_cols)
+    tl.store(to + 1, second, mask=live_cols)
+
+
+@triton.jit
+def gradient_means_kernel(
+    partials,
+    means,
+    pixels,
+    channels,
+    chunks,
+    GROUP: tl.constexpr,
+    GROUP_COLS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """Means of g and g * x_hat of each group, ``[n, groups, 2]``."""
+    group, image = tl.program_id(0), tl.program_id(1)
+    cols = tl.arange(0, GROUP_COLS)
+    first = 0.0
+    second = 0.0
+    for start in range(0, chunks, CHUNKS):
+        k = start + tl.arange(0, CHUNKS)
+        live = (k < chunks)[:, None] & (cols < GROUP)[None, :]
+        at = ((image.to(tl.int64) * chunks + k[:, None]) * channels + group * GROUP + cols[None, :]) * 2
+        first += tl.sum(tl.load(partials + at, mask=live, other=0.0))
+        second += tl.sum(tl.load(partials + at + 1, mask=live, other=0.0))
+    size = 1.0 * pixels * GROUP
+    to = means + (image * tl.num_programs(0) + group) * 2
+    tl.store(to, first / size)
+    tl.store(to + 1, second / size)
+
+
+@triton.jit
+def gradient_kernel(
+    grad_y,
+    x,
+    offset,
+    offset_stride,
+    statistics,
+    weight,
+    bias,
+    means,
+    skip,
+    grad_x,
+    pixels,
+    channels,
+    groups,
+    GROUP: tl.constexpr,
+    SILU: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """grad_x, to which `skip` is added unless it is None."""
+    chunk, block, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    cols = block * COLS + tl.arange(0, COLS)
+    live_cols = cols < channels
+    mean, scale, w, b = _channels(
+        offset, offset_stride, statistics, weight, bias, image, groups, cols, live_cols, GROUP
+    )
+    at_means = means + (image * groups + cols // GROUP) * 2
+    mean_g = tl.load(at_means, mask=live_cols, other=0.0)
+    mean_gx = tl.load(at_means + 1, mask=live_cols, other=0.0)
+    rows = chunk * ROWS + tl.arange(0, ROWS)
+    live = (rows < pixels)[:, None] & live_cols[None, :]
+    at = image.to(tl.int64) * pixels * channels + rows[:, None].to(tl.int64) * channels + cols[None, :]
+    x_hat = (tl.load(x + at, mask=live, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
+    g = tl.load(grad_y + at, mask=live, other=0.0).to(tl.float32)
+    if SILU:
+        _, slope = _silu_and_slope(x_hat * w[None, :] + b[None, :])
+        g *= slope
+    g = scale[None, :] * (g * w[None, :] - mean_g[None, :] - x_hat * mean_gx[None, :])
+    if skip is not None:
+        g += tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
+    tl.store(grad_x + at, g.to(grad_x.dtype.element_ty), mask=live)

@@ -1,0 +1,125 @@
+"""Cases of the group normalisation: run by pytest, and as a script by Triton's interpreter in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.ops.group_norm import GroupNorm, group_norm_reference, input_gradient, normalise, statistics
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes, type, and what is taken along."""
+
+    n: int
+    channels: int
+    groups: int
+    height: int
+    width: int
+    dtype: str = "float32"
+    silu: bool = True
+    offset: str = ""  # "": none; channels; images
+    residual: bool = False
+    skip: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"{self.n}x{self.channels}x{self.height}x{self.width}-{self.groups}-{self.dtype}"]
+        parts += [name for name in ("silu", "residual", "skip") if getattr(self, name)]
+        return "-".join([*parts, self.offset] if self.offset else parts)
+
+
+def cases(interpreted: bool = False) -> list[Case]:
+    """Odd sizes, one pixel, groups of a number of channels that is no power of two, several tiles and blocks."""
+    found = [
+        Case(1, 4, 2, 1, 1),
+        Case(2, 6, 2, 7, 5, offset="channels"),
+        Case(2, 30, 10, 3, 11, silu=False, skip=True),
+        Case(1, 320, 32, 9, 7, "float16", offset="images", residual=True),
+        Case(3, 128, 32, 13, 31, "bfloat16", residual=True, skip=True, offset="channels"),
+        Case(1, 96, 32, 23, 9, offset="images", skip=True),
+        Case(0, 8, 2, 4, 4),
+        Case(2, 8, 2, 0, 4),
+    ]
+    if not interpreted:
+        found += [
+            Case(2, 512, 32, 65, 33, "float16", offset="channels", residual=True, skip=True),
+            Case(1, 960, 32, 64, 64, "float16", offset="images"),
+            Case(1, 128, 32, 256, 255, "float32", skip=True),
+            Case(1, 2560, 32, 8, 8, "bfloat16", silu=False),
+        ]
+    return found
+
+
+def image(case: Case, device: torch.device, scale: float = 1.0, mean: float = 0.0) -> Tensor:
+    values = mean + scale * torch.randn(case.n, case.channels, case.height, case.width, dtype=torch.float64)
+    return values.to(device, getattr(torch, case.dtype)).contiguous(memory_format=torch.channels_last)
+
+
+def run(case: Case, device: torch.device) -> None:
+    """All three functions against the twin in float64, given the same rounded numbers."""
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(case.channels + case.height)
+    dtype = getattr(torch, case.dtype)
+    # A mean that is large beside the deviation, as in these networks: sums of squares would lose it.
+    x = image(case, device, mean=5.0)
+    residual = image(case, device, 0.5) if case.residual else None
+    shape = {"": None, "channels": (case.channels,), "images": (case.n, case.channels)}[case.offset]
+    offset = None if shape is None else torch.randn(shape, dtype=torch.float64).to(device, dtype)
+    weight, bias = (torch.randn(case.channels, dtype=torch.float64).to(device, dtype) for _ in range(2))
+    norm = GroupNorm(weight, bias, case.groups, 1e-5, case.silu)
+    total = torch.full_like(x, float("nan")) if case.residual else None
+    found = statistics(norm, x, offset, residual, total)
+    grad_y, skip = image(case, device), image(case, device) if case.skip else None
+    torch.set_rng_state(generator_state)
+
+    exact = x.double()
+    if offset is not None:
+        exact = exact + offset.double().reshape(-1, case.channels, 1, 1)
+    if total is not None and residual is not None:
+        near(total, exact + residual.double(), dtype, 0.51)
+        x, offset, exact = total, None, total.double()
+    y = normalise(norm, x, found, offset)
+    grad_x = input_gradient(norm, grad_y, x, found, offset, skip)
+    for result in (y, grad_x):
+        assert result.shape == x.shape
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        assert result.dtype == dtype
+    if exact.numel() == 0:
+        return
+    exact.requires_grad_()
+    wanted = group_norm_reference(exact, weight.double(), bias.double(), case.groups, 1e-5, case.silu)
+    (gradient,) = torch.autograd.grad(wanted, exact, grad_y.double())
+    if skip is not None:
+        gradient = gradient + skip.double()
+    near(y, wanted.detach(), dtype)
+    near(grad_x, gradient, dtype)
+
+
+def near(actual: Tensor, expected: Tensor, dtype: torch.dtype, roundings: float = 0.6) -> None:
+    """Within so many roundings of the largest value; float32 arithmetic inside adds some of its own.
+
+    Triton's interpreter cuts bfloat16 numbers off instead of rounding them.
+    """
+    if expected.numel() == 0:
+        return
+    own = 128 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    if __name__ == "__main__" and dtype == torch.bfloat16:
+        roundings += 0.5
+    bound = (roundings * torch.finfo(dtype).eps + own) * max(1.0, expected.abs().max().item())
+    error = (actual.double() - expected).abs().max().item()
+    assert error <= bound, f"{error} where {bound} is allowed"
+
+
+if __name__ == "__main__":
+    failures = {}
+    for case in cases(interpreted=True):
+        try:
+            run(case, torch.device("cpu"))
+        except Exception as error:
+            failures[str(case)] = f"{type(error).__name__}: {error}"
+    json.dump(failures, sys.stdout)

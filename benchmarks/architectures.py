@@ -6,9 +6,15 @@ is the one of the name; `python benchmarks/architectures.py` counts them without
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from dreamfusion_fast.guidance import GuidanceConfig, PromptEmbeddings, PromptSet, ScoreDistillation
+from dreamfusion_fast.guidance.pipeline_source import PipelineSource
+
+TOKENS = 77
 
 _SD: dict[str, Any] = {
     "sample_size": 64,
@@ -86,6 +92,90 @@ def build(kind: str, name: str, dtype: torch.dtype, device: torch.device | str) 
     finally:
         torch.set_default_dtype(before)
     return model.eval().requires_grad_(False)
+
+
+class RandomWeights(PipelineSource):
+    """A pipeline with random weights, for `dreamfusion_fast.guidance.diffusers_models`: no files are read.
+
+    Args:
+        unet: a name of `UNETS`.
+        vae: a name of `VAES`, or None: a model of pixels.
+    """
+
+    def __init__(self, unet: str, vae: str | None) -> None:
+        self._unet, self._vae = unet, vae
+        super().__init__(unet, GuidanceConfig(name="random/weights"))
+
+    def _json(self, relative: str) -> dict[str, Any]:
+        sdxl = self._unet == "sdxl"
+        texts = {"text_encoder": 768} | ({"text_encoder_2": 1280} if sdxl else {})
+        if self._unet == "sd-2.1":
+            texts["text_encoder"] = 1024
+        parts = {name: ["transformers", "CLIPTextModel"] for name in texts}
+        parts |= {name.replace("text_encoder", "tokenizer"): ["transformers", "CLIPTokenizer"] for name in texts}
+        if sdxl:
+            parts["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+        clip = {"model_type": "clip_text_model", "max_position_embeddings": TOKENS, "num_hidden_layers": 12}
+        if self._vae is None:
+            parts = {"text_encoder": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "T5Tokenizer"]}
+            texts, clip = {"text_encoder": 4096}, {"model_type": "t5", "d_model": 4096}
+        else:
+            parts["vae"] = ["diffusers", "AutoencoderKL"]
+        contents: dict[str, dict[str, Any]] = {
+            "model_index.json": {
+                "_class_name": "StableDiffusionXLPipeline"
+                if sdxl
+                else "IFPipeline"
+                if self._vae is None
+                else "StableDiffusionPipeline",
+                "unet": ["diffusers", "UNet2DConditionModel"],
+                "scheduler": ["diffusers", "DDPMScheduler"],
+                **parts,
+            },
+            "unet/config.json": {"in_channels": 4, **UNETS[self._unet]},
+            "vae/config.json": VAES.get(self._vae or "", {}),
+            "scheduler/scheduler_config.json": {
+                "_class_name": "DDPMScheduler",
+                "num_train_timesteps": 1000,
+                "beta_start": 0.00085,
+                "beta_end": 0.012,
+                "beta_schedule": "scaled_linear",
+            },
+        }
+        for name, width in texts.items():
+            contents[f"{name}/config.json"] = {"hidden_size": width, "projection_dim": width, **clip}
+        return contents[relative]
+
+    def _file(self, relative: str) -> Path:
+        raise FileNotFoundError(relative)
+
+    @property
+    def _location(self) -> dict[str, Any]:
+        return {}
+
+    def identity(self, components: list[str]) -> str:
+        return f"random weights of {self._unet}: {components}"
+
+    def load(self, component: str, dtype: torch.dtype | None = None) -> Any:
+        """As the real one, straight to the GPU."""
+        assert dtype is not None
+        name = self._unet if component == "unet" else self._vae
+        assert name is not None
+        return build(component, name, dtype, "cuda")
+
+
+class RandomPrompts(ScoreDistillation):
+    """Score distillation whose prompts are embedded as random numbers: text encoders are gone before a run begins."""
+
+    def embed(self, prompts: PromptSet | str) -> PromptEmbeddings:
+        """Five rows of the model's widths."""
+        generator = torch.Generator().manual_seed(0)
+        config = UNETS[self.name]
+        width = config.get("encoder_hid_dim") or config["cross_attention_dim"]
+        tensors = {"hidden": torch.randn(PromptEmbeddings.ROWS, TOKENS, width, generator=generator)}
+        if config.get("addition_embed_type") == "text_time":
+            tensors["pooled"] = torch.randn(PromptEmbeddings.ROWS, 1280, generator=generator)
+        return PromptEmbeddings({name: x.half() for name, x in tensors.items()}).to(self.model.device)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from architectures import UNETS, VAES, build
+from architectures import TOKENS, UNETS, VAES, build
 from machine import RESULTS, describe, headline, write_result
 from measure import MB, Clock
 from torch import Tensor
@@ -33,8 +33,6 @@ from torch import Tensor
 from dreamfusion_fast.guidance.capture import CapturedFunction
 from dreamfusion_fast.guidance.fused_unet import fuse
 from dreamfusion_fast.guidance.latent_encoder import LatentEncoder
-
-TOKENS = 77
 
 
 @dataclass

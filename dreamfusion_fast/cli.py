@@ -85,7 +85,7 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return " ".join(str(error).split())
     if type(error).__name__ == "OutOfMemoryError":
-        return "the GPU is out of memory; use --batch 1, a smaller --schedule.render-size, or --device cpu"
+        return "the GPU is out of memory; close what else uses it, choose a smaller --guidance.name, or --device cpu"
     return None
 
 

@@ -128,6 +128,17 @@ def test_generate_hands_over_options(fake, tmp_path, capsys):
     assert f"done: {out}" in capsys.readouterr().out
 
 
+def test_memory_and_profile(fake):
+    assert cli.main(["generate", "x", "--memory", "16GB", "--profile"]) == 0
+    assert cli.main(["generate", "x", "--memory", "16000000000"]) == 0
+    assert cli.main(["generate", "x"]) == 0
+    assert [(config.memory, config.profile) for _, config, _ in fake.told] == [
+        ("16GB", True),
+        ("16000000000", False),
+        (None, False),
+    ]
+
+
 def test_command_line_wins_over_the_file(fake, tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("prompt: a chair\nsteps: 5\nbatch: 3\n")
@@ -171,6 +182,7 @@ def test_wrong_generate_options_are_one_line(capsys, tmp_path, run_folder):
     assert "'a chair'" in fails(capsys, "generate", "a table", "--resume", str(run_folder.path))
     assert "leave --out away" in fails(capsys, "generate", "--resume", str(run_folder.path), "--out", str(tmp_path))
     assert "unknown device 'gpu'" in fails(capsys, "generate", "x", "--device", "gpu")
+    assert "memory has to be a size such as 16GB" in fails(capsys, "generate", "x", "--memory", "lots")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU")
@@ -198,7 +210,7 @@ def test_errors_in_the_run_are_one_line(capsys, fake):
     fake.error = UserError("the loss is\nnot finite")
     assert fails(capsys, "generate", "x") == "error: the loss is not finite"
     fake.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
-    assert "out of memory; use --batch 1" in fails(capsys, "generate", "x")
+    assert "out of memory; close what else uses it" in fails(capsys, "generate", "x")
 
 
 def test_bugs_and_debug_show_a_traceback(fake, monkeypatch):

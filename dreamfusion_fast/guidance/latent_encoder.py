@@ -286,6 +286,12 @@ class LatentEncoder:
         self._layers.append(Last(encoder.conv_norm_out, _mean_convolution(encoder.conv_out, vae.quant_conv)))
         self._differentiable = CapturedPair(self.forward, self.backward)
 
+    def set_recompute(self, on: bool) -> None:
+        """Keep less from the next call on, or more."""
+        if on != self.recompute:
+            self.recompute = on
+            self._differentiable.clear()
+
     def __call__(self, images: Tensor) -> Tensor:
         """`[n, 3, H, W]` in any float type to `[n, channels, H / f, W / f]` in the encoder's; CUDA graphs on a GPU."""
         if images.requires_grad and torch.is_grad_enabled():

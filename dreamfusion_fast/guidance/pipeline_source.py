@@ -18,7 +18,7 @@ from dreamfusion_fast.guidance.base import KNOWN_GUIDANCE, GuidanceConfig
 
 _EXPECTED = (
     "a folder in diffusers' format holds model_index.json and the folders unet, scheduler, tokenizer, text_encoder "
-    "and, for a latent model, vae"
+    "and, for a latent model, vae (SDXL: also tokenizer_2 and text_encoder_2)"
 )
 # Files below this size are hashed whole; weights count by size and time of change.
 _HASHED_WHOLE = 8 * 2**20
@@ -63,6 +63,8 @@ class PipelineSource(ABC):
             )
         self.name = name
         self.variant = config.variant
+        # Components whose files carry ".fp16" in their names and nothing else is there.
+        self._only_fp16: set[str] = set()
         self._allow_pickle = config.allow_pickle
         self.index = self._json("model_index.json")
 
@@ -79,9 +81,40 @@ class PipelineSource(ABC):
     def _location(self) -> dict[str, Any]:
         """What `from_pretrained` takes to find the pipeline."""
 
+    @abstractmethod
+    def _weight_files(self, component: str) -> list[str] | None:
+        """Names of all files in the component's folder; None if nobody can say now."""
+
     def check_weights(self, component: str) -> None:
-        """Raise UserError if the component's weights are known to be missing or only stored as pickles."""
-        return  # on the hub this is known when they are loaded
+        """Raise UserError if the component's weights are known to be missing or only stored as pickles.
+
+        A component with weights of the variant "fp16" alone is loaded from these.
+        """
+        names = self._weight_files(component)
+        if names is None:
+            return
+        found = [name for name in names if name.endswith(".safetensors")]
+        pickled = [name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth"))]
+        if not found and not self._allow_pickle:
+            if pickled:
+                raise UserError(
+                    f"guidance {self.name!r}: the weights of {component} are stored as pickles, which can run code on "
+                    "loading: convert them to safetensors, or allow pickles if you trust their source"
+                )
+            raise UserError(f"guidance {self.name!r}: {component} holds no weights (*.safetensors)")
+        if not found and not pickled:
+            raise UserError(f"guidance {self.name!r}: {component} holds no weights (*.safetensors or pickles)")
+        if self.variant is not None:
+            if not any(f".{self.variant}" in name for name in (*found, *pickled)):
+                raise UserError(
+                    f"guidance {self.name!r}: {component} holds no weights of the variant {self.variant!r}: leave "
+                    "guidance variant out, or name one that is there"
+                )
+        elif found and all(".fp16" in name for name in found):
+            self._only_fp16.add(component)
+
+    def _variant(self, component: str) -> str | None:
+        return "fp16" if component in self._only_fp16 else self.variant
 
     def class_name(self, component: str) -> str | None:
         """Class of a component, or None if the pipeline has none of this name."""
@@ -101,24 +134,51 @@ class PipelineSource(ABC):
         """Configuration of a model or scheduler."""
         return self._json(f"{component}/{'scheduler_config' if component == 'scheduler' else 'config'}.json")
 
-    def load(self, component: str, dtype: torch.dtype | None = None) -> Any:
+    def parameters(self, component: str) -> int:
+        """Number of weights of a model, counted from its configuration without making or loading them.
+
+        Raises:
+            UserError: no such class, or the configuration does not fit it.
+        """
+        library, class_name = self.index[component]
+        config = self.config(component)
+        try:
+            model_class = _component_class(library, class_name)
+            with torch.device("meta"):
+                if library == "diffusers":
+                    model = model_class.from_config(config)
+                else:
+                    model = model_class(model_class.config_class.from_dict(config))
+        except Exception as error:  # libraries check configurations with errors of many kinds
+            raise UserError(
+                f"guidance {self.name!r}: the configuration of {component} ({class_name}) describes no model: "
+                f"{one_line(error)}"
+            ) from error
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    def load(self, component: str, dtype: torch.dtype | None = None, **options: Any) -> Any:
         """Load a component by the diffusers or transformers class its pipeline names.
 
-        With a dtype it is a model, and comes frozen and on the CPU; without, it is a tokenizer.
+        With a dtype it is a model, and comes frozen and, unless the options say otherwise, on the CPU; without, it is a
+        tokenizer. Weights in several files are read file by file. Options go to `from_pretrained` as they are.
 
         Raises:
             UserError: it cannot be loaded, or its weights are pickles and the config does not allow them.
         """
         library, class_name = self.index[component]
-        options: dict[str, Any] = {**self._location, "subfolder": component}
+        options = {**self._location, "subfolder": component, **options}
         if dtype is not None:
             self.check_weights(component)
             options[_dtype_keyword(library)] = dtype
             options["use_safetensors"] = None if self._allow_pickle else True
-            options["variant"] = self.variant
+            options["variant"] = self._variant(component)
+            if _needs_low_memory_flag(library):
+                options["low_cpu_mem_usage"] = True
         try:
             loaded = _component_class(library, class_name).from_pretrained(**options)
-        except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # as above, and files have their own
             raise UserError(
                 f"guidance {self.name!r}: cannot load {component} ({class_name}): {one_line(error)}"
             ) from error
@@ -151,19 +211,22 @@ class LocalSource(PipelineSource):
             raise UserError(f"guidance {self.name!r} is no diffusers pipeline, it lacks {relative}: {_EXPECTED}")
         return path
 
+    def _weight_files(self, component: str) -> list[str]:
+        return sorted(path.name for path in (self._folder / component).glob("*") if path.is_file())
+
     def check_weights(self, component: str) -> None:
-        """See `PipelineSource.check_weights`; a folder with weights of one variant alone selects that variant."""
+        """See `PipelineSource.check_weights`; all files that an index of weights names must be there."""
+        super().check_weights(component)
         folder = self._folder / component
-        found = sorted(path.name for path in folder.glob("*.safetensors"))
-        if not found and not self._allow_pickle:
-            if any(folder.glob("*.bin")):
+        variant = self._variant(component)
+        for index in sorted(folder.glob(f"*.safetensors.index{f'.{variant}' if variant else ''}.json")):
+            named = self._json(f"{component}/{index.name}").get("weight_map", {})
+            missing = sorted({str(name) for name in named.values() if not (folder / str(name)).is_file()})
+            if missing:
                 raise UserError(
-                    f"guidance {self.name!r}: the weights of {component} are stored as pickles, which can run code on "
-                    "loading: convert them to safetensors, or allow pickles if you trust their source"
+                    f"guidance {self.name!r}: {component} is incomplete, {len(missing)} of the files that {index.name} "
+                    f"names are not there: {', '.join(missing[:3])}"
                 )
-            raise UserError(f"guidance {self.name!r}: {component} holds no weights (*.safetensors)")
-        if self.variant is None and found and all(".fp16" in name for name in found):
-            self.variant = "fp16"
 
     def identity(self, components: list[str]) -> str:
         digest = hashlib.sha256()
@@ -186,6 +249,7 @@ class HubSource(PipelineSource):
     def __init__(self, hub_id: str, config: GuidanceConfig):
         self._hub_id = hub_id
         self._revision = config.revision
+        self._listing: list[str] | None = None
         super().__init__(hub_id, config)
         # The cached file lies in a folder named after the commit: everything else is taken from the same one.
         self._revision = self._file("model_index.json").parent.name
@@ -219,6 +283,19 @@ class HubSource(PipelineSource):
         except Exception as error:  # the hub's HTTP library differs between versions, and so do its errors
             raise UserError(f"{self._unreachable()} ({one_line(error)})") from error
 
+    def _weight_files(self, component: str) -> list[str] | None:
+        if self._listing is None:
+            import huggingface_hub
+
+            try:
+                self._listing = list(huggingface_hub.list_repo_files(self._hub_id, revision=self._revision))
+            except Exception:  # not reachable now: the files may all be in the cache, and loading them will tell
+                self._listing = []
+        if not self._listing:
+            return None
+        folder = f"{component}/"
+        return [name.removeprefix(folder) for name in self._listing if name.startswith(folder)]
+
     def _unreachable(self) -> str:
         return (
             f"guidance {self.name!r} is not a folder here and the hub cannot be reached: check the network, name a "
@@ -244,11 +321,22 @@ def _component_class(library: str, class_name: str) -> Any:
     return found
 
 
-def _dtype_keyword(library: str) -> str:
-    """transformers renamed the argument in 4.56; diffusers takes the old name in every version."""
-    if library != "transformers":
-        return "torch_dtype"
+def _transformers_version() -> tuple[int, int]:
     import transformers
 
     major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
-    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+    return major, minor
+
+
+def _dtype_keyword(library: str) -> str:
+    """transformers renamed the argument in 4.56; diffusers takes the old name in every version."""
+    return "dtype" if library == "transformers" and _transformers_version() >= (4, 56) else "torch_dtype"
+
+
+def _needs_low_memory_flag(library: str) -> bool:
+    """Whether weights are only read without a second copy on request: transformers before 5, with accelerate."""
+    return (
+        library == "transformers"
+        and _transformers_version() < (5, 0)
+        and importlib.util.find_spec("accelerate") is not None
+    )

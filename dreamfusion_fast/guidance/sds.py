@@ -21,7 +21,9 @@ from dreamfusion_fast.guidance.base import (
     check_t_range,
 )
 from dreamfusion_fast.guidance.cache import EmbeddingCache
+from dreamfusion_fast.guidance.memory import BatchPart, GuidanceMemory
 from dreamfusion_fast.guidance.prompts import PromptSet
+from dreamfusion_fast.stages import stage
 
 # Keeps quotients finite where a schedule reaches alpha = 0 or sigma = 0.
 _SMALL = 1e-6
@@ -120,10 +122,12 @@ class ScoreDistillation(Guidance):
         guidance_scale: float | None = None,
         generator: torch.Generator | None = None,
         grad_clip: float | None = None,
+        part: BatchPart | None = None,
     ) -> SDSOutput:
         """See `Guidance.sds_gradient`. Arithmetic is in the images' dtype, the model's evaluation in its own.
 
-        On a GPU the check for NaN does not wait for the device: the error comes with a later call.
+        On a GPU the check for NaN does not wait for the device: the error comes with a later call. With a `part` the
+        images are some views of a batch; see `BatchPart`.
         """
         self._check(images, views)
         config, model = self.config, self.model
@@ -131,16 +135,17 @@ class ScoreDistillation(Guidance):
         clip = config.grad_clip if grad_clip is None else grad_clip
 
         images = images.detach().requires_grad_(True)
-        with torch.enable_grad():
+        with torch.enable_grad(), stage("encode"):
             x = model.encode(images)
         with torch.no_grad():
             clean = x.detach()
-            t = self._timesteps(len(images), config.t_range if t_range is None else check_t_range(t_range), generator)
-            noise = _normal(clean, generator)
+            t_range = config.t_range if t_range is None else check_t_range(t_range)
+            t, noise = self._draw(clean, t_range, generator, part)
             abar = model.alphas_cumprod[t].to(clean.dtype).view(-1, 1, 1, 1)
             alpha, sigma = abar.sqrt(), (1 - abar).clamp_min(0).sqrt()
             noisy = alpha * clean + sigma * noise
-            pair = model.predict(noisy, t, embeddings.select(views), views).to(clean.dtype)
+            with stage("unet"):
+                pair = model.predict(noisy, t, embeddings.select(views), views).to(clean.dtype)
 
             output = guided(pair, scale, config.convention)
             x0 = to_x0(output, noisy, alpha, sigma, model.prediction_type)
@@ -158,7 +163,8 @@ class ScoreDistillation(Guidance):
             if clip is not None:
                 size = pull.norm(dim=1, keepdim=True)
                 pull = pull * (clip / size.clamp_min(clip))
-        (gradient,) = torch.autograd.grad(x, images, grad_outputs=pull)
+        with stage("encode backward"):
+            (gradient,) = torch.autograd.grad(x, images, grad_outputs=pull)
         self._finite.check(images, gradient)
         return SDSOutput(
             gradient=gradient,
@@ -178,20 +184,38 @@ class ScoreDistillation(Guidance):
         if len(images) == 0 or len(views) != len(images):
             raise ValueError(f"one view per image and at least one are needed, got {len(views)} and {len(images)}")
 
-    def _timesteps(self, batch: int, t_range: tuple[float, float], generator: torch.Generator | None) -> Tensor:
-        """[B] int64, uniform over the timesteps between both fractions of the schedule, ends included."""
-        steps = len(self.model.alphas_cumprod)
+    def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
+        """See `StatesMemory.memory_needs`."""
+        return self.model.memory_needs(batch, render_size)
+
+    def set_recompute(self, on: bool) -> None:
+        """See `Recomputes.set_recompute`."""
+        self.model.set_recompute(on)
+
+    def _draw(
+        self,
+        clean: Tensor,
+        t_range: tuple[float, float],
+        generator: torch.Generator | None,
+        part: BatchPart | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Timesteps `[B]` int64 and noise like `clean` `[B, ...]`, on its device.
+
+        Timesteps are uniform over those between both fractions of the schedule, ends included; noise is standard
+        normal. Both are drawn in float32 where the generator lives, so that a seed means one noise everywhere, and for
+        the whole batch if `clean` is a part of it.
+        """
+        steps, batch = len(self.model.alphas_cumprod), len(clean) if part is None else part.batch
+        rows = slice(0, batch) if part is None else slice(part.first, part.first + len(clean))
         low, high = (min(round(fraction * steps), steps - 1) for fraction in t_range)
-        device = generator.device if generator is not None else torch.device("cpu")
-        t = torch.randint(low, high + 1, (batch,), generator=generator, device=device)
-        return t.to(self.model.device, non_blocking=True)
-
-
-def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal noise, drawn in float32 where the generator lives so that a seed means one noise everywhere."""
-    device = generator.device if generator is not None else torch.device("cpu")
-    noise = torch.randn(like.shape, generator=generator, device=device, dtype=torch.float32)
-    return noise.to(like.device, like.dtype, non_blocking=True)
+        where = generator.device if generator is not None else torch.device("cpu")
+        pinned = clean.is_cuda and where.type == "cpu"  # so that no copy waits
+        t = torch.empty(batch, dtype=torch.int64, device=where, pin_memory=pinned)
+        torch.randint(low, high + 1, (batch,), generator=generator, out=t)
+        noise = torch.empty(batch, *clean.shape[1:], dtype=torch.float32, device=where, pin_memory=pinned)
+        torch.randn(noise.shape, generator=generator, out=noise)
+        device = self.model.device
+        return t[rows].to(device, non_blocking=True), noise[rows].to(device, clean.dtype, non_blocking=True)
 
 
 class _FiniteGuard:

@@ -66,8 +66,8 @@ class Cameras:
         """
         if height < 1 or width < 1:
             raise ValueError(f"height, width: got {height}, {width}, want both at least 1")
-        x = torch.arange(width).to(self.fov_y) + (0.5 - 0.5 * width)
-        y = (0.5 * height - 0.5) - torch.arange(height).to(self.fov_y)
+        x = torch.arange(width, device=self.fov_y.device, dtype=self.fov_y.dtype) + (0.5 - 0.5 * width)
+        y = (0.5 * height - 0.5) - torch.arange(height, device=self.fov_y.device, dtype=self.fov_y.dtype)
         focal = (0.5 * height) / torch.tan(0.5 * self.fov_y)
         batch = len(self)
         local = torch.stack(

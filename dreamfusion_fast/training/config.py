@@ -21,6 +21,7 @@ from dreamfusion_fast.guidance.base import GuidanceConfig
 from dreamfusion_fast.rendering.cameras import CameraConfig
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.training import config_io
+from dreamfusion_fast.training.memory_plan import parse_memory
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,10 @@ class Config:
     """Optimiser steps."""
     batch: int = 2
     """Views per step."""
+    memory: str | None = None
+    """Memory the run may use, such as 16GB, 16GiB, 16000MB or bytes; by default what the GPU has free."""
+    profile: bool = False
+    """Print at the end how long each stage of a step takes and how much memory."""
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
     camera: CameraConfig = dataclasses.field(default_factory=CameraConfig)
     field: HashGridFieldConfig = dataclasses.field(default_factory=lambda: SMALL_FIELD)
@@ -291,6 +296,8 @@ class Config:
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} has to be at least 1, not {getattr(self, name)}")
+        if self.memory is not None:
+            parse_memory(self.memory)
 
     def to_dict(self) -> dict[str, Any]:
         """The tree as nested dicts of plain values."""

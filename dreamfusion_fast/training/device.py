@@ -1,8 +1,9 @@
-"""Which device a run uses."""
+"""Which device a run uses, and how values get there."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from dreamfusion_fast.errors import UserError
 
@@ -29,3 +30,19 @@ def resolve_device(name: str = "auto") -> torch.device:
     if index >= torch.cuda.device_count():
         raise UserError(f"device {name} was asked for, but there are {torch.cuda.device_count()} GPUs, counted from 0")
     return torch.device("cuda", index)
+
+
+def send(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """Tensors of one dtype from the CPU to `device`: to a GPU in one copy that nothing waits for.
+
+    Each copy from ordinary memory makes the host wait until the GPU has done all that it was given before. From pinned
+    memory it does not, and torch keeps the pinned block until the copy is done.
+
+    Returns:
+        As many tensors, in order, of the same shapes; on a GPU they share one block of memory.
+    """
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    packed = torch.cat([tensor.reshape(-1) for tensor in tensors]).pin_memory().to(device, non_blocking=True)
+    parts = packed.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

@@ -24,16 +24,20 @@ from dreamfusion_fast.training.callbacks import Callback, Checkpoints, Curves, P
 from dreamfusion_fast.training.checkpoint import Checkpoint, load_checkpoint
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.device import resolve_device
+from dreamfusion_fast.training.memory_plan import capped
+from dreamfusion_fast.training.out_of_memory import DoesNotFitError
+from dreamfusion_fast.training.profile import StepProfile, StepProfiler
 from dreamfusion_fast.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left: its folder, the steps done and the mesh's size."""
+    """What a run left: its folder, the steps done and the mesh's size; what a step cost, if the config asked for it."""
 
     folder: Path
     steps: int
     mesh: MeshSummary
+    profile: StepProfile | None = None
 
 
 class Generator:
@@ -116,15 +120,20 @@ class Generator:
 
         Raises:
             KeyboardInterrupt: on Ctrl-C, after a checkpoint was written and it was said how to continue.
-            UserError: a used or unwritable folder, a NaN in training, no surface to export.
+            UserError: a used or unwritable folder, a NaN in training, no surface to export, too little memory.
         """
+        with capped(self.config.memory, self.device):
+            return self._run()
+
+    def _run(self) -> RunResult:
         config = self.config
+        profiler = StepProfiler(self.device) if config.profile else None
         new = self._folder is None
         if self._folder is None:
             self._folder = prepare_run_folder(config.out or default_run_folder(config.prompt))
         folder = self._folder
         try:
-            trainer = self._trainer(self._guidance)
+            trainer = self._trainer(self._guidance, profiler)
         except BaseException:
             with contextlib.suppress(OSError):  # a folder that was there before, with files of others in it, stays
                 folder.path.rmdir()
@@ -134,15 +143,22 @@ class Generator:
         checkpoints = Checkpoints(folder, config.log.checkpoint_every)
         if new:
             checkpoints.save(trainer)  # from here on the run can be resumed, whatever happens
-        self._train(trainer, folder, checkpoints)
+        for line in trainer.planner.lines(trainer.plan):
+            print(line, file=sys.stderr)
         try:
-            return RunResult(folder.path, trainer.steps_done, self._export(trainer, folder))
+            self._train(trainer, folder, checkpoints)
+        finally:  # also on Ctrl-C
+            profile = None if profiler is None else profiler.result()
+            if profile is not None:
+                print(profile.table())
+        try:
+            return RunResult(folder.path, trainer.steps_done, self._export(trainer, folder), profile)
         except KeyboardInterrupt:
             print(f"stopped during the export; continue: {_resume_command(folder)}", file=sys.stderr)
             raise
 
-    def _trainer(self, guidance: Guidance | None) -> Trainer:
-        trainer = Trainer(self.config, self.device, guidance)
+    def _trainer(self, guidance: Guidance | None, profiler: StepProfiler | None = None) -> Trainer:
+        trainer = Trainer(self.config, self.device, guidance, profiler)
         if self._checkpoint is not None:
             trainer.restore(self._checkpoint)
         return trainer
@@ -168,6 +184,9 @@ class Generator:
                 checkpoints.save(trainer)
         except NonFiniteError as error:
             raise UserError(f"{error}; the last good checkpoint is {folder.checkpoint}") from error
+        except DoesNotFitError as error:
+            checkpoints.save(trainer)  # of the last whole step
+            raise UserError(f"{error}; with such settings added, continue: {_resume_command(folder)}") from error
         finally:
             for callback in callbacks:
                 callback.on_end(trainer)

@@ -7,7 +7,10 @@ opacity and normals are added. Nothing here knows which diffusion model guides.
 
 from __future__ import annotations
 
+import gc
 import math
+import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +20,20 @@ from dreamfusion_fast.errors import NonFiniteError, UserError
 from dreamfusion_fast.fields.background import MlpBackground, per_view, random_colors
 from dreamfusion_fast.fields.hash_field import HashGridField
 from dreamfusion_fast.guidance.base import Guidance, Views, create_guidance
+from dreamfusion_fast.guidance.memory import Offloads, Recomputes
 from dreamfusion_fast.rendering.cameras import Cameras, orbit_cameras, sample_cameras
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
+from dreamfusion_fast.rendering.rays import Rays
 from dreamfusion_fast.rendering.renderer import RenderOutput, VolumeRenderer
 from dreamfusion_fast.rendering.shading import Shading, sample_lights
+from dreamfusion_fast.stages import stage
 from dreamfusion_fast.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from dreamfusion_fast.training.config import Config
+from dreamfusion_fast.training.device import send
+from dreamfusion_fast.training.memory_plan import MemoryLimit, MemoryPlan, MemoryPlanner
+from dreamfusion_fast.training.out_of_memory import DoesNotFitError, is_out_of_memory, one_line
+from dreamfusion_fast.training.parts import sds_gradient_in_parts
+from dreamfusion_fast.training.profile import StepProfiler
 
 _OPACITY_EPS = 0.01  # under the root of the opacity loss (DreamFusion, appendix A.2)
 
@@ -46,6 +57,29 @@ class StepResult:
     samples: int | Tensor
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """What a step draws: views and how they are shown, on the device.
+
+    Attributes:
+        size: height and width, pixels.
+        shading: of all views.
+        views: what the guidance is told.
+        rays: `B * size * size`, views one after another.
+        light: positions `[B * size * size, 3]` for shadings that read them, else None.
+        plain: background colours `[B * size * size, 3]`, or None for the learned background.
+        seed: of the samples' jitter.
+    """
+
+    size: int
+    shading: Shading
+    views: Views
+    rays: Rays
+    light: Tensor | None
+    plain: Tensor | None
+    seed: int
+
+
 class Trainer:
     """Everything that a run optimises, and the step that does it.
 
@@ -53,15 +87,30 @@ class Trainer:
         config: the run's settings.
         device: where it runs.
         guidance: what pulls; by default the model that the config names.
+        profiler: measures each step.
 
     Everything random comes from one CPU generator seeded by `config.seed`, so the same seed gives the same numbers on
     every device up to rounding, and on a CPU the same mesh.
+
+    Where a step runs out of memory, the trainer says so on stderr, takes the next rung down of `planner.ladder`, and
+    repeats the step with the same random numbers: the run goes on as if nothing had happened, up to rounding.
+
+    Raises:
+        UserError: a setting that no run can start with, or weights of the guidance that cannot fit into memory.
     """
 
-    def __init__(self, config: Config, device: torch.device, guidance: Guidance | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        guidance: Guidance | None = None,
+        profiler: StepProfiler | None = None,
+    ) -> None:
         config.check()
         self.config = config
         self.device = device
+        self.profiler = profiler
+        limit = MemoryLimit.of(config.memory, device)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.field = HashGridField(config.field, generator=self.generator).to(device)
         self.background = MlpBackground(
@@ -74,9 +123,21 @@ class Trainer:
         ).to(device)
         self.renderer = VolumeRenderer(self.field, self.occupancy, config.renderer)
         self.guidance = create_guidance(config.guidance, device) if guidance is None else guidance
-        self.embeddings = self.guidance.embed(config.prompt)
         self.optimizer = self._make_optimizer()
+        self.planner = MemoryPlanner(
+            self.guidance,
+            config.renderer,
+            config.batch,
+            max(config.schedule.render_size_start, config.schedule.render_size),
+            sum(p.numel() * p.element_size() for group in self.optimizer.param_groups for p in group["params"]),
+            limit,
+            device,
+        )
+        self.plan = self.planner.choose()
+        self._follow(self.plan)
+        self.embeddings = self.guidance.embed(config.prompt)
         self.steps_done = 0
+        self._occupancy_is_of = -1  # the step that has updated it, if it was due
 
     def _make_optimizer(self) -> torch.optim.Adam:
         c = self.config.optim
@@ -87,41 +148,125 @@ class Trainer:
         ]
         return torch.optim.Adam(groups, lr=c.lr_mlp, betas=c.betas, eps=c.eps, fused=True)
 
+    def _follow(self, plan: MemoryPlan) -> None:
+        """Set renderer and guidance as the plan says."""
+        self.plan = plan
+        config = plan.renderer_config(self.config.renderer)
+        if config != self.renderer.config:  # a new one, since the old one may hold graphs
+            self.renderer = VolumeRenderer(self.field, self.occupancy, config)
+        if isinstance(self.guidance, Recomputes):
+            self.guidance.set_recompute(plan.recompute)
+        if isinstance(self.guidance, Offloads):
+            self.guidance.set_offload(plan.offload)
+
     def step(self) -> StepResult:
         """One optimiser step on `config.batch` random views.
 
         Raises:
             NonFiniteError: images, losses or gradients hold a NaN or an infinity.
+            DoesNotFitError: out of memory, and there is nothing left to save. Nothing has changed since the last step.
         """
+        size = self.config.schedule.size(self.steps_done / self.config.steps)
+        before = self.generator.get_state()
+        while True:
+            try:
+                with nullcontext() if self.profiler is None else self.profiler.step(size, self.config.batch):
+                    return self._step(size)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = one_line(error)
+            # Here, since the error's traceback holds all that the step had made.
+            self._step_down(reason, before)
+
+    def _step_down(self, reason: str, before: Tensor) -> None:
+        """Undo what a step did before it ran out of memory, and save more."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.generator.set_state(before)
+        plan, step = self.planner.below(self.plan), self.steps_done + 1
+        if plan is None:
+            raise DoesNotFitError(
+                f"out of memory in step {step} ({reason}), and nothing is left to save: "
+                f"{self.planner.advice(self.plan)}"
+            )
+        saved = ", ".join(plan.savings(self.config.batch, self.plan))
+        print(f"out of memory in step {step} ({reason}); from here on {saved}", file=sys.stderr, flush=True)
+        self._follow(plan)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _step(self, size: int) -> StepResult:
         config, progress = self.config, self.steps_done / self.config.steps
         self._set_learning_rates(progress)
-        self.occupancy.update(self.field, self.steps_done)
+        self._update_occupancy()
+        with stage("cameras"):
+            drawn = self._draw(size, progress)
+        with stage("render forward"):
+            output = self._render_training(drawn)
+            images = output.color.view(config.batch, size, size, 3).permute(0, 3, 1, 2)
+        with stage("guidance"):
+            pull = sds_gradient_in_parts(
+                self.guidance,
+                images,
+                self.embeddings,
+                drawn.views,
+                self.plan.views_per_call,
+                t_range=config.schedule.t_range(progress),
+                generator=self.generator,
+            )
 
-        size = config.schedule.size(progress)
-        shading = self._draw_shading(progress)
-        cameras = sample_cameras(config.camera, config.batch, self.generator, self.device)
-        plain = self._draw_backgrounds()
-        output = self._render_training(cameras, size, shading, plain)
-        images = output.color.view(config.batch, size, size, 3).permute(0, 3, 1, 2)
-        views = Views(cameras.azimuth, cameras.elevation, plain, shading.value)
-        pull = self.guidance.sds_gradient(
-            images, self.embeddings, views, t_range=config.schedule.t_range(progress), generator=self.generator
-        )
-
-        losses = {"sds": pull.residual.mean(), **self._regularisers(output)}
-        weights = {name: getattr(config.loss, name).at(progress) for name in losses if name != "sds"}
+        weights = {name: getattr(config.loss, name).at(progress) for name in ("opacity", "entropy", "orientation")}
+        regularisers = self._regularisers(output, weights)
+        losses = {"sds": pull.residual.mean()} | {name: value.detach() for name, value in regularisers.items()}
         # The guidance's gradient is a sum over its pixels; per pixel it has one size whatever the model's resolution.
-        total = (images * pull.gradient).sum() / (config.batch * self.guidance.image_size**2)
-        total = total + sum(weights[name] * losses[name] for name in weights)
-        losses = {name: value.detach() for name, value in losses.items()}
-        result = StepResult(self.steps_done + 1, losses, shading, size, output.samples)
+        per_pixel = 1.0 / (config.batch * self.guidance.image_size**2)
+        weighted = [weights[name] * value for name, value in regularisers.items() if weights[name]]
+        result = StepResult(self.steps_done + 1, losses, drawn.shading, size, output.samples)
         if self.device.type == "cpu":  # before the parameters are touched; on a GPU it would wait
-            self.check_finite(result, total.detach())
+            total = (images.detach() * pull.gradient).sum() * per_pixel + sum(term.detach() for term in weighted)
+            self.check_finite(result, total)
+        self._make_moments()
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        self.optimizer.step()
+        with stage("render backward"):
+            torch.autograd.backward([images, *weighted], [pull.gradient * per_pixel, *(None for _ in weighted)])
+        with stage("optimiser"):
+            self.optimizer.step()
         self.steps_done += 1
         return result
+
+    def _update_occupancy(self) -> None:
+        """Once per step, however often the step is repeated, and whole or not at all."""
+        occupancy = self.occupancy
+        if self.steps_done % occupancy.every or self._occupancy_is_of == self.steps_done:
+            return
+        with stage("occupancy"):
+            before = occupancy.grid.clone(), occupancy.bitfield.clone()
+            try:
+                occupancy.update(self.field, self.steps_done)
+            except Exception:
+                occupancy.grid.copy_(before[0])
+                occupancy.bitfield.copy_(before[1])
+                raise
+        self._occupancy_is_of = self.steps_done
+
+    def _make_moments(self) -> None:
+        """Adam's state before its first step, as Adam itself makes it.
+
+        Adam would make it group by group, between updates of parameters: memory that ran out there could not be undone.
+        With its state at hand, a fused step allocates nothing.
+        """
+        if self.optimizer.state:
+            return
+        state = {}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                }
+        self.optimizer.state.update(state)
 
     def check_finite(self, result: StepResult, total: Tensor | None = None) -> None:
         """Raise NonFiniteError if a loss of `result`, or their weighted sum, is not finite; waits for the GPU."""
@@ -159,37 +304,62 @@ class Trainer:
             return Shading.ALBEDO
         return Shading.TEXTURELESS if draw < c.albedo_probability + c.textureless_probability else Shading.LAMBERTIAN
 
+    def _draw(self, size: int, progress: float) -> _Drawn:
+        """All of a step's random numbers but the guidance's. They are drawn on the CPU and sent at once."""
+        config, batch = self.config, self.config.batch
+        shading = self._draw_shading(progress)
+        cameras = sample_cameras(config.camera, batch, self.generator)
+        plain = self._draw_backgrounds()
+        lights = sample_lights(cameras.positions, self.generator, distance=config.shading.light_distance)
+        seed = int(torch.randint(2**31 - 1, (), generator=self.generator))
+
+        values = [cameras.camera_to_world, cameras.fov_y, cameras.azimuth, cameras.elevation, cameras.distance, lights]
+        pose, fov_y, azimuth, elevation, distance, lights, *rest = send(
+            self.device, *values, *([] if plain is None else [plain])
+        )
+        plain = rest[0] if rest else None
+        return _Drawn(
+            size,
+            shading,
+            Views(azimuth, elevation, plain, shading.value),
+            Cameras(pose, fov_y, azimuth, elevation, distance).rays(size, size),
+            per_view(lights, size * size) if shading.needs_normals else None,
+            None if plain is None else per_view(plain, size * size),
+            seed,
+        )
+
     def _draw_backgrounds(self) -> Tensor | None:
-        """Plain colours `[B, 3]`, or None for the learned background."""
+        """Plain colours `[B, 3]` on the CPU, or None for the learned background."""
         c, batch = self.config.background, self.config.batch
         draws = torch.rand(batch + 1, generator=self.generator)
         colors = random_colors(batch, self.generator)
         if float(draws[0]) >= c.plain:
             return None
-        return torch.where((draws[1:] < c.white)[:, None], torch.ones_like(colors), colors).to(self.device)
+        return torch.where((draws[1:] < c.white)[:, None], torch.ones_like(colors), colors)
 
-    def _render_training(self, cameras: Cameras, size: int, shading: Shading, plain: Tensor | None) -> RenderOutput:
-        config, per_image = self.config, size * size
-        lights = sample_lights(cameras.positions, self.generator, distance=config.shading.light_distance)
-        seed = int(torch.randint(2**31 - 1, (), generator=self.generator))
+    def _render_training(self, drawn: _Drawn) -> RenderOutput:
         return self.renderer.render(
-            cameras.rays(size, size),
-            self.background if plain is None else per_view(plain, per_image),
-            shading,
-            per_view(lights, per_image) if shading.needs_normals else None,
+            drawn.rays,
+            self.background if drawn.plain is None else drawn.plain,
+            drawn.shading,
+            drawn.light,
             jitter=True,
-            seed=seed,
-            ambient=config.shading.ambient,
-            diffuse=config.shading.diffuse,
+            seed=drawn.seed,
+            ambient=self.config.shading.ambient,
+            diffuse=self.config.shading.diffuse,
         )
 
-    def _regularisers(self, output: RenderOutput) -> dict[str, Tensor]:
-        """Means over rays; the orientation loss exists in the steps whose shading has computed normals."""
-        opacity = output.opacity.clamp(1e-5, 1.0 - 1e-5)
-        losses = {
-            "opacity": (output.opacity.square() + _OPACITY_EPS).sqrt().mean(),
-            "entropy": -(opacity * opacity.log() + (1 - opacity) * (1 - opacity).log()).mean(),
-        }
+    def _regularisers(self, output: RenderOutput, weights: dict[str, float]) -> dict[str, Tensor]:
+        """Means over rays, with a graph where they have a weight.
+
+        The orientation loss exists in the steps whose shading has computed normals.
+        """
+        losses = {}
+        with torch.set_grad_enabled(weights["opacity"] != 0):
+            losses["opacity"] = (output.opacity.square() + _OPACITY_EPS).sqrt().mean()
+        with torch.set_grad_enabled(weights["entropy"] != 0):
+            opacity = output.opacity.clamp(1e-5, 1.0 - 1e-5)
+            losses["entropy"] = -(opacity * opacity.log() + (1 - opacity) * (1 - opacity).log()).mean()
         if output.orientation_loss is not None:
             losses["orientation"] = output.orientation_loss
         return losses
@@ -243,6 +413,7 @@ class Trainer:
         except (KeyError, RuntimeError) as error:  # load_state_dict raises the latter
             raise UserError(f"the checkpoint does not fit this config: {' '.join(str(error).split())}") from error
         self.steps_done = checkpoint.step
+        self._occupancy_is_of = -1
 
     def _modules(self) -> list[tuple[str, torch.nn.Module]]:
         return [("field", self.field), ("background", self.background), ("occupancy", self.occupancy)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.guidance import GuidanceConfig, PromptEmbeddings, ScoreDistillation, Views, create_guidance
-from dreamfusion_fast.guidance.diffusers_models import LatentModel, PipelineModel, PixelModel, resize
+from dreamfusion_fast.guidance.diffusers_models import LatentModel, PixelModel, SDXLModel, resize
 
 pytest.importorskip("diffusers")
 
@@ -28,47 +28,111 @@ def _guidance(folder: Path, **options: Any) -> ScoreDistillation:
 
 def _diffusers(folder: Path, kind: str) -> Any:
     """The same pipeline by diffusers, in float64."""
-    from diffusers import IFPipeline, StableDiffusionPipeline
+    from diffusers import IFPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    options: dict[str, Any] = {} if kind == "latent" else {"watermarker": None}
-    pipeline = {"latent": StableDiffusionPipeline, "pixel": IFPipeline}[kind].from_pretrained(
-        folder, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **options
-    )
+    unchecked: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline_class, options = {
+        "latent": (StableDiffusionPipeline, unchecked),
+        "sdxl": (StableDiffusionXLPipeline, {"add_watermarker": False}),
+        "pixel": (IFPipeline, {**unchecked, "watermarker": None}),
+    }[kind]
+    pipeline = pipeline_class.from_pretrained(folder, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(torch.float64)
 
 
-@pytest.mark.parametrize("kind", ["latent", "pixel"])
-def test_embeddings_equal_those_of_diffusers(pipeline: Pipelines, kind: str) -> None:
+@pytest.mark.parametrize("negative", ["", "red view"])
+@pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
+def test_embeddings_equal_those_of_diffusers(pipeline: Pipelines, kind: str, negative: str) -> None:
     folder = pipeline(kind)
-    embeddings = _guidance(folder, dtype="float32").embed("a Teapot")
+    embeddings = _guidance(folder, dtype="float32", negative_prompt=negative).embed("a Teapot")
     reference = _diffusers(folder, kind).to(torch.float32)
+    names = ["hidden", "pooled"] if kind == "sdxl" else ["hidden"]
+    assert sorted(embeddings.tensors) == names
     for row, view in enumerate(["front", "side", "back", "overhead"]):
-        options = {"prompt": f"a Teapot, {view} view", "device": "cpu", "negative_prompt": ""}
-        text, null = reference.encode_prompt(**options, num_images_per_prompt=1, do_classifier_free_guidance=True)
-        torch.testing.assert_close(embeddings.tensors["hidden"][row], text[0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(embeddings.tensors["hidden"][-1], null[0], rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(embeddings.tensors["hidden"][0], embeddings.tensors["hidden"][1])
+        options = {"prompt": f"a Teapot, {view} view", "device": "cpu", "negative_prompt": negative or None}
+        expected = reference.encode_prompt(**options, num_images_per_prompt=1, do_classifier_free_guidance=True)
+        for name, text, null in zip(names, expected[::2], expected[1::2], strict=True):
+            torch.testing.assert_close(embeddings.tensors[name][row], text[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(embeddings.tensors[name][-1], null[0], rtol=1e-5, atol=1e-5)
+    for value in embeddings.tensors.values():
+        assert not torch.allclose(value[0], value[1])
+        assert bool((value[-1] == 0).all()) == (kind == "sdxl" and not negative)
 
 
-@pytest.mark.parametrize("kind", ["latent", "pixel"])
+def test_empty_negative_prompt_is_embedded_where_the_pipeline_says_so(own_pipeline: Pipelines) -> None:
+    folder = own_pipeline("sdxl")
+    index = folder / "model_index.json"
+    before = _guidance(folder).model.text_identity
+    index.write_text(index.read_text().replace('"force_zeros_for_empty_prompt": true', '"other": true'))
+    assert _guidance(folder).model.text_identity != before
+    embeddings = _guidance(folder, dtype="float32").embed("a teapot")
+    expected = _diffusers(folder, "sdxl").to(torch.float32).encode_prompt("", device="cpu", negative_prompt="")
+    torch.testing.assert_close(embeddings.tensors["hidden"][-1], expected[0][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(embeddings.tensors["pooled"][-1], expected[2][0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
+def test_prediction_equals_that_of_the_pipeline_while_it_samples(
+    pipeline: Pipelines, kind: str, prediction_type: str
+) -> None:
+    """diffusers draws two pictures; what its U-Net was given and gave is recorded and asked of the guidance."""
+    from diffusers import DDPMScheduler
+
+    folder = pipeline(kind, prediction_type)
+    guidance, reference = _guidance(folder, negative_prompt="red"), _diffusers(folder, kind)
+    embeddings = guidance.embed("a teapot")
+    views = Views(torch.tensor([3.1, 0.0]), torch.zeros(2))
+    null, text = (half.double() for half in embeddings.select(views)["hidden"].chunk(2))
+    given: dict[str, Any] = {"prompt_embeds": text, "negative_prompt_embeds": null}
+    if kind == "sdxl":
+        null, text = (half.double() for half in embeddings.select(views)["pooled"].chunk(2))
+        given.update(pooled_prompt_embeds=text, negative_pooled_prompt_embeds=null)
+    # Every timestep of this scheduler's is one that the model was trained on, and its input is not scaled.
+    variance = "learned_range" if kind == "pixel" else "fixed_small"
+    reference.scheduler = DDPMScheduler.from_config(reference.scheduler.config, variance_type=variance)
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    reference.unet.register_forward_hook(lambda _, inputs, output: seen.append((*inputs, output[0])))
+    generator = torch.Generator().manual_seed(5)
+    reference(**given, num_inference_steps=3, guidance_scale=4.0, generator=generator, output_type="pt")
+
+    assert len({int(t) for _, t, _ in seen}) == 3
+    for noisy, t, output in seen:
+        torch.testing.assert_close(noisy[:2], noisy[2:], rtol=0, atol=0)
+        with torch.no_grad():
+            pair = guidance.model.predict(noisy[:2], t.repeat(2), embeddings.select(views), views)
+        assert output.shape[1] == (6 if kind == "pixel" else 4)
+        assert pair.shape[1] == (3 if kind == "pixel" else 4)
+        torch.testing.assert_close(pair, output[:, : pair.shape[1]], rtol=1e-9, atol=1e-9)
+        assert (pair[:2] - pair[2:]).abs().max() > 1e-3, "the text must matter for this test to see anything"
+
+
+@pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
 def test_prediction_equals_the_unet_asked_twice(pipeline: Pipelines, kind: str) -> None:
     folder = pipeline(kind)
     guidance = _guidance(folder)
     embeddings = guidance.embed("a teapot")
-    noisy, t = torch.randn(3, 4 if kind == "latent" else 3, 8, 8, dtype=torch.float64), torch.tensor([3, 50, 98])
+    noisy = torch.randn(3, 3 if kind == "pixel" else 4, 8, 8, dtype=torch.float64)
+    t = torch.tensor([3, 50, 98])
     with torch.no_grad():
         pair = guidance.model.predict(noisy, t, embeddings.select(VIEWS), VIEWS)
         unet = _diffusers(folder, kind).unet
-        null = torch.cat([_ask(unet, noisy[i], t[i], embeddings.tensors["hidden"][-1]) for i in range(3)])
-        text = torch.cat([_ask(unet, noisy[i], t[i], embeddings.tensors["hidden"][ROWS[i]]) for i in range(3)])
+        null = torch.cat([_ask(unet, noisy[i], t[i], embeddings, -1) for i in range(3)])
+        text = torch.cat([_ask(unet, noisy[i], t[i], embeddings, ROWS[i]) for i in range(3)])
     torch.testing.assert_close(pair, torch.cat((null, text)), rtol=1e-9, atol=1e-9)
     assert (text - null).abs().max() > 1e-3, "the text must matter for this test to see anything"
 
 
-def _ask(unet: Any, noisy: Tensor, t: Tensor, hidden: Tensor) -> Tensor:
+def _ask(unet: Any, noisy: Tensor, t: Tensor, embeddings: PromptEmbeddings, row: int) -> Tensor:
     """One prediction for one input, without the learned variance."""
-    return unet(noisy[None], t, encoder_hidden_states=hidden[None].double()).sample[:, : len(noisy)]
+    told = {name: value[row][None].double() for name, value in embeddings.tensors.items()}
+    added = None
+    if "pooled" in told:
+        sizes = torch.tensor([[16, 16, 0, 0, 16, 16]], dtype=torch.float64)
+        added = {"text_embeds": told["pooled"], "time_ids": sizes}
+    output = unet(noisy[None], t, encoder_hidden_states=told["hidden"], added_cond_kwargs=added)
+    return output.sample[:, : len(noisy)]
 
 
 def _derived(pipeline: Any, kind: str, images: Tensor, embeddings: PromptEmbeddings, t: Tensor, **how: Any) -> Tensor:
@@ -81,7 +145,7 @@ def _derived(pipeline: Any, kind: str, images: Tensor, embeddings: PromptEmbeddi
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     images = images.clone().requires_grad_(True)
     x = images.mul(2).sub(1)
-    if kind == "latent":
+    if kind != "pixel":
         x = pipeline.vae.encode(x).latent_dist.mode() * pipeline.vae.config.scaling_factor
 
     generator = torch.Generator().manual_seed(how["seed"])
@@ -91,8 +155,8 @@ def _derived(pipeline: Any, kind: str, images: Tensor, embeddings: PromptEmbeddi
     for i in range(len(images)):
         with torch.no_grad():
             noisy = scheduler.add_noise(x[i : i + 1], noise[i : i + 1], t[i : i + 1])
-            null = _ask(pipeline.unet, noisy[0], t[i], embeddings.tensors["hidden"][-1])
-            text = _ask(pipeline.unet, noisy[0], t[i], embeddings.tensors["hidden"][ROWS[i]])
+            null = _ask(pipeline.unet, noisy[0], t[i], embeddings, -1)
+            text = _ask(pipeline.unet, noisy[0], t[i], embeddings, ROWS[i])
             start = null if how["convention"] == "null" else text
             x0 = scheduler.step(start + how["scale"] * (text - null), int(t[i]), noisy).pred_original_sample
             abar = scheduler.alphas_cumprod[t[i]]
@@ -109,6 +173,8 @@ def _derived(pipeline: Any, kind: str, images: Tensor, embeddings: PromptEmbeddi
         ("latent", "epsilon", "text", False),
         ("latent", "v_prediction", "null", False),
         ("latent", "v_prediction", "text", False),
+        ("sdxl", "epsilon", "null", False),
+        ("sdxl", "v_prediction", "text", False),
         ("pixel", "epsilon", "null", False),
         ("pixel", "epsilon", "text", True),
         ("pixel", "v_prediction", "text", False),
@@ -163,46 +229,11 @@ def test_what_the_folders_say_about_the_models(pipeline: Pipelines) -> None:
     assert (latent.image_size, pixel.image_size) == (16, 8)
     assert (latent.model.prediction_type, pixel.model.prediction_type) == ("v_prediction", "epsilon")
     assert (latent.guidance_scale, pixel.guidance_scale) == (100.0, 20.0)
+    sdxl = _guidance(pipeline("sdxl"), dtype="float16").model
+    assert isinstance(sdxl, SDXLModel)
+    assert (sdxl.image_size, sdxl.dtype) == (16, torch.float16)
     betas = torch.linspace(0.001**0.5, 0.12**0.5, 100, dtype=torch.float64) ** 2
     torch.testing.assert_close(latent.model.alphas_cumprod.double(), (1 - betas).cumprod(0), rtol=1e-5, atol=1e-6)
-
-
-def test_text_encoder_is_loaded_once_per_prompt_and_freed(pipeline: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dreamfusion_fast.guidance.pipeline_source import PipelineSource
-
-    loaded: list[str] = []
-    load = PipelineSource.load
-
-    def counting(self: PipelineSource, component: str, dtype: torch.dtype | None = None) -> Any:
-        loaded.append(component)
-        return load(self, component, dtype)
-
-    monkeypatch.setattr(PipelineSource, "load", counting)
-    first = _guidance(pipeline("latent"))
-    embeddings = first.embed("a chair")
-    assert loaded == ["tokenizer", "text_encoder"]
-    assert not [value for value in vars(first.model).values() if isinstance(value, torch.nn.Module)]
-    again = _guidance(pipeline("latent")).embed("a chair")
-    assert loaded == ["tokenizer", "text_encoder"]
-    assert torch.equal(embeddings.tensors["hidden"], again.tensors["hidden"])
-    _guidance(pipeline("latent")).embed("a red chair")
-    assert loaded == ["tokenizer", "text_encoder"] * 2
-
-
-def test_another_text_encoder_or_precision_is_another_entry(own_pipeline: Pipelines) -> None:
-    folder = own_pipeline("latent")
-
-    def identity(**options: Any) -> str:
-        model = _guidance(folder, **options).model
-        assert isinstance(model, PipelineModel)
-        return model.text_identity
-
-    before = identity()
-    assert identity() == before
-    assert identity(dtype="bfloat16") != before
-    weights = next((folder / "text_encoder").glob("*.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
-    assert identity() != before
 
 
 def test_half_precision_model_gives_a_float32_gradient_near_the_exact_one(pipeline: Pipelines) -> None:
@@ -227,3 +258,47 @@ def test_weights_are_frozen_and_load_may_be_called_ahead(pipeline: Pipelines) ->
     assert not any(module.training for module in modules)
     guidance.model.load()
     assert all(value in modules for value in vars(guidance.model).values() if isinstance(value, torch.nn.Module))
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("latent", torch.float16), ("sdxl", torch.float32)])
+def test_autoencoder_that_overflows_in_half_precision_is_run_in_float32(
+    pipeline: Pipelines, kind: str, wanted: torch.dtype
+) -> None:
+    guidance = _guidance(pipeline(kind), dtype="float16")
+    guidance.model.load()
+    modules = {type(value).__name__: value for value in vars(guidance.model).values() if hasattr(value, "dtype")}
+    assert modules["AutoencoderKL"].dtype == wanted
+    assert modules["UNet2DConditionModel"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
+def test_the_quicker_parts_give_the_same(pipeline: Pipelines, kind: str, recompute: bool) -> None:
+    """What a GPU runs in place of diffusers' own modules, here on the CPU in float64."""
+    results = []
+    for quicker in (False, True):
+        guidance = _guidance(pipeline(kind), dtype="float64")
+        guidance.model._fuses = quicker
+        guidance.set_recompute(recompute)
+        torch.manual_seed(8)
+        images = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+        views = Views(torch.tensor([0.1, 3.0]), torch.tensor([0.2, 0.1]))
+        embeddings = guidance.embed("a red chair")
+        results.append(guidance.sds_gradient(images, embeddings, views, generator=torch.Generator().manual_seed(9)))
+    plain, other = results
+    assert plain.gradient.abs().max() > 1e-3
+    torch.testing.assert_close(other.x0, plain.x0, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(other.gradient, plain.gradient, rtol=1e-8, atol=1e-10)
+
+
+def test_a_model_says_what_memory_it_needs(pipeline: Pipelines) -> None:
+    guidance = _guidance(pipeline("latent"), dtype="float32")
+    needs = guidance.memory_needs(1, 64)
+    guidance.model.load()
+    model: Any = guidance.model
+    unet = 4 * sum(parameter.numel() for parameter in model._unet.parameters())
+    encoder = 4 * sum(parameter.numel() for parameter in model._vae.encoder.parameters())
+    assert unet + encoder < needs.weights < unet + 4 * encoder
+    assert 0 < needs.encode_recomputed < needs.encode
+    assert needs.unet > 0
+    assert _guidance(pipeline("pixel")).memory_needs(1, 64).encode == 0

@@ -43,6 +43,18 @@ def test_folder_that_is_not_there(name: str) -> None:
     _refused(name, "there is no such folder.*model_index.json")
 
 
+@pytest.mark.parametrize("name", [name for name, hub_id in KNOWN_GUIDANCE.items() if hub_id])
+def test_known_names_ask_the_hub_for_what_they_stand_for(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def fail(hub_id: str, *_: Any, **__: Any) -> str:
+        raise errors.LocalEntryNotFoundError(hub_id)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    _refused(name, f"guidance '{KNOWN_GUIDANCE[name]}' is not a folder here and the hub cannot be reached")
+
+
 def test_folder_that_is_no_pipeline(tmp_path: Path) -> None:
     _refused(tmp_path, "no diffusers pipeline, it lacks model_index.json")
 
@@ -58,11 +70,18 @@ def test_damaged_index(tmp_path: Path, content: str) -> None:
     _refused(tmp_path, "model_index.json")
 
 
-@pytest.mark.parametrize("component", ["scheduler", "text_encoder", "tokenizer"])
-def test_component_missing_from_the_index(own_pipeline: Pipelines, component: str) -> None:
-    folder = own_pipeline("latent")
+@pytest.mark.parametrize(
+    ("kind", "component"),
+    [
+        *(("latent", component) for component in ("scheduler", "text_encoder", "tokenizer", "vae")),
+        *(("sdxl", component) for component in ("scheduler", "tokenizer", "tokenizer_2", "vae")),
+        *(("pixel", component) for component in ("scheduler", "text_encoder", "tokenizer")),
+    ],
+)
+def test_component_missing_from_the_index(own_pipeline: Pipelines, kind: str, component: str) -> None:
+    folder = own_pipeline(kind)
     _edit(folder / "model_index.json", **{component: [None, None]})
-    _refused(folder, f"StableDiffusionPipeline.*has no {component}")
+    _refused(folder, f"Pipeline.*has no {component}:")
 
 
 @pytest.mark.parametrize(
@@ -72,10 +91,11 @@ def test_component_missing_from_the_index(own_pipeline: Pipelines, component: st
         ("vae", "vae/config.json"),
         ("scheduler", "scheduler/scheduler_config.json"),
         ("text_encoder", "text_encoder/config.json"),
+        ("text_encoder_2", "text_encoder_2/config.json"),
     ],
 )
 def test_component_missing_on_disk(own_pipeline: Pipelines, component: str, lacking: str) -> None:
-    folder = own_pipeline("latent")
+    folder = own_pipeline("sdxl" if component.endswith("_2") else "latent")
     shutil.rmtree(folder / component)
     _refused(folder, f"lacks {lacking}")
 
@@ -92,15 +112,80 @@ def test_pipeline_of_another_kind(tmp_path: Path) -> None:
     _refused(tmp_path, "FluxPipeline.*no unet, only transformer")
 
 
-def test_two_text_encoders(own_pipeline: Pipelines) -> None:
-    folder = own_pipeline("latent")
-    _edit(folder / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
-    _refused(folder, "two text encoders")
+def test_flow_matching(tmp_path: Path) -> None:
+    index = {
+        "_class_name": "StableDiffusion3Pipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    _refused(tmp_path, "StableDiffusion3Pipeline.*flow-matching models are not served yet")
 
 
-@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_refiner(own_pipeline: Pipelines) -> None:
+    folder = own_pipeline("sdxl")
+    _edit(folder / "model_index.json", text_encoder=[None, None], tokenizer=[None, None])
+    _refused(folder, "text_encoder_2 alone, as SDXL's refiner.*name the base model")
+
+
+def test_unet_of_sdxl_with_one_text_encoder(own_pipeline: Pipelines) -> None:
+    folder = own_pipeline("sdxl")
+    _edit(folder / "model_index.json", text_encoder_2=[None, None])
+    _refused(folder, "reads two text encoders, but the pipeline has no text_encoder_2")
+
+
+def test_unet_of_stable_diffusion_with_two_text_encoders(own_pipeline: Pipelines) -> None:
+    folder = own_pipeline("sdxl")
+    _edit(folder / "unet" / "config.json", addition_embed_type=None)
+    _refused(folder, "the pipeline has two text encoders, but the unet is not one of SDXL")
+
+
+@pytest.mark.parametrize(
+    ("component", "class_name", "message"),
+    [
+        ("unet", "UNet3DConditionModel", "unet is of class UNet3DConditionModel, UNet2DConditionModel is wanted"),
+        ("vae", "AutoencoderTiny", "vae is of class AutoencoderTiny, AutoencoderKL is wanted"),
+        (
+            "text_encoder",
+            "BertModel",
+            "text_encoder is of class BertModel, wanted is CLIPTextModel or .*T5EncoderModel",
+        ),
+        ("text_encoder_2", "CLIPTextModel", "text_encoder_2 is of class CLIPTextModel, wanted is CLIPTextModelWithP"),
+    ],
+)
+def test_component_of_another_class(own_pipeline: Pipelines, component: str, class_name: str, message: str) -> None:
+    folder = own_pipeline("sdxl")
+    _edit(folder / "model_index.json", **{component: ["diffusers", class_name]})
+    _refused(folder, message)
+
+
+@pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_class_embeds": 1000}, "reads more than text .num_class_embeds is 1000"),
+        ({"class_embed_type": "projection"}, "reads more than text .class_embed_type is 'projection'"),
+        ({"addition_embed_type": "text_image"}, "reads more than text .addition_embed_type is 'text_image'"),
+        ({"encoder_hid_dim_type": "image_proj"}, "reads more than text .encoder_hid_dim_type is 'image_proj'"),
+        ({"time_cond_proj_dim": 256}, "is distilled and takes the guidance scale"),
+    ],
+)
+def test_unet_that_reads_more(own_pipeline: Pipelines, kind: str, fields: dict[str, Any], message: str) -> None:
+    folder = own_pipeline(kind)
+    _edit(folder / "unet" / "config.json", **fields)
+    _refused(folder, message)
+
+
+def test_autoencoder_with_a_scale_per_channel(own_pipeline: Pipelines) -> None:
+    folder = own_pipeline("sdxl")
+    _edit(folder / "vae" / "config.json", latents_mean=[0.0] * 4, latents_std=[2.0] * 4)
+    _refused(folder, "latents_mean or latents_std per channel is not served")
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "text_encoder_2"])
 def test_component_without_weights(own_pipeline: Pipelines, component: str) -> None:
-    folder = own_pipeline("latent")
+    folder = own_pipeline("sdxl")
     for path in (folder / component).glob("*.safetensors"):
         path.unlink()
     _refused(folder, f"{component} holds no weights")
@@ -115,6 +200,8 @@ def test_pickles_are_loaded_on_request_only(own_pipeline: Pipelines) -> None:
     weights.unlink()
     _refused(folder, "unet are stored as pickles")
     create_guidance(GuidanceConfig(name=str(folder), allow_pickle=True)).model.load()
+    weights.with_suffix(".bin").unlink()
+    _refused(folder, r"unet holds no weights \(\*.safetensors or pickles\)", allow_pickle=True)
 
 
 def test_damaged_weights(own_pipeline: Pipelines) -> None:
@@ -145,13 +232,28 @@ def test_text_encoder_of_the_wrong_width(own_pipeline: Pipelines) -> None:
     create_guidance(GuidanceConfig(name=str(folder)))
 
 
+@pytest.mark.parametrize(("component", "width"), [("text_encoder", 16 + 6), ("text_encoder_2", 10 + 16)])
+def test_text_encoders_of_the_wrong_width_together(own_pipeline: Pipelines, component: str, width: int) -> None:
+    folder = own_pipeline("sdxl")
+    _edit(folder / component / "config.json", hidden_size=16)
+    _refused(folder, f"text encoders give vectors of width {width} together, the unet reads width 16")
+
+
+def test_pooled_output_of_the_wrong_width(own_pipeline: Pipelines) -> None:
+    folder = own_pipeline("sdxl")
+    _edit(folder / "text_encoder_2" / "config.json", projection_dim=16)
+    _refused(folder, "text_encoder_2 gives pooled vectors of width 16, the unet reads width 12 beside 6 numbers")
+    _edit(folder / "unet" / "config.json", projection_class_embeddings_input_dim=None)
+    _refused(folder, "lacks addition_time_embed_dim or projection_class_embeddings_input_dim")
+
+
 def test_pixel_text_encoder_of_the_wrong_width(own_pipeline: Pipelines) -> None:
     folder = own_pipeline("pixel")
     _edit(folder / "text_encoder" / "config.json", d_model=16)
     _refused(folder, "width 16.*width 24")
 
 
-@pytest.mark.parametrize(("kind", "channels"), [("latent", 9), ("pixel", 6)])
+@pytest.mark.parametrize(("kind", "channels"), [("latent", 9), ("sdxl", 8), ("pixel", 6)])
 def test_inpainting_and_upscaling(own_pipeline: Pipelines, kind: str, channels: int) -> None:
     folder = own_pipeline(kind)
     _edit(folder / "unet" / "config.json", in_channels=channels)
@@ -163,6 +265,7 @@ def test_inpainting_and_upscaling(own_pipeline: Pipelines, kind: str, channels: 
     [
         ({"prediction_type": "flow_prediction"}, "got 'flow_prediction'"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler is no diffusion"),
+        ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "EDMDPMSolverMultistepScheduler is no diffusion"),
         ({"num_train_timesteps": None}, "no diffusion noise schedule"),
         ({"beta_schedule": "other"}, "noise schedule"),
     ],
@@ -188,6 +291,16 @@ def test_variant_is_found_by_its_files(own_pipeline: Pipelines) -> None:
     guidance = create_guidance(GuidanceConfig(name=str(folder)))
     guidance.embed("a chair")
     guidance.model.load()
+
+
+def test_variant_is_found_for_each_component(own_pipeline: Pipelines) -> None:
+    folder = own_pipeline("latent")
+    (weights,) = (folder / "unet").glob("*.safetensors")
+    weights.rename(weights.with_name(f"{weights.stem}.fp16.safetensors"))
+    guidance = create_guidance(GuidanceConfig(name=str(folder)))
+    guidance.embed("a chair")
+    guidance.model.load()
+    _refused(folder, "vae holds no weights of the variant 'fp16'|text_encoder holds no weights of the", variant="fp16")
 
 
 def test_diffusers_not_installed(pipeline: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,10 +367,37 @@ def test_hub_id_is_pinned_to_one_commit(
         asked.append((hub_id, revision))
         return str(snapshot / relative)
 
+    def unreachable(hub_id: str, revision: str | None = None) -> list[str]:
+        raise OSError("the listing is not in the cache")
+
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", unreachable)
     guidance = create_guidance(GuidanceConfig(name=name, revision="main"))
     assert guidance.image_size == 16
     wanted = KNOWN_GUIDANCE.get(name, name)
     assert asked[0] == (wanted, "main")
     assert asked[-1] == (wanted, "0123abc")
     assert f"{wanted}@0123abc" in guidance.model.text_identity
+
+
+def test_weights_on_the_hub_are_looked_for_before_anything_is_downloaded(
+    pipeline: Pipelines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    snapshot = Path(shutil.copytree(pipeline("latent"), tmp_path / "snapshots" / "0123abc"))
+    files = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+    asked: list[tuple[str, str | None]] = []
+
+    def listing(hub_id: str, revision: str | None = None) -> list[str]:
+        asked.append((hub_id, revision))
+        return files
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda hub_id, relative, revision: snapshot / relative)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", listing)
+    create_guidance(GuidanceConfig(name="owner/name"))
+    assert asked == [("owner/name", "0123abc")]
+    files = [name.replace("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin") for name in files]
+    _refused("owner/name", "weights of unet are stored as pickles")
+    files = [name for name in files if not name.endswith(".bin")]
+    _refused("owner/name", "unet holds no weights")

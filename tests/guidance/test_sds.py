@@ -20,6 +20,7 @@ from dreamfusion_fast.guidance import (
     Views,
     create_guidance,
 )
+from dreamfusion_fast.guidance.memory import BatchPart
 from dreamfusion_fast.guidance.sds import guided, to_epsilon, to_x0
 
 CPU = torch.device("cpu")
@@ -212,6 +213,26 @@ def test_same_seed_same_numbers(device: torch.device) -> None:
     assert here.t.tolist() == there.t.tolist()
     torch.testing.assert_close(here.gradient, there.gradient.cpu(), rtol=1e-5, atol=1e-5)
     assert here.gradient.dtype == torch.float32
+
+
+def test_parts_of_a_batch_give_what_the_batch_gives() -> None:
+    """With the generator put back before each part."""
+    guidance = ScoreDistillation(PointModel(), GuidanceConfig(cache=False))
+    images, views, generator = _images(), _views(), torch.Generator().manual_seed(4)
+    before = generator.get_state()
+    whole = guidance.sds_gradient(images, _embeddings(), views, generator=generator)
+    after = generator.get_state()
+    parts = []
+    for rows in (slice(0, 1), slice(1, 3)):
+        generator.set_state(before)
+        some = Views(views.azimuth[rows], views.elevation[rows])
+        part = BatchPart(rows.start, 3)
+        parts.append(guidance.sds_gradient(images[rows], _embeddings(), some, generator=generator, part=part))
+        assert torch.equal(generator.get_state(), after)
+    for name in ("gradient", "t", "norm", "residual", "x0"):
+        torch.testing.assert_close(
+            torch.cat([getattr(part, name) for part in parts]), getattr(whole, name), rtol=1e-14, atol=0
+        )
 
 
 def test_images_are_left_alone() -> None:

@@ -193,6 +193,49 @@ def test_nan_keeps_the_old_checkpoint(tmp_path):
     assert Generator.resume(tmp_path / "run", guidance=BallGuidance()).run().steps == 12
 
 
+def test_profile_is_printed_at_the_end_and_on_ctrl_c(tmp_path, capsys):
+    result = generator_of(tmp_path / "whole", profile=True).run()
+    printed = capsys.readouterr().out
+    assert printed == result.profile.table() + "\n"
+    assert result.profile.whole.steps == 6  # of the 6 at the first size, or of the 6 at the second
+    with pytest.raises(KeyboardInterrupt):
+        generator_of(tmp_path / "part", callbacks=[Record(3, interrupt)], profile=True).run()
+    assert "profile: medians of 3 steps, the first ones included, 12x12, 2 views, CPU" in capsys.readouterr().out
+    assert generator_of(tmp_path / "plain", steps=1).run().profile is None
+    assert capsys.readouterr().out == ""
+
+
+def test_profile_does_not_change_a_run(tmp_path):
+    generator_of(tmp_path / "a", profile=True).run()
+    generator_of(tmp_path / "b").run()
+    assert_same_tensors(tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b"))
+
+
+def test_the_memory_plan_is_said(tmp_path, capsys):
+    generator_of(tmp_path / "run", steps=1, memory="2GB").run()
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("memory: 2.0 GB (--memory 2GB); the run is expected to take ")
+    assert second == "memory plan: it fits, nothing has to be saved"
+    with pytest.raises(UserError, match="memory has to be a size"):
+        generator_of(tmp_path / "other", memory="2 apples")
+    assert not (tmp_path / "other").exists()
+
+
+def test_out_of_memory_for_good_leaves_the_last_whole_step(tmp_path):
+    class Starved(BallGuidance):
+        def sds_gradient(self, *arguments, **options):
+            if len(self.calls) == 3:
+                raise torch.OutOfMemoryError("Tried to allocate 1.00 GiB")
+            return super().sds_gradient(*arguments, **options)
+
+    with pytest.raises(UserError, match=r"out of memory in step 4 .*continue: dreamfusion-fast generate --resume"):
+        generator_of(tmp_path / "run", Starved()).run()
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.safetensors").step == 3
+    Generator.resume(tmp_path / "run", guidance=BallGuidance()).run()
+    generator_of(tmp_path / "whole").run()
+    assert_same_tensors(tensors_of(tmp_path / "run"), tensors_of(tmp_path / "whole"))
+
+
 def test_a_failing_callback_ends_the_others(tmp_path):
     record = Record()
     with pytest.raises(RuntimeError, match="a bug in a callback"):

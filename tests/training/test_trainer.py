@@ -7,9 +7,11 @@ import dataclasses
 import pytest
 import torch
 from fakes import COLOR, BallGuidance, small_config, target
+from noisy import TinyLatentModel
 
 from dreamfusion_fast.errors import NonFiniteError, UserError
-from dreamfusion_fast.guidance.base import Views
+from dreamfusion_fast.guidance.base import GuidanceConfig, SDSOutput, Views
+from dreamfusion_fast.guidance.sds import ScoreDistillation
 from dreamfusion_fast.rendering.shading import Shading
 from dreamfusion_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dreamfusion_fast.training.config import (
@@ -20,6 +22,7 @@ from dreamfusion_fast.training.config import (
     ScheduleConfig,
     ShadingConfig,
 )
+from dreamfusion_fast.training.device import send
 from dreamfusion_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -261,6 +264,44 @@ def test_checkpoint_that_does_not_fit(tmp_path):
         save_checkpoint(path, tensors=broken, config=config, step=3, meta=meta)
         with pytest.raises(UserError, match=f"does not fit this config.*{words}"):
             Trainer(config, CPU, BallGuidance()).restore(load_checkpoint(path))
+
+
+def test_latent_model_with_a_render_of_its_own_size():
+    """--schedule.render-size 512: nothing is resized on the way to the autoencoder."""
+    model = TinyLatentModel(512)
+    sizes = []
+    encode = model.encode
+    model.encode = lambda images: sizes.append(tuple(images.shape)) or encode(images)
+    guidance = ScoreDistillation(model, GuidanceConfig(name="tiny", cache=False))
+    schedule = ScheduleConfig(render_size_start=16, render_size=512, render_size_until=0.5)
+    trainer = trainer_of(guidance=guidance, steps=2, batch=1, schedule=schedule, shading=ShadingConfig(0.0, 0.0, 1.0))
+    results = [trainer.step() for _ in range(2)]
+    assert sizes == [(1, 3, 16, 16), (1, 3, 512, 512)]
+    assert [result.size for result in results] == [16, 512]
+    assert results[1].shading.needs_normals
+    assert torch.isfinite(results[1].losses["sds"])
+    assert float(trainer.field.table.grad.abs().sum()) > 0
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_nothing_but_the_count_of_samples():
+    """Between updates of the occupancy grid, which read back a list of cells."""
+
+    class Pull(BallGuidance):
+        def sds_gradient(self, images, embeddings, views, t_range=None, generator=None):
+            (t,) = send(images.device, torch.randint(0, 1000, (len(images),), generator=generator))
+            pull = images.detach() - 0.5
+            return SDSOutput(pull, t, pull.flatten(1).norm(dim=1), pull.flatten(1).norm(dim=1), pull)
+
+    trainer = trainer_of(torch.device("cuda"), Pull(), steps=40)
+    for _ in range(29):  # past the change of size at half of the run, and past captures
+        trainer.step()
+    for _ in range(3):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            trainer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("shading", list(Shading))

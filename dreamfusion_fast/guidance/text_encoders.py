@@ -1,0 +1,287 @@
+"""Prompts as vectors: text encoders are loaded one at a time, where they fit, and freed before anything else is loaded.
+
+No text encoder needs a card that holds it. T5-XXL (4.8 billion weights, 9.5 GB in bfloat16), which DeepFloyd IF reads,
+is run from main memory, one layer after another on the GPU, where the card is smaller.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.errors import NonFiniteError, UserError
+from dreamfusion_fast.guidance.base import GuidanceConfig
+from dreamfusion_fast.guidance.pipeline_source import PipelineSource
+
+Placement = Literal["gpu", "layers", "cpu"]
+"""Where an encoder runs: whole on the GPU, layer by layer on the GPU from main memory, or on the CPU."""
+
+_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
+# DeepFloyd IF was trained on captions of at most 77 tokens, although T5 takes longer ones.
+_T5_TOKENS = 77
+# Weights may take this part of the memory that is free; the rest is for activations and what the allocator loses.
+_FREE_SHARE = 0.6
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class PromptEncoder:
+    """The text encoders of one diffusers pipeline: one (Stable Diffusion, DeepFloyd IF) or two (SDXL).
+
+    With one encoder the embedding of a text is its last hidden state. With two it is, as in Podell et al. 2023 (SDXL,
+    section 2.1), the penultimate hidden states of both side by side, and the pooled output of the last.
+
+    Args:
+        source: the pipeline.
+        suffixes: endings of the component names, in the pipeline's order: ("",) or ("", "_2").
+        config: its text_device and text_dtype are followed.
+        dtype: arithmetic of the diffusion model, which text_dtype "auto" follows.
+        device: of the run.
+
+    Raises:
+        UserError: an encoder of a class that is not known here; a choice of text_device or text_dtype that this machine
+            or this encoder cannot follow.
+    """
+
+    def __init__(
+        self,
+        source: PipelineSource,
+        suffixes: Sequence[str],
+        config: GuidanceConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self._source = source
+        self._suffixes = tuple(suffixes)
+        self._wanted_dtype = config.text_dtype
+        self._wanted_device = config.text_device
+        self._model_dtype = dtype
+        self._device = device
+        self._configs = {suffix: source.config(f"text_encoder{suffix}") for suffix in self._suffixes}
+        self._two = len(self._suffixes) > 1
+        # SDXL's base model was trained with zeros in place of the embedding of no text, and its index says so.
+        self._zeros_for_empty = self._two and bool(source.index.get("force_zeros_for_empty_prompt", False))
+        self._check()
+
+    def _check(self) -> None:
+        name = self._source.name
+        for suffix in self._suffixes:
+            class_name = self._source.class_name(f"text_encoder{suffix}")
+            # Of two encoders the last gives a pooled output as well.
+            pooled = self._two and suffix == self._suffixes[-1]
+            wanted = ("CLIPTextModelWithProjection",) if pooled else _CLASSES
+            if class_name not in wanted:
+                raise UserError(
+                    f"guidance {name!r}: text_encoder{suffix} is of class {class_name}, wanted is {' or '.join(wanted)}"
+                )
+        on_gpu = self._device.type == "cuda"
+        if self._wanted_device == "cuda" and not on_gpu:
+            raise UserError(f"guidance text_device cuda: this run is on {self._device}, use text_device auto or cpu")
+        if self._wanted_dtype == "float16" and any(map(self._is_t5, self._suffixes)):
+            raise UserError(
+                f"guidance text_dtype float16: the text encoder of {name!r} is a T5, whose activations overflow in "
+                "float16: use auto, bfloat16, float32 or int8"
+            )
+        if self._wanted_dtype == "int8":
+            if not on_gpu:
+                raise UserError(
+                    f"guidance text_dtype int8 needs a GPU, and this run is on {self._device}: use bfloat16"
+                )
+            absent = [library for library in ("bitsandbytes", "accelerate") if not _installed(library)]
+            if absent:
+                raise UserError(
+                    f"guidance text_dtype int8 needs {' and '.join(absent)}, not installed here: pip install "
+                    f"{' '.join(absent)}, or use text_dtype bfloat16"
+                )
+
+    @property
+    def hidden_width(self) -> int | None:
+        """Width of the vectors the U-Net attends to, of all encoders together; None if a configuration lacks it."""
+        widths: list[Any] = [config.get("hidden_size", config.get("d_model")) for config in self._configs.values()]
+        return sum(widths) if all(isinstance(width, int) for width in widths) else None
+
+    @property
+    def pooled_width(self) -> int | None:
+        """Width of the pooled output of two encoders; None for one encoder."""
+        return self._configs[self._suffixes[-1]].get("projection_dim") if self._two else None
+
+    @property
+    def identity(self) -> str:
+        """A string that changes whenever the embedding of some text could change by more than where it is computed."""
+        dtypes = ",".join(f"{name} in {dtype}" for name, dtype in map(self._dtype, self._suffixes))
+        components = [f"{part}{suffix}" for suffix in self._suffixes for part in ("tokenizer", "text_encoder")]
+        form = f"{'pooled' if self._two else 'last'}{'-zeros' if self._zeros_for_empty else ''}"
+        return f"{form}:{dtypes}:{self._source.variant}:{self._source.identity(components)}"
+
+    def embed(self, texts: list[str]) -> dict[str, Tensor]:
+        """Embed n texts in one batch per encoder.
+
+        Returns:
+            On the CPU, in the encoder's dtype: "hidden" [n, tokens, width] and with two encoders "pooled" [n, width].
+
+        Raises:
+            UserError: an encoder cannot be loaded, or the GPU is too small for one that text_device or int8 put there.
+            NonFiniteError: an encoder overflows in this dtype.
+        """
+        outputs = [self._embed_with(suffix, texts) for suffix in self._suffixes]
+        if not self._two:
+            return {"hidden": outputs[0][0]}
+        tensors = {"hidden": torch.cat([hidden for hidden, _ in outputs], dim=-1), "pooled": outputs[-1][1]}
+        if self._zeros_for_empty:
+            empty = torch.tensor([not text for text in texts])
+            for value in tensors.values():
+                value[empty] = 0
+        return tensors
+
+    def _embed_with(self, suffix: str, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Hidden states [n, tokens, width] and the encoder's first output, on the CPU; the encoder is gone after it."""
+        tokens = self._tokenize(suffix, texts)
+        placements = self._placements(suffix)
+        for placement in placements:
+            try:
+                hidden, first = self._evaluate(suffix, placement, tokens)
+                break
+            except torch.OutOfMemoryError:
+                if placement == placements[-1]:
+                    raise UserError(
+                        f"guidance {self._source.name!r}: text_encoder{suffix} does not fit into the memory of "
+                        f"{self._device}: use guidance text_device auto and text_dtype auto"
+                    ) from None
+            finally:
+                self._release()
+        if not (hidden.isfinite().all() and first.isfinite().all()):
+            raise NonFiniteError(
+                f"guidance {self._source.name!r}: text_encoder{suffix} gives NaN or infinity in "
+                f"{self._dtype(suffix)[0]}: use guidance text_dtype float32"
+            )
+        return hidden, first
+
+    def _evaluate(self, suffix: str, placement: Placement, tokens: Any) -> tuple[Tensor, Tensor]:
+        encoder = self._load(suffix, placement)
+        device = self._device if placement != "cpu" else torch.device("cpu")
+        masked = not self._two and (self._is_t5(suffix) or getattr(encoder.config, "use_attention_mask", False))
+        with torch.no_grad():
+            output = encoder(
+                tokens.input_ids.to(device),
+                attention_mask=tokens.attention_mask.to(device) if masked else None,
+                output_hidden_states=self._two,
+            )
+        return (output.hidden_states[-2] if self._two else output[0]).cpu(), output[0].cpu()
+
+    def _load(self, suffix: str, placement: Placement) -> Any:
+        component, (name, dtype) = f"text_encoder{suffix}", self._dtype(suffix)
+        if name == "int8":
+            from transformers import BitsAndBytesConfig
+
+            quantized = BitsAndBytesConfig(load_in_8bit=True)
+            return self._source.load(component, dtype, quantization_config=quantized, device_map={"": self._device})
+        encoder = self._source.load(component, dtype)
+        if placement == "layers":
+            from accelerate import cpu_offload
+
+            return cpu_offload(encoder, execution_device=self._device)
+        return encoder.to(self._device) if placement == "gpu" else encoder
+
+    def _release(self) -> None:
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _tokenize(self, suffix: str, texts: list[str]) -> Any:
+        tokenizer = self._source.load(f"tokenizer{suffix}")
+        if self._is_t5(suffix):
+            texts = [text.lower().strip() for text in texts]
+            length = _T5_TOKENS
+        else:
+            length = min(tokenizer.model_max_length, self._configs[suffix].get("max_position_embeddings", 77))
+        return tokenizer(
+            texts,
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+
+    def _is_t5(self, suffix: str) -> bool:
+        return self._configs[suffix].get("model_type") == "t5"
+
+    def _placements(self, suffix: str) -> list[Placement]:
+        """Where to run an encoder, best first; the next is tried where the GPU's memory runs out."""
+        if self._device.type != "cuda" or self._wanted_device == "cpu":
+            return ["cpu"]
+        name, dtype = self._dtype(suffix)
+        if name == "int8" or self._wanted_device == "cuda":
+            return ["gpu"]
+        placements: list[Placement] = []
+        if self._bytes(suffix, dtype) <= _FREE_SHARE * _free_gpu_memory(self._device):
+            placements.append("gpu")
+        if _installed("accelerate"):
+            placements.append("layers")
+        elif not placements:
+            warnings.warn(
+                f"text_encoder{suffix} does not fit on {self._device} and runs on the CPU, which can take minutes: pip "
+                "install accelerate, and it runs layer by layer on the GPU",
+                stacklevel=2,
+            )
+        return [*placements, "cpu"]
+
+    def _dtype(self, suffix: str) -> tuple[str, torch.dtype]:
+        """The dtype's name and the torch dtype to load with; it depends on machine and config, not on free memory.
+
+        Half precision is for the GPU: on a CPU that was asked for, CLIP runs in float32. T5's activations overflow in
+        float16, so there it takes bfloat16, or float32 if the GPU has no bfloat16; and where float32 weights are too
+        large for main memory, bfloat16 all the same, which torch emulates.
+        """
+        on_cpu = self._device.type != "cuda" or self._wanted_device == "cpu"
+        has_bfloat16 = on_cpu or _has_bfloat16(self._device)
+        if self._wanted_dtype == "int8":
+            return "int8", torch.bfloat16 if has_bfloat16 else torch.float16
+        if self._wanted_dtype != "auto":
+            return self._wanted_dtype, _DTYPES[self._wanted_dtype]
+        # Not every transformers version can mask in float64.
+        dtype = torch.float32 if self._model_dtype == torch.float64 else self._model_dtype
+        if not self._is_t5(suffix):
+            dtype = torch.float32 if on_cpu and dtype == torch.float16 else dtype
+        elif dtype == torch.float16:
+            dtype = torch.bfloat16 if has_bfloat16 else torch.float32
+        if dtype == torch.float32 and self._is_t5(suffix):
+            memory = _main_memory()
+            if memory is not None and self._bytes(suffix, dtype) > _FREE_SHARE * memory:
+                dtype = torch.bfloat16
+        return str(dtype).removeprefix("torch."), dtype
+
+    def _bytes(self, suffix: str, dtype: torch.dtype) -> int:
+        return self._source.parameters(f"text_encoder{suffix}") * dtype.itemsize
+
+
+def _installed(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU computes in bfloat16 rather than having torch emulate it."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _free_gpu_memory(device: torch.device) -> int:
+    """Bytes this process can still take on a GPU: what is free or cached, within the limit torch was given."""
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    available = free + torch.cuda.memory_reserved(device) - allocated
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # from torch 2.9 on
+    return available if fraction is None else min(available, int(fraction(device) * total) - allocated)
+
+
+def _main_memory() -> int | None:
+    """Bytes of main memory of this machine, None where the platform does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

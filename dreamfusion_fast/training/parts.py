@@ -1,0 +1,67 @@
+"""A batch of views through the guidance in parts, for the memory of one part at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.guidance.base import Guidance, PromptEmbeddings, SDSOutput, Views
+from dreamfusion_fast.guidance.memory import BatchPart, takes_part
+
+
+def sds_gradient_in_parts(
+    guidance: Guidance,
+    images: Tensor,
+    embeddings: PromptEmbeddings,
+    views: Views,
+    views_per_call: int,
+    t_range: tuple[float, float] | None = None,
+    generator: torch.Generator | None = None,
+) -> SDSOutput:
+    """`Guidance.sds_gradient` of a batch, in calls of at most `views_per_call` views.
+
+    If the guidance's `sds_gradient` has a parameter `part` (see `BatchPart`) and a generator is given, a seed means the
+    same timesteps and noise as in one call, and the generator is left as one call leaves it. Results are then those of
+    one call, up to the rounding of products of another shape. Any other guidance draws for each part in turn: its
+    numbers depend on the seed and on `views_per_call`.
+
+    Args:
+        guidance: what pulls.
+        images: [B, 3, H, W] in [0, 1], on the guidance's device.
+        embeddings: from `guidance.embed`.
+        views: of the B images.
+        views_per_call: most views at a time, at least 1.
+        t_range: as in `Guidance.sds_gradient`.
+        generator: source of timesteps and noise.
+
+    Raises:
+        ValueError: views_per_call is below 1.
+        NonFiniteError: images or gradient hold a NaN or an infinity.
+    """
+    if views_per_call < 1:
+        raise ValueError(f"views_per_call: got {views_per_call}, want at least 1")
+    batch = len(images)
+    if batch <= views_per_call:
+        return guidance.sds_gradient(images, embeddings, views, t_range=t_range, generator=generator)
+    by_rows = generator is not None and takes_part(guidance.sds_gradient)
+    state = generator.get_state() if generator is not None and by_rows else None
+    outputs: list[SDSOutput] = []
+    for first in range(0, batch, views_per_call):
+        rows = slice(first, first + views_per_call)
+        options: dict[str, Any] = {}
+        if generator is not None and state is not None:
+            generator.set_state(state)
+            options["part"] = BatchPart(first, batch)
+        outputs.append(
+            guidance.sds_gradient(
+                images[rows], embeddings, _rows_of(views, rows), t_range=t_range, generator=generator, **options
+            )
+        )
+    return SDSOutput(*(torch.cat(values) for values in zip(*outputs, strict=True)))
+
+
+def _rows_of(views: Views, rows: slice) -> Views:
+    background = None if views.background is None else views.background[rows]
+    return Views(views.azimuth[rows], views.elevation[rows], background, views.shading)

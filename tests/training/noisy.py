@@ -1,0 +1,77 @@
+"""Guidance for tests of memory: draws noise as score distillation does, and runs out of memory when told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fakes import BallGuidance, target
+from torch import Tensor
+
+from dreamfusion_fast.guidance.base import DiffusionModel, SDSOutput
+from dreamfusion_fast.guidance.memory import BatchPart
+
+
+class NoisyGuidance(BallGuidance):
+    """A pull towards the ball with noise per view, drawn for the whole batch; notes how many views each call had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self.recompute = False
+
+    def set_recompute(self, on: bool) -> None:
+        self.recompute = on
+
+    def before(self, views: int) -> None:
+        """Called first in each call; a test may raise here."""
+
+    def sds_gradient(  # type: ignore[override]
+        self,
+        images: Tensor,
+        embeddings: Any,
+        views: Any,
+        t_range: Any = None,
+        guidance_scale: Any = None,
+        generator: torch.Generator | None = None,
+        grad_clip: Any = None,
+        part: BatchPart | None = None,
+    ) -> SDSOutput:
+        self.sizes.append(len(images))
+        part = part or BatchPart(0, len(images))
+        rows = slice(part.first, part.first + len(images))
+        t = torch.randint(0, 1000, (part.batch,), generator=generator)[rows]
+        noise = torch.randn(part.batch, *images.shape[1:], generator=generator)[rows]
+        self.before(len(images))
+        pull = images.detach() - target(views, images.shape[-1]) + 0.1 * noise
+        return SDSOutput(pull, t, pull.flatten(1).norm(dim=1), pull.square().flatten(1).mean(dim=1).sqrt(), pull)
+
+
+class TinyLatentModel(DiffusionModel):
+    """An autoencoder and a U-Net of one convolution each; latents are an eighth as wide as images."""
+
+    name = "tiny latents"
+    prediction_type = "epsilon"
+    default_guidance_scale = 7.5
+    text_identity = "none"
+
+    def __init__(self, image_size: int = 16) -> None:
+        self.device = torch.device("cpu")
+        self.image_size = image_size
+        self.alphas_cumprod = torch.linspace(0.999, 0.01, 1000)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self._encoder = torch.nn.Conv2d(3, 4, 8, stride=8).requires_grad_(False)
+            self._unet = torch.nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
+
+    def embed_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        return {"hidden": torch.arange(len(texts))[:, None].float() / len(texts)}
+
+    def encode(self, images: Tensor) -> Tensor:
+        size = (self.image_size, self.image_size)
+        if images.shape[-2:] != size:
+            images = torch.nn.functional.interpolate(images, size, mode="bilinear", align_corners=False)
+        return self._encoder(images * 2 - 1)
+
+    def predict(self, noisy: Tensor, t: Tensor, condition: Any, views: Any) -> Tensor:
+        return self._unet(noisy.repeat(2, 1, 1, 1)) + condition["hidden"][:, :, None, None]

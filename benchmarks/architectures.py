@@ -121,13 +121,10 @@ class RandomWeights(PipelineSource):
             texts, clip = {"text_encoder": 4096}, {"model_type": "t5", "d_model": 4096}
         else:
             parts["vae"] = ["diffusers", "AutoencoderKL"]
+        kind = "IFPipeline" if self._vae is None else f"StableDiffusion{'XL' if sdxl else ''}Pipeline"
         contents: dict[str, dict[str, Any]] = {
             "model_index.json": {
-                "_class_name": "StableDiffusionXLPipeline"
-                if sdxl
-                else "IFPipeline"
-                if self._vae is None
-                else "StableDiffusionPipeline",
+                "_class_name": kind,
                 "unet": ["diffusers", "UNet2DConditionModel"],
                 "scheduler": ["diffusers", "DDPMScheduler"],
                 **parts,
@@ -149,6 +146,9 @@ class RandomWeights(PipelineSource):
     def _file(self, relative: str) -> Path:
         raise FileNotFoundError(relative)
 
+    def _weight_files(self, component: str) -> None:
+        return None
+
     @property
     def _location(self) -> dict[str, Any]:
         return {}
@@ -156,12 +156,12 @@ class RandomWeights(PipelineSource):
     def identity(self, components: list[str]) -> str:
         return f"random weights of {self._unet}: {components}"
 
-    def load(self, component: str, dtype: torch.dtype | None = None) -> Any:
-        """As the real one, straight to the GPU."""
+    def load(self, component: str, dtype: torch.dtype | None = None, **options: Any) -> Any:
+        """As the real one, but straight to the GPU if there is one."""
         assert dtype is not None
         name = self._unet if component == "unet" else self._vae
         assert name is not None
-        return build(component, name, dtype, "cuda")
+        return build(component, name, dtype, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 class RandomPrompts(ScoreDistillation):

@@ -1,0 +1,173 @@
+"""A whole training step under a large diffusion model: time stage by stage, and the most memory that a run takes.
+
+The trainer is the real one, as `dreamfusion-fast generate` runs it; the model has random weights of the real
+architecture (`architectures.py`), and prompts are embedded as random numbers, as text encoders are gone by then. The
+field is the one for models of 512 pixels: 16 levels to 2048, 2^19 rows. Per case:
+
+- ms: wall time of a step, the mean over `--steps` steps without a wait between them, after as many to warm up;
+- ours: that, less encoding, U-Net and the encoding's backward as the profiler times them in further steps;
+- allocated, reserved: torch's peaks over the whole process, weights and warm-up included, in GB (10^9 bytes).
+
+    python benchmarks/bench_step.py                              # sd-1.5 and sd-2.1 at 64^2
+    python benchmarks/bench_step.py --models sd-2.1 --sizes 512 --shading lambertian --memory 8GB --profile
+    python benchmarks/bench_step.py --models sdxl if-i-xl --out  # written to benchmarks/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from architectures import UNETS, RandomPrompts, RandomWeights
+from machine import RESULTS, describe, headline, write_result
+
+from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.fields import HashGridFieldConfig
+from dreamfusion_fast.guidance import GuidanceConfig
+from dreamfusion_fast.guidance.diffusers_models import LatentModel, PipelineModel, PixelModel, SDXLModel
+from dreamfusion_fast.rendering import RendererConfig
+from dreamfusion_fast.training.config import Config, ScheduleConfig, ShadingConfig
+from dreamfusion_fast.training.memory_plan import capped
+from dreamfusion_fast.training.profile import StepProfile, StepProfiler
+from dreamfusion_fast.training.trainer import Trainer
+
+GUIDANCE_STAGES = ("encode", "unet", "encode backward")
+
+
+@dataclass
+class Row:
+    """One case; None: not measured, `note` says why."""
+
+    model: str
+    size: int
+    batch: int
+    shading: str
+    memory: str | None
+    steps: int
+    ms: float | None = None
+    ours_ms: float | None = None
+    unet_ms: float | None = None
+    encode_ms: float | None = None
+    allocated_gb: float | None = None
+    reserved_gb: float | None = None
+    planned_gb: float | None = None
+    samples: int | None = None
+    plan: str = ""
+    note: str = ""
+
+
+def model_of(name: str, device: torch.device) -> PipelineModel:
+    """A model with random weights, not loaded yet."""
+    config = GuidanceConfig(name="random/weights", cache=False)
+    if name.startswith("if"):
+        return PixelModel(RandomWeights(name, None), config, device)
+    if name == "sdxl":
+        return SDXLModel(RandomWeights(name, "sdxl"), config, device)
+    return LatentModel(RandomWeights(name, "sd"), config, device)
+
+
+def config_of(row: Row) -> Config:
+    """A run of ten thousand steps at one size and one kind of shading."""
+    textureless = float(row.shading == "textureless")
+    return Config(
+        prompt="a benchmark",
+        steps=10_000,
+        batch=row.batch,
+        memory=row.memory,
+        field=HashGridFieldConfig(mlp_dtype="auto"),
+        renderer=RendererConfig(),
+        shading=ShadingConfig(
+            albedo_steps=0.0, albedo_probability=float(row.shading == "albedo"), textureless_probability=textureless
+        ),
+        schedule=ScheduleConfig(render_size_start=row.size, render_size=row.size),
+    )
+
+
+def fill(row: Row, device: torch.device) -> StepProfile | None:
+    """Measure a case; the profile of its steps."""
+    torch.cuda.reset_peak_memory_stats()
+    profiler = StepProfiler(device)
+    with capped(row.memory, device):
+        guidance = RandomPrompts(model_of(row.model, device), GuidanceConfig(name="random/weights", cache=False))
+        trainer = Trainer(config_of(row), device, guidance)
+        lines = trainer.planner.lines(trainer.plan)
+        row.plan = " / ".join(lines)
+        row.planned_gb = sum(trainer.planner.parts(trainer.plan).values()) / 1e9
+        for _ in range(row.steps):
+            result = trainer.step()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(row.steps):
+            result = trainer.step()
+        torch.cuda.synchronize()
+        row.ms = (time.perf_counter() - start) / row.steps * 1e3
+        row.samples = int(result.samples)
+        trainer.profiler = profiler
+        for _ in range(40):
+            trainer.step()
+        torch.cuda.synchronize()
+    row.allocated_gb = torch.cuda.max_memory_allocated() / 1e9
+    row.reserved_gb = torch.cuda.max_memory_reserved() / 1e9
+    profile = profiler.result()
+    if profile is not None:
+        times = {stage.name: stage.ms for stage in profile.stages}
+        row.unet_ms = times.get("unet")
+        row.encode_ms = times.get("encode", 0.0) + times.get("encode backward", 0.0)
+        row.ours_ms = profile.whole.ms - sum(times.get(name, 0.0) for name in GUIDANCE_STAGES)
+    return profile
+
+
+def show(row: Row) -> str:
+    """A line of the table."""
+    numbers = (row.ms, row.ours_ms, row.unet_ms, row.encode_ms, row.allocated_gb, row.reserved_gb, row.planned_gb)
+    cells = "".join("        -" if x is None else f"{x:9.2f}" for x in numbers)
+    return f"{row.model:9}{row.size:5}{row.batch:6} {row.shading:12}{row.memory or '-':>7}{cells}  {row.note}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the table, write it if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(UNETS), default=["sd-1.5", "sd-2.1"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[64])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--shading", nargs="+", choices=("albedo", "lambertian", "textureless"), default=["albedo"])
+    parser.add_argument("--memory", help="such as 8GB: the run has to fit into it")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--profile", action="store_true", help="print the table of stages, too")
+    parser.add_argument("--out", action="store_true", help="add the rows to a JSON file in benchmarks/results")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("large models are measured on a GPU, and there is none")
+    device, about = torch.device("cuda", 0), describe(torch.device("cuda"))
+    print("device", headline(about))
+    names = ("ms", "ours", "U-Net", "encode", "alloc GB", "resv GB", "planned")
+    print(f"{'model':9}{'size':>5}{'batch':>6} {'shading':12}{'memory':>7}", *(f"{name:>8}" for name in names))
+    rows = []
+    for model in args.models:
+        for size in args.sizes:
+            for shading in args.shading:
+                row = Row(model, size, args.batch, shading, args.memory, args.steps)
+                profile = None
+                try:
+                    profile = fill(row, device)
+                except (UserError, torch.OutOfMemoryError) as error:
+                    row.note = " ".join(str(error).split())[:200]
+                rows.append(row)
+                print(show(row), flush=True)
+                print("   ", row.plan)
+                if args.profile and profile is not None:
+                    print(profile.table())
+                gc.collect()
+                torch.cuda.empty_cache()
+    if args.out:
+        print("written:", write_result(RESULTS, "step", about, [asdict(row) for row in rows]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

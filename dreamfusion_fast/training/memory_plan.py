@@ -83,7 +83,12 @@ class MemoryLimit:
 def _fraction(device: torch.device) -> float:
     """Share of the GPU that torch may use in this process."""
     read = getattr(torch.cuda, "get_per_process_memory_fraction", None)
-    return 1.0 if read is None else float(read(device))
+    return 1.0 if read is None else float(read(_index(device)))
+
+
+def _index(device: torch.device) -> int:
+    """The number of a GPU, which torch wants here: that of plain "cuda" is the current one's."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @contextmanager
@@ -94,11 +99,11 @@ def capped(memory: str | None, device: torch.device) -> Iterator[None]:
         return
     _, total = torch.cuda.mem_get_info(device)
     before = _fraction(device)
-    torch.cuda.set_per_process_memory_fraction(min(parse_memory(memory) / total, before), device)
+    torch.cuda.set_per_process_memory_fraction(min(parse_memory(memory) / total, before), _index(device))
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(before, device)
+        torch.cuda.set_per_process_memory_fraction(before, _index(device))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 // The Python face of the native core. This file and csrc/bindings/ are all of csrc/ that knows Python.
 // It is compiled twice: as dreamfusion_fast._core (DFF_BACKEND=cpu) and as dreamfusion_fast._core_cuda (=cuda), so that
 // both modules have the same functions with the same arguments: addresses, sizes, and last `where` (a thread count or a
-// stream). Nothing is owned, allocated or checked here: dreamfusion_fast/ops/ does that.
+// stream). Exceptions: tiles of the hash grid exist on the GPU alone, dense layers on the CPU alone. Nothing is owned,
+// allocated or checked here: dreamfusion_fast/ops/ does that.
 //
 // To add an op `foo`:
 //   1. csrc/include/dreamfusion_fast/foo.h: a struct Foo<T> with the arguments, a shape comment on each, and the
@@ -29,6 +30,7 @@
 #define DFF_CUDA_ARCHS ""
 #define DFF_MODULE _core
 #define DFF_HAS_TILES 0
+#include "bindings/dense.h"  // on a GPU torch has these
 #endif
 
 PYBIND11_MODULE(DFF_MODULE, module) {
@@ -43,5 +45,7 @@ PYBIND11_MODULE(DFF_MODULE, module) {
   dff::bindings::bind_stream(module);
 #if DFF_HAS_TILES
   dff::bindings::bind_hash_grid_tile(module);
+#else
+  dff::bindings::bind_dense(module);
 #endif
 }

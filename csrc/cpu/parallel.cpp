@@ -15,6 +15,15 @@
 #define DFF_PROCESS_ID getpid
 #endif
 
+// The entry of GCC's OpenMP (clang's has it too). A weak reference: it is there if something else has loaded OpenMP,
+// which on Linux torch has, and null otherwise.
+#if defined(__linux__) && defined(__GNUC__)
+extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags) __attribute__((weak));
+#define DFF_OPENMP (&GOMP_parallel != nullptr)
+#else
+#define DFF_OPENMP false
+#endif
+
 namespace dff {
 namespace cpu {
 namespace {
@@ -96,8 +105,8 @@ class Pool {
   uint64_t generation_ = 0;
 };
 
-// Never destroyed, since its threads may outlive static destruction. A forked child has none of its parent's threads
-// and gets a pool of its own.
+// Where there is no OpenMP. Never destroyed, since its threads may outlive static destruction. A forked child has none
+// of its parent's threads and gets a pool of its own.
 Pool& pool() {
   static std::mutex mutex;
   static Pool* instance = nullptr;
@@ -112,6 +121,21 @@ Pool& pool() {
 }
 
 thread_local bool inside_body = false;
+
+// Runs the job on the threads that torch's own operations run on. After each of these OpenMP's threads wait awake for
+// some milliseconds, in which threads of our own would have to share the processors with them.
+//
+// OpenMP's threads do not survive a fork, and a child that asks for them waits forever: only the process that this
+// library was loaded in may.
+const int loaded_in = static_cast<int>(DFF_PROCESS_ID());
+
+bool run_on_openmp(Job& job, int threads) {
+  if (!DFF_OPENMP || loaded_in != static_cast<int>(DFF_PROCESS_ID())) return false;
+#if defined(__linux__) && defined(__GNUC__)
+  GOMP_parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job, static_cast<unsigned>(threads), 0);
+#endif
+  return true;
+}
 
 }  // namespace
 
@@ -132,7 +156,7 @@ void parallel_ranges(int64_t n, int threads, int64_t grain, const std::function<
     job.body = &marked;
     job.n = n;
     job.grain = grain;
-    if (pool().run(job, helpers)) {
+    if (run_on_openmp(job, helpers + 1) || pool().run(job, helpers)) {
       if (job.error) std::rethrow_exception(job.error);
       return;
     }

@@ -1,4 +1,5 @@
-// Threads for the CPU driver: one pool for the process, a caller-given number of them for each call.
+// Threads for the CPU driver: OpenMP's where torch has brought them, else one pool for the process; a caller-given
+// number of them for each call.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +13,7 @@ namespace cpu {
 
 // Calls body(begin, end) over pieces of [0, n) of about `grain` each, on up to `threads` threads, the calling one
 // among them, and returns when all are done. Which thread takes which piece is not fixed: pieces must not write the
-// same memory. A call from inside body, or while another thread uses the pool, runs on the calling thread alone.
+// same memory. A call from inside body, or while another thread uses our own pool, runs on the calling thread alone.
 // The first exception thrown by body is rethrown here.
 void parallel_ranges(int64_t n, int threads, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 

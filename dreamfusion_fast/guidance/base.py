@@ -275,6 +275,10 @@ class Guidance(ABC):
     def embed(self, prompts: PromptSet | str) -> PromptEmbeddings:
         """Embed a prompt for every direction, once: from the cache if it was embedded before."""
 
+    def load(self) -> None:
+        """Load weights that are not loaded yet; without this, the first gradient does. May be called more than once."""
+        return  # guidances are free to load when they are made
+
     @abstractmethod
     def sds_gradient(
         self,

@@ -184,6 +184,10 @@ class ScoreDistillation(Guidance):
         if len(images) == 0 or len(views) != len(images):
             raise ValueError(f"one view per image and at least one are needed, got {len(views)} and {len(images)}")
 
+    def load(self) -> None:
+        """See `Guidance.load`."""
+        self.model.load()
+
     def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
         """See `StatesMemory.memory_needs`."""
         return self.model.memory_needs(batch, render_size)

@@ -7,11 +7,16 @@ older GPU has no faster type that small gradients fit into.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# A CPU takes so many samples at a time, whose hidden layers then stay in its caches: of 85 000 samples of the main job
+# (16 inputs, 32 hidden), backward takes 9 ms in place of 15, on two cores.
+_ROWS_ON_CPU = 1 << 14
 
 OPERANDS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -26,6 +31,19 @@ def forward(
     v: Tensor | None,
 ) -> None:
     """Writes y and, unless it is None, v. Operands of the products have the type `operand`."""
+    for some_x, some_y, some_v in _blocks(x, y, v):
+        _forward_block(some_x, weights, biases, activation, operand, some_y, some_v)
+
+
+def _forward_block(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    activation: str,
+    operand: torch.dtype,
+    y: Tensor,
+    v: Tensor | None,
+) -> None:
     kept, h = _hidden_layers(x, weights, biases, activation, operand, keep=v is not None)
     _linear_into(h, weights[-1].to(operand), None if biases is None else biases[-1].to(operand), y)
     if v is None:
@@ -49,6 +67,23 @@ def backward(
     bias_sums: Sequence[Tensor] | None,
 ) -> None:
     """Writes grad_x and adds to the sums of the weights' and biases' gradients; each of them may be None."""
+    network = (weights, biases, activation, operand)
+    for some_x, some_grad_y, some_u, some_grad_x in _blocks(x, grad_y, u, grad_x):
+        _backward_block(some_x, *network, some_grad_y, some_u, some_grad_x, weight_sums, bias_sums)
+
+
+def _backward_block(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    activation: str,
+    operand: torch.dtype,
+    grad_y: Tensor,
+    u: Tensor | None,
+    grad_x: Tensor | None,
+    weight_sums: Sequence[Tensor] | None,
+    bias_sums: Sequence[Tensor] | None,
+) -> None:
     gradient = weights[0].dtype
     kept, _ = _hidden_layers(x, weights, biases, activation, operand, keep=True)
     kept = [k.to(gradient) for k in kept]
@@ -69,6 +104,14 @@ def backward(
                 g += bend
         elif grad_x is not None:
             _linear_into(g, weights[0].t(), None, grad_x)
+
+
+def _blocks(x: Tensor, *others: Any) -> Iterator[tuple[Any, ...]]:
+    """Tensors of as many rows each (None stays None), a block of rows after the other."""
+    step = _ROWS_ON_CPU if x.device.type == "cpu" else max(len(x), 1)
+    for first in range(0, len(x), step):
+        rows = slice(first, first + step)
+        yield tuple(None if tensor is None else tensor[rows] for tensor in (x, *others))
 
 
 def _second_order(

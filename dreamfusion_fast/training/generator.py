@@ -145,6 +145,10 @@ class Generator:
             checkpoints.save(trainer)  # from here on the run can be resumed, whatever happens
         for line in trainer.planner.lines(trainer.plan):
             print(line, file=sys.stderr)
+        if config.guidance.name != "embedded":
+            later = "" if self.device.type == "cpu" else "; its kernels are compiled and captured in the first step"
+            print(f"loading {trainer.guidance.name}{later}", file=sys.stderr, flush=True)
+            trainer.guidance.load()
         try:
             self._train(trainer, folder, checkpoints)
         finally:  # also on Ctrl-C

@@ -16,7 +16,7 @@ from mlp_cases import Case, cases, run
 from torch import Tensor
 
 import dreamfusion_fast
-from dreamfusion_fast.ops import _mlp_launch, _triton
+from dreamfusion_fast.ops import _mlp_launch, _mlp_torch, _triton
 from dreamfusion_fast.ops._triton import triton_reason, triton_serves
 from dreamfusion_fast.ops.mlp import (
     MlpGradients,
@@ -49,6 +49,14 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def test_passes_match_the_twin(case: Case, device: torch.device) -> None:
     """Torch products on the CPU, the kernels on the GPU."""
     run(case, device)
+
+
+@pytest.mark.parametrize("case", cases()[::3], ids=str)
+def test_blocks_of_rows_add_up(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, rows are taken in blocks: here of five."""
+    monkeypatch.setattr(_mlp_torch, "_ROWS_ON_CPU", 5)
+    assert case.n == 0 or case.n > 5
+    run(case, CPU)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +13,8 @@ from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance.base import DiffusionModel, DtypeName, Views, resolve_dtype
 from dreamfusion_fast.guidance.capture import CapturedFunction
 
-from .model import IMAGE_SIZE, SHADINGS, ViewCondition, load_prior, noise_schedule
+from .cpu_network import CpuNetwork, cpu_network_serves
+from .model import IMAGE_SIZE, SHADINGS, PriorNetwork, ViewCondition, load_prior, noise_schedule
 from .text_encoder import WEIGHTS, TextEncoder
 
 
@@ -43,10 +44,9 @@ class EmbeddedPrior(DiffusionModel):
             if not (folder / file).is_file():
                 raise UserError(f"the embedded prior's {file} is missing from {folder}: install the package again")
         self._dtype = _fast_dtype(self.device) if dtype == "auto" else resolve_dtype(dtype, self.device)
-        network = load_prior(folder)
-        self._network = network.to(self.device, self._dtype)
-        self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # in torch's docs only
-        self._evaluate = CapturedFunction(self._network)
+        network = load_prior(folder).to(self.device, self._dtype)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # in torch's docs only
+        self._evaluate = CpuNetwork(network) if cpu_network_serves(network) else _pairwise(network)
         self.alphas_cumprod = noise_schedule().alphas_cumprod.to(self.device)
 
     @property
@@ -77,12 +77,18 @@ class EmbeddedPrior(DiffusionModel):
         """`predict` with what is known of the views spelled out."""
         view = known.vector(len(noisy), self.device)
         vector = torch.cat([condition["pooled"], torch.cat([view, view])], dim=1)
-        return self._evaluate(
-            torch.cat([noisy, noisy]).to(self._dtype).contiguous(memory_format=torch.channels_last),
-            torch.cat([t, t]),
-            condition["tokens"].to(self._dtype),
-            vector.to(self._dtype),
-        )
+        return self._evaluate(noisy.to(self._dtype), t, condition["tokens"].to(self._dtype), vector.to(self._dtype))
+
+
+def _pairwise(network: PriorNetwork) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The network with the arguments of `CpuNetwork`: both halves of a guided pair share image and timestep."""
+    captured = CapturedFunction(network)
+
+    def evaluate(noisy: Tensor, t: Tensor, tokens: Tensor, vector: Tensor) -> Tensor:
+        pair = torch.cat([noisy, noisy]).contiguous(memory_format=torch.channels_last)
+        return captured(pair, torch.cat([t, t]), tokens, vector)
+
+    return evaluate
 
 
 def _fast_dtype(device: torch.device) -> torch.dtype:

@@ -1,0 +1,70 @@
+"""Whole runs under pipelines in diffusers' format, tiny ones made on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dreamfusion_fast import Generator
+from dreamfusion_fast.fields import HashGridFieldConfig
+from dreamfusion_fast.guidance import GuidanceConfig
+from dreamfusion_fast.rendering import RendererConfig
+from dreamfusion_fast.training.callbacks import Callback
+from dreamfusion_fast.training.checkpoint import load_checkpoint
+from dreamfusion_fast.training.config import Config, ExportConfig, LogConfig, ScheduleConfig
+
+Pipelines = Callable[..., Path]
+
+
+def config_for(pipeline: Path, **changes: Any) -> Config:
+    settings: dict[str, Any] = {
+        "prompt": "a red chair",
+        "steps": 6,
+        "device": "cpu",
+        "guidance": GuidanceConfig(name=str(pipeline), dtype="float32"),
+        "field": HashGridFieldConfig(levels=3, log2_rows=9, finest_resolution=24, hidden=8),
+        "renderer": RendererConfig(samples_across=24),
+        "schedule": ScheduleConfig(render_size_start=8, render_size=16),
+        "log": LogConfig(preview_every=0, tensorboard=False, progress_bar=False),
+        "export": ExportConfig(
+            resolution=16, texture_size=32, target_faces=200, turntable_frames=0, turntable_size=16, preview_views=1
+        ),
+    }
+    return Config(**settings | changes)
+
+
+class StopAfter(Callback):
+    """As Ctrl-C does, between two steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, trainer: Any, result: Any) -> None:
+        if result.step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", ["latent", "pixel", "sdxl"])
+def test_a_run_that_was_stopped_goes_on_where_it_was(
+    pipeline: Pipelines, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the bit, optimiser and random numbers included; and it says what it loads."""
+    torch.set_num_threads(1)
+    config = config_for(pipeline(kind), log=LogConfig(0, 2, False, progress_bar=False))
+    whole = Generator(config, out=str(tmp_path / "whole")).run()
+    assert f"loading {pipeline(kind)}" in capsys.readouterr().err
+    assert whole.mesh.faces > 0
+    with pytest.raises(KeyboardInterrupt):
+        Generator(config, out=str(tmp_path / "parts"), callbacks=[StopAfter(4)]).run()
+    stopped = load_checkpoint(tmp_path / "parts" / "checkpoint.safetensors")
+    assert 0 < stopped.step < 6
+    Generator.resume(tmp_path / "parts").run()
+    a, b = (load_checkpoint(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts"))
+    assert a.step == b.step == 6
+    assert a.tensors.keys() == b.tensors.keys()
+    assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
+    assert any(not torch.equal(a.tensors[name], stopped.tensors[name]) for name in a.tensors)

@@ -75,7 +75,7 @@ class PromptEncoder:
             class_name = self._source.class_name(f"text_encoder{suffix}")
             # Of two encoders the last gives a pooled output as well.
             pooled = self._two and suffix == self._suffixes[-1]
-            wanted = ("CLIPTextModelWithProjection",) if pooled else _CLASSES
+            wanted = ("CLIPTextModelWithProjection",) if pooled else _CLASSES if self._two else (*_CLASSES, "BertModel")
             if class_name not in wanted:
                 raise UserError(
                     f"guidance {name!r}: text_encoder{suffix} is of class {class_name}, wanted is {' or '.join(wanted)}"

@@ -1,7 +1,8 @@
 """The one door to the native core: which parts of it there are, and how a function of it is called for a tensor.
 
 Both modules, `_core` (CPU) and `_core_cuda`, offer the same functions (`csrc/bindings.cpp` names the exceptions):
-addresses, sizes, and last the thread count or the CUDA stream. An op calls them as ``call("march_count", origins, pointer(origins), ..., n_rays)``.
+addresses, sizes, and last the thread count or the CUDA stream. An op calls them as
+``call("march_count", origins, pointer(origins), ..., n_rays)``.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamfusion_fast.guidance.prior.model import SHADINGS, ViewCondition
 from dreamfusion_fast.guidance.prior.text_encoder import TextEncoder
@@ -58,9 +58,15 @@ class Batch:
 
 
 class CatalogueSampler:
-    """Draws batches from a folder of rendered views; everything lies on the device."""
+    """Draws batches from a folder of rendered views; everything lies on the device.
 
-    def __init__(self, data: Path, text_encoder: Path, device: torch.device) -> None:
+    Args:
+        data: folder made by `build.py`.
+        text_encoder: folder made by `tools/build_text_encoder.py`, or a module that is called as `TextEncoder` is.
+        device: where batches are composed.
+    """
+
+    def __init__(self, data: Path, text_encoder: Path | nn.Module, device: torch.device) -> None:
         self.device = device
         albedo, normal, meta = load_views(data, workers=16 if device.type == "cuda" else 2)
         models = json.loads((data / "models.json").read_text())
@@ -97,7 +103,8 @@ class CatalogueSampler:
         # In the order of SHADINGS; here and not where it is drawn, since a copy to the GPU would make every step wait.
         self.shading_chances = torch.tensor([0.5, 0.35, 0.15], device=device)
         self.colour_values = torch.tensor([COLOUR_VALUES[c] for c in COLOURS], device=device)
-        self.encoder = TextEncoder(text_encoder).to(device)
+        encoder = TextEncoder(text_encoder) if isinstance(text_encoder, Path) else text_encoder
+        self.encoder = encoder.to(device)
         self._encode_captions()
 
     def summary(self) -> str:
@@ -113,29 +120,41 @@ class CatalogueSampler:
         self.tokens = torch.cat([p[0].bfloat16() for p in pieces])
         self.pooled = torch.cat([p[1] for p in pieces])
 
+    def caption_index(self, parts: Parts) -> Tensor:
+        """Row of each part's caption in `tokens` and `pooled`, `[n]` int64."""
+        caption = (parts.phrase * self.words + parts.word) * self.suffixes + parts.suffix
+        return torch.where(parts.null, len(self.tokens) - 1, caption)
+
     def condition(self, parts: Parts) -> tuple[Tensor, Tensor]:
         """Token states `[n, 20, 384]` and condition vector `[n, CONDITION_WIDTH]` of the parts."""
-        caption = (parts.phrase * self.words + parts.word) * self.suffixes + parts.suffix
-        caption = torch.where(parts.null, len(self.tokens) - 1, caption)
+        caption = self.caption_index(parts)
         vector = parts.view.vector(len(caption), self.device)
         return self.tokens[caption].float(), torch.cat([self.pooled[caption], vector], -1)
 
     def batch(self, n: int) -> Batch:
         """A training batch: models by weight, views uniform without the held-out ones."""
-        model = torch.multinomial(self.weight, n, replacement=True)
-        view = self.first[model] + (self._rand(n) * (self.count[model] - HELD_OUT_VIEWS)).long()
-        return self._compose(model, view)
+        return self._compose(*self.draw(n))
 
     def held_out_batch(self, n: int) -> Batch:
         """Views never trained on, of models that were."""
+        return self._compose(*self.draw(n, held_out=True))
+
+    def draw(self, n: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
+        """Models by weight and one view of each, held out of training or not: indices `[n]` int64."""
         model = torch.multinomial(self.weight, n, replacement=True)
-        view = self.first[model] + self.count[model] - 1 - (self._rand(n) * HELD_OUT_VIEWS).long()
-        return self._compose(model, view)
+        if held_out:
+            return model, self.first[model] + self.count[model] - 1 - (self._rand(n) * HELD_OUT_VIEWS).long()
+        return model, self.first[model] + (self._rand(n) * (self.count[model] - HELD_OUT_VIEWS)).long()
 
     def _rand(self, *shape: int) -> Tensor:
         return torch.rand(*shape, device=self.device)
 
     def _compose(self, model: Tensor, view: Tensor) -> Batch:
+        images, parts = self.pictures(model, view)
+        return Batch(images, *self.condition(parts), parts)
+
+    def pictures(self, model: Tensor, view: Tensor) -> tuple[Tensor, Parts]:
+        """Views under drawn light, colour and background, `[n, 3, 64, 64]` in [-1, 1], and what may be said of them."""
         n = len(model)
         azimuth, elevation = self.azimuth[view], self.elevation[view]
         rgba = self.albedo[view].permute(0, 3, 1, 2).float() / 255
@@ -157,15 +176,20 @@ class CatalogueSampler:
         background = self._backgrounds(n)
         image = image * alpha + _plane(background) * (1 - alpha)
 
-        phrase = self.choices[model, torch.multinomial(self.chances[model], 1)[:, 0]]
-        suffix = torch.where(self._rand(n) < 0.6, 1 + view_index(azimuth, elevation), 0)
-        null = self._rand(n) < 0.1
+        phrase, suffix, null = self.captions(model, azimuth, elevation)
         camera_known = (self._rand(n) < 0.7) & ~(null & (self._rand(n) < 0.5))
         condition = ViewCondition(
             azimuth, elevation, background, shading, camera_known, self._rand(n) < 0.9, self._rand(n) < 0.9
         )
         parts = Parts(phrase, word, suffix, null, condition)
-        return Batch(image * 2 - 1, *self.condition(parts), parts)
+        return image * 2 - 1, parts
+
+    def captions(self, model: Tensor, azimuth: Tensor, elevation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A drawn phrase and view suffix for each picture, and whether its caption is dropped."""
+        n = len(model)
+        phrase = self.choices[model, torch.multinomial(self.chances[model], 1)[:, 0]]
+        suffix = torch.where(self._rand(n) < 0.6, 1 + view_index(azimuth, elevation), 0)
+        return phrase, suffix, self._rand(n) < 0.1
 
     def _recolour(self, albedo: Tensor, alpha: Tensor, colour: Tensor) -> Tensor:
         """The colour word's colour, jittered, under the texture's relative brightness."""

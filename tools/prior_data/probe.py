@@ -27,7 +27,8 @@ SHEET_PROMPTS = (
 SHEET_AZIMUTHS = (0, 45, 90, 180, 225, 300)
 
 
-def _variants(parts: Parts, sampler: CatalogueSampler) -> dict[str, Parts]:
+def variants(parts: Parts, sampler: CatalogueSampler) -> dict[str, Parts]:
+    """The same pictures told rightly, wrongly and not at all, by name of the variant."""
     n, device = len(parts.phrase), sampler.device
     view = parts.view
     every, none = torch.ones(n, dtype=torch.bool, device=device), torch.zeros(n, dtype=torch.bool, device=device)
@@ -72,7 +73,7 @@ def probe(
     named = batch.parts.word > 0
     named &= batch.parts.word <= 11
     rows: dict[str, dict[str, float]] = {}
-    for name, parts in _variants(batch.parts, sampler).items():
+    for name, parts in variants(batch.parts, sampler).items():
         losses = _losses(network, batch, parts, noise, abar_table, sampler)
         if name == "all right":
             rows["right colour"] = _mean(losses, named)

@@ -59,6 +59,11 @@ class Views:
     def __len__(self) -> int:
         return self.azimuth.shape[0]
 
+    def __getitem__(self, rows: slice) -> Views:
+        """Some of the views."""
+        background = None if self.background is None else self.background[rows]
+        return Views(self.azimuth[rows], self.elevation[rows], background, self.shading)
+
     def to(self, device: torch.device | str) -> Views:
         background = None if self.background is None else self.background.to(device)
         return Views(self.azimuth.to(device), self.elevation.to(device), background, self.shading)

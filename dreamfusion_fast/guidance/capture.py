@@ -52,13 +52,7 @@ class _Captured:
 
     def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], pool: Any) -> None:
         self._inputs = [torch.empty_like(x).copy_(x) for x in inputs]
-        # Captures must not see the stream's other work, and the warm-ups must not see theirs.
-        stream = torch.cuda.Stream(inputs[0].device)
-        stream.wait_stream(torch.cuda.current_stream(inputs[0].device))
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                function(*self._inputs)
-        torch.cuda.current_stream(inputs[0].device).wait_stream(stream)
+        stream = _warmed_up(inputs[0].device, lambda: function(*self._inputs))
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool, stream=stream):
             self._output = function(*self._inputs)
@@ -115,16 +109,14 @@ class _CapturedPair:
         self._x = torch.empty_like(x).copy_(x)
         self._user: weakref.ref[Any] | None = None
         pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(x.device)
-        stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(stream), torch.no_grad():
-            for _ in range(_WARM_UPS):
-                y, kept = pair.forward(self._x)
-                pair.backward(torch.ones_like(y), kept)
-                del y, kept
-        torch.cuda.current_stream(x.device).wait_stream(stream)
+
+        def there_and_back() -> None:
+            y, kept = pair.forward(self._x)
+            pair.backward(torch.ones_like(y), kept)
+
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.no_grad():
+            stream = _warmed_up(x.device, there_and_back)
             with torch.cuda.graph(self._forward, pool=pool, stream=stream):
                 self._y, kept = pair.forward(self._x)
             self._grad_y = torch.empty_like(self._y)
@@ -146,6 +138,17 @@ class _CapturedPair:
         self._grad_y.copy_(grad_y)
         self._backward.replay()
         return self._grad_x.clone()
+
+
+def _warmed_up(device: torch.device, run: Callable[[], object]) -> torch.cuda.Stream:
+    """A stream to capture `run` on, which has run there: captures must not see the current stream's other work."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UPS):
+            run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return stream
 
 
 class _Call:

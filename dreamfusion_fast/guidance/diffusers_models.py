@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -66,6 +65,7 @@ class PipelineModel(DiffusionModel):
 
     _components: tuple[str, ...] = ("unet", "scheduler", "text_encoder", "tokenizer")
     _text_suffixes: tuple[str, ...] = ("",)
+    _condition_names: tuple[str, ...] = ("hidden",)
     # What the U-Net may be told beside timestep and hidden states: None, or "text" for the hidden states pooled inside.
     _added_conditions: tuple[str | None, ...] = (None, "text")
 
@@ -85,7 +85,7 @@ class PipelineModel(DiffusionModel):
         self._check_text_width()
         self._read_schedule(configs["scheduler"])
         self._unet: Any = None
-        self._evaluations: dict[tuple[str, ...], CapturedFunction] = {}
+        self._evaluate = CapturedFunction(self._call_unet)
         # The quicker parts are kernels of Triton; without it, diffusers' own are as quick and need less.
         self._fuses = device.type == "cuda" and triton_serves(device)
 
@@ -181,15 +181,12 @@ class PipelineModel(DiffusionModel):
     def predict(self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor], views: Views) -> Tensor:
         """See `DiffusionModel.predict`; channels of a learned variance are dropped. A CUDA graph on a GPU."""
         self.load()
-        names = tuple(sorted(condition))
-        if names not in self._evaluations:
-            self._evaluations[names] = CapturedFunction(partial(self._evaluate, names))
         pair = noisy.to(self.dtype).repeat(2, 1, 1, 1)
-        output = self._evaluations[names](pair, t.repeat(2), *(condition[name] for name in names))
+        output = self._evaluate(pair, t.repeat(2), *(condition[name] for name in self._condition_names))
         return output[:, : noisy.shape[1]]
 
-    def _evaluate(self, names: tuple[str, ...], pair: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
-        arguments = self._unet_arguments(dict(zip(names, condition, strict=True)))
+    def _call_unet(self, pair: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
+        arguments = self._unet_arguments(dict(zip(self._condition_names, condition, strict=True)))
         return self._unet(pair, t, **arguments, return_dict=False)[0]
 
     def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
@@ -199,8 +196,8 @@ class PipelineModel(DiffusionModel):
         """
         config = self._unet_config
         size, width = _square(config, self.name), config.get("block_out_channels", (320,))[0]
-        unet = _UNET_BYTES * size**2 * width // 320 * _bytes(self.dtype) // 2
-        return GuidanceMemory(weights=self._source.parameters("unet") * _bytes(self.dtype), unet=unet)
+        unet = _UNET_BYTES * size**2 * width // 320 * self.dtype.itemsize // 2
+        return GuidanceMemory(weights=self._source.parameters("unet") * self.dtype.itemsize, unet=unet)
 
     def _unet_arguments(self, condition: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the U-Net is told beside image and timestep, from rows of both halves; never waits for the GPU."""
@@ -293,7 +290,7 @@ class LatentModel(PipelineModel):
     def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
         """See `PipelineModel.memory_needs`. The autoencoder's encoder is less than half of its weights."""
         needs = super().memory_needs(batch, render_size)
-        bytes_each = _bytes(self._vae_dtype)
+        bytes_each = self._vae_dtype.itemsize
         scale = self.image_size**2 * self._width * bytes_each // (2 * 128)
         return replace(
             needs,
@@ -311,6 +308,7 @@ class SDXLModel(LatentModel):
 
     _components = (*LatentModel._components, "text_encoder_2", "tokenizer_2")
     _text_suffixes = ("", "_2")
+    _condition_names = ("hidden", "pooled")
     _added_conditions = ("text_time",)
     _may_upcast = True
 
@@ -337,10 +335,6 @@ class SDXLModel(LatentModel):
         pooled = condition["pooled"].to(self.dtype)
         added = {"text_embeds": pooled, "time_ids": self._time_ids.expand(len(pooled), -1)}
         return {**super()._unet_arguments(condition), "added_cond_kwargs": added}
-
-
-def _bytes(dtype: torch.dtype) -> int:
-    return torch.empty((), dtype=dtype).element_size()
 
 
 def resize(images: Tensor, size: int) -> Tensor:

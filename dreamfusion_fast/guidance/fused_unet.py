@@ -1,9 +1,9 @@
 """Makes a frozen diffusers U-Net quicker on a GPU, with the same results up to rounding.
 
-At the batch of one guided view a U-Net is some thousand small launches, many of which move numbers or divide them by
-one. `fuse` replaces, in place, what has a quicker equal: group norms, with the SiLU behind and the sum of bias and time
-embedding before them (`dreamfusion_fast.ops.group_norm`); the three projections of self-attention by one; and it keeps
-images channels last in memory throughout, as tensor cores want them. Whatever it does not know stays as it is.
+At the batch of one guided view a U-Net is a great many small launches, of which some only move numbers or divide them
+by one. `fuse` replaces, in place, what has a quicker equal: group norms, with the SiLU behind and the sum of bias and
+time embedding before them (`dreamfusion_fast.ops.group_norm`); the three projections of self-attention by one; and it
+keeps images channels last in memory throughout, as tensor cores want them. Whatever it does not know stays as it is.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class FusedNorm(nn.Module):
 
     def __init__(self, norm: nn.GroupNorm, silu: bool) -> None:
         super().__init__()
-        self._norm = _norm(norm, silu)
+        self._norm = GroupNorm.of(norm, silu)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class FusedResidualBlock(nn.Module):
 
     def __init__(self, block: Any) -> None:
         super().__init__()
-        self._norm1, self._norm2 = _norm(block.norm1, silu=True), _norm(block.norm2, silu=True)
+        self._norm1, self._norm2 = GroupNorm.of(block.norm1, silu=True), GroupNorm.of(block.norm2, silu=True)
         self.conv1, self.conv2 = block.conv1, block.conv2
         self.conv_shortcut, self.time_emb_proj = block.conv_shortcut, block.time_emb_proj
         self._activates = not block.skip_time_act
@@ -137,10 +137,6 @@ class _ChannelsLastOutput:
             hidden_states = self._proj_out(hidden_states)
         image = hidden_states.reshape(batch_size, height, width, -1).permute(0, 3, 1, 2)
         return (image if self._linear else self._proj_out(image)) + residual
-
-
-def _norm(norm: nn.GroupNorm, silu: bool) -> GroupNorm:
-    return GroupNorm(norm.weight.detach(), norm.bias.detach(), norm.num_groups, norm.eps, silu)
 
 
 def _plain(block: Any) -> bool:

@@ -2,7 +2,7 @@
 
 In a step of latent score distillation the autoencoder takes longer than the U-Net: forward, and back from the latents
 to the image. Its weights are frozen, so a convolution needs nothing of its input to go back, and a normalisation only
-what it read. What autograd would keep, 1.5 GB for one image of 512^2 in float16, is thus less than half:
+what it read. What autograd takes, 1.6 GB for one image of 512^2 in float16, is thus less than half:
 
 - kept are the inputs of the normalisations, nothing else; with `recompute` not even those between the two convolutions
   of a residual block, which one more convolution brings back;
@@ -120,7 +120,7 @@ class ResidualBlock:
     """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), x through a convolution of 1 x 1 where the channels change."""
 
     def __init__(self, module: Any) -> None:
-        self._norm1, self._norm2 = _norm(module.norm1), _norm(module.norm2)
+        self._norm1, self._norm2 = GroupNorm.of(module.norm1, silu=True), GroupNorm.of(module.norm2, silu=True)
         self._conv1, self._conv2 = Convolution.of(module.conv1), Convolution.of(module.conv2)
         self._shortcut = None if module.conv_shortcut is None else Convolution.of(module.conv_shortcut)
 
@@ -182,7 +182,7 @@ class Attention:
     """x + out(softmax(q k^T / sqrt(d)) v), one head, q, k and v from the normalised x. Pixels are tokens."""
 
     def __init__(self, module: Any) -> None:
-        self._norm = _norm(module.group_norm, silu=False)
+        self._norm = GroupNorm.of(module.group_norm, silu=False)
         projections = (module.to_q, module.to_k, module.to_v)
         self._weight = torch.cat([p.weight.detach().flatten(1) for p in projections])
         self._bias = torch.cat([p.bias.detach() for p in projections])
@@ -239,7 +239,7 @@ class Last:
     """Normalisation, SiLU and the last convolution."""
 
     def __init__(self, norm: torch.nn.GroupNorm, convolution: Convolution) -> None:
-        self._norm, self._convolution = _norm(norm), convolution
+        self._norm, self._convolution = GroupNorm.of(norm, silu=True), convolution
 
     def forward(self, x: Pending, recompute: bool) -> tuple[Pending, _KeptLast]:
         """Keeps x."""
@@ -367,10 +367,6 @@ def _mean_convolution(last: torch.nn.Conv2d, quantiser: torch.nn.Conv2d | None) 
         bias = (mix @ bias.to(wide) + offset).to(bias.dtype)
         weight = torch.einsum("oc,cikl->oikl", mix, weight.to(wide)).to(weight.dtype)
     return Convolution(weight, bias, 1, int(last.padding[0]))
-
-
-def _norm(module: torch.nn.GroupNorm, silu: bool = True) -> GroupNorm:
-    return GroupNorm(module.weight.detach(), module.bias.detach(), module.num_groups, module.eps, silu)
 
 
 def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:

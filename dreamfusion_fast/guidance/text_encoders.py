@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.errors import NonFiniteError, UserError
+from dreamfusion_fast.gpu_memory import free_bytes
 from dreamfusion_fast.guidance.base import GuidanceConfig
 from dreamfusion_fast.guidance.pipeline_source import PipelineSource
 
@@ -220,7 +221,7 @@ class PromptEncoder:
         if name == "int8" or self._wanted_device == "cuda":
             return ["gpu"]
         placements: list[Placement] = []
-        if self._bytes(suffix, dtype) <= _FREE_SHARE * _free_gpu_memory(self._device):
+        if self._bytes(suffix, dtype) <= _FREE_SHARE * free_bytes(self._device):
             placements.append("gpu")
         if _installed("accelerate"):
             placements.append("layers")
@@ -268,15 +269,6 @@ def _installed(library: str) -> bool:
 def _has_bfloat16(device: torch.device) -> bool:
     """Whether a GPU computes in bfloat16 rather than having torch emulate it."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _free_gpu_memory(device: torch.device) -> int:
-    """Bytes this process can still take on a GPU: what is free or cached, within the limit torch was given."""
-    free, total = torch.cuda.mem_get_info(device)
-    allocated = torch.cuda.memory_allocated(device)
-    available = free + torch.cuda.memory_reserved(device) - allocated
-    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # from torch 2.9 on
-    return available if fraction is None else min(available, int(fraction(device) * total) - allocated)
 
 
 def _main_memory() -> int | None:

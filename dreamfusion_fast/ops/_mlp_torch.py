@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # A CPU takes so many samples at a time, whose hidden layers then stay in its caches: of 85 000 samples of the main job
-# (16 inputs, 32 hidden), backward takes 9 ms in place of 15, on two cores.
+# (16 inputs, 32 hidden), backward takes 6.6 ms in place of 7.4, on two cores with nothing else to do.
 _ROWS_ON_CPU = 1 << 14
 
 OPERANDS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -31,27 +31,16 @@ def forward(
     v: Tensor | None,
 ) -> None:
     """Writes y and, unless it is None, v. Operands of the products have the type `operand`."""
-    for some_x, some_y, some_v in _blocks(x, y, v):
-        _forward_block(some_x, weights, biases, activation, operand, some_y, some_v)
-
-
-def _forward_block(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
-    activation: str,
-    operand: torch.dtype,
-    y: Tensor,
-    v: Tensor | None,
-) -> None:
-    kept, h = _hidden_layers(x, weights, biases, activation, operand, keep=v is not None)
-    _linear_into(h, weights[-1].to(operand), None if biases is None else biases[-1].to(operand), y)
-    if v is None:
-        return
-    q = weights[-1][:1].to(operand)
-    for k, weight in zip(reversed(kept), reversed(weights[1:-1]), strict=False):
-        q = _times_slope(q, k, activation) @ weight.to(operand)
-    _linear_into(_times_slope(q, kept[0], activation), weights[0].to(operand).t(), None, v)
+    blocks = _blocks(x, y, v)
+    for x, y, v in blocks:
+        kept, h = _hidden_layers(x, weights, biases, activation, operand, keep=v is not None)
+        _linear_into(h, weights[-1].to(operand), None if biases is None else biases[-1].to(operand), y)
+        if v is None:
+            continue
+        q = weights[-1][:1].to(operand)
+        for k, weight in zip(reversed(kept), reversed(weights[1:-1]), strict=False):
+            q = _times_slope(q, k, activation) @ weight.to(operand)
+        _linear_into(_times_slope(q, kept[0], activation), weights[0].to(operand).t(), None, v)
 
 
 def backward(
@@ -67,43 +56,28 @@ def backward(
     bias_sums: Sequence[Tensor] | None,
 ) -> None:
     """Writes grad_x and adds to the sums of the weights' and biases' gradients; each of them may be None."""
-    network = (weights, biases, activation, operand)
-    for some_x, some_grad_y, some_u, some_grad_x in _blocks(x, grad_y, u, grad_x):
-        _backward_block(some_x, *network, some_grad_y, some_u, some_grad_x, weight_sums, bias_sums)
-
-
-def _backward_block(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
-    activation: str,
-    operand: torch.dtype,
-    grad_y: Tensor,
-    u: Tensor | None,
-    grad_x: Tensor | None,
-    weight_sums: Sequence[Tensor] | None,
-    bias_sums: Sequence[Tensor] | None,
-) -> None:
     gradient = weights[0].dtype
-    kept, _ = _hidden_layers(x, weights, biases, activation, operand, keep=True)
-    kept = [k.to(gradient) for k in kept]
-    bends: list[Tensor | None] = [None] * len(kept)
-    if u is not None and (weight_sums is not None or activation != "relu"):
-        bends = _second_order(u.to(gradient), weights, activation, kept, weight_sums)
-    g = grad_y.to(gradient)
-    for layer in range(len(weights) - 1, -1, -1):
-        if weight_sums is not None:
-            h = x.to(operand).to(gradient) if layer == 0 else _activate(kept[layer - 1], activation)
-            weight_sums[layer].addmm_(g.t(), h)
-            if bias_sums is not None:
-                bias_sums[layer].add_(g.sum(0))
-        if layer > 0:
-            g = _times_slope(g @ weights[layer], kept[layer - 1], activation)
-            bend = bends[layer - 1]
-            if bend is not None:
-                g += bend
-        elif grad_x is not None:
-            _linear_into(g, weights[0].t(), None, grad_x)
+    blocks = _blocks(x, grad_y, u, grad_x)
+    for x, grad_y, u, grad_x in blocks:
+        kept, _ = _hidden_layers(x, weights, biases, activation, operand, keep=True)
+        kept = [k.to(gradient) for k in kept]
+        bends: list[Tensor | None] = [None] * len(kept)
+        if u is not None and (weight_sums is not None or activation != "relu"):
+            bends = _second_order(u.to(gradient), weights, activation, kept, weight_sums)
+        g = grad_y.to(gradient)
+        for layer in range(len(weights) - 1, -1, -1):
+            if weight_sums is not None:
+                h = x.to(operand).to(gradient) if layer == 0 else _activate(kept[layer - 1], activation)
+                weight_sums[layer].addmm_(g.t(), h)
+                if bias_sums is not None:
+                    bias_sums[layer].add_(g.sum(0))
+            if layer > 0:
+                g = _times_slope(g @ weights[layer], kept[layer - 1], activation)
+                bend = bends[layer - 1]
+                if bend is not None:
+                    g += bend
+            elif grad_x is not None:
+                _linear_into(g, weights[0].t(), None, grad_x)
 
 
 def _blocks(x: Tensor, *others: Any) -> Iterator[tuple[Any, ...]]:

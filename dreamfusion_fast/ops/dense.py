@@ -11,14 +11,13 @@ weights is done in float64. So its rounding errors are not larger than those of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dreamfusion_fast.ops._checks import check_tensor
 from dreamfusion_fast.ops._native import call, cpu_available, function_of
+from dreamfusion_fast.ops.group_norm import GroupNorm
 
 __all__ = [
     "DenseConv",
@@ -150,32 +149,14 @@ def conv3x3_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, res
     return y if residual is None else y + residual
 
 
-@dataclass(frozen=True, eq=False)
-class DenseGroupNorm:
-    """A group normalisation's parameters.
-
-    Attributes:
-        weight, bias: ``[channels]`` float32, channels a multiple of 8, on the CPU.
-        groups: number of groups; divides the channels.
-        eps: added to the variance.
-        silu: whether SiLU follows.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    groups: int
-    eps: float
-    silu: bool
+class DenseGroupNorm(GroupNorm):
+    """A `GroupNorm` whose parameters are float32 and on the CPU, its channels a multiple of 8."""
 
     def __post_init__(self) -> None:
         _check_image("DenseGroupNorm", "weight", self.weight, ["channels"])
         _check_image("DenseGroupNorm", "bias", self.bias, list(self.weight.shape))
-        channels = self.weight.shape[0]
-        _check_multiple("DenseGroupNorm", "channels", channels, LANES)
-        if self.groups < 1 or channels % self.groups:
-            raise ValueError(
-                f"dreamfusion_fast.ops.DenseGroupNorm: groups must divide the {channels} channels, got {self.groups}"
-            )
+        _check_multiple("DenseGroupNorm", "channels", self.weight.shape[0], LANES)
+        super().__post_init__()
 
 
 def group_norm(x: Tensor, norm: DenseGroupNorm, modulation: Tensor | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ _MAX_COLS = 128
 _TILES = 4
 _ENOUGH_PROGRAMS = 1024
 _CHUNKS = 64
+
+Norm = TypeVar("Norm", bound="GroupNorm")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +54,19 @@ class GroupNorm:
     silu: bool = True
 
     def __post_init__(self) -> None:
-        check_tensor("GroupNorm", "weight", self.weight, ["channels"], DTYPES)
-        check_tensor("GroupNorm", "bias", self.bias, self.weight.shape, DTYPES, like=self.weight, same_dtype=True)
+        op = type(self).__name__
+        check_tensor(op, "weight", self.weight, ["channels"], DTYPES)
+        check_tensor(op, "bias", self.bias, self.weight.shape, DTYPES, like=self.weight, same_dtype=True)
         channels = self.weight.shape[0]
         if self.groups < 1 or channels % self.groups:
             raise ValueError(
-                f"dreamfusion_fast.ops.GroupNorm: groups must divide the {channels} channels, got {self.groups}"
+                f"dreamfusion_fast.ops.{op}: groups must divide the {channels} channels, got {self.groups}"
             )
+
+    @classmethod
+    def of(cls: type[Norm], module: torch.nn.GroupNorm, silu: bool) -> Norm:
+        """A module's, frozen."""
+        return cls(module.weight.detach(), module.bias.detach(), module.num_groups, module.eps, silu)
 
 
 def statistics(

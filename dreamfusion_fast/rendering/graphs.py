@@ -29,6 +29,7 @@ from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.rays import Rays
 from dreamfusion_fast.rendering.request import RenderRequest
 from dreamfusion_fast.rendering.streaming import StreamedRender
+from dreamfusion_fast.rendering.workspace import trainable_parts
 
 # Larger renders keep the GPU busy for as long as Python takes for their launches.
 MAX_SAMPLES = 1 << 17
@@ -51,6 +52,7 @@ class RenderGraphs:
     def find(
         self,
         field: HashGridField,
+        aabb: Tensor,
         occupancy: OccupancyGrid | None,
         config: RendererConfig,
         request: RenderRequest,
@@ -60,18 +62,17 @@ class RenderGraphs:
         """A render by graphs, if there are any for it or it is time to capture them.
 
         Args:
-            field, occupancy, config, request: what is rendered.
+            field, aabb, occupancy, config, request: what is rendered, `aabb` the renderer's box.
             expected: samples of the last render like this one; None: there was none.
             make: a render of a request as it is.
         """
         if expected is None or expected > MAX_SAMPLES or not self._apply(occupancy, config, request):
             return None
-        parameters = [field.grid()[0]]
-        for weight, bias in field.active_layers():
-            parameters += [weight, bias]
-        if not any(parameter.requires_grad for parameter in parameters):
+        parameters = trainable_parts(field)
+        wanted = [parameter.requires_grad for parameter in parameters]
+        if not any(wanted):
             return None
-        kind = _kind(field, parameters, occupancy, config, request)
+        kind = _kind(field, parameters, aabb, occupancy, config, request)
         if kind not in self._graphs:
             self._seen[kind] = self._seen.pop(kind, 0) + 1
             if len(self._seen) > _REMEMBERED:
@@ -80,7 +81,6 @@ class RenderGraphs:
                 return None
             if len(self._graphs) >= MAX_GRAPHS:
                 self._graphs.popitem(last=False)
-            wanted = [parameter.requires_grad for parameter in parameters]
             self._graphs[kind] = _capture(request, make, (wanted[0], any(wanted[1:])))
         graphs = self._graphs[kind]
         self._graphs.move_to_end(kind)
@@ -89,8 +89,7 @@ class RenderGraphs:
         if expected > graphs.capacity:  # a render did not fit: capture again, with more room
             del self._graphs[kind]
             return None
-        ordered = (parameters[0], *parameters[1::2], *parameters[2::2])
-        return GraphedRender(graphs, request, make, ordered, occupancy)
+        return GraphedRender(graphs, request, make, parameters, occupancy)
 
     def __reduce__(self) -> tuple[type[RenderGraphs], tuple[()]]:
         """A copy of a renderer, pickled or not, begins without any."""
@@ -113,6 +112,7 @@ class RenderGraphs:
 def _kind(
     field: HashGridField,
     parameters: list[Tensor],
+    aabb: Tensor,
     occupancy: OccupancyGrid | None,
     config: RendererConfig,
     request: RenderRequest,
@@ -136,7 +136,8 @@ def _kind(
         field.active_levels,
         field.box,
         tuple((parameter.data_ptr(), parameter.requires_grad) for parameter in parameters),
-        None if occupancy is None else (occupancy.bitfield.data_ptr(), occupancy.aabb.data_ptr(), occupancy.resolution),
+        aabb.data_ptr(),
+        None if occupancy is None else (occupancy.bitfield.data_ptr(), occupancy.resolution),
     )
 
 
@@ -154,10 +155,8 @@ class _Graphs:
 
     def __init__(self, request: RenderRequest, make: MakeRender, needs: tuple[bool, bool]) -> None:
         rays, light = request.rays, request.light
-        self._rays = [
-            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (rays.origins, rays.directions)
-        ]
-        self._light = None if light is None else torch.empty_like(light, memory_format=torch.contiguous_format)
+        self._rays = [_room_for(rays.origins), _room_for(rays.directions)]
+        self._light = None if light is None else _room_for(light)
         self._seed = torch.zeros((), dtype=torch.int64, device=rays.origins.device)
         captured = replace(request, rays=Rays(*self._rays), light=self._light, seed=self._seed)
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -220,7 +219,7 @@ class GraphedRender:
         graphs: _Graphs,
         request: RenderRequest,
         make: MakeRender,
-        parameters: tuple[Tensor, ...],
+        parameters: list[Tensor],
         occupancy: OccupancyGrid | None,
     ) -> None:
         self.normals, self.distortion, self.entropy = request.normals, request.distortion, request.entropy

@@ -245,9 +245,9 @@ class VolumeRenderer(nn.Module):
         _check_device("field", field.table, rays)
         _check_device("light", request.light, rays)
         expected = self._expected_samples.get(len(rays))
-        make = partial(self._streamed, field)
+        make = partial(self._streamed, field, expected)
         render: FieldRender | None
-        render = self._graphs.find(field, self.occupancy, self.config, request, expected, make)
+        render = self._graphs.find(field, self.aabb, self.occupancy, self.config, request, expected, make)
         if render is None:
             render = make(request)
         try:
@@ -259,11 +259,10 @@ class VolumeRenderer(nn.Module):
             self._expected_samples[len(rays)] = sums.samples
         return sums
 
-    def _streamed(self, field: HashGridField, request: RenderRequest) -> StreamedRender:
+    def _streamed(self, field: HashGridField, expected: int | None, request: RenderRequest) -> StreamedRender:
         rays = request.rays
         if self._budget is None:
             self._budget = self.config.memory_budget or default_budget(rays.origins.device)
-        expected = self._expected_samples.get(len(rays))
         return StreamedRender.of(field, request, self._space(rays), self.config, self._budget, expected)
 
 

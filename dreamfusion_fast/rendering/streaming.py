@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -289,11 +288,18 @@ class StreamedRender:
                     to_gradient,
                 )
             mlp_backward(count)
-            to_table = (positions, source.layout, to_features, count, *second, _CHECKED)
+            scatter = partial(
+                hash_grid_tile.scatter,
+                positions=positions,
+                layout=source.layout,
+                grad_features=to_features,
+                count=count,
+                direction=second[0],
+                grad_of_features=second[1],
+                checked=_CHECKED,
+            )
             if grad_table is not None:
-                hash_grid_tile.scatter(grad_table, *to_table)
-            else:
-                scatter = partial(_scatter, arguments=to_table)
+                scatter(grad_table)
         return gradients, scatter
 
     def _planned(self, total: SampleTotal) -> int:
@@ -388,7 +394,3 @@ class StreamedRender:
             self.size = density.size  # what `_shrink` halves
             raise
         return visible
-
-
-def _scatter(grad_table: Tensor, arguments: tuple[Any, ...]) -> None:
-    hash_grid_tile.scatter(grad_table, *arguments)

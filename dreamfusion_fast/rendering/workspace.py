@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.fields.hash_field import HashGridField
+from dreamfusion_fast.gpu_memory import free_bytes
 from dreamfusion_fast.ops.hash_grid_tile import HashGridTileLayout
 from dreamfusion_fast.ops.mlp import prepared_forward
 
-# A GPU is full from about 2^18 samples on; more only saves launches. A CPU, too, has work to do once per tile: forward
-# and backward of a step of the main job on two cores take 76 ms with 2^14 samples, 67 with 2^16, 62 with 2^17.
+# A GPU is full from about 2^18 samples on; more only saves launches. A CPU, too, has work to do once per tile; beyond
+# 2^16 samples it is less than the noise of measuring it.
 _LARGEST_TILE = {"cpu": 1 << 17, "cuda": 1 << 20}
 SMALLEST_TILE = 1 << 10
 # Rounded up to this, so that each plane of a tile starts aligned and GPU blocks come out even.
@@ -26,9 +27,7 @@ def default_budget(device: torch.device) -> int:
     """Bytes of workspace for a render on `device` where nobody says how many."""
     if device.type != "cuda":
         return _DEFAULT_BYTES
-    free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min((free + cached) // _FREE_PART, _DEFAULT_BYTES)
+    return min(free_bytes(device) // _FREE_PART, _DEFAULT_BYTES)
 
 
 def tile_size(bytes_per_sample: int, budget: int, samples: int, device: torch.device) -> int:
@@ -36,6 +35,12 @@ def tile_size(bytes_per_sample: int, budget: int, samples: int, device: torch.de
     largest = min(max(budget // bytes_per_sample, SMALLEST_TILE), _LARGEST_TILE[device.type])
     size = 1 << (largest.bit_length() - 1)
     return min(size, max(-(-samples // _GRANULE), 1) * _GRANULE)
+
+
+def trainable_parts(source: HashGridField) -> list[Tensor]:
+    """Of the active levels: the table, then weights, then biases of the MLP."""
+    layers = source.active_layers()
+    return [source.grid()[0], *(weight for weight, _ in layers), *(bias for _, bias in layers)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,14 +67,12 @@ class StreamingField:
     @classmethod
     def of(cls, source: HashGridField) -> StreamingField:
         """The active part of a field."""
-        table = source.grid()[0]
-        layers = source.active_layers()
+        table, *parameters = trainable_parts(source)
         # float64 has no 16-bit mode, and a CPU none that would be faster.
         wide = table.dtype != torch.float32 or table.device.type != "cuda"
         precision = "float32" if wide else source.precision
-        parameters = [w for w, _ in layers] + [b for _, b in layers]
         plain = [parameter.detach().contiguous() for parameter in parameters]
-        n = len(layers)
+        n = len(parameters) // 2
         return cls(table, source.tile_layout(), parameters, plain[:n], plain[n:], precision, source.box)
 
     @property
@@ -93,8 +96,8 @@ class StreamingField:
     def bytes_per_sample(self, normals: bool, backward: bool) -> int:
         """Of a tile's workspace."""
         real = self.table.element_size()
-        wide = self.n_features * torch.empty((), dtype=self.feature_dtype).element_size()
-        narrow = self.n_features * torch.empty((), dtype=self.gradient_dtype).element_size()
+        wide = self.n_features * self.feature_dtype.itemsize
+        narrow = self.n_features * self.gradient_dtype.itemsize
         size = (4 + 4) * real + wide + normals * (3 * real + wide)
         return size + backward * (4 * real + narrow + normals * (3 * real + narrow))
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.gpu_memory import free_bytes, limit_fraction, set_limit_fraction
 from dreamfusion_fast.guidance.base import Guidance
 from dreamfusion_fast.guidance.memory import GuidanceMemory, Offloads, Recomputes, StatesMemory
 from dreamfusion_fast.rendering.config import RendererConfig
@@ -71,24 +72,11 @@ class MemoryLimit:
         if device.type != "cuda":
             return cls(given, "" if given is None else f"--memory {memory}")
         allocated = torch.cuda.memory_allocated(device)
-        free, total = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - allocated
-        free = min(free, int(_fraction(device) * total) - allocated)
+        free = free_bytes(device)
         if given is not None and given - allocated <= free:
             return cls(given - allocated, f"--memory {memory}")
         name = torch.cuda.get_device_name(device)
         return cls(free, f"free on {name}" if given is None else f"free on {name}, less than --memory {memory}")
-
-
-def _fraction(device: torch.device) -> float:
-    """Share of the GPU that torch may use in this process."""
-    read = getattr(torch.cuda, "get_per_process_memory_fraction", None)
-    return 1.0 if read is None else float(read(_index(device)))
-
-
-def _index(device: torch.device) -> int:
-    """The number of a GPU, which torch wants here: that of plain "cuda" is the current one's."""
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @contextmanager
@@ -98,12 +86,12 @@ def capped(memory: str | None, device: torch.device) -> Iterator[None]:
         yield
         return
     _, total = torch.cuda.mem_get_info(device)
-    before = _fraction(device)
-    torch.cuda.set_per_process_memory_fraction(min(parse_memory(memory) / total, before), _index(device))
+    before = limit_fraction(device)
+    set_limit_fraction(device, min(parse_memory(memory) / total, before))
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(before, _index(device))
+        set_limit_fraction(device, before)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
 
 
-def one_line(error: BaseException) -> str:
+def what_was_wanted(error: BaseException) -> str:
     """The first sentence or two of an error, which is where torch says how much it wanted."""
     sentences = " ".join(str(error).split()).split(". ")
     wanted = next((sentence for sentence in sentences if "llocate" in sentence), sentences[0])

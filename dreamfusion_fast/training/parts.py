@@ -56,12 +56,7 @@ def sds_gradient_in_parts(
             options["part"] = BatchPart(first, batch)
         outputs.append(
             guidance.sds_gradient(
-                images[rows], embeddings, _rows_of(views, rows), t_range=t_range, generator=generator, **options
+                images[rows], embeddings, views[rows], t_range=t_range, generator=generator, **options
             )
         )
     return SDSOutput(*(torch.cat(values) for values in zip(*outputs, strict=True)))
-
-
-def _rows_of(views: Views, rows: slice) -> Views:
-    background = None if views.background is None else views.background[rows]
-    return Views(views.azimuth[rows], views.elevation[rows], background, views.shading)

@@ -31,7 +31,7 @@ from dreamfusion_fast.training.checkpoint import Checkpoint, flatten_optimizer, 
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.device import send
 from dreamfusion_fast.training.memory_plan import MemoryLimit, MemoryPlan, MemoryPlanner
-from dreamfusion_fast.training.out_of_memory import DoesNotFitError, is_out_of_memory, one_line
+from dreamfusion_fast.training.out_of_memory import DoesNotFitError, is_out_of_memory, what_was_wanted
 from dreamfusion_fast.training.parts import sds_gradient_in_parts
 from dreamfusion_fast.training.profile import StepProfiler
 
@@ -175,7 +175,7 @@ class Trainer:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = one_line(error)
+                reason = what_was_wanted(error)
             # Here, since the error's traceback holds all that the step had made.
             self._step_down(reason, before)
 

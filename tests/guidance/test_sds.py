@@ -225,9 +225,8 @@ def test_parts_of_a_batch_give_what_the_batch_gives() -> None:
     parts = []
     for rows in (slice(0, 1), slice(1, 3)):
         generator.set_state(before)
-        some = Views(views.azimuth[rows], views.elevation[rows])
         part = BatchPart(rows.start, 3)
-        parts.append(guidance.sds_gradient(images[rows], _embeddings(), some, generator=generator, part=part))
+        parts.append(guidance.sds_gradient(images[rows], _embeddings(), views[rows], generator=generator, part=part))
         assert torch.equal(generator.get_state(), after)
     for name in ("gradient", "t", "norm", "residual", "x0"):
         torch.testing.assert_close(

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dreamfusion_fast.errors import NonFiniteError, UserError
+from dreamfusion_fast.gpu_memory import free_bytes
 from dreamfusion_fast.guidance import GuidanceConfig, ScoreDistillation, create_guidance, text_encoders
 from dreamfusion_fast.guidance.pipeline_source import PipelineSource, open_source
 from dreamfusion_fast.guidance.text_encoders import PromptEncoder
@@ -35,7 +36,7 @@ def imagined_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """imagined_gpu(free, bfloat16, accelerate): what the decisions read about GPU and libraries."""
 
     def imagine(free: int = 10**9, bfloat16: bool = True, installed: tuple[str, ...] = ("accelerate",)) -> None:
-        monkeypatch.setattr(text_encoders, "_free_gpu_memory", lambda device: free)
+        monkeypatch.setattr(text_encoders, "free_bytes", lambda device: free)
         monkeypatch.setattr(text_encoders, "_has_bfloat16", lambda device: bfloat16)
         monkeypatch.setattr(text_encoders, "_installed", lambda library: library in installed)
 
@@ -350,13 +351,13 @@ def test_placements_on_a_gpu(pipeline: Pipelines, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.gpu
 def test_free_memory_heeds_the_limit_of_the_process(pipeline: Pipelines) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    before = text_encoders._free_gpu_memory(device)
+    before = free_bytes(device)
     assert 0 < before <= torch.cuda.mem_get_info(device)[1]
     if hasattr(torch.cuda, "get_per_process_memory_fraction"):
         fraction = torch.cuda.get_per_process_memory_fraction(device)
         try:
             torch.cuda.set_per_process_memory_fraction(0.05, device)
-            assert text_encoders._free_gpu_memory(device) <= 0.05 * torch.cuda.mem_get_info(device)[1]
+            assert free_bytes(device) <= 0.05 * torch.cuda.mem_get_info(device)[1]
         finally:
             torch.cuda.set_per_process_memory_fraction(fraction, device)
 

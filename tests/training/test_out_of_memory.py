@@ -9,7 +9,7 @@ from noisy import NoisyGuidance
 
 from dreamfusion_fast.rendering.renderer import VolumeRenderer
 from dreamfusion_fast.training.memory_plan import SMALL_BUDGET
-from dreamfusion_fast.training.out_of_memory import DoesNotFitError, is_out_of_memory, one_line
+from dreamfusion_fast.training.out_of_memory import DoesNotFitError, is_out_of_memory, what_was_wanted
 from dreamfusion_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -241,4 +241,4 @@ def test_torch_itself_says_so_on_a_cpu():
     with pytest.raises(RuntimeError) as error:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(error.value)
-    assert len(one_line(error.value)) <= 100
+    assert len(what_was_wanted(error.value)) <= 100

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from dreamfusion_fast.io import write_bytes
+
 PART_BYTES = 15_500_000
 _NAME = re.compile(r"state-(\d+)-(\d+)-of-(\d+)\.part")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -24,7 +26,7 @@ def save_state(folder: Path, state: dict[str, Any], number: int, part_bytes: int
     written = set()
     for index, piece in enumerate(pieces):
         path = folder / f"state-{number}-{index}-of-{len(pieces)}.part"
-        path.write_bytes(piece)
+        write_bytes(path, piece)
         written.add(path.name)
     for path in folder.glob("state-*.part"):
         if path.name not in written:

@@ -11,6 +11,8 @@ import torch
 from prior_data.probe import SHEET_PROMPTS
 from torch import Tensor
 
+from dreamfusion_fast.io import write_text
+
 from . import autoencoder, diffusion, looks
 from .latents import LatentPool, make_sampler, measure_scale
 from .loop import Call, Phase, Report, run, seed_step
@@ -263,7 +265,7 @@ class Training:
         record = {name: {"steps": p.step, "seconds": round(p.elapsed, 1)} for name, p in self.phases.items()}
         self.out.mkdir(parents=True, exist_ok=True)
         record |= {"settings": dataclasses.asdict(self.settings), "done": done, **self.results, "log": self.log}
-        (self.out / "training.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        write_text(self.out / "training.json", json.dumps(record, indent=1))
 
 
 def averaged_unet(shape: Shape, unet: Any, average: list[Tensor]) -> Any:

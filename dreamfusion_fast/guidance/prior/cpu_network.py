@@ -59,7 +59,7 @@ class CpuNetwork:
         self._down = [self._stage(block, block.downsamplers) for block in unet.down_blocks]
         self._middle = self._stage(unet.mid_block, None)
         self._up = [self._stage(block, block.upsamplers) for block in unet.up_blocks]
-        self._norm_out = _group_norm(unet.conv_norm_out, silu=True)
+        self._norm_out = DenseGroupNorm.of(unet.conv_norm_out, silu=True)
         self._conv_out = _padded_conv(unet.conv_out)
         self._channels_out = unet.conv_out.out_channels
         self._modulations.close()
@@ -165,7 +165,10 @@ class _Resnet:
 
     def __init__(self, resnet: Any, modulations: _Joined) -> None:
         self._columns = modulations.add(resnet.time_emb_proj)
-        self._norm1, self._norm2 = _group_norm(resnet.norm1, silu=True), _group_norm(resnet.norm2, silu=True)
+        self._norm1, self._norm2 = (
+            DenseGroupNorm.of(resnet.norm1, silu=True),
+            DenseGroupNorm.of(resnet.norm2, silu=True),
+        )
         self._conv1 = DenseConv(resnet.conv1.weight, resnet.conv1.bias)
         self._conv2 = DenseConv(resnet.conv2.weight, resnet.conv2.bias)
         shortcut = resnet.conv_shortcut
@@ -185,7 +188,7 @@ class _Transformer:
 
     def __init__(self, transformer: Any, captions: _Joined) -> None:
         (block,) = transformer.transformer_blocks
-        self._norm = _group_norm(transformer.norm, silu=False)
+        self._norm = DenseGroupNorm.of(transformer.norm, silu=False)
         self._proj_in, self._proj_out = _linear(transformer.proj_in), _linear(transformer.proj_out)
         self._norms = [block.norm1, block.norm2, block.norm3]
         attn1, attn2 = block.attn1, block.attn2
@@ -215,10 +218,6 @@ class _Transformer:
 
 def _linear(module: Any) -> DenseLinear:
     return DenseLinear(module.weight, module.bias)
-
-
-def _group_norm(module: Any, silu: bool) -> DenseGroupNorm:
-    return DenseGroupNorm(module.weight.detach(), module.bias.detach(), module.num_groups, module.eps, silu)
 
 
 def _padded_conv(module: Any) -> DenseConv:

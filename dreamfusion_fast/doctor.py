@@ -152,10 +152,10 @@ def _optional() -> list[Check]:
 
 def _prior() -> list[Check]:
     folder = Path(__file__).parent / "guidance" / "prior" / "weights"
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors.gz"))
     parts: dict[str, list[Path]] = {"text encoder": [], "image model": []}
     for file in files:
-        parts["text encoder" if file.stem == "text_encoder" else "image model"].append(file)
+        parts["text encoder" if file.name.startswith("text_encoder.") else "image model"].append(file)
     absent = [name for name, found in parts.items() if not found]
     if absent:
         remedy = "install the package again: pip install --force-reinstall --no-deps ."

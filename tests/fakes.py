@@ -100,13 +100,13 @@ def write_tiny_prior(folder: Path) -> Path:
     from dreamfusion_fast.guidance.prior.text_encoder import WEIGHTS
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("text_encoder.safetensors", "tokenizer.json"):
+    for name in ("text_encoder.safetensors.gz", "tokenizer.json"):
         (folder / name).symlink_to(WEIGHTS / name)
     config = UNET_CONFIG | {"block_out_channels": (8, 8, 16), "norm_num_groups": 4, "attention_head_dim": 4}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = PriorNetwork(config)
-    save_prior(network.state_dict(), network.config, folder / "prior.safetensors", {"trained": "no"})
+    save_prior(network.state_dict(), network.config, folder / "prior.safetensors.gz", {"trained": "no"})
     return folder
 
 

@@ -73,9 +73,9 @@ def test_missing_weights_are_fatal(monkeypatch, tmp_path):
     assert check.text == "no text encoder and no image model in the package"
     weights = tmp_path / "guidance" / "prior" / "weights"
     weights.mkdir(parents=True)
-    (weights / "text_encoder.safetensors").write_bytes(b"x")
+    (weights / "text_encoder.safetensors.gz").write_bytes(b"x")
     assert doctor._prior()[0].text == "no image model in the package"
-    (weights / "unet.safetensors").write_bytes(b"x")
+    (weights / "prior.safetensors.gz").write_bytes(b"x")
     assert doctor._prior()[0].status == "ok"
 
 

@@ -16,9 +16,9 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from dreamfusion_fast.guidance.prior.quantize import quantize_state_dict
+from dreamfusion_fast.guidance.prior.quantize import save_weights
 
 PIECE = re.compile(r"(##)?[a-z0-9]+|[!-~]")
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -64,8 +64,8 @@ def main() -> None:
     config |= {"vocab_size": len(pieces), "max_position_embeddings": MAX_POSITIONS, "pad_token_id": new_id["[PAD]"]}
 
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "text_encoder.safetensors"
-    save_file(quantize_state_dict(state), path, metadata={"config": json.dumps(config), "license": "Apache-2.0"})
+    path = args.out / "text_encoder.safetensors.gz"
+    save_weights(path, state, {"config": json.dumps(config), "license": "Apache-2.0"})
     (args.out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")))
     print(f"{len(pieces)} pieces, {path.stat().st_size / 1e6:.1f} MB")
 

@@ -18,7 +18,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("training", type=Path, help="--out folder of train_prior.py")
-    parser.add_argument("--weights", type=Path, required=True, help="folder to write prior.safetensors to")
+    parser.add_argument("--weights", type=Path, required=True, help="folder to write prior.safetensors.gz to")
     args = parser.parse_args()
     state = {}
     for part in sorted(args.training.glob("average-*.safetensors")):
@@ -27,7 +27,7 @@ def main() -> None:
     network.load_state_dict(state)  # checks that no part is missing
     steps = json.loads((args.training / "training.json").read_text())["steps"]
     args.weights.mkdir(parents=True, exist_ok=True)
-    save_prior(network.state_dict(), network.config, args.weights / "prior.safetensors", {"steps": str(steps)})
+    save_prior(network.state_dict(), network.config, args.weights / "prior.safetensors.gz", {"steps": str(steps)})
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="this call ends after so long, start included")
     parser.add_argument("--total-minutes", type=float, help="length of the learning-rate schedule (default: --minutes)")
     parser.add_argument(
-        "--init", type=Path, help="folder of a prior.safetensors to start from; default: random weights"
+        "--init", type=Path, help="folder of a prior.safetensors.gz to start from; default: random weights"
     )
     parser.add_argument("--state", type=Path, help="optimiser state, read if it exists, written at the end")
     parser.add_argument("--batch", type=int, default=256)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 
 import pytest
 import torch
 from fakes import use_prior, write_tiny_prior
-from safetensors import safe_open
+from safetensors.torch import load, save
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance.base import GuidanceConfig, Views, create_guidance
@@ -16,12 +17,20 @@ from dreamfusion_fast.guidance.prior.guide import EmbeddedPrior
 from dreamfusion_fast.guidance.prior.model import (
     CONDITION_WIDTH,
     SHADINGS,
+    UNET_CONFIG,
+    PriorNetwork,
     ViewCondition,
     load_prior,
     noise_schedule,
     save_prior,
 )
-from dreamfusion_fast.guidance.prior.quantize import SCALE_SUFFIX, dequantize_state_dict, quantize_state_dict
+from dreamfusion_fast.guidance.prior.quantize import (
+    SCALE_SUFFIX,
+    dequantize_state_dict,
+    load_weights,
+    quantize_state_dict,
+    save_weights,
+)
 from dreamfusion_fast.guidance.prior.sample import sample_images
 from dreamfusion_fast.guidance.prior.text_encoder import MAX_TOKENS, WIDTH
 
@@ -79,6 +88,36 @@ def test_small_tensors_and_vectors_stay_as_they_are():
         assert torch.equal(restored[name], value), name
 
 
+QUANTISED = "unet.mid_block.resnets.0.conv1.weight.int8_scale"
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda scale: {}, f"{QUANTISED} is missing"),
+        (lambda scale: {QUANTISED: scale[:1]}, rf"{QUANTISED} must have shape \[64\], got \[1\]"),
+        (lambda scale: {QUANTISED: scale * math.nan}, f"{QUANTISED} must be positive and finite"),
+        (lambda scale: {QUANTISED: -scale}, f"{QUANTISED} must be positive and finite"),
+        (lambda scale: {QUANTISED: scale, "unet.conv_in.bias.int8_scale": scale}, "conv_in.bias.* of no int8 tensor"),
+        (lambda scale: {QUANTISED: scale, "unet.more.int8_scale": scale}, "unet.more.* of no int8 tensor"),
+    ],
+    ids=["missing", "one", "nan", "negative", "of a vector", "of nothing"],
+)
+def test_wrong_scales_are_refused(tmp_path, broken, message):
+    """Unchecked, each of them broadcasts or is passed over, and the file loads without a word."""
+    network = PriorNetwork(UNET_CONFIG | {"block_out_channels": (16, 16, 64), "norm_num_groups": 4})
+    path = tmp_path / "prior.safetensors.gz"
+    save_prior(network.state_dict(), network.config, path, {})
+    load_prior(tmp_path)
+    metadata, state = load_weights(path)[1], load(gzip.decompress(path.read_bytes()))
+    state |= {name: value.clone() for name, value in broken(state.pop(QUANTISED)).items()}
+    path.write_bytes(gzip.compress(save(state, metadata)))
+    with pytest.raises(
+        UserError, match=rf"prior\.safetensors\.gz cannot be read .*{message}.*install the package again"
+    ):
+        load_prior(tmp_path)
+
+
 # What the network is told of a view
 
 
@@ -129,14 +168,15 @@ def test_network_is_saved_and_loaded_up_to_quantisation(folder, tmp_path):
     )
     out = network(*arguments)
     assert out.shape == (3, 3, 64, 64)
-    save_prior(network.state_dict(), network.config, tmp_path / "prior.safetensors", {"trained": "no"})
+    save_prior(network.state_dict(), network.config, tmp_path / "prior.safetensors.gz", {"trained": "no"})
     again = load_prior(tmp_path)
     torch.testing.assert_close(again(*arguments), out)
-    with safe_open(tmp_path / "prior.safetensors", framework="pt") as file:
-        assert file.metadata()["trained"] == "no"
-        for name, parameter in network.named_parameters():
-            large = parameter.ndim > 1 and parameter.numel() >= 4096
-            assert file.get_slice(name).get_dtype() == ("I8" if large else "F32")
+    path = tmp_path / "prior.safetensors.gz"
+    assert load_weights(path)[1]["trained"] == "no"
+    stored = load(gzip.decompress(path.read_bytes()))
+    for name, parameter in network.named_parameters():
+        large = parameter.ndim > 1 and parameter.numel() >= 4096
+        assert stored[name].dtype == (torch.int8 if large else torch.float32)
 
 
 @pytest.mark.parametrize("index", [1, 2, 3])
@@ -236,7 +276,7 @@ def test_guidance_pulls(folder, monkeypatch, shading):
     assert torch.equal(pull().gradient, out.gradient)
 
 
-@pytest.mark.parametrize("missing", ["prior.safetensors", "text_encoder.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("missing", ["prior.safetensors.gz", "text_encoder.safetensors.gz", "tokenizer.json"])
 def test_a_missing_file_is_named(tmp_path, missing):
     folder = write_tiny_prior(tmp_path / "prior")
     (folder / missing).unlink()
@@ -244,11 +284,47 @@ def test_a_missing_file_is_named(tmp_path, missing):
         EmbeddedPrior("cpu", folder=folder)
 
 
-def test_a_damaged_file_is_named(tmp_path):
+# Of gzip: a header of ten bytes, the compressed stream, a checksum of four bytes and the size in four.
+DAMAGES = {
+    "rubbish": lambda whole: b"rubbish",
+    "empty": lambda whole: b"",
+    "cut off": lambda whole: whole[: len(whole) // 2],
+    "bad stream": lambda whole: whole[:10] + b"\xff" * 100 + whole[110:],
+    "one bit": lambda whole: whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:],
+    "bad checksum": lambda whole: whole[:-8] + bytes(4) + whole[-4:],
+    "not gzip": gzip.decompress,
+    "no safetensors": lambda whole: gzip.compress(b"rubbish"),
+    "cut before gzip": lambda whole: gzip.compress(gzip.decompress(whole)[:-1]),
+    "no metadata": lambda whole: gzip.compress(save(load(gzip.decompress(whole)))),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+@pytest.mark.parametrize("name", ["prior.safetensors.gz", "text_encoder.safetensors.gz"])
+def test_a_damaged_file_is_named(tmp_path, name, damage):
     folder = write_tiny_prior(tmp_path / "prior")
-    (folder / "prior.safetensors").write_bytes(b"rubbish")
-    with pytest.raises(UserError, match=r"prior\.safetensors.*cannot be read.*install the package again"):
-        EmbeddedPrior("cpu", folder=folder)
+    path = folder / name
+    whole = path.read_bytes()
+    path.unlink()  # it may be a link to the package's
+    path.write_bytes(DAMAGES[damage](whole))
+    with pytest.raises(UserError, match=rf"{name} cannot be read \(.+\): install the package again"):
+        EmbeddedPrior("cpu", folder=folder).embed_texts(["a teapot"])
+
+
+def test_the_same_weights_give_the_same_file(tmp_path):
+    state = {"w": torch.randn(64, 64), "b": torch.randn(64)}
+    card = {letter: f"\N{GREEK SMALL LETTER ALPHA} {letter}" for letter in "abcdefgh"}
+    save_weights(tmp_path / "a.safetensors.gz", state, card)
+    save_weights(tmp_path / "b.safetensors.gz", dict(reversed(state.items())), dict(reversed(card.items())))
+    content = (tmp_path / "a.safetensors.gz").read_bytes()
+    assert content == (tmp_path / "b.safetensors.gz").read_bytes()
+    assert content[4:8] == bytes(4)  # no time
+    restored, metadata = load_weights(tmp_path / "a.safetensors.gz")
+    assert metadata == card
+    assert all(torch.equal(restored[n], v) for n, v in dequantize_state_dict(quantize_state_dict(state)).items())
+    assert restored.keys() == state.keys()
+    save_weights(tmp_path / "a.safetensors.gz", state, {})
+    assert load_weights(tmp_path / "a.safetensors.gz")[1] == {}
 
 
 def test_create_prior_takes_the_dtype(folder, monkeypatch):

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import gzip
+
 import numpy as np
 import pytest
-from safetensors import safe_open
+import torch
+from safetensors.torch import load
 
+from dreamfusion_fast.guidance.prior.model import PriorNetwork
+from dreamfusion_fast.guidance.prior.quantize import SCALE_SUFFIX, load_weights
 from dreamfusion_fast.guidance.prior.sample import sample_images
 from dreamfusion_fast.guidance.prior.text_encoder import WEIGHTS
 
 
 def test_the_file_is_small_and_trained():
-    path = WEIGHTS / "prior.safetensors"
-    assert path.stat().st_size <= 30e6
-    with safe_open(path, framework="pt") as file:
-        assert int(file.metadata()["steps"]) > 1000
+    path = WEIGHTS / "prior.safetensors.gz"
+    assert path.stat().st_size < 20e6
+    assert int(load_weights(path)[1]["steps"]) > 1000
+
+
+def test_every_weight_is_stored_as_int8_with_a_scale_per_row():
+    """Names and shapes of the network, no more and no less; the 21 M weights take one byte each before gzip."""
+    stored = load(gzip.decompress((WEIGHTS / "prior.safetensors.gz").read_bytes()))
+    with torch.device("meta"):
+        expected = PriorNetwork().state_dict()
+    assert {name for name in stored if not name.endswith(SCALE_SUFFIX)} == expected.keys()
+    matrices = {name for name, value in expected.items() if value.ndim > 1}
+    assert {name for name in stored if name.endswith(SCALE_SUFFIX)} == {name + SCALE_SUFFIX for name in matrices}
+    for name, value in expected.items():
+        assert stored[name].shape == value.shape, name
+        assert stored[name].dtype == (torch.int8 if name in matrices else torch.float32), name
+    for name in matrices:
+        scale = stored[name + SCALE_SUFFIX]
+        assert (scale.dtype, tuple(scale.shape)) == (torch.float32, expected[name].shape[:1]), name
+        # The steps are the finest that hold the row: its largest weight is 127 of them.
+        assert bool((stored[name].flatten(1).int().abs().amax(dim=1) == 127).all()), name
+    assert sum(expected[name].numel() for name in matrices) > 20e6
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,7 @@ def unpack(package: Path, folder: Path) -> Path:
         return target
     if not package.is_file():
         raise FileNotFoundError(f"package {package} not found; get it with: apt-get download sweethome3d-furniture")
+    folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["dpkg", "-x", str(package), str(folder / "debian")], check=True)
     partial = folder / "libraries.partial"
     for library in LIBRARIES:

@@ -40,7 +40,7 @@ class EmbeddedPrior(DiffusionModel):
     def __init__(self, device: torch.device | str, dtype: DtypeName = "auto", folder: Path = WEIGHTS) -> None:
         self.device = torch.device(device)
         self.folder = folder
-        for file in ("prior.safetensors", "text_encoder.safetensors", "tokenizer.json"):
+        for file in ("prior.safetensors.gz", "text_encoder.safetensors.gz", "tokenizer.json"):
             if not (folder / file).is_file():
                 raise UserError(f"the embedded prior's {file} is missing from {folder}: install the package again")
         self._dtype = _fast_dtype(self.device) if dtype == "auto" else resolve_dtype(dtype, self.device)
@@ -52,7 +52,7 @@ class EmbeddedPrior(DiffusionModel):
     @property
     def text_identity(self) -> str:
         digest = hashlib.sha256()
-        for file in ("text_encoder.safetensors", "tokenizer.json"):
+        for file in ("text_encoder.safetensors.gz", "tokenizer.json"):
             digest.update((self.folder / file).read_bytes())
         return f"embedded-prior-text:{digest.hexdigest()}"
 

@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dreamfusion_fast.errors import UserError
 
-from .quantize import dequantize_state_dict, quantize_state_dict
+from .quantize import load_weights, save_weights
 from .text_encoder import WEIGHTS, WIDTH
 
 IMAGE_SIZE = 64
@@ -133,25 +131,22 @@ def noise_schedule() -> Any:
 
 
 def save_prior(network_state: dict[str, Tensor], config: dict[str, Any], path: Path, card: dict[str, str]) -> None:
-    """Write weights (int8 with row scales), architecture and card to one safetensors file."""
-    metadata = {"config": json.dumps(config), **card}
-    save_file(quantize_state_dict(network_state), path, metadata=metadata)
+    """Write weights (int8 with row scales), architecture and card to one file; see `save_weights`."""
+    save_weights(path, network_state, {"config": json.dumps(config), **card})
 
 
 def load_prior(folder: Path = WEIGHTS) -> PriorNetwork:
-    """The trained network from `prior.safetensors`, float32, on the CPU, in evaluation mode, its parameters frozen.
+    """The trained network from `prior.safetensors.gz`, float32, on the CPU, in evaluation mode, its parameters frozen.
 
     Raises:
         UserError: the file is damaged, or the network it describes has other parameters.
     """
-    path = folder / "prior.safetensors"
+    path = folder / "prior.safetensors.gz"
     try:
-        with safe_open(path, framework="pt") as file:
-            config = json.loads(file.metadata()["config"])
-            state = dequantize_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        network = PriorNetwork(config)
+        state, metadata = load_weights(path)
+        network = PriorNetwork(json.loads(metadata["config"]))
         network.load_state_dict(state)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         why = " ".join(str(error).split())
         raise UserError(f"the embedded prior's {path} cannot be read ({why}): install the package again") from error
     return network.eval().requires_grad_(False)

@@ -10,10 +10,11 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from .quantize import dequantize_state_dict
+from dreamfusion_fast.errors import UserError
+
+from .quantize import load_weights
 
 WEIGHTS = Path(__file__).parent / "weights"
 MAX_TOKENS = 20
@@ -26,7 +27,10 @@ class TextEncoder(nn.Module):
     """Captions to token states and a pooled sentence vector.
 
     Args:
-        folder: where `text_encoder.safetensors` and `tokenizer.json` lie; default: the ones in the package.
+        folder: where `text_encoder.safetensors.gz` and `tokenizer.json` lie; default: the ones in the package.
+
+    Raises:
+        UserError: the weights are damaged, or not those of the network that they describe.
     """
 
     def __init__(self, folder: Path = WEIGHTS) -> None:
@@ -34,11 +38,14 @@ class TextEncoder(nn.Module):
         from tokenizers import Tokenizer
         from transformers import BertConfig, BertModel
 
-        with safe_open(folder / "text_encoder.safetensors", framework="pt") as file:
-            config = BertConfig(**json.loads(file.metadata()["config"]))
-            state = dequantize_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        self.bert = BertModel(config, add_pooling_layer=False)
-        self.bert.load_state_dict(state)
+        path = folder / "text_encoder.safetensors.gz"
+        try:
+            state, metadata = load_weights(path)
+            self.bert = BertModel(BertConfig(**json.loads(metadata["config"])), add_pooling_layer=False)
+            self.bert.load_state_dict(state)
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            why = " ".join(str(error).split())
+            raise UserError(f"the embedded prior's {path} cannot be read ({why}): install the package again") from error
         self.bert.eval().requires_grad_(False)
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.enable_truncation(MAX_TOKENS)

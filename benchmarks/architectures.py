@@ -77,7 +77,57 @@ VAES: dict[str, dict[str, Any]] = {
 }
 VAES["sdxl"] = VAES["sd"] | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
 
+_CLIP: dict[str, Any] = {"model_type": "clip_text_model", "max_position_embeddings": TOKENS, "vocab_size": 49408}
+_CLIP_L = _CLIP | {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
+_T5_XXL: dict[str, Any] = {
+    "model_type": "t5",
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_heads": 64,
+    "num_layers": 24,
+    "feed_forward_proj": "gated-gelu",
+    "vocab_size": 32128,
+    "tie_word_embeddings": False,
+}
+# Component -> configuration; IF's are all T5-XXL.
+TEXT_ENCODERS: dict[str, dict[str, dict[str, Any]]] = {
+    "sd-1.5": {"text_encoder": _CLIP_L},
+    "sd-2.1": {
+        "text_encoder": _CLIP
+        | {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 23,
+            "num_attention_heads": 16,
+            "projection_dim": 512,
+            "hidden_act": "gelu",
+        }
+    },
+    "sdxl": {
+        "text_encoder": _CLIP_L,
+        "text_encoder_2": _CLIP
+        | {
+            "hidden_size": 1280,
+            "intermediate_size": 5120,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 20,
+            "projection_dim": 1280,
+            "hidden_act": "gelu",
+        },
+    },
+    **{name: {"text_encoder": _T5_XXL} for name in UNETS if name.startswith("if")},
+}
+
 MILLIONS = {"sd-1.5": 860, "sd-2.1": 866, "sdxl": 2567, "if-i-xl": 4300}
+_ONE_SMALL_LAYER = {"num_hidden_layers": 1, "num_layers": 1, "intermediate_size": 64, "d_ff": 64, "vocab_size": 64}
+TEXT_MILLIONS = {"sd-1.5": 123, "sd-2.1": 340, "sdxl": 123 + 695, "if-i-xl": 4762}
 
 
 def build(kind: str, name: str, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -91,6 +141,28 @@ def build(kind: str, name: str, dtype: torch.dtype, device: torch.device | str) 
             model: Any = UNet2DConditionModel(**UNETS[name]) if kind == "unet" else AutoencoderKL(**VAES[name])
     finally:
         torch.set_default_dtype(before)
+    return model.eval().requires_grad_(False)
+
+
+def build_text_encoder(class_name: str, config: dict[str, Any], dtype: torch.dtype) -> Any:
+    """A frozen text encoder in main memory, with normally distributed weights of deviation 0.02."""
+    import transformers
+
+    model_class = getattr(transformers, class_name)
+    with torch.device("meta"):
+        model = model_class(model_class.config_class.from_dict(config))
+    # Positions and the like are buffers that the constructor computes: made for real, since the weights are not.
+    buffers = dict(model_class(model_class.config_class.from_dict(config | _ONE_SMALL_LAYER)).named_buffers())
+    model = model.to(dtype).to_empty(device="cpu")
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    # One block of numbers over and over: time and memory are the same, and 5 billion draws would take a minute.
+    block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+    for parameter in model.parameters():
+        flat = parameter.data.view(-1)
+        for start in range(0, flat.numel(), block.numel()):
+            part = flat[start : start + block.numel()]
+            part.copy_(block[: part.numel()])
     return model.eval().requires_grad_(False)
 
 
@@ -108,18 +180,13 @@ class RandomWeights(PipelineSource):
 
     def _json(self, relative: str) -> dict[str, Any]:
         sdxl = self._unet == "sdxl"
-        texts = {"text_encoder": 768} | ({"text_encoder_2": 1280} if sdxl else {})
-        if self._unet == "sd-2.1":
-            texts["text_encoder"] = 1024
-        parts = {name: ["transformers", "CLIPTextModel"] for name in texts}
-        parts |= {name.replace("text_encoder", "tokenizer"): ["transformers", "CLIPTokenizer"] for name in texts}
+        texts = TEXT_ENCODERS[self._unet]
+        t5 = self._vae is None
+        parts = {name: ["transformers", "T5EncoderModel" if t5 else "CLIPTextModel"] for name in texts}
+        parts |= {name.replace("text_encoder", "tokenizer"): ["transformers", "PreTrainedTokenizer"] for name in texts}
         if sdxl:
             parts["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
-        clip = {"model_type": "clip_text_model", "max_position_embeddings": TOKENS, "num_hidden_layers": 12}
-        if self._vae is None:
-            parts = {"text_encoder": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "T5Tokenizer"]}
-            texts, clip = {"text_encoder": 4096}, {"model_type": "t5", "d_model": 4096}
-        else:
+        if not t5:
             parts["vae"] = ["diffusers", "AutoencoderKL"]
         kind = "IFPipeline" if self._vae is None else f"StableDiffusion{'XL' if sdxl else ''}Pipeline"
         contents: dict[str, dict[str, Any]] = {
@@ -139,8 +206,7 @@ class RandomWeights(PipelineSource):
                 "beta_schedule": "scaled_linear",
             },
         }
-        for name, width in texts.items():
-            contents[f"{name}/config.json"] = {"hidden_size": width, "projection_dim": width, **clip}
+        contents |= {f"{name}/config.json": config for name, config in texts.items()}
         return contents[relative]
 
     def _file(self, relative: str) -> Path:
@@ -157,11 +223,26 @@ class RandomWeights(PipelineSource):
         return f"random weights of {self._unet}: {components}"
 
     def load(self, component: str, dtype: torch.dtype | None = None, **options: Any) -> Any:
-        """As the real one, but straight to the GPU if there is one."""
-        assert dtype is not None
+        """As the real one; U-Net and autoencoder straight to the GPU if there is one, text encoders to main memory."""
+        if dtype is None:
+            return random_tokens
+        if component.startswith("text_encoder"):
+            _, class_name = self.index[component]
+            return build_text_encoder(class_name, TEXT_ENCODERS[self._unet][component], dtype)
         name = self._unet if component == "unet" else self._vae
         assert name is not None
         return build(component, name, dtype, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def random_tokens(texts: list[str], max_length: int, **options: Any) -> Any:
+    """Stands in for a tokenizer: `max_length` tokens per text, all of them attended to."""
+    from transformers import BatchEncoding
+
+    ids = torch.randint(1, 30000, (len(texts), max_length), generator=torch.Generator().manual_seed(len(texts[0])))
+    return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+random_tokens.model_max_length = TOKENS  # type: ignore[attr-defined]
 
 
 class RandomPrompts(ScoreDistillation):
@@ -181,4 +262,7 @@ class RandomPrompts(ScoreDistillation):
 if __name__ == "__main__":
     for unet in UNETS:
         count = sum(parameter.numel() for parameter in build("unet", unet, torch.float16, "meta").parameters())
-        print(f"{unet}: {count / 1e6:.0f} M parameters, expected {MILLIONS.get(unet, '?')}")
+        texts = RandomWeights(unet, None if unet.startswith("if") else "sdxl" if unet == "sdxl" else "sd")
+        words = sum(texts.parameters(name) for name in TEXT_ENCODERS[unet])
+        print(f"{unet}: {count / 1e6:.0f} M parameters, expected {MILLIONS.get(unet, '?')}; ", end="")
+        print(f"text {words / 1e6:.0f} M, expected {TEXT_MILLIONS.get(unet, '?')}")

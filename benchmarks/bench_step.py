@@ -1,7 +1,8 @@
 """A whole training step under a large diffusion model: time stage by stage, and the most memory that a run takes.
 
 The trainer is the real one, as `dreamfusion-fast generate` runs it; the model has random weights of the real
-architecture (`architectures.py`), and prompts are embedded as random numbers, as text encoders are gone by then. The
+architecture (`architectures.py`), and prompts are embedded as random numbers, as text encoders are gone by then. With
+`--embed` they are embedded by the model's text encoders, of random weights too, placed and freed as in a run. The
 field is the one for models of 512 pixels: 16 levels to 2048, 2^19 rows. Per case:
 
 - ms: wall time of a step, the mean over `--steps` steps without a wait between them, after as many to warm up;
@@ -28,7 +29,7 @@ from machine import RESULTS, describe, headline, write_result
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.fields import HashGridFieldConfig
-from dreamfusion_fast.guidance import GuidanceConfig
+from dreamfusion_fast.guidance import GuidanceConfig, PromptEmbeddings, PromptSet, ScoreDistillation
 from dreamfusion_fast.guidance.diffusers_models import LatentModel, PipelineModel, PixelModel, SDXLModel
 from dreamfusion_fast.rendering import RendererConfig
 from dreamfusion_fast.training.config import Config, ScheduleConfig, ShadingConfig
@@ -56,9 +57,29 @@ class Row:
     allocated_gb: float | None = None
     reserved_gb: float | None = None
     planned_gb: float | None = None
+    embedding: str = "random numbers"
+    embed_s: float | None = None
+    embed_allocated_gb: float | None = None
+    embed_reserved_gb: float | None = None
     samples: int | None = None
     plan: str = ""
     note: str = ""
+
+
+class MeasuredPrompts(ScoreDistillation):
+    """Score distillation that keeps the seconds of embedding its prompt, and torch's peaks until then in GB."""
+
+    seconds = 0.0
+    peaks = (0.0, 0.0)
+
+    def embed(self, prompts: PromptSet | str) -> PromptEmbeddings:
+        """As the real one. The seconds are those of making the random weights, too, in place of reading files."""
+        start = time.perf_counter()
+        embeddings = super().embed(prompts)
+        torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - start
+        self.peaks = (torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9)
+        return embeddings
 
 
 def model_of(name: str, device: torch.device) -> PipelineModel:
@@ -93,8 +114,11 @@ def fill(row: Row, device: torch.device) -> StepProfile | None:
     torch.cuda.reset_peak_memory_stats()
     profiler = StepProfiler(device)
     with capped(row.memory, device):
-        guidance = RandomPrompts(model_of(row.model, device), GuidanceConfig(name="random/weights", cache=False))
+        guidance_class = MeasuredPrompts if row.embedding == "text encoders" else RandomPrompts
+        guidance = guidance_class(model_of(row.model, device), GuidanceConfig(name="random/weights", cache=False))
         trainer = Trainer(config_of(row), device, guidance)
+        if isinstance(guidance, MeasuredPrompts):
+            row.embed_s, row.embed_allocated_gb, row.embed_reserved_gb = guidance.seconds, *guidance.peaks
         lines = trainer.planner.lines(trainer.plan)
         row.plan = " / ".join(lines)
         row.planned_gb = sum(trainer.planner.parts(trainer.plan).values()) / 1e9
@@ -107,12 +131,13 @@ def fill(row: Row, device: torch.device) -> StepProfile | None:
         torch.cuda.synchronize()
         row.ms = (time.perf_counter() - start) / row.steps * 1e3
         row.samples = int(result.samples)
+        before = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()  # profiled steps reset them
         trainer.profiler = profiler
         for _ in range(40):
             trainer.step()
         torch.cuda.synchronize()
-    row.allocated_gb = torch.cuda.max_memory_allocated() / 1e9
-    row.reserved_gb = torch.cuda.max_memory_reserved() / 1e9
+    row.allocated_gb = max(before[0], torch.cuda.max_memory_allocated()) / 1e9
+    row.reserved_gb = max(before[1], torch.cuda.max_memory_reserved()) / 1e9
     profile = profiler.result()
     if profile is not None:
         times = {stage.name: stage.ms for stage in profile.stages}
@@ -137,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--shading", nargs="+", choices=("albedo", "lambertian", "textureless"), default=["albedo"])
     parser.add_argument("--memory", help="such as 8GB: the run has to fit into it")
+    parser.add_argument("--embed", action="store_true", help="embed the prompt by text encoders of random weights")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--profile", action="store_true", help="print the table of stages, too")
     parser.add_argument("--out", action="store_true", help="add the rows to a JSON file in benchmarks/results")
@@ -152,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for size in args.sizes:
             for shading in args.shading:
                 row = Row(model, size, args.batch, shading, args.memory, args.steps)
+                row.embedding = "text encoders" if args.embed else row.embedding
                 profile = None
                 try:
                     profile = fill(row, device)
@@ -160,6 +187,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append(row)
                 print(show(row), flush=True)
                 print("   ", row.plan)
+                if row.embed_s is not None:
+                    print(
+                        f"    prompt embedded in {row.embed_s:.1f} s, up to {row.embed_allocated_gb:.2f} GB allocated, "
+                        f"{row.embed_reserved_gb:.2f} GB reserved"
+                    )
                 if args.profile and profile is not None:
                     print(profile.table())
                 gc.collect()

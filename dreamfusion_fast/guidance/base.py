@@ -265,6 +265,10 @@ class DiffusionModel(ABC):
         """Let `encode` keep less for its backward, and compute it again, where a model can."""
         return  # most encodings keep next to nothing
 
+    def free_graphs(self) -> None:
+        """Free the memory of captured CUDA graphs, where a model has any; they are captured again when needed."""
+        return  # most models capture none
+
     def load(self) -> None:
         """Load what `encode` and `predict` need, if that is put off until first use. May be called more than once."""
         return  # most models are loaded when they are made

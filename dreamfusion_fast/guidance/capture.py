@@ -46,6 +46,11 @@ class CapturedFunction:
             captured = self._graphs[signature] = _Captured(self._function, inputs, self._pool)
         return captured.replay(inputs)
 
+    def clear(self) -> None:
+        """Free the graphs and their memory."""
+        self._graphs.clear()
+        self._pool = None
+
 
 class _Captured:
     """One graph with the memory that it reads its inputs from and leaves its output in."""

@@ -171,6 +171,10 @@ class PipelineModel(DiffusionModel):
         """See `PromptEncoder.embed`: "hidden" [n, tokens, width] and with two encoders "pooled" [n, width]."""
         return self._text.embed(texts)
 
+    def free_graphs(self) -> None:
+        """See `DiffusionModel.free_graphs`: the U-Net's."""
+        self._evaluate.clear()
+
     def load(self) -> None:
         if self._unet is None:
             unet = self._source.load("unet", self.dtype).to(self.device)
@@ -286,6 +290,12 @@ class LatentModel(PipelineModel):
         self._recompute = on
         if self._encoder is not None:
             self._encoder.set_recompute(on)
+
+    def free_graphs(self) -> None:
+        """See `DiffusionModel.free_graphs`: the U-Net's and the autoencoder's."""
+        super().free_graphs()
+        if self._encoder is not None:
+            self._encoder.free_graphs()
 
     def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
         """See `PipelineModel.memory_needs`. The autoencoder's encoder is less than half of its weights."""

@@ -290,7 +290,11 @@ class LatentEncoder:
         """Keep less from the next call on, or more."""
         if on != self.recompute:
             self.recompute = on
-            self._differentiable.clear()
+            self.free_graphs()
+
+    def free_graphs(self) -> None:
+        """Free the captured graphs and their memory."""
+        self._differentiable.clear()
 
     def __call__(self, images: Tensor) -> Tensor:
         """`[n, 3, H, W]` in any float type to `[n, channels, H / f, W / f]` in the encoder's; CUDA graphs on a GPU."""

@@ -70,6 +70,14 @@ class Offloads(Protocol):
         """From the next call on; results stay the same."""
 
 
+@runtime_checkable
+class HoldsGraphs(Protocol):
+    """A guidance that captures CUDA graphs by the shape of its inputs, each with memory of its own."""
+
+    def free_graphs(self) -> None:
+        """Give them up, to be captured again when next needed: those of a larger batch are of no use to a smaller."""
+
+
 @dataclass(frozen=True)
 class BatchPart:
     """Which views of a batch a call is about, for a guidance whose `sds_gradient` has a parameter `part`.

@@ -20,7 +20,7 @@ from dreamfusion_fast.errors import NonFiniteError, UserError
 from dreamfusion_fast.fields.background import MlpBackground, per_view, random_colors
 from dreamfusion_fast.fields.hash_field import HashGridField
 from dreamfusion_fast.guidance.base import Guidance, Views, create_guidance
-from dreamfusion_fast.guidance.memory import Offloads, Recomputes
+from dreamfusion_fast.guidance.memory import HoldsGraphs, Offloads, Recomputes
 from dreamfusion_fast.rendering.cameras import Cameras, orbit_cameras, sample_cameras
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.rays import Rays
@@ -192,6 +192,8 @@ class Trainer:
         saved = ", ".join(plan.savings(self.config.batch, self.plan))
         print(f"out of memory in step {step} ({reason}); from here on {saved}", file=sys.stderr, flush=True)
         self._follow(plan)
+        if isinstance(self.guidance, HoldsGraphs):
+            self.guidance.free_graphs()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from dreamfusion_fast.guidance.memory import BatchPart, GuidanceMemory, Offloads, Recomputes, StatesMemory, takes_part
+from dreamfusion_fast.guidance.memory import (
+    BatchPart,
+    GuidanceMemory,
+    HoldsGraphs,
+    Offloads,
+    Recomputes,
+    StatesMemory,
+    takes_part,
+)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +45,10 @@ def test_abilities_are_found_by_their_methods():
         def set_offload(self, on):
             pass
 
-    for protocol in (StatesMemory, Recomputes, Offloads):
+        def free_graphs(self):
+            pass
+
+    for protocol in (StatesMemory, Recomputes, Offloads, HoldsGraphs):
         assert isinstance(Able(), protocol)
         assert not isinstance(object(), protocol)
 

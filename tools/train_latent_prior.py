@@ -1,7 +1,8 @@
 """Train a small latent diffusion model on the embedded prior's data, and write it as a diffusers pipeline.
 
     python tools/train_latent_prior.py train --data DATA --out OUT --minutes 9.5     # again until it says "done"
-    python tools/train_latent_prior.py pack OUT --folder FOLDER
+    python tools/train_latent_prior.py store OUT --weights WEIGHTS                  # small enough for the repository
+    python tools/train_latent_prior.py pack OUT --folder FOLDER                      # or WEIGHTS in place of OUT
     python tools/train_latent_prior.py sample FOLDER --sheet samples.jpg
     python tools/train_latent_prior.py probe FOLDER --data DATA
 
@@ -21,6 +22,7 @@ from latent_prior.latents import make_sampler
 from latent_prior.loop import Call
 from latent_prior.networks import Precision, Shape
 from latent_prior.pipeline import Pipeline, pack
+from latent_prior.store import STORED, store
 from latent_prior.training import Settings, Training
 from prior_data.probe import SHEET_PROMPTS
 
@@ -62,10 +64,18 @@ def train(args: argparse.Namespace) -> None:
     call.say("done" if done else "not done: call again with the same --out")
 
 
+def _print_sizes(sizes: dict[str, int]) -> None:
+    print("  ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items()))
+
+
+def store_weights(args: argparse.Namespace) -> None:
+    """Subcommand `store`."""
+    _print_sizes(store(args.out, args.weights))
+
+
 def pack_folder(args: argparse.Namespace) -> None:
     """Subcommand `pack`."""
-    sizes = pack(args.out, args.text_encoder, args.folder)
-    print("  ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items()))
+    _print_sizes(pack(args.source, args.text_encoder, args.folder))
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -100,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     def command(name: str, function: object, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text)
         added.set_defaults(function=function)
-        if name != "sample":
+        if name not in ("store", "sample"):
             added.add_argument("--text-encoder", type=Path, default=PACKAGE_WEIGHTS, help="default: the package's")
         return added
 
@@ -129,22 +139,32 @@ def main(arguments: list[str] | None = None) -> None:
     one.add_argument("--seed", type=int, default=settings.seed)
     one.add_argument("--no-compile", action="store_true")
 
-    two = command("pack", pack_folder, "write the pipeline folder")
+    two = command("store", store_weights, "write the trained weights as int8")
     two.add_argument("out", type=Path, help="--out of the training")
-    two.add_argument("--folder", type=Path, required=True)
+    two.add_argument("--weights", type=Path, required=True, help="folder to write to; what it stores is replaced")
 
-    three = command("sample", sample, "draw a sheet by plain DDIM")
-    three.add_argument("folder", type=Path)
-    three.add_argument("--sheet", type=Path, required=True, help="picture to write")
-    three.add_argument("--prompt", nargs="*", help="default: those of the embedded prior's sheet")
-    three.add_argument("--guidance-scale", type=float, default=3.0)
-    three.add_argument("--steps", type=int, default=40)
-    three.add_argument("--seed", type=int, default=0)
+    three = command("pack", pack_folder, "write the pipeline folder")
+    three.add_argument(
+        "source",
+        type=Path,
+        nargs="?",
+        default=STORED,
+        help="--out of the training, or --weights of store; default: %(default)s",
+    )
+    three.add_argument("--folder", type=Path, required=True)
 
-    four = command("probe", probe, "loss on held-out views with right, wrong and no captions")
+    four = command("sample", sample, "draw a sheet by plain DDIM")
     four.add_argument("folder", type=Path)
-    four.add_argument("--data", type=Path, required=True)
-    four.add_argument("--views", type=int, default=2048)
+    four.add_argument("--sheet", type=Path, required=True, help="picture to write")
+    four.add_argument("--prompt", nargs="*", help="default: those of the embedded prior's sheet")
+    four.add_argument("--guidance-scale", type=float, default=3.0)
+    four.add_argument("--steps", type=int, default=40)
+    four.add_argument("--seed", type=int, default=0)
+
+    five = command("probe", probe, "loss on held-out views with right, wrong and no captions")
+    five.add_argument("folder", type=Path)
+    five.add_argument("--data", type=Path, required=True)
+    five.add_argument("--views", type=int, default=2048)
 
     args = parser.parse_args(arguments)
     try:

@@ -379,12 +379,16 @@ def test_bad_input_is_named(
     begin = ["train", "--out", str(tmp_path), "--data"]
     wrong = [
         ([*begin, str(tmp_path)], "has no albedo.bin, normal.bin, views.npz, models.json"),
-        ([*begin, str(data), "--text-encoder", str(tmp_path)], "has no text_encoder.safetensors, tokenizer.json"),
+        ([*begin, str(data), "--text-encoder", str(tmp_path)], "has no text_encoder.safetensors.gz, tokenizer.json"),
         ([*begin, str(data), "--minutes", "0"], "minutes must be above 0, got 0.0"),
         ([*begin, str(data), "--unet-batch", "-1"], "unet_batch must be above 0, got -1"),
         ([*begin, str(data), "--vae-channels", "8", "8", "9"], "vae_channels must be three multiples of 8"),
         ([*pack, str(folder)], "is not empty"),
-        (["pack", str(data), "--folder", str(tmp_path / "new")], "holds no state of a training"),
+        (
+            ["pack", str(data), "--folder", str(tmp_path / "new")],
+            f"source: {data} holds no state of a training (state-*.part) and",
+        ),
+        (["store", str(data), "--weights", str(tmp_path / "new")], f"out: {data} holds no state of a training"),
         (["sample", str(data), "--sheet", str(tmp_path / "a.png")], "holds no pipeline"),
         (["train", "--data", str(data), "--out", str(trained), *WIDTHS, "--seed", "1"], "with seed 0, got 1"),
         (["train", "--data", str(data), "--out", str(trained)], "made with widths"),

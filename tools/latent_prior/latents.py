@@ -26,7 +26,7 @@ def make_sampler(data: Path, text_encoder: Path, device: torch.device) -> Catalo
     """
     for name, folder, files in (
         ("data", data, ("albedo.bin", "normal.bin", "views.npz", "models.json")),
-        ("text-encoder", text_encoder, ("text_encoder.safetensors", "tokenizer.json")),
+        ("text-encoder", text_encoder, ("text_encoder.safetensors.gz", "tokenizer.json")),
     ):
         missing = [file for file in files if not (folder / file).is_file()]
         if missing:

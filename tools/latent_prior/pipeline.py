@@ -1,4 +1,4 @@
-"""A pipeline folder in diffusers' format: written from a trained state, and read again to look at."""
+"""A pipeline folder in diffusers' format: written from trained networks, and read again to look at."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from .networks import Shape, make_autoencoder, make_scheduler, make_unet
-from .state import load_state
+from .networks import make_scheduler
+from .store import read_source
 from .text import CLASSES, FolderTextEncoder
-from .training import averaged_unet
 
 
 def write_index(folder: Path) -> None:
@@ -30,12 +29,12 @@ def write_index(folder: Path) -> None:
 
 
 def pack(
-    out: Path, text_encoder: Path, folder: Path, dtype: torch.dtype = torch.float16, text_dtype: Any = None
+    source: Path, text_encoder: Path, folder: Path, dtype: torch.dtype = torch.float16, text_dtype: Any = None
 ) -> dict[str, int]:
-    """Write the folder of what a training left: the autoencoder and the averaged U-Net.
+    """Write the folder of what a training left, or of what was stored of it.
 
     Args:
-        out: `--out` of the training.
+        source: see `read_source`.
         text_encoder: folder of the package's text encoder, of which `text_encoder` and `tokenizer` are made.
         folder: to be written; must not hold a pipeline yet.
         dtype: of the stored weights.
@@ -45,26 +44,14 @@ def pack(
         Bytes of each component.
 
     Raises:
-        ValueError: no state, one whose autoencoder is not trained yet, a folder that is not empty, or weights too
-            large for `dtype`.
+        ValueError: a source that `read_source` refuses, a folder that is not empty, or weights too large for `dtype`.
     """
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"folder: {folder} is not empty")
-    state = load_state(out)
-    if state is None:
-        raise ValueError(f"out: {out} holds no state of a training (state-*.part)")
-    factor = state["results"].get("scaling_factor")
-    if factor is None or state["phases"]["unet"][0] == 0:
-        raise ValueError(f"out: the training in {out} has not come to the U-Net yet")
-    *widths, groups, heads = state["identity"]["widths"]
-    shape = Shape(tuple(widths[:3]), tuple(widths[3:]), groups, heads)
-    vae, unet = make_autoencoder(shape), make_unet(shape)
-    vae.load_state_dict({name: value.float() for name, value in state["vae"].items()})
-    vae.register_to_config(scaling_factor=factor)
-    unet.load_state_dict(state["unet"])
-    unet = averaged_unet(shape, unet, state["average"])
+    trained = read_source(source)
+    trained.vae.register_to_config(scaling_factor=trained.factor)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, model in (("vae", vae), ("unet", unet)):
+    for name, model in (("vae", trained.vae), ("unet", trained.unet)):
         model.to(dtype)
         if any(not parameter.isfinite().all() for parameter in model.parameters()):
             raise ValueError(f"dtype: {name} has weights that {dtype} cannot hold")

@@ -32,7 +32,7 @@ class FolderTextEncoder(nn.Module):
 
     @classmethod
     def from_package(cls, weights: Path, dtype: torch.dtype = torch.float16) -> FolderTextEncoder:
-        """From `text_encoder.safetensors` and `tokenizer.json`; weights are rounded to `dtype`, kept as float32."""
+        """From `text_encoder.safetensors.gz` and `tokenizer.json`; weights are rounded to `dtype`, kept as float32."""
         from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
         source = TextEncoder(weights).bert

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -59,3 +61,20 @@ def test_can_be_called_where_somebody_else_captures() -> None:
         result = captured(x, scale)
     graph.replay()
     torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.gpu
+def test_cleared_graphs_give_their_memory_back_and_are_captured_again() -> None:
+    network = Counting().cuda()
+    captured = CapturedFunction(network)
+    x, scale = torch.randn(1 << 22, 3, device="cuda"), torch.ones((), device="cuda")  # results of 84 MB
+    expected = captured(x, scale)
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved()
+    captured.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < held - 100e6
+    calls = network.calls
+    torch.testing.assert_close(captured(x, scale), expected)
+    assert network.calls > calls

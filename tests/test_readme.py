@@ -77,12 +77,13 @@ def test_environment_variables_are_read_somewhere() -> None:
 @pytest.mark.parametrize("document", ["README.md", "docs/design.md", "tools/README.md"])
 def test_links_and_anchors_lead_somewhere(document: str) -> None:
     path = ROOT / document
-    text = path.read_text(encoding="utf-8")
-    anchors = {
-        re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in re.findall(r"(?m)^#+ (.+)$", text)
-    }
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif not target.startswith(("https://", "http://")):
-            assert (path.parent / target).exists(), target
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if target.startswith(("https://", "http://")):
+            continue
+        name, _, anchor = target.partition("#")
+        other = path.parent / name if name else path
+        assert other.exists(), target
+        if anchor:
+            titles = re.findall(r"(?m)^#+ (.+)$", other.read_text(encoding="utf-8"))
+            anchors = {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+            assert anchor in anchors, target

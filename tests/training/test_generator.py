@@ -164,8 +164,13 @@ def test_second_ctrl_c_stops_at_once(tmp_path):
 def test_ctrl_c_during_the_export_says_how_to_continue(tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("dreamfusion_fast.training.generator.export_field", lambda *a, **b: interrupt())
-        with pytest.raises(KeyboardInterrupt):
-            generator_of(tmp_path / "run", steps=2).run()
+        # A shell starts what it puts into the background with SIGINT ignored.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                generator_of(tmp_path / "run", steps=2).run()
+        finally:
+            signal.signal(signal.SIGINT, before)
     assert "stopped during the export; continue: dreamfusion-fast generate --resume" in capsys.readouterr().err
     record = Record()
     result = Generator.resume(tmp_path / "run", callbacks=[record], guidance=BallGuidance()).run()

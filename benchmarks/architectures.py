@@ -126,7 +126,6 @@ TEXT_ENCODERS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 MILLIONS = {"sd-1.5": 860, "sd-2.1": 866, "sdxl": 2567, "if-i-xl": 4300}
-_ONE_SMALL_LAYER = {"num_hidden_layers": 1, "num_layers": 1, "intermediate_size": 64, "d_ff": 64, "vocab_size": 64}
 TEXT_MILLIONS = {"sd-1.5": 123, "sd-2.1": 340, "sdxl": 123 + 695, "if-i-xl": 4762}
 
 
@@ -151,8 +150,9 @@ def build_text_encoder(class_name: str, config: dict[str, Any], dtype: torch.dty
     model_class = getattr(transformers, class_name)
     with torch.device("meta"):
         model = model_class(model_class.config_class.from_dict(config))
-    # Positions and the like are buffers that the constructor computes: made for real, since the weights are not.
-    buffers = dict(model_class(model_class.config_class.from_dict(config | _ONE_SMALL_LAYER)).named_buffers())
+    # Positions and the like are buffers that the constructor computes: those of a model small enough to be made.
+    small = {"num_hidden_layers": 1, "num_layers": 1, "intermediate_size": 64, "d_ff": 64, "vocab_size": 64}
+    buffers = dict(model_class(model_class.config_class.from_dict(config | small)).named_buffers())
     model = model.to(dtype).to_empty(device="cpu")
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
@@ -181,17 +181,16 @@ class RandomWeights(PipelineSource):
     def _json(self, relative: str) -> dict[str, Any]:
         sdxl = self._unet == "sdxl"
         texts = TEXT_ENCODERS[self._unet]
-        t5 = self._vae is None
+        t5, kind = self._vae is None, f"StableDiffusion{'XL' if sdxl else ''}Pipeline"
         parts = {name: ["transformers", "T5EncoderModel" if t5 else "CLIPTextModel"] for name in texts}
         parts |= {name.replace("text_encoder", "tokenizer"): ["transformers", "PreTrainedTokenizer"] for name in texts}
         if sdxl:
             parts["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
         if not t5:
             parts["vae"] = ["diffusers", "AutoencoderKL"]
-        kind = "IFPipeline" if self._vae is None else f"StableDiffusion{'XL' if sdxl else ''}Pipeline"
         contents: dict[str, dict[str, Any]] = {
             "model_index.json": {
-                "_class_name": kind,
+                "_class_name": "IFPipeline" if t5 else kind,
                 "unet": ["diffusers", "UNet2DConditionModel"],
                 "scheduler": ["diffusers", "DDPMScheduler"],
                 **parts,

@@ -57,7 +57,7 @@ class Row:
     allocated_gb: float | None = None
     reserved_gb: float | None = None
     planned_gb: float | None = None
-    embedding: str = "random numbers"
+    text_encoders: bool = False
     embed_s: float | None = None
     embed_allocated_gb: float | None = None
     embed_reserved_gb: float | None = None
@@ -114,7 +114,7 @@ def fill(row: Row, device: torch.device) -> StepProfile | None:
     torch.cuda.reset_peak_memory_stats()
     profiler = StepProfiler(device)
     with capped(row.memory, device):
-        guidance_class = MeasuredPrompts if row.embedding == "text encoders" else RandomPrompts
+        guidance_class = MeasuredPrompts if row.text_encoders else RandomPrompts
         guidance = guidance_class(model_of(row.model, device), GuidanceConfig(name="random/weights", cache=False))
         trainer = Trainer(config_of(row), device, guidance)
         if isinstance(guidance, MeasuredPrompts):
@@ -177,8 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for model in args.models:
         for size in args.sizes:
             for shading in args.shading:
-                row = Row(model, size, args.batch, shading, args.memory, args.steps)
-                row.embedding = "text encoders" if args.embed else row.embedding
+                row = Row(model, size, args.batch, shading, args.memory, args.steps, text_encoders=args.embed)
                 profile = None
                 try:
                     profile = fill(row, device)

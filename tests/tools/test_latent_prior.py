@@ -25,7 +25,7 @@ from latent_prior.loop import seed_step
 from prior_data import captions, views
 from prior_data.batches import HELD_OUT_VIEWS, CatalogueSampler
 
-from dreamfusion_fast.guidance import GuidanceConfig, ScoreDistillation, Views, create_guidance, text_encoders
+from dreamfusion_fast.guidance import GuidanceConfig, ScoreDistillation, Views, create_guidance
 
 WEIGHTS = train_latent_prior.PACKAGE_WEIGHTS
 CPU = torch.device("cpu")
@@ -131,12 +131,6 @@ def folder(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("folder") / "pipeline"
     train_latent_prior.main(["pack", str(trained), "--folder", str(made)])
     return made
-
-
-@pytest.fixture
-def bert_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PromptEncoder with the one class more that the folder needs; docs/prior.md says so."""
-    monkeypatch.setattr(text_encoders, "_CLASSES", tuple({*text_encoders._CLASSES, "BertModel"}))
 
 
 def same(a: Any, b: Any) -> bool:
@@ -246,7 +240,7 @@ def test_captions_carry_the_view_word_and_are_dropped(sampler: CatalogueSampler)
     torch.testing.assert_close(tokens[null], expected[1], rtol=1e-2, atol=1e-2)
 
 
-def test_folder_gives_the_prompts_it_was_trained_on(folder: Path, sampler: CatalogueSampler, bert_served: None) -> None:
+def test_folder_gives_the_prompts_it_was_trained_on(folder: Path, sampler: CatalogueSampler) -> None:
     guidance = create_guidance(GuidanceConfig(name=str(folder)), "cpu")
     hidden = guidance.embed("a red armchair").tensors["hidden"]
     texts = [f"a red armchair, {view} view" for view in ("front", "side", "back", "overhead")]
@@ -285,7 +279,7 @@ def test_folder_holds_what_was_trained(folder: Path, trained: Path) -> None:
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_sds_gradient_through_the_folder(folder: Path, bert_served: None, quick: bool) -> None:
+def test_sds_gradient_through_the_folder(folder: Path, quick: bool) -> None:
     """`create_guidance` on the folder, against autograd in float64 through diffusers' own autoencoder and U-Net.
 
     Also with the parts that stand in for diffusers' on a GPU.

@@ -19,10 +19,10 @@ class NoisyGuidance(BallGuidance):
         super().__init__()
         self.sizes: list[int] = []
         self.recompute = False
-        self.freed: list[int] = []
+        self.freed = 0
 
     def free_graphs(self) -> None:
-        self.freed.append(len(self.sizes))
+        self.freed += 1
 
     def set_recompute(self, on: bool) -> None:
         self.recompute = on

@@ -50,6 +50,27 @@ class Pending:
         result = self.raw if self.offset is None else self.raw + self.offset.reshape(1, -1, 1, 1)
         return result if self.residual is None else result + self.residual
 
+    def padded(self) -> Tensor:
+        """The sum with a row of zeros below and a column of zeros to the right."""
+        n, channels, height, width = self.raw.shape
+        result = torch.empty(
+            (n, channels, height + 1, width + 1),
+            dtype=self.raw.dtype,
+            device=self.raw.device,
+            memory_format=torch.channels_last,
+        )
+        result[:, :, -1].zero_()
+        result[:, :, :, -1].zero_()
+        inner = result[:, :, :-1, :-1]
+        first = self.residual if self.offset is None else self.offset.reshape(1, -1, 1, 1)
+        if first is None:
+            inner.copy_(self.raw)
+        else:
+            torch.add(self.raw, first, out=inner)
+            if self.offset is not None and self.residual is not None:
+                inner.add_(self.residual)
+        return result
+
     def measured(self, norm: GroupNorm) -> tuple[Pending, Tensor]:
         """The same without a residual, and its statistics: in one pass over memory."""
         if self.residual is None:
@@ -86,10 +107,19 @@ class Convolution:
         return F.conv2d(x, self.weight, None, self._stride, self._padding)
 
     def input_gradient(self, grad: Tensor, size: torch.Size) -> Tensor:
-        """The gradient of an input of that size; the input itself plays no part in it."""
-        like = self.weight.new_empty(1).expand(size)
-        settings = ([0], self._stride, self._padding, (1, 1), False, (0, 0), 1)
-        found, _, _ = torch.ops.aten.convolution_backward(grad, like, self.weight, *settings, (True, False, False))
+        """The gradient of an input of that size; the input itself plays no part in it.
+
+        It is the transposed convolution. `aten::convolution_backward` wants an input to be given, and unless that is
+        channels last as well, and thus memory, it turns everything around and back: half of the encoder's backward.
+        """
+        kernel = self.weight.shape[2:]
+        rest = [
+            length - ((reached - 1) * stride - 2 * padding + width)
+            for length, reached, stride, padding, width in zip(
+                size[2:], grad.shape[2:], self._stride, self._padding, kernel, strict=True
+            )
+        ]
+        found = F.conv_transpose2d(grad, self.weight, None, self._stride, self._padding, rest)
         return found.contiguous(memory_format=torch.channels_last)
 
 
@@ -163,7 +193,7 @@ class Downsample:
 
     def forward(self, x: Pending, recompute: bool) -> tuple[Pending, torch.Size]:
         """Keeps the size."""
-        padded = F.pad(x.total(), (0, 1, 0, 1))
+        padded = x.padded()
         return Pending(self._convolution(padded), self._convolution.bias), padded.shape
 
     def backward(self, grad: Tensor, kept: torch.Size) -> Tensor:
@@ -209,9 +239,8 @@ class Attention:
             shares = self._shares(q[:, rows], k)
             g = grad_mixed[:, rows]
             grad_v += shares.to(v.dtype).mT @ g
-            to_scores = _wide_product(g, v.mT)
-            to_scores = shares * (to_scores - (shares * to_scores).sum(dim=-1, keepdim=True))
-            to_scores = (to_scores * self._scale).to(q.dtype)
+            to_shares = _wide_product(g, v.mT, self._scale)
+            to_scores = torch.ops.aten._softmax_backward_data(to_shares, shares, -1, shares.dtype).to(q.dtype)
             grad_q[:, rows] = to_scores @ k
             grad_k += to_scores.mT @ q[:, rows]
         g = torch.cat([grad_q, grad_k.to(q.dtype), grad_v.to(q.dtype)], dim=2) @ self._weight
@@ -226,7 +255,7 @@ class Attention:
 
     def _shares(self, q: Tensor, k: Tensor) -> Tensor:
         """The softmax, float32 at least."""
-        return torch.softmax(_wide_product(q, k.mT) * self._scale, dim=-1)
+        return torch.softmax(_wide_product(q, k.mT, self._scale), dim=-1)
 
 
 @dataclass
@@ -402,10 +431,13 @@ def _sums(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32 (float64 for float64), not rounded to the operands' type."""
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    if a.is_cuda:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+def _wide_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * a @ b in float32 (float64 for float64), not rounded to the operands' type."""
+    narrow = a.dtype not in (torch.float32, torch.float64)
+    if narrow and not a.is_cuda:
+        a, b, narrow = a.float(), b.float(), False
+    # Scaled where the product is, not in a pass of its own.
+    nothing = a.new_zeros(1, 1, 1, dtype=_sums(a)).expand(a.shape[0], a.shape[1], b.shape[2])
+    if narrow:
+        return torch.baddbmm(nothing, a, b, torch.float32, beta=0, alpha=scale)
+    return torch.baddbmm(nothing, a, b, beta=0, alpha=scale)

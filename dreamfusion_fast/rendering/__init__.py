@@ -5,6 +5,7 @@ from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.rays import InvalidRaysError, Rays
 from dreamfusion_fast.rendering.renderer import RenderOutput, VolumeRenderer
+from dreamfusion_fast.rendering.sample_total import SampleCount
 from dreamfusion_fast.rendering.sampling import cone_distances
 from dreamfusion_fast.rendering.shading import Shading, sample_lights, shade
 
@@ -16,6 +17,7 @@ __all__ = [
     "Rays",
     "RenderOutput",
     "RendererConfig",
+    "SampleCount",
     "Shading",
     "VolumeRenderer",
     "cone_distances",

@@ -158,7 +158,7 @@ class _Graphs:
         self._rays = [_room_for(rays.origins), _room_for(rays.directions)]
         self._light = None if light is None else _room_for(light)
         self._seed = torch.zeros((), dtype=torch.int64, device=rays.origins.device)
-        captured = replace(request, rays=Rays(*self._rays), light=self._light, seed=self._seed)
+        captured = replace(request, rays=Rays(*self._rays), light=self._light, seed=self._seed, total=None)
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle()
         device = rays.origins.device
@@ -200,6 +200,8 @@ class _Graphs:
         self.run += 1
         self._user = weakref.ref(user)
         self._forward.replay()
+        if request.total is not None:
+            return request.total.read()
         assert self.render.total is not None
         self.render.total.send()
         return self.render.total.read()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dreamfusion_fast.fields.base import FieldLike, box_tensor
 from dreamfusion_fast.fields.hash_field import HashGridField
+from dreamfusion_fast.ops._marched_rays import count_samples
 from dreamfusion_fast.rendering.chunked import ChunkedRender
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.differentiable import FieldRender, differentiable_sums
@@ -23,6 +24,7 @@ from dreamfusion_fast.rendering.graphs import RenderGraphs
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.rays import InvalidRaysError, Rays
 from dreamfusion_fast.rendering.request import RaySums, RenderRequest
+from dreamfusion_fast.rendering.sample_total import SampleCount, SampleTotal
 from dreamfusion_fast.rendering.sampling import SampledSpace
 from dreamfusion_fast.rendering.shading import AMBIENT, DIFFUSE, Shading
 from dreamfusion_fast.rendering.streaming import StreamedRender
@@ -144,6 +146,7 @@ class VolumeRenderer(nn.Module):
         with_entropy: bool = False,
         ambient: float = AMBIENT,
         diffuse: float = DIFFUSE,
+        count: SampleCount | None = None,
     ) -> RenderOutput:
         """Render rays.
 
@@ -162,10 +165,11 @@ class VolumeRenderer(nn.Module):
             with_entropy: compute the entropy loss.
             ambient: strength of the light from everywhere.
             diffuse: strength of the point light.
+            count: what `count_samples` gave for these rays, this jitter and seed, with nothing changed since.
 
         Raises:
             InvalidRaysError: a ray is not finite or its direction not of unit length.
-            ValueError: a wrong shape, an unknown shading or a missing light.
+            ValueError: a wrong shape, an unknown shading, a missing light, or a count of something else.
             RuntimeError: more than 2^31 - 1 samples in one image of the built-in field.
         """
         shading = Shading.parse(shading)
@@ -182,6 +186,8 @@ class VolumeRenderer(nn.Module):
             )
         if shading.needs_normals and light is None:
             raise ValueError(f"light: got None, want a position [3] or [n_rays, 3] for {shading.value} shading")
+        if count is not None:
+            count.check(rays, jitter, seed)
         normals = with_normals or shading.needs_normals
         request = RenderRequest(
             rays,
@@ -194,6 +200,7 @@ class VolumeRenderer(nn.Module):
             with_entropy,
             jitter,
             seed,
+            None if count is None or self.config.early_stop > 0.0 else count.total,
         )
         if self._streams(request):
             sums = self._stream(request)
@@ -222,6 +229,26 @@ class VolumeRenderer(nn.Module):
             mean(sums.entropy),
             sums.overflowed,
         )
+
+    @torch.no_grad()
+    def count_samples(self, rays: Rays, jitter: bool = False, seed: int = 0) -> SampleCount:
+        """Count the samples of a render to come, which then need not wait for their number: give it as `count`.
+
+        Counting reads rays and occupancy grid, and nothing of the field. So a training loop can do it on a stream of
+        its own, beside the step before, and no step ends with a wait: the GPU always has work ahead. Like all else on
+        such a stream, the rays have to stay until it is done with them (`torch.Tensor.record_stream`).
+
+        Args:
+            rays, jitter, seed: of the render.
+
+        Raises:
+            ValueError: the rays are not where the renderer is.
+            RuntimeError: within the capture of a CUDA graph, whose replays nobody could tell the number.
+        """
+        if rays.origins.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("count_samples: cannot be captured in a CUDA graph, as the host reads its result")
+        marched = self._space(rays).marched(rays, jitter, seed)
+        return SampleCount(rays, jitter, seed, SampleTotal(marched, count_samples(marched)[0], ahead=True))
 
     def _space(self, rays: Rays) -> SampledSpace:
         _check_device("renderer", self.aabb, rays)

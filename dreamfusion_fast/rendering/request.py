@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dreamfusion_fast.rendering.rays import Rays
+from dreamfusion_fast.rendering.sample_total import SampleTotal
 from dreamfusion_fast.rendering.shading import Shading
 
 
@@ -24,6 +25,7 @@ class RenderRequest:
     entropy: bool
     jitter: bool
     seed: int | Tensor
+    total: SampleTotal | None = None
 
 
 @dataclass(frozen=True)

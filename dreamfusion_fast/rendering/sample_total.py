@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from dreamfusion_fast.ops._marched_rays import MarchedRays
 from dreamfusion_fast.ops.march import MAX_SAMPLES
 from dreamfusion_fast.ops.march_tile import march_totals
-from dreamfusion_fast.rendering.rays import SQUARED_TOLERANCE, InvalidRaysError
+from dreamfusion_fast.rendering.rays import SQUARED_TOLERANCE, InvalidRaysError, Rays
 
 _mailboxes = threading.local()
 
@@ -19,14 +20,24 @@ def _mailbox(device: torch.device) -> tuple[Tensor, torch.cuda.Event]:
     """Pinned int64 `[2]` and an event, one pair per thread and GPU: each render reads its own before the next one."""
     boxes, name = _mailboxes.__dict__, str(device)
     if name not in boxes:
-        boxes[name] = (torch.empty(2, dtype=torch.int64, pin_memory=True), torch.cuda.Event())
+        boxes[name] = _new_mailbox()
     return boxes[name]
 
 
-class SampleTotal:
-    """The number of samples, and of invalid rays, on their way to the host."""
+def _new_mailbox() -> tuple[Tensor, torch.cuda.Event]:
+    return torch.empty(2, dtype=torch.int64, pin_memory=True), torch.cuda.Event()
 
-    def __init__(self, rays: MarchedRays, counts: Tensor) -> None:
+
+class SampleTotal:
+    """The number of samples, and of invalid rays, on their way to the host.
+
+    Args:
+        rays, counts: what was counted.
+        ahead: whether other renders may come before it is read.
+    """
+
+    def __init__(self, rays: MarchedRays, counts: Tensor, ahead: bool = False) -> None:
+        self.known = ahead
         self.totals = march_totals(rays, counts, SQUARED_TOLERANCE)
         self.on_device = self.totals[0]
         self.captured = counts.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -37,7 +48,7 @@ class SampleTotal:
 
     def send(self) -> None:
         """Start the copy to the host."""
-        self._host, event = _mailbox(self.totals.device)
+        self._host, event = _new_mailbox() if self.known else _mailbox(self.totals.device)
         self._host.copy_(self.totals, non_blocking=True)
         event.record()
         self._event = event
@@ -57,3 +68,23 @@ class SampleTotal:
         if number > MAX_SAMPLES:
             raise RuntimeError(f"rays: {number} samples, more than 2^31 - 1: render fewer rays at once")
         return number
+
+
+@dataclass(frozen=True, eq=False)
+class SampleCount:
+    """How many samples a render will take, counted ahead of it by :meth:`VolumeRenderer.count_samples`.
+
+    Attributes:
+        rays, jitter, seed: of the render that it is for.
+        total: the number, on its way.
+    """
+
+    rays: Rays
+    jitter: bool
+    seed: int
+    total: SampleTotal
+
+    def check(self, rays: Rays, jitter: bool, seed: int | Tensor) -> None:
+        """Raise ValueError unless it is of these."""
+        if self.rays is not rays or self.jitter != jitter or isinstance(seed, Tensor) or self.seed != seed:
+            raise ValueError("count: was counted for other rays, or with another jitter or seed, than are rendered")

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dreamfusion_fast.ops._marched_rays import MarchedRays, occupied_blocks
 from dreamfusion_fast.ops.march import MAX_STEPS
 from dreamfusion_fast.ops.ray_box import native_ray_box, ray_box_reference
 from dreamfusion_fast.rendering.config import RendererConfig
@@ -144,3 +145,22 @@ class SampledSpace:
             distances = cached_cone_distances(config.near, far, *steps, config.cone_angle, dtype, t_far.device)
         outer_diagonal = diagonal * 2 ** (cascades - 1)
         return cls(t_near, t_far, aabb, bitfield, resolution, cascades, outer_diagonal, step, distances)
+
+    def marched(self, rays: Rays, jitter: bool, seed: int | Tensor) -> MarchedRays:
+        """The same rays as the native core marches them."""
+        blocks = None if self.bitfield is None else occupied_blocks(self.bitfield, self.resolution, self.cascades)
+        return MarchedRays(
+            rays.origins.contiguous(),
+            rays.directions.contiguous(),
+            self.t_near,
+            self.t_far,
+            self.aabb,
+            self.bitfield,
+            blocks,
+            self.resolution,
+            self.step,
+            jitter,
+            seed,
+            self.cascades,
+            self.distances,
+        )

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dreamfusion_fast.fields.hash_field import HashGridField
 from dreamfusion_fast.ops import hash_grid_tile
-from dreamfusion_fast.ops._marched_rays import MarchedRays, count_samples, occupied_blocks
+from dreamfusion_fast.ops._marched_rays import MarchedRays, count_samples
 from dreamfusion_fast.ops.march_tile import march_tile, tile_table
 from dreamfusion_fast.ops.mlp import MlpGradients, prepared_backward
 from dreamfusion_fast.ops.stream import (
@@ -60,6 +60,7 @@ class StreamedRender:
         diagonal: of the box in which anything is sampled, scene units.
         budget: bytes of workspace.
         expected: samples of the last render like this one; None: there was none.
+        counted: how many samples there are, if they were counted ahead; not for `early_stop`, which counts anew.
         early_stop: share of the light below which samples are left out; 0: none are.
         max_tile: most samples of a tile; None: what the budget holds.
         samples: how many there are; a number once the host knows, else on the device.
@@ -75,6 +76,7 @@ class StreamedRender:
     diagonal: float
     budget: int
     expected: int | None
+    counted: SampleTotal | None = None
     early_stop: float = 0.0
     max_tile: int | None = None
     samples: int | Tensor = 0
@@ -100,28 +102,10 @@ class StreamedRender:
         expected: int | None,
     ) -> StreamedRender:
         """A render of a field."""
-        origins, directions = request.rays.origins.contiguous(), request.rays.directions.contiguous()
-        blocks = None
-        if space.bitfield is not None:
-            blocks = occupied_blocks(space.bitfield, space.resolution, space.cascades)
-        rays = MarchedRays(
-            origins,
-            directions,
-            space.t_near,
-            space.t_far,
-            space.aabb,
-            space.bitfield,
-            blocks,
-            space.resolution,
-            space.step,
-            request.jitter,
-            request.seed,
-            space.cascades,
-            space.distances,
-        )
+        rays = space.marched(request.rays, request.jitter, request.seed)
         light = None
         if request.light is not None and request.shading.needs_normals:
-            light = request.light.detach().to(origins.dtype).contiguous()
+            light = request.light.detach().to(rays.origins.dtype).contiguous()
         head = replace(
             source.head(),
             shading=request.shading.value,
@@ -139,6 +123,7 @@ class StreamedRender:
             space.diagonal,
             budget,
             expected,
+            request.total,
             config.early_stop,
             config.max_samples_per_chunk,
         )
@@ -207,7 +192,7 @@ class StreamedRender:
         rays, source = self.rays, self.source
         counts, self.firsts = count_samples(rays)
         table = source.readable_table()
-        total = SampleTotal(rays, counts)
+        total = SampleTotal(rays, counts) if self.counted is None else self.counted
         if self.early_stop > 0.0:
             counts = self._visible_counts(table, counts, total)
             total = SampleTotal(rays, counts)
@@ -304,6 +289,8 @@ class StreamedRender:
 
     def _planned(self, total: SampleTotal) -> int:
         """Samples to enqueue tiles for."""
+        if total.known:
+            return total.read()
         if self.expected is not None and self.rays.origins.is_cuda:
             return min(self._most(), int(_RESERVE * self.expected) + _RESERVE_SAMPLES)
         return self._most() if total.captured else total.read()

@@ -13,24 +13,25 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dreamfusion_fast.errors import NonFiniteError, UserError
-from dreamfusion_fast.fields.background import MlpBackground, per_view, random_colors
+from dreamfusion_fast.fields.background import MlpBackground
 from dreamfusion_fast.fields.hash_field import HashGridField
-from dreamfusion_fast.guidance.base import Guidance, Views, create_guidance
+from dreamfusion_fast.guidance.base import Guidance, create_guidance
 from dreamfusion_fast.guidance.memory import HoldsGraphs, Offloads, Recomputes
-from dreamfusion_fast.rendering.cameras import Cameras, orbit_cameras, sample_cameras
+from dreamfusion_fast.rendering.cameras import orbit_cameras
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
-from dreamfusion_fast.rendering.rays import Rays
 from dreamfusion_fast.rendering.renderer import RenderOutput, VolumeRenderer
-from dreamfusion_fast.rendering.shading import Shading, sample_lights
+from dreamfusion_fast.rendering.shading import Shading
 from dreamfusion_fast.stages import stage
 from dreamfusion_fast.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from dreamfusion_fast.training.config import Config
-from dreamfusion_fast.training.device import send
+from dreamfusion_fast.training.drawing import DrawnViews, ViewSampler
 from dreamfusion_fast.training.memory_plan import MemoryLimit, MemoryPlan, MemoryPlanner
+from dreamfusion_fast.training.optimizer_step import CapturedStep
 from dreamfusion_fast.training.out_of_memory import DoesNotFitError, is_out_of_memory, what_was_wanted
 from dreamfusion_fast.training.parts import sds_gradient_in_parts
 from dreamfusion_fast.training.profile import StepProfiler
@@ -55,29 +56,6 @@ class StepResult:
     shading: Shading
     size: int
     samples: int | Tensor
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """What a step draws: views and how they are shown, on the device.
-
-    Attributes:
-        size: height and width, pixels.
-        shading: of all views.
-        views: what the guidance is told.
-        rays: `B * size * size`, views one after another.
-        light: positions `[B * size * size, 3]` for shadings that read them, else None.
-        plain: background colours `[B * size * size, 3]`, or None for the learned background.
-        seed: of the samples' jitter.
-    """
-
-    size: int
-    shading: Shading
-    views: Views
-    rays: Rays
-    light: Tensor | None
-    plain: Tensor | None
-    seed: int
 
 
 class Trainer:
@@ -123,7 +101,9 @@ class Trainer:
         ).to(device)
         self.renderer = VolumeRenderer(self.field, self.occupancy, config.renderer)
         self.guidance = create_guidance(config.guidance, device) if guidance is None else guidance
+        self._sampler = ViewSampler(config, device, self.generator)
         self.optimizer = self._make_optimizer()
+        self._optimizer_step = CapturedStep(self.optimizer, device)
         self.planner = MemoryPlanner(
             self.guidance,
             config.renderer,
@@ -203,7 +183,7 @@ class Trainer:
         self._set_learning_rates(progress)
         self._update_occupancy()
         with stage("cameras"):
-            drawn = self._draw(size, progress)
+            drawn = self._sampler.draw(size, progress, self.renderer)
         with stage("render forward"):
             output = self._render_training(drawn)
             images = output.color.view(config.batch, size, size, 3).permute(0, 3, 1, 2)
@@ -228,12 +208,12 @@ class Trainer:
         if self.device.type == "cpu":  # before the parameters are touched; on a GPU it would wait
             total = (images.detach() * pull.gradient).sum() * per_pixel + sum(term.detach() for term in weighted)
             self.check_finite(result, total)
-        self._make_moments()
+        self._optimizer_step.prepare()
         self.optimizer.zero_grad(set_to_none=True)
         with stage("render backward"):
             torch.autograd.backward([images, *weighted], [pull.gradient * per_pixel, *(None for _ in weighted)])
         with stage("optimiser"):
-            self.optimizer.step()
+            self._optimizer_step()
         self.steps_done += 1
         return result
 
@@ -251,24 +231,6 @@ class Trainer:
                 occupancy.bitfield.copy_(before[1])
                 raise
         self._occupancy_is_of = self.steps_done
-
-    def _make_moments(self) -> None:
-        """Adam's state before its first step, as Adam itself makes it.
-
-        Adam would make it group by group, between updates of parameters: memory that ran out there could not be undone.
-        With its state at hand, a fused step allocates nothing.
-        """
-        if self.optimizer.state:
-            return
-        state = {}
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                }
-        self.optimizer.state.update(state)
 
     def check_finite(self, result: StepResult, total: Tensor | None = None) -> None:
         """Raise NonFiniteError if a loss of `result`, or their weighted sum, is not finite; waits for the GPU."""
@@ -297,49 +259,10 @@ class Trainer:
         cosine = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
         factor = warm * (c.final_lr_factor + (1.0 - c.final_lr_factor) * cosine)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+            # As float32, which a captured step reads it in: a step is the same, captured or not.
+            group["lr"] = float(np.float32(group["peak"] * factor))
 
-    def _draw_shading(self, progress: float) -> Shading:
-        c = self.config.shading
-        draw = float(torch.rand((), generator=self.generator))
-        if progress < c.albedo_steps or draw < c.albedo_probability:
-            return Shading.ALBEDO
-        return Shading.TEXTURELESS if draw < c.albedo_probability + c.textureless_probability else Shading.LAMBERTIAN
-
-    def _draw(self, size: int, progress: float) -> _Drawn:
-        """All of a step's random numbers but the guidance's. They are drawn on the CPU and sent at once."""
-        config, batch = self.config, self.config.batch
-        shading = self._draw_shading(progress)
-        cameras = sample_cameras(config.camera, batch, self.generator)
-        plain = self._draw_backgrounds()
-        lights = sample_lights(cameras.positions, self.generator, distance=config.shading.light_distance)
-        seed = int(torch.randint(2**31 - 1, (), generator=self.generator))
-
-        values = [cameras.camera_to_world, cameras.fov_y, cameras.azimuth, cameras.elevation, cameras.distance, lights]
-        pose, fov_y, azimuth, elevation, distance, lights, *rest = send(
-            self.device, *values, *([] if plain is None else [plain])
-        )
-        plain = rest[0] if rest else None
-        return _Drawn(
-            size,
-            shading,
-            Views(azimuth, elevation, plain, shading.value),
-            Cameras(pose, fov_y, azimuth, elevation, distance).rays(size, size),
-            per_view(lights, size * size) if shading.needs_normals else None,
-            None if plain is None else per_view(plain, size * size),
-            seed,
-        )
-
-    def _draw_backgrounds(self) -> Tensor | None:
-        """Plain colours `[B, 3]` on the CPU, or None for the learned background."""
-        c, batch = self.config.background, self.config.batch
-        draws = torch.rand(batch + 1, generator=self.generator)
-        colors = random_colors(batch, self.generator)
-        if float(draws[0]) >= c.plain:
-            return None
-        return torch.where((draws[1:] < c.white)[:, None], torch.ones_like(colors), colors)
-
-    def _render_training(self, drawn: _Drawn) -> RenderOutput:
+    def _render_training(self, drawn: DrawnViews) -> RenderOutput:
         return self.renderer.render(
             drawn.rays,
             self.background if drawn.plain is None else drawn.plain,
@@ -349,6 +272,7 @@ class Trainer:
             seed=drawn.seed,
             ambient=self.config.shading.ambient,
             diffuse=self.config.shading.diffuse,
+            count=drawn.count,
         )
 
     def _regularisers(self, output: RenderOutput, weights: dict[str, float]) -> dict[str, Tensor]:

@@ -125,7 +125,7 @@ def test_schedule_goes_by_the_share_of_the_run():
 
 def test_shading_mix():
     trainer = trainer_of(shading=ShadingConfig(0.0, albedo_probability=0.25, textureless_probability=0.5))
-    drawn = [trainer._draw_shading(0.5) for _ in range(400)]
+    drawn = [trainer._sampler._draw_shading(0.5) for _ in range(400)]
     shares = [sum(kind is shading for kind in drawn) / 400 for shading in Shading]
     assert shares == pytest.approx([0.25, 0.25, 0.5], abs=0.08)
 
@@ -283,25 +283,59 @@ def test_latent_model_with_a_render_of_its_own_size():
     assert float(trainer.field.table.grad.abs().sum()) > 0
 
 
+class Pull(BallGuidance):
+    """Pulls images towards grey, without a wait for the GPU."""
+
+    def sds_gradient(self, images, embeddings, views, t_range=None, generator=None):
+        (t,) = send(images.device, torch.randint(0, 1000, (len(images),), generator=generator))
+        pull = images.detach() - 0.5
+        return SDSOutput(pull, t, pull.flatten(1).norm(dim=1), pull.flatten(1).norm(dim=1), pull)
+
+
 @pytest.mark.gpu
-def test_a_step_waits_for_nothing_but_the_count_of_samples():
-    """Between updates of the occupancy grid, which read back a list of cells."""
-
-    class Pull(BallGuidance):
-        def sds_gradient(self, images, embeddings, views, t_range=None, generator=None):
-            (t,) = send(images.device, torch.randint(0, 1000, (len(images),), generator=generator))
-            pull = images.detach() - 0.5
-            return SDSOutput(pull, t, pull.flatten(1).norm(dim=1), pull.flatten(1).norm(dim=1), pull)
-
+def test_steps_between_updates_of_the_grid_wait_for_nothing_until_they_are_two_ahead():
+    """An update of the occupancy grid reads back a list of cells."""
     trainer = trainer_of(torch.device("cuda"), Pull(), steps=40)
     for _ in range(29):  # past the change of size at half of the run, and past captures
         trainer.step()
-    for _ in range(3):
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # a second
+    before = torch.cuda.current_stream().record_event()
+    for ahead in (True, True, False):
         torch.cuda.set_sync_debug_mode("error")
         try:
             trainer.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        assert before.query() != ahead
+
+
+@pytest.mark.gpu
+def test_views_drawn_beside_the_last_step_are_those_drawn_in_line():
+    """With all that a step changes: the grid, sizes, and kinds of shading and background."""
+    shading = ShadingConfig(albedo_steps=0.2, albedo_probability=0.4)
+    results = []
+    for aside in (True, False):
+        guidance = Pull()
+        trainer = trainer_of(torch.device("cuda"), guidance, steps=30, shading=shading)
+        if not aside:
+            trainer._sampler._stream = None
+        seen = []
+        render = trainer.renderer.render
+
+        def watched(rays, *arguments, render=render, seen=seen, **options):
+            output = render(rays, *arguments, **options)
+            seen.append((rays.origins.clone(), rays.directions.clone(), output.samples))
+            return output
+
+        trainer.renderer.render = watched
+        for _ in range(30):
+            trainer.step()
+        results.append(seen)
+    for (origins, directions, samples), (others, other_directions, wanted) in zip(*results, strict=True):
+        torch.testing.assert_close(origins, others, rtol=0, atol=0)
+        torch.testing.assert_close(directions, other_directions, rtol=0, atol=0)
+        assert abs(samples - wanted) <= 0.02 * wanted  # the grid depends on the field, its gradients on atomics
 
 
 @pytest.mark.parametrize("shading", list(Shading))

@@ -1,0 +1,144 @@
+"""What each step draws: shading, cameras, lights and backgrounds, and with the cameras the rays of the step.
+
+On a GPU all of it happens on a stream of its own, beside the step before: rays are made, and the samples along them
+counted, while the last step's diffusion model still runs. So the host knows in time how much there is to render, never
+waits for a step to end, and the GPU always finds the next launch waiting.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.fields.background import per_view, random_colors
+from dreamfusion_fast.guidance.base import Views
+from dreamfusion_fast.rendering.cameras import Cameras, sample_cameras
+from dreamfusion_fast.rendering.rays import Rays
+from dreamfusion_fast.rendering.renderer import VolumeRenderer
+from dreamfusion_fast.rendering.sample_total import SampleCount
+from dreamfusion_fast.rendering.shading import Shading, sample_lights
+from dreamfusion_fast.training.config import Config
+from dreamfusion_fast.training.device import send
+
+# Steps that the host may be ahead of the GPU: what they have drawn is in memory. One is enough to hide all of Python.
+_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class DrawnViews:
+    """Views and how they are shown, on the device.
+
+    Attributes:
+        size: height and width, pixels.
+        shading: of all views.
+        views: what the guidance is told.
+        rays: `B * size * size`, views one after another.
+        light: positions `[B * size * size, 3]` for shadings that read them, else None.
+        plain: background colours `[B * size * size, 3]`, or None for the learned background.
+        seed: of the samples' jitter.
+        count: of the samples along the rays, on a GPU.
+    """
+
+    size: int
+    shading: Shading
+    views: Views
+    rays: Rays
+    light: Tensor | None
+    plain: Tensor | None
+    seed: int
+    count: SampleCount | None
+
+
+class ViewSampler:
+    """Draws the views of training steps.
+
+    Args:
+        config: the run's settings.
+        device: where views are to be.
+        generator: on the CPU, source of all random numbers here.
+    """
+
+    def __init__(self, config: Config, device: torch.device, generator: torch.Generator) -> None:
+        self._config, self._device, self._generator = config, device, generator
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._steps: deque[torch.cuda.Event] = deque()
+        self._grid_version: tuple[int, int] | None = None
+
+    def draw(self, size: int, progress: float, renderer: VolumeRenderer) -> DrawnViews:
+        """All of a step's random numbers but the guidance's. They are drawn on the CPU and sent at once.
+
+        Args:
+            size: height and width of the views, pixels.
+            progress: of the run, 0 to 1.
+            renderer: what will render them.
+        """
+        config, batch = self._config, self._config.batch
+        shading = self._draw_shading(progress)
+        cameras = sample_cameras(config.camera, batch, self._generator)
+        plain = self._draw_backgrounds()
+        lights = sample_lights(cameras.positions, self._generator, distance=config.shading.light_distance)
+        seed = int(torch.randint(2**31 - 1, (), generator=self._generator))
+
+        values = [cameras.camera_to_world, cameras.fov_y, cameras.azimuth, cameras.elevation, cameras.distance, lights]
+        with self._beside_the_last_step(renderer):
+            pose, fov_y, azimuth, elevation, distance, lights, *rest = send(
+                self._device, *values, *([] if plain is None else [plain])
+            )
+            rays = Cameras(pose, fov_y, azimuth, elevation, distance).rays(size, size)
+            drawn = DrawnViews(
+                size,
+                shading,
+                Views(azimuth, elevation, rest[0] if rest else None, shading.value),
+                rays,
+                per_view(lights, size * size) if shading.needs_normals else None,
+                per_view(rest[0], size * size) if rest else None,
+                seed,
+                None if self._stream is None else renderer.count_samples(rays, True, seed),
+            )
+        if self._stream is not None:
+            stream = torch.cuda.current_stream(self._device)
+            for tensor in (azimuth, rays.origins, rays.directions, drawn.light, drawn.plain):
+                if tensor is not None:  # all that was sent is one block, so azimuth stands for it
+                    tensor.record_stream(stream)
+        return drawn
+
+    def _draw_shading(self, progress: float) -> Shading:
+        c = self._config.shading
+        draw = float(torch.rand((), generator=self._generator))
+        if progress < c.albedo_steps or draw < c.albedo_probability:
+            return Shading.ALBEDO
+        return Shading.TEXTURELESS if draw < c.albedo_probability + c.textureless_probability else Shading.LAMBERTIAN
+
+    def _draw_backgrounds(self) -> Tensor | None:
+        """Plain colours `[B, 3]` on the CPU, or None for the learned background."""
+        c, batch = self._config.background, self._config.batch
+        draws = torch.rand(batch + 1, generator=self._generator)
+        colors = random_colors(batch, self._generator)
+        if float(draws[0]) >= c.plain:
+            return None
+        return torch.where((draws[1:] < c.white)[:, None], torch.ones_like(colors), colors)
+
+    @contextmanager
+    def _beside_the_last_step(self, renderer: VolumeRenderer) -> Iterator[None]:
+        """On a GPU, work goes to the sampler's stream within, and the current one waits for it afterwards."""
+        if self._stream is None:
+            yield
+            return
+        current = torch.cuda.current_stream(self._device)
+        self._steps.append(current.record_event())
+        if len(self._steps) > _AHEAD:
+            self._steps.popleft().synchronize()
+        # The only thing that is read here and written by steps. Its version counts the writes.
+        grid = renderer.occupancy.bitfield if renderer.occupancy is not None else None
+        version = None if grid is None else (grid.data_ptr(), grid._version)
+        if version != self._grid_version:
+            self._grid_version = version
+            self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)

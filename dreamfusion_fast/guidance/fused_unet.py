@@ -2,8 +2,10 @@
 
 At the batch of one guided view a U-Net is a great many small launches, of which some only move numbers or divide them
 by one. `fuse` replaces, in place, what has a quicker equal: group norms, with the SiLU behind and the sum of bias and
-time embedding before them (`dreamfusion_fast.ops.group_norm`); the three projections of self-attention by one; and it
-keeps images channels last in memory throughout, as tensor cores want them. Whatever it does not know stays as it is.
+time embedding before them, and sums of biases and residuals (`dreamfusion_fast.ops.group_norm`); the three projections
+of self-attention by one; gates (`dreamfusion_fast.ops.geglu`); convolutions of 1 x 1 by products, which add their bias
+on the way. Images stay channels last in memory throughout, as tensor cores want them. Whatever it does not know stays
+as it is.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamfusion_fast.ops.group_norm import GroupNorm, normalise, statistics
+from dreamfusion_fast.ops.geglu import geglu
+from dreamfusion_fast.ops.group_norm import GroupNorm, normalise, statistics, summed
 
 
 def fuse(unet: nn.Module) -> int:
@@ -23,6 +26,7 @@ def fuse(unet: nn.Module) -> int:
     The module is changed, and afterwards differentiable no more. Its parameters stay where they are, but for those of
     projections that become one.
     """
+    from diffusers.models.activations import GEGLU
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -34,8 +38,14 @@ def fuse(unet: nn.Module) -> int:
             if isinstance(child, ResnetBlock2D) and _plain(child):
                 setattr(parent, name, FusedResidualBlock(child))
                 count += 1
+            if type(child) is GEGLU:
+                setattr(parent, name, FusedGate(child))
+                count += 1
         if isinstance(parent, Transformer2DModel) and isinstance(parent.norm, nn.GroupNorm):
             parent.norm = FusedNorm(parent.norm, silu=False)
+            for name in ("proj_in", "proj_out"):
+                if _pointwise(getattr(parent, name)):
+                    setattr(parent, name, FusedPointwise(getattr(parent, name)))
             parent._get_output_for_continuous_inputs = _ChannelsLastOutput(parent)
             count += 1
         if isinstance(parent, Attention) and type(parent.processor) is AttnProcessor2_0 and _plain_attention(parent):
@@ -61,6 +71,33 @@ class FusedNorm(nn.Module):
         return normalise(self._norm, x, statistics(self._norm, x))
 
 
+class FusedPointwise(nn.Module):
+    """A convolution of 1 x 1 as a product."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = convolution.weight, convolution.bias
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """`[n, c, h, w]`, channels last, to as many pixels of other channels."""
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class FusedGate(nn.Module):
+    """diffusers' `GEGLU`."""
+
+    def __init__(self, gate: Any) -> None:
+        super().__init__()
+        self.proj = gate.proj
+
+    @torch.no_grad()
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[..., width]` to `[..., inner]`."""
+        both = self.proj(hidden_states)
+        return geglu(both.flatten(0, -2)).unflatten(0, both.shape[:-1])
+
+
 class FusedResidualBlock(nn.Module):
     """diffusers' `ResnetBlock2D` with a time embedding that is added."""
 
@@ -68,7 +105,9 @@ class FusedResidualBlock(nn.Module):
         super().__init__()
         self._norm1, self._norm2 = GroupNorm.of(block.norm1, silu=True), GroupNorm.of(block.norm2, silu=True)
         self.conv1, self.conv2 = block.conv1, block.conv2
-        self.conv_shortcut, self.time_emb_proj = block.conv_shortcut, block.time_emb_proj
+        shortcut = block.conv_shortcut
+        self.conv_shortcut = FusedPointwise(shortcut) if _pointwise(shortcut) else shortcut
+        self.time_emb_proj = block.time_emb_proj
         self._activates = not block.skip_time_act
 
     @torch.no_grad()
@@ -81,7 +120,9 @@ class FusedResidualBlock(nn.Module):
         if self.time_emb_proj is not None and temb is not None:
             offset = offset + self.time_emb_proj(F.silu(temb) if self._activates else temb)
         h = normalise(self._norm2, h, statistics(self._norm2, h, offset), offset)
-        return self.conv2(h) + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = F.conv2d(h, self.conv2.weight, None, padding=1)
+        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return summed(h, self.conv2.bias, x.contiguous(memory_format=torch.channels_last))
 
 
 class FusedAttention:
@@ -139,6 +180,10 @@ class _ChannelsLastOutput:
         return (image if self._linear else self._proj_out(image)) + residual
 
 
+def _pointwise(module: Any) -> bool:
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.stride == (1, 1)
+
+
 def _plain(block: Any) -> bool:
     return (
         block.time_embedding_norm == "default"
@@ -146,6 +191,7 @@ def _plain(block: Any) -> bool:
         and isinstance(block.nonlinearity, nn.SiLU)
         and block.output_scale_factor == 1
         and block.conv1.bias is not None
+        and block.conv2.bias is not None
     )
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamfusion_fast.guidance.capture import CapturedPair
-from dreamfusion_fast.ops.group_norm import GroupNorm, input_gradient, normalise, statistics
+from dreamfusion_fast.ops.group_norm import GroupNorm, input_gradient, normalise, statistics, summed
 
 # Scores of attention, float32, in memory at a time: 34 MB.
 _SCORES = 1 << 23
@@ -45,31 +45,11 @@ class Pending:
     offset: Tensor | None = None
     residual: Tensor | None = None
 
-    def total(self) -> Tensor:
-        """The sum."""
-        result = self.raw if self.offset is None else self.raw + self.offset.reshape(1, -1, 1, 1)
-        return result if self.residual is None else result + self.residual
-
-    def padded(self) -> Tensor:
-        """The sum with a row of zeros below and a column of zeros to the right."""
-        n, channels, height, width = self.raw.shape
-        result = torch.empty(
-            (n, channels, height + 1, width + 1),
-            dtype=self.raw.dtype,
-            device=self.raw.device,
-            memory_format=torch.channels_last,
-        )
-        result[:, :, -1].zero_()
-        result[:, :, :, -1].zero_()
-        inner = result[:, :, :-1, :-1]
-        first = self.residual if self.offset is None else self.offset.reshape(1, -1, 1, 1)
-        if first is None:
-            inner.copy_(self.raw)
-        else:
-            torch.add(self.raw, first, out=inner)
-            if self.offset is not None and self.residual is not None:
-                inner.add_(self.residual)
-        return result
+    def total(self, padding: int = 0) -> Tensor:
+        """The sum, with so many rows of zeros below and columns of zeros to the right."""
+        if padding == 0 and self.offset is None and self.residual is None:
+            return self.raw
+        return summed(self.raw, self.offset, self.residual, padding)
 
     def measured(self, norm: GroupNorm) -> tuple[Pending, Tensor]:
         """The same without a residual, and its statistics: in one pass over memory."""
@@ -193,7 +173,7 @@ class Downsample:
 
     def forward(self, x: Pending, recompute: bool) -> tuple[Pending, torch.Size]:
         """Keeps the size."""
-        padded = x.padded()
+        padded = x.total(padding=1)
         return Pending(self._convolution(padded), self._convolution.bias), padded.shape
 
     def backward(self, grad: Tensor, kept: torch.Size) -> Tensor:

@@ -38,7 +38,8 @@ def moments_kernel(
 ):
     """Mean and sum of squared deviations of each channel in a chunk of pixels: partials ``[n, chunks, channels, 2]``.
 
-    What is measured is x + offset + residual, which is written to `total` unless that is None.
+    What is measured is x + offset + residual, which is written to `total` unless that is None. Sums are of differences
+    to the first tile's mean, each thread's own until the last tile: to bring threads together costs more than to read.
     """
     chunk, block, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     cols = block * COLS + tl.arange(0, COLS)
@@ -47,9 +48,9 @@ def moments_kernel(
     shift = tl.zeros((COLS,), dtype=tl.float32)
     if offset is not None:
         shift += tl.load(offset + image * offset_stride + cols, mask=live_cols, other=0.0).to(tl.float32)
-    count = 0.0
-    mean = tl.zeros((COLS,), dtype=tl.float32)
-    squares = tl.zeros((COLS,), dtype=tl.float32)
+    pivot = tl.zeros((COLS,), dtype=tl.float32)
+    sums = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    squares = tl.zeros((ROWS, COLS), dtype=tl.float32)
     for tile in range(TILES):
         rows = (chunk * TILES + tile) * ROWS + tl.arange(0, ROWS)
         live = (rows < pixels)[:, None] & live_cols[None, :]
@@ -61,19 +62,17 @@ def moments_kernel(
             stored = value.to(total.dtype.element_ty)
             tl.store(total + at, stored, mask=live)
             value = stored.to(tl.float32)
-        here = tl.maximum(tl.minimum(pixels - (chunk * TILES + tile) * ROWS, ROWS), 0).to(tl.float32)
-        if here > 0:
-            value = tl.where(live, value, 0.0)
-            tile_mean = tl.sum(value, 0) / here
-            deviation = tl.where(live, value - tile_mean[None, :], 0.0)
-            both = count + here
-            delta = tile_mean - mean
-            squares += tl.sum(deviation * deviation, 0) + delta * delta * (count * here / both)
-            mean += delta * (here / both)
-            count = both
+        if tile == 0:
+            here = tl.minimum(pixels - chunk * TILES * ROWS, ROWS).to(tl.float32)
+            pivot = tl.sum(tl.where(live, value, 0.0), 0) / here
+        deviation = tl.where(live, value - pivot[None, :], 0.0)
+        sums += deviation
+        squares += deviation * deviation
+    count = tl.minimum(pixels - chunk * TILES * ROWS, TILES * ROWS).to(tl.float32)
+    drift = tl.sum(sums, 0) / count
     to = partials + ((image.to(tl.int64) * chunks + chunk) * channels + cols) * 2
-    tl.store(to, mean, mask=live_cols)
-    tl.store(to + 1, squares, mask=live_cols)
+    tl.store(to, pivot + drift, mask=live_cols)
+    tl.store(to + 1, tl.maximum(tl.sum(squares, 0) - drift * drift * count, 0.0), mask=live_cols)
 
 
 @triton.jit
@@ -92,27 +91,57 @@ def statistics_kernel(
     """Mean and 1 / standard deviation of each group, ``[n, groups, 2]``, from the chunks' moments."""
     group, image = tl.program_id(0), tl.program_id(1)
     cols = tl.arange(0, GROUP_COLS)
-    total = 0.0
-    for first in range(0, chunks, CHUNKS):
-        k = first + tl.arange(0, CHUNKS)
+    first = partials + (image.to(tl.int64) * chunks * channels + group * GROUP) * 2
+    pivot = tl.load(first)  # of the same size as the mean, which is all that it is for
+    sums = tl.zeros((CHUNKS, GROUP_COLS), dtype=tl.float32)
+    squares = tl.zeros((CHUNKS, GROUP_COLS), dtype=tl.float32)
+    for start in range(0, chunks, CHUNKS):
+        k = start + tl.arange(0, CHUNKS)
         live = (k < chunks)[:, None] & (cols < GROUP)[None, :]
-        at = ((image.to(tl.int64) * chunks + k[:, None]) * channels + group * GROUP + cols[None, :]) * 2
-        count = tl.minimum(pixels - k * chunk_pixels, chunk_pixels).to(tl.float32)
-        total += tl.sum(tl.load(partials + at, mask=live, other=0.0) * tl.where(live, count[:, None], 0.0))
+        at = (k[:, None].to(tl.int64) * channels + cols[None, :]) * 2
+        count = tl.minimum(pixels - k * chunk_pixels, chunk_pixels).to(tl.float32)[:, None]
+        delta = tl.where(live, tl.load(first + at, mask=live, other=0.0) - pivot, 0.0)
+        sums += delta * count
+        squares += tl.load(first + at + 1, mask=live, other=0.0) + delta * delta * count
     size = 1.0 * pixels * GROUP
-    mean = total / size
-    squares = 0.0
-    for first in range(0, chunks, CHUNKS):
-        k = first + tl.arange(0, CHUNKS)
-        live = (k < chunks)[:, None] & (cols < GROUP)[None, :]
-        at = ((image.to(tl.int64) * chunks + k[:, None]) * channels + group * GROUP + cols[None, :]) * 2
-        count = tl.minimum(pixels - k * chunk_pixels, chunk_pixels).to(tl.float32)
-        delta = tl.load(partials + at, mask=live, other=0.0) - mean
-        inside = tl.load(partials + at + 1, mask=live, other=0.0)
-        squares += tl.sum(tl.where(live, inside + count[:, None] * delta * delta, 0.0))
+    drift = tl.sum(sums) / size
+    variance = tl.maximum(tl.sum(squares) / size - drift * drift, 0.0)
     to = statistics + (image * tl.num_programs(0) + group) * 2
-    tl.store(to, mean)
-    tl.store(to + 1, 1.0 / tl.sqrt(squares / size + eps))
+    tl.store(to, pivot + drift)
+    tl.store(to + 1, 1.0 / tl.sqrt(variance + eps))
+
+
+@triton.jit
+def sum_kernel(
+    x,
+    offset,
+    residual,
+    y,
+    height,
+    width,
+    to_height,
+    to_width,
+    channels,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """y ``[n, to_height, to_width, channels]``: x + offset + residual, and zeros beyond x's height and width."""
+    chunk, block, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    cols = block * COLS + tl.arange(0, COLS)
+    live_cols = cols < channels
+    shift = tl.zeros((COLS,), dtype=tl.float32)
+    if offset is not None:
+        shift += tl.load(offset + cols, mask=live_cols, other=0.0).to(tl.float32)
+    pixels = chunk * ROWS + tl.arange(0, ROWS)
+    row, column = pixels // to_width, pixels % to_width
+    live = (pixels < to_height * to_width)[:, None] & live_cols[None, :]
+    inside = live & ((row < height) & (column < width))[:, None]
+    of = ((image * height + row).to(tl.int64) * width + column)[:, None] * channels + cols[None, :]
+    value = tl.load(x + of, mask=inside, other=0.0).to(tl.float32) + shift[None, :]
+    if residual is not None:
+        value += tl.load(residual + of, mask=inside, other=0.0).to(tl.float32)
+    to = (image.to(tl.int64) * to_height * to_width + pixels)[:, None] * channels + cols[None, :]
+    tl.store(y + to, tl.where(inside, value, 0.0).to(y.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -190,8 +219,8 @@ def gradient_sums_kernel(
         offset, offset_stride, statistics, weight, bias, image, groups, cols, live_cols, GROUP
     )
     base = image.to(tl.int64) * pixels * channels
-    first = tl.zeros((COLS,), dtype=tl.float32)
-    second = tl.zeros((COLS,), dtype=tl.float32)
+    first = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    second = tl.zeros((ROWS, COLS), dtype=tl.float32)
     for tile in range(TILES):
         rows = (chunk * TILES + tile) * ROWS + tl.arange(0, ROWS)
         live = (rows < pixels)[:, None] & live_cols[None, :]
@@ -201,12 +230,12 @@ def gradient_sums_kernel(
         if SILU:
             _, slope = _silu_and_slope(x_hat * w[None, :] + b[None, :])
             g *= slope
-        g *= w[None, :]
-        first += tl.sum(g, 0)
-        second += tl.sum(g * x_hat, 0)
+        g = tl.where(live, g * w[None, :], 0.0)
+        first += g
+        second += g * x_hat
     to = partials + ((image.to(tl.int64) * chunks + chunk) * channels + cols) * 2
-    tl.store(to, first, mask=live_cols)
-    tl.store(to + 1, second, mask=live_cols)
+    tl.store(to, tl.sum(first, 0), mask=live_cols)
+    tl.store(to + 1, tl.sum(second, 0), mask=live_cols)
 
 
 @triton.jit
@@ -223,18 +252,18 @@ def gradient_means_kernel(
     """Means of g and g * x_hat of each group, ``[n, groups, 2]``."""
     group, image = tl.program_id(0), tl.program_id(1)
     cols = tl.arange(0, GROUP_COLS)
-    first = 0.0
-    second = 0.0
+    first = tl.zeros((CHUNKS, GROUP_COLS), dtype=tl.float32)
+    second = tl.zeros((CHUNKS, GROUP_COLS), dtype=tl.float32)
     for start in range(0, chunks, CHUNKS):
         k = start + tl.arange(0, CHUNKS)
         live = (k < chunks)[:, None] & (cols < GROUP)[None, :]
         at = ((image.to(tl.int64) * chunks + k[:, None]) * channels + group * GROUP + cols[None, :]) * 2
-        first += tl.sum(tl.load(partials + at, mask=live, other=0.0))
-        second += tl.sum(tl.load(partials + at + 1, mask=live, other=0.0))
+        first += tl.load(partials + at, mask=live, other=0.0)
+        second += tl.load(partials + at + 1, mask=live, other=0.0)
     size = 1.0 * pixels * GROUP
     to = means + (image * tl.num_programs(0) + group) * 2
-    tl.store(to, first / size)
-    tl.store(to + 1, second / size)
+    tl.store(to, tl.sum(first) / size)
+    tl.store(to + 1, tl.sum(second) / size)
 
 
 @triton.jit

@@ -26,12 +26,13 @@ from dreamfusion_fast.ops._triton import triton_serves
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Elements of a tile: 64 per thread, as floats, leave room for a second operand in registers.
 _TILE = 8192
+# Where sums are kept per element, too.
+_SUMMED_TILE = 2048
 _WARPS = 4
 _MAX_COLS = 128
-# Tiles that one program measures, if that leaves a GPU enough programs. More of them leave less to bring together.
-_TILES = 4
+# Tiles that one program sums up, if that leaves a GPU enough programs. More of them leave less to bring together.
+_TILES = 16
 _ENOUGH_PROGRAMS = 1024
-_CHUNKS = 64
 
 Norm = TypeVar("Norm", bound="GroupNorm")
 
@@ -109,7 +110,7 @@ def statistics(
         var, mean = torch.var_mean(flat, dim=2, correction=0)
         return torch.stack([mean, (var + norm.eps).rsqrt()], dim=2)
     result = x.new_empty(n, norm.groups, 2, dtype=torch.float32)
-    rows, cols = _tile(channels)
+    rows, cols = _tile(channels, _SUMMED_TILE)
     tiles, chunks = _split(n, channels, height * width)
     partials = x.new_empty(n, chunks, channels, 2, dtype=torch.float32)
     kernels, size = _kernels(), (height * width, channels)
@@ -125,9 +126,50 @@ def statistics(
         *(partials, result, *size, chunks, rows * tiles, norm.eps),
         GROUP=group,
         GROUP_COLS=_power_of_two(group),
-        CHUNKS=_CHUNKS,
+        CHUNKS=_chunks_at_once(chunks),
     )
     return result
+
+
+def summed(x: Tensor, offset: Tensor | None = None, residual: Tensor | None = None, padding: int = 0) -> Tensor:
+    """x + offset + residual, rounded once, with `padding` rows of zeros below and columns of zeros to the right.
+
+    Args:
+        x: ``[n, channels, height, width]``, channels last in memory.
+        offset: ``[channels]``, or None: zero.
+        residual: like x, or None: zero.
+        padding: at least 0.
+
+    Returns:
+        ``[n, channels, height + padding, width + padding]``, channels last in memory.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or memory format.
+    """
+    op = "group_norm"
+    check_tensor(op, "x", x, ["n", "channels", "height", "width"], DTYPES)
+    _check_image("x", x, x)
+    n, channels, height, width = x.shape
+    if offset is not None:
+        check_tensor(op, "offset", offset, [channels], DTYPES, like=x)
+        if offset.stride(0) != 1:
+            raise ValueError(f"dreamfusion_fast.ops.{op}: offset must have channels next to each other in memory")
+    if residual is not None:
+        _check_image("residual", residual, x)
+    if padding < 0:
+        raise ValueError(f"dreamfusion_fast.ops.{op}: padding must be at least 0, got {padding}")
+    size = (n, channels, height + padding, width + padding)
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if x.numel() == 0 or not _kernels_serve(x):
+        value = _sum(x, offset) if residual is None else _sum(x, offset) + residual.to(_real(x))
+        y.zero_()
+        y[:, :, :height, :width] = value
+        return y
+    rows, cols = _tile(channels, _TILE)
+    _kernels().sum_kernel[(-(-size[2] * size[3] // rows), -(-channels // cols), n)](
+        *(x, offset, residual, y, height, width, size[2], size[3], channels), ROWS=rows, COLS=cols, num_warps=_WARPS
+    )
+    return y
 
 
 def normalise(norm: GroupNorm, x: Tensor, statistics: Tensor, offset: Tensor | None = None) -> Tensor:
@@ -146,7 +188,7 @@ def normalise(norm: GroupNorm, x: Tensor, statistics: Tensor, offset: Tensor | N
         z = z * _per_channel(norm.weight, z) + _per_channel(norm.bias, z)
         return _channels_last(torch.nn.functional.silu(z) if norm.silu else z, x.dtype)
     y = torch.empty_like(x)
-    rows, cols = _tile(channels)
+    rows, cols = _tile(channels, _TILE)
     _kernels().normalise_kernel[(-(-height * width // rows), -(-channels // cols), n)](
         *(x, offset, _stride(offset), statistics, norm.weight, norm.bias, y),
         *(height * width, channels, norm.groups),
@@ -200,22 +242,26 @@ def input_gradient(
         grad = grad if skip is None else grad + skip.to(grad.dtype)
         return _channels_last(grad, x.dtype)
     grad_x = torch.empty_like(x)
-    rows, cols = _tile(channels)
     tiles, chunks = _split(n, channels, height * width)
     partials = x.new_empty(n, chunks, channels, 2, dtype=torch.float32)
     means = torch.empty_like(statistics)
     kernels, size, group = _kernels(), (height * width, channels), channels // norm.groups
     shared = (grad_y, x, offset, _stride(offset), statistics, norm.weight, norm.bias)
-    settings = {"GROUP": group, "SILU": norm.silu, "ROWS": rows, "COLS": cols, "num_warps": _WARPS}
+    settings = {"GROUP": group, "SILU": norm.silu, "num_warps": _WARPS}
+    rows, cols = _tile(channels, _SUMMED_TILE)
     blocks = -(-channels // cols)
     kernels.gradient_sums_kernel[(chunks, blocks, n)](
-        *shared, partials, *size, norm.groups, chunks, TILES=tiles, **settings
+        *shared, partials, *size, norm.groups, chunks, ROWS=rows, COLS=cols, TILES=tiles, **settings
     )
     kernels.gradient_means_kernel[(norm.groups, n)](
-        *(partials, means, *size, chunks), GROUP=group, GROUP_COLS=_power_of_two(group), CHUNKS=_CHUNKS
+        *(partials, means, *size, chunks),
+        GROUP=group,
+        GROUP_COLS=_power_of_two(group),
+        CHUNKS=_chunks_at_once(chunks),
     )
+    rows, cols = _tile(channels, _TILE)
     kernels.gradient_kernel[(-(-height * width // rows), blocks, n)](
-        *shared, means, skip, grad_x, *size, norm.groups, **settings
+        *shared, means, skip, grad_x, *size, norm.groups, ROWS=rows, COLS=cols, **settings
     )
     return grad_x
 
@@ -256,20 +302,25 @@ def _kernels() -> ModuleType:
     return _group_norm_triton
 
 
-def _tile(channels: int) -> tuple[int, int]:
+def _tile(channels: int, elements: int) -> tuple[int, int]:
     """Pixels and channels of a tile."""
     cols = min(_power_of_two(channels), _MAX_COLS)
     if channels % cols and channels % (cols // 2) == 0:
         cols //= 2  # 320 channels are five times 64
-    return _TILE // cols, cols
+    return elements // cols, cols
 
 
 def _split(n: int, channels: int, pixels: int) -> tuple[int, int]:
-    """Tiles per program, and programs along the pixels."""
-    rows, cols = _tile(channels)
+    """Tiles that are summed up per program, and programs along the pixels."""
+    rows, cols = _tile(channels, _SUMMED_TILE)
     tiles = -(-pixels // rows)
     per_program = max(min(_TILES, tiles * n * -(-channels // cols) // _ENOUGH_PROGRAMS), 1)
     return per_program, -(-tiles // per_program)
+
+
+def _chunks_at_once(chunks: int) -> int:
+    """Chunks that a program brings together in one go; two sizes, so that few kernels are compiled."""
+    return 32 if chunks <= 32 else 256
 
 
 def _power_of_two(number: int) -> int:

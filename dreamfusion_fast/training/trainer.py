@@ -113,8 +113,7 @@ class Trainer:
             limit,
             device,
         )
-        self.plan = self.planner.choose()
-        self._follow(self.plan)
+        self.follow(self.planner.choose())
         self.embeddings = self.guidance.embed(config.prompt)
         self.steps_done = 0
         self._occupancy_is_of = -1  # the step that has updated it, if it was due
@@ -128,8 +127,8 @@ class Trainer:
         ]
         return torch.optim.Adam(groups, lr=c.lr_mlp, betas=c.betas, eps=c.eps, fused=True)
 
-    def _follow(self, plan: MemoryPlan) -> None:
-        """Set renderer and guidance as the plan says."""
+    def follow(self, plan: MemoryPlan) -> None:
+        """Set renderer and guidance as a plan of `planner.ladder` says, and give back memory that it has no use for."""
         self.plan = plan
         config = plan.renderer_config(self.config.renderer)
         if config != self.renderer.config:  # a new one, since the old one may hold graphs
@@ -138,6 +137,11 @@ class Trainer:
             self.guidance.set_recompute(plan.recompute)
         if isinstance(self.guidance, Offloads):
             self.guidance.set_offload(plan.offload)
+        if isinstance(self.guidance, HoldsGraphs):
+            self.guidance.free_graphs()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def step(self) -> StepResult:
         """One optimiser step on `config.batch` random views.
@@ -171,12 +175,7 @@ class Trainer:
             )
         saved = ", ".join(plan.savings(self.config.batch, self.plan))
         print(f"out of memory in step {step} ({reason}); from here on {saved}", file=sys.stderr, flush=True)
-        self._follow(plan)
-        if isinstance(self.guidance, HoldsGraphs):
-            self.guidance.free_graphs()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.follow(plan)
 
     def _step(self, size: int) -> StepResult:
         config, progress = self.config, self.steps_done / self.config.steps

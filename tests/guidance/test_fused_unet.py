@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 
-from dreamfusion_fast.guidance.fused_unet import FusedAttention, FusedResidualBlock, fuse
+from dreamfusion_fast.guidance.fused_unet import FusedAttention, FusedResidualBlock, _pointwise, fuse
 
 
 def make_unet(**changes: Any) -> Any:
@@ -73,7 +74,8 @@ def test_the_same_numbers(changes: dict[str, Any]) -> None:
     if "scale_shift" not in changes.values():
         blocks = [module for module in unet.modules() if isinstance(module, FusedResidualBlock)]
         assert len(blocks) == 8
-        assert not any(isinstance(module, nn.GroupNorm) for module in unet.modules())
+        gone = (nn.GroupNorm, GEGLU)
+        assert not any(isinstance(module, gone) or _pointwise(module) for module in unet.modules())
     assert count > 5
     assert all(isinstance(processor, FusedAttention) for processor in unet.attn_processors.values())
     torch.testing.assert_close(run(unet, torch.float64, **more), wanted, rtol=1e-10, atol=1e-11)

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.ops.group_norm import GroupNorm, group_norm_reference, input_gradient, normalise, statistics
+from dreamfusion_fast.ops.group_norm import (
+    GroupNorm,
+    group_norm_reference,
+    input_gradient,
+    normalise,
+    statistics,
+    summed,
+)
 
 
 @dataclass(frozen=True)
@@ -26,10 +33,11 @@ class Case:
     offset: str = ""  # "": none; channels; images
     residual: bool = False
     skip: bool = False
+    outlier: bool = False  # the first pixel
 
     def __str__(self) -> str:
         parts = [f"{self.n}x{self.channels}x{self.height}x{self.width}-{self.groups}-{self.dtype}"]
-        parts += [name for name in ("silu", "residual", "skip") if getattr(self, name)]
+        parts += [name for name in ("silu", "residual", "skip", "outlier") if getattr(self, name)]
         return "-".join([*parts, self.offset] if self.offset else parts)
 
 
@@ -44,6 +52,7 @@ def cases(interpreted: bool = False) -> list[Case]:
         Case(1, 96, 32, 23, 9, offset="images", skip=True),
         Case(0, 8, 2, 4, 4),
         Case(2, 8, 2, 0, 4),
+        Case(1, 64, 4, 65, 33, outlier=True),
     ]
     if not interpreted:
         found += [
@@ -61,12 +70,14 @@ def image(case: Case, device: torch.device, scale: float = 1.0, mean: float = 0.
 
 
 def run(case: Case, device: torch.device) -> None:
-    """All three functions against the twin in float64, given the same rounded numbers."""
+    """All functions against the twin in float64, given the same rounded numbers."""
     generator_state = torch.get_rng_state()
     torch.manual_seed(case.channels + case.height)
     dtype = getattr(torch, case.dtype)
     # A mean that is large beside the deviation, as in these networks: sums of squares would lose it.
     x = image(case, device, mean=5.0)
+    if case.outlier:
+        x[:, :, 0, 0] = 1000.0
     residual = image(case, device, 0.5) if case.residual else None
     shape = {"": None, "channels": (case.channels,), "images": (case.n, case.channels)}[case.offset]
     offset = None if shape is None else torch.randn(shape, dtype=torch.float64).to(device, dtype)
@@ -77,6 +88,13 @@ def run(case: Case, device: torch.device) -> None:
     grad_y, skip = image(case, device), image(case, device) if case.skip else None
     torch.set_rng_state(generator_state)
 
+    if case.offset != "images":
+        wide = x.double() + (0 if offset is None else offset.double().reshape(1, -1, 1, 1))
+        wide = wide if residual is None else wide + residual.double()
+        for padding in (0, 1, 3):
+            padded = summed(x, offset, residual, padding)
+            assert padded.is_contiguous(memory_format=torch.channels_last)
+            near(padded, torch.nn.functional.pad(wide, (0, padding, 0, padding)), dtype, 0.51)
     exact = x.double()
     if offset is not None:
         exact = exact + offset.double().reshape(-1, case.channels, 1, 1)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from group_norm_cases import Case, cases, run
+from interpreting import needs_triton, run_interpreted
 
-import dreamfusion_fast
 from dreamfusion_fast.ops import group_norm as module
-from dreamfusion_fast.ops.group_norm import GroupNorm, group_norm_reference, input_gradient, normalise, statistics
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+from dreamfusion_fast.ops.group_norm import (
+    GroupNorm,
+    group_norm_reference,
+    input_gradient,
+    normalise,
+    statistics,
+    summed,
+)
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
@@ -32,13 +30,7 @@ def test_matches_the_twin_in_float64() -> None:
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
     """What went wrong in each case when Triton's interpreter ran the kernels."""
-    places = [Path(dreamfusion_fast.__file__).parents[1], Path(__file__).parent]
-    path = os.pathsep.join([*map(str, places), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    script = Path(__file__).with_name("group_norm_cases.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return run_interpreted("group_norm_cases.py")
 
 
 @needs_triton
@@ -47,11 +39,23 @@ def test_kernels_match_the_twin_in_the_interpreter(case: Case, interpreted: dict
     assert interpreted.get(str(case)) is None
 
 
-@pytest.mark.parametrize(("pixels", "tiles"), [(64 * 64, 1), (512 * 512, 4)])
+@pytest.mark.parametrize(("pixels", "tiles"), [(64 * 64, 1), (256 * 256, 4), (512 * 512, 16)])
 def test_small_images_are_split_finer(pixels: int, tiles: int) -> None:
     per_program, programs = module._split(1, 128, pixels)
+    rows, _ = module._tile(128, module._SUMMED_TILE)
     assert per_program == tiles
-    assert (programs - 1) * per_program * module._tile(128)[0] < pixels <= programs * per_program * module._tile(128)[0]
+    assert (programs - 1) * per_program * rows < pixels <= programs * per_program * rows
+
+
+def test_a_first_pixel_far_from_all_others() -> None:
+    """Sums are taken of differences to the mean of the first pixels."""
+    run(Case(1, 64, 4, 65, 33, outlier=True), torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_first_pixel_far_from_all_others_on_a_gpu(dtype: str) -> None:
+    run(Case(1, 64, 4, 265, 133, dtype, outlier=True), torch.device("cuda"))
 
 
 def test_the_twin_is_the_layer() -> None:
@@ -77,6 +81,12 @@ def test_wrong_arguments() -> None:
         statistics(norm, x, torch.zeros(3, 6))
     with pytest.raises(ValueError, match="total must be given with a residual"):
         statistics(norm, x, residual=x)
+    with pytest.raises(ValueError, match=r"offset must have shape \[6\], got \[2, 6\]"):
+        summed(x, torch.zeros(2, 6))
+    with pytest.raises(ValueError, match=r"residual must have shape \[2, 6, 3, 5\], got \[2, 6, 3, 4\]"):
+        summed(x, None, x[..., :4])
+    with pytest.raises(ValueError, match="padding must be at least 0, got -1"):
+        summed(x, padding=-1)
     with pytest.raises(TypeError, match=r"grad_y must be torch\.float32, got torch\.float64"):
         input_gradient(norm, x.double(), x, found)
     with pytest.raises(TypeError, match=r"x must be .* got torch\.int64"):

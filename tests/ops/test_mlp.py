@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
+from interpreting import needs_triton, run_interpreted
 from mlp_cases import Case, cases, run
 from torch import Tensor
 
-import dreamfusion_fast
 from dreamfusion_fast.ops import _mlp_launch, _mlp_torch, _triton
 from dreamfusion_fast.ops._triton import triton_reason, triton_serves
 from dreamfusion_fast.ops.mlp import (
@@ -30,7 +24,6 @@ from dreamfusion_fast.ops.mlp import (
 
 CPU = torch.device("cpu")
 ACTIVATIONS = ["relu", "softplus", "silu"]
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 def network(
@@ -62,14 +55,7 @@ def test_blocks_of_rows_add_up(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
     """What went wrong in each case when Triton's interpreter ran the kernels, in a process of its own."""
-    places = [Path(dreamfusion_fast.__file__).parents[1], Path(__file__).parent]
-    path = os.pathsep.join([*map(str, places), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    script = Path(__file__).with_name("mlp_cases.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    failures: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-    return failures
+    return run_interpreted("mlp_cases.py")
 
 
 @needs_triton

@@ -1,0 +1,28 @@
+"""Triton's interpreter, which runs kernels on a CPU, but only if it is asked for before triton is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dreamfusion_fast
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def run_interpreted(script: str) -> dict[str, str]:
+    """Run a script of this folder in a process of its own; it prints what went wrong, by case, as JSON."""
+    places = [Path(dreamfusion_fast.__file__).parents[1], Path(__file__).parent]
+    path = os.pathsep.join([*map(str, places), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    command = [sys.executable, Path(__file__).with_name(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    failures: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return failures

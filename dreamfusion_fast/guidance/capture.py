@@ -6,6 +6,7 @@ kernels. A captured graph replays them all at once, with the same results.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -145,9 +146,15 @@ class _CapturedPair:
         return self._grad_x.clone()
 
 
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: for each stream that it has worked on, cuBLAS keeps a workspace, 32 MiB on an H100."""
+    return torch.cuda.Stream(device)
+
+
 def _warmed_up(device: torch.device, run: Callable[[], object]) -> torch.cuda.Stream:
     """A stream to capture `run` on, which has run there: captures must not see the current stream's other work."""
-    stream = torch.cuda.Stream(device)
+    stream = _capture_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UPS):

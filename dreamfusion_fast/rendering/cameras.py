@@ -70,16 +70,10 @@ class Cameras:
         y = (0.5 * height - 0.5) - torch.arange(height, device=self.fov_y.device, dtype=self.fov_y.dtype)
         focal = (0.5 * height) / torch.tan(0.5 * self.fov_y)
         batch = len(self)
-        local = torch.stack(
-            [
-                x.expand(batch, height, width),
-                y[:, None].expand(batch, height, width),
-                -focal[:, None, None].expand(batch, height, width),
-            ],
-            dim=-1,
-        )
-        world = torch.einsum("bhwi,bji->bhwj", local, self.camera_to_world[:, :, :3])
-        directions = torch.nn.functional.normalize(world.reshape(-1, 3), dim=1)
+        right, up, back = self.camera_to_world[:, None, None, :, :3].unbind(dim=-1)
+        # Sums in place of a product of matrices, which would be rounded to TF32 where that is allowed.
+        rows = y[:, None, None] * up - focal[:, None, None, None] * back
+        directions = torch.nn.functional.normalize((x[:, None] * right + rows).reshape(-1, 3), dim=1)
         origins = self.positions[:, None, :].expand(batch, height * width, 3).reshape(-1, 3)
         return Rays(origins, directions)
 

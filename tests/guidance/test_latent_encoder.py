@@ -85,12 +85,18 @@ def test_the_attention_matters() -> None:
     assert (vae.encode(images).latent_dist.mean - with_it).abs().max() > 0.01
 
 
+@pytest.fixture
+def no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 is to be float32, in convolutions, too."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("no_tf32")
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("dtype", "roundings"), [(torch.float16, 2.0), (torch.bfloat16, 2.0), (torch.float32, 20.0)])
 def test_the_kernels(dtype: torch.dtype, roundings: float, recompute: bool) -> None:
     """Errors by norm, beside those of diffusers' module and autograd in the same type."""
-    torch.backends.cudnn.allow_tf32 = False
     exact = make_vae(block_out_channels=(32, 32, 64), norm_num_groups=8)
     images = torch.rand(2, 3, 72, 40, dtype=torch.float64) * 2 - 1
     mix = torch.randn(2, 4, 18, 10, dtype=torch.float64)
@@ -128,6 +134,7 @@ def test_it_holds_less() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("no_tf32")
 def test_calls_through_graphs_do_not_disturb_each_other() -> None:
     vae = make_vae(torch.float32).cuda()
     encoder = LatentEncoder(vae)

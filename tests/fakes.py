@@ -117,5 +117,5 @@ def use_prior(folder: Path, patch: Any = None) -> None:
 
     found = functools.partial(guide.EmbeddedPrior, folder=folder)
     put = setattr if patch is None else patch.setattr
-    put(prior, "create_prior", lambda config, device: found(device, config.dtype))
+    put(prior, "create_prior", lambda config, device: found(device, config.dtype, fused=config.fused))
     put(sample, "EmbeddedPrior", found)

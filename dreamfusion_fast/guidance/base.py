@@ -146,6 +146,8 @@ class GuidanceConfig:
             the GPU if it fits there, else from main memory layer by layer on the GPU, else on the CPU.
         text_dtype: arithmetic of the text encoder; "auto" is that of the diffusion model, except that T5, which
             overflows in float16, takes bfloat16. "int8" keeps most weights in 8 bits (GPU only, needs bitsandbytes).
+        fused: run networks by kernels and CUDA graphs of this package where they serve, with the same results up to
+            rounding; False: as diffusers runs them, to compare with or to look into.
         variant: file variant of a diffusers pipeline, such as "fp16".
         revision: branch, tag or commit of a hub id.
         allow_pickle: also load weights stored as pickles, which can run code on loading; only safetensors otherwise.
@@ -165,6 +167,7 @@ class GuidanceConfig:
     dtype: DtypeName = "auto"
     text_device: TextDevice = "auto"
     text_dtype: TextDtype = "auto"
+    fused: bool = True
     variant: str | None = None
     revision: str | None = None
     allow_pickle: bool = False

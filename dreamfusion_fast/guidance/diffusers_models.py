@@ -23,7 +23,7 @@ _PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # Bytes in float16: of a U-Net like Stable Diffusion's per pixel of its input, for the guided pair; of its autoencoder's
 # encoder and its gradient, per pixel of the image.
 _UNET_BYTES = 45_000
-_ENCODE_BYTES, _ENCODE_RECOMPUTED_BYTES = 3_500, 2_600
+_ENCODE_BYTES, _ENCODE_RECOMPUTED_BYTES = 3_500, 2_300
 _SERVED = "pipelines of Stable Diffusion 1.x and 2.x, SDXL and DeepFloyd IF stage I can guide"
 
 
@@ -59,7 +59,7 @@ class PipelineModel(DiffusionModel):
 
     Args:
         source: the pipeline.
-        config: its dtype, text_device and text_dtype are followed.
+        config: its dtype, fused, text_device and text_dtype are followed.
         device: of the run.
     """
 
@@ -85,9 +85,9 @@ class PipelineModel(DiffusionModel):
         self._check_text_width()
         self._read_schedule(configs["scheduler"])
         self._unet: Any = None
-        self._evaluate = CapturedFunction(self._call_unet)
+        self._evaluate = CapturedFunction(self._call_unet, config.fused)
         # The quicker parts are kernels of Triton; without it, diffusers' own are as quick and need less.
-        self._fuses = device.type == "cuda" and triton_serves(device)
+        self._fuses = config.fused and device.type == "cuda" and triton_serves(device)
 
     def _check_unet(self) -> None:
         """Raise UserError for a U-Net that reads something which `_unet_arguments` does not give."""

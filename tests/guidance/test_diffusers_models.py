@@ -302,3 +302,27 @@ def test_a_model_says_what_memory_it_needs(pipeline: Pipelines) -> None:
     assert 0 < needs.encode_recomputed < needs.encode
     assert needs.unet > 0
     assert _guidance(pipeline("pixel")).memory_needs(1, 64).encode == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
+def test_networks_as_diffusers_runs_them_give_the_same(
+    pipeline: Pipelines, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    folder, results = pipeline(kind), []
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)).cuda()
+    views = Views(VIEWS.azimuth.cuda(), VIEWS.elevation.cuda())
+    for fused in (False, True):
+        config = GuidanceConfig(name=str(folder), dtype="float32", fused=fused, cache=False)
+        guidance = create_guidance(config, torch.device("cuda", 0))
+        embeddings = guidance.embed("a teapot")
+        for _ in range(2):  # the second time graphs are replayed
+            given = images.clone().requires_grad_()
+            generator = torch.Generator().manual_seed(4)
+            output = guidance.sds_gradient(given, embeddings, views, generator=generator)
+        results.append(output.gradient)
+        assert bool(guidance.model._evaluate._graphs) == fused
+    scale = float(results[0].abs().max())
+    assert scale > 0
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-4 * scale)

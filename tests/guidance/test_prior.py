@@ -334,6 +334,16 @@ def test_create_prior_takes_the_dtype(folder, monkeypatch):
     assert prior.predict(noisy, t, condition, views).dtype == torch.bfloat16
 
 
+def test_the_network_as_diffusers_runs_it_gives_the_same():
+    """Of the real weights, whose widths the CPU core serves."""
+    models = [
+        create_prior(GuidanceConfig(dtype="float32", fused=fused), torch.device("cpu")) for fused in (False, True)
+    ]
+    assert models[0]._evaluate == models[0]._pairwise
+    found, wanted = (model.predict(*inputs(2)) for model in models)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
+
 def test_text_identity_changes_with_the_encoder(folder, prior, tmp_path):
     other = write_tiny_prior(tmp_path / "prior")
     assert EmbeddedPrior("cpu", folder=other).text_identity == prior.text_identity

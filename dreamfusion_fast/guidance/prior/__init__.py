@@ -17,4 +17,4 @@ def create_prior(config: GuidanceConfig, device: torch.device) -> DiffusionModel
     """The embedded prior as a guidance model; see `dreamfusion_fast.guidance.prior.guide.EmbeddedPrior`."""
     from .guide import EmbeddedPrior
 
-    return EmbeddedPrior(device, config.dtype)
+    return EmbeddedPrior(device, config.dtype, fused=config.fused)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from dreamfusion_fast.guidance.base import DiffusionModel, DtypeName, Views, res
 from dreamfusion_fast.guidance.capture import CapturedFunction
 
 from .cpu_network import CpuNetwork, cpu_network_serves
-from .model import IMAGE_SIZE, SHADINGS, PriorNetwork, ViewCondition, load_prior, noise_schedule
+from .model import IMAGE_SIZE, SHADINGS, ViewCondition, load_prior, noise_schedule
 from .text_encoder import WEIGHTS, TextEncoder
 
 
@@ -28,6 +28,7 @@ class EmbeddedPrior(DiffusionModel):
         device: where it runs.
         dtype: arithmetic; "auto" is bfloat16 on a GPU and on CPUs that multiply it in hardware, else float32.
         folder: weights; default: the package's own.
+        fused: run the network by the CPU core's layers, or as a CUDA graph; False: as diffusers runs it.
     """
 
     name = "the embedded prior"
@@ -37,7 +38,9 @@ class EmbeddedPrior(DiffusionModel):
     x0_range = (-1.0, 1.0)
     clip_x0 = True
 
-    def __init__(self, device: torch.device | str, dtype: DtypeName = "auto", folder: Path = WEIGHTS) -> None:
+    def __init__(
+        self, device: torch.device | str, dtype: DtypeName = "auto", folder: Path = WEIGHTS, fused: bool = True
+    ) -> None:
         self.device = torch.device(device)
         self.folder = folder
         for file in ("prior.safetensors.gz", "text_encoder.safetensors.gz", "tokenizer.json"):
@@ -46,7 +49,8 @@ class EmbeddedPrior(DiffusionModel):
         self._dtype = _fast_dtype(self.device) if dtype == "auto" else resolve_dtype(dtype, self.device)
         network = load_prior(folder).to(self.device, self._dtype)
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # in torch's docs only
-        self._evaluate = CpuNetwork(network) if cpu_network_serves(network) else _pairwise(network)
+        self._captured = CapturedFunction(network, fused)
+        self._evaluate = CpuNetwork(network) if fused and cpu_network_serves(network) else self._pairwise
         self.alphas_cumprod = noise_schedule().alphas_cumprod.to(self.device)
 
     @property
@@ -79,16 +83,14 @@ class EmbeddedPrior(DiffusionModel):
         vector = torch.cat([condition["pooled"], torch.cat([view, view])], dim=1)
         return self._evaluate(noisy.to(self._dtype), t, condition["tokens"].to(self._dtype), vector.to(self._dtype))
 
+    def free_graphs(self) -> None:
+        """See `DiffusionModel.free_graphs`."""
+        self._captured.clear()
 
-def _pairwise(network: PriorNetwork) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The network with the arguments of `CpuNetwork`: both halves of a guided pair share image and timestep."""
-    captured = CapturedFunction(network)
-
-    def evaluate(noisy: Tensor, t: Tensor, tokens: Tensor, vector: Tensor) -> Tensor:
+    def _pairwise(self, noisy: Tensor, t: Tensor, tokens: Tensor, vector: Tensor) -> Tensor:
+        """The network with the arguments of `CpuNetwork`: both halves of a guided pair share image and timestep."""
         pair = torch.cat([noisy, noisy]).contiguous(memory_format=torch.channels_last)
-        return captured(pair, torch.cat([t, t]), tokens, vector)
-
-    return evaluate
+        return self._captured(pair, torch.cat([t, t]), tokens, vector)
 
 
 def _fast_dtype(device: torch.device) -> torch.dtype:

@@ -26,7 +26,8 @@ from dreamfusion_fast.ops._triton import triton_serves
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Elements of a tile: 64 per thread, as floats, leave room for a second operand in registers.
 _TILE = 8192
-# Where sums are kept per element, too.
+# The same where sums are kept per element, too: of one operand, and of two.
+_MEASURED_TILE = 4096
 _SUMMED_TILE = 2048
 _WARPS = 4
 _MAX_COLS = 128
@@ -110,8 +111,8 @@ def statistics(
         var, mean = torch.var_mean(flat, dim=2, correction=0)
         return torch.stack([mean, (var + norm.eps).rsqrt()], dim=2)
     result = x.new_empty(n, norm.groups, 2, dtype=torch.float32)
-    rows, cols = _tile(channels, _SUMMED_TILE)
-    tiles, chunks = _split(n, channels, height * width)
+    rows, cols = _tile(channels, _MEASURED_TILE)
+    tiles, chunks = _split(n, channels, height * width, _MEASURED_TILE)
     partials = x.new_empty(n, chunks, channels, 2, dtype=torch.float32)
     kernels, size = _kernels(), (height * width, channels)
     kernels.moments_kernel[(chunks, -(-channels // cols), n)](
@@ -242,7 +243,7 @@ def input_gradient(
         grad = grad if skip is None else grad + skip.to(grad.dtype)
         return _channels_last(grad, x.dtype)
     grad_x = torch.empty_like(x)
-    tiles, chunks = _split(n, channels, height * width)
+    tiles, chunks = _split(n, channels, height * width, _SUMMED_TILE)
     partials = x.new_empty(n, chunks, channels, 2, dtype=torch.float32)
     means = torch.empty_like(statistics)
     kernels, size, group = _kernels(), (height * width, channels), channels // norm.groups
@@ -310,17 +311,17 @@ def _tile(channels: int, elements: int) -> tuple[int, int]:
     return elements // cols, cols
 
 
-def _split(n: int, channels: int, pixels: int) -> tuple[int, int]:
-    """Tiles that are summed up per program, and programs along the pixels."""
-    rows, cols = _tile(channels, _SUMMED_TILE)
+def _split(n: int, channels: int, pixels: int, elements: int) -> tuple[int, int]:
+    """Tiles of so many elements that are summed up per program, and programs along the pixels."""
+    rows, cols = _tile(channels, elements)
     tiles = -(-pixels // rows)
     per_program = max(min(_TILES, tiles * n * -(-channels // cols) // _ENOUGH_PROGRAMS), 1)
     return per_program, -(-tiles // per_program)
 
 
 def _chunks_at_once(chunks: int) -> int:
-    """Chunks that a program brings together in one go; two sizes, so that few kernels are compiled."""
-    return 32 if chunks <= 32 else 256
+    """Chunks that a program brings together in one go."""
+    return min(max(_power_of_two(chunks), 16), 256)
 
 
 def _power_of_two(number: int) -> int:

@@ -39,12 +39,14 @@ def test_kernels_match_the_twin_in_the_interpreter(case: Case, interpreted: dict
     assert interpreted.get(str(case)) is None
 
 
-@pytest.mark.parametrize(("pixels", "tiles"), [(64 * 64, 1), (256 * 256, 4), (512 * 512, 16)])
-def test_small_images_are_split_finer(pixels: int, tiles: int) -> None:
-    per_program, programs = module._split(1, 128, pixels)
-    rows, _ = module._tile(128, module._SUMMED_TILE)
-    assert per_program == tiles
+@pytest.mark.parametrize("pixels", [1, 64 * 64, 256 * 255, 512 * 512])
+def test_images_are_split_into_enough_programs_and_no_more(pixels: int) -> None:
+    per_program, programs = module._split(1, 128, pixels, 2048)
+    rows, cols = module._tile(128, 2048)
+    assert (rows, cols) == (16, 128)
     assert (programs - 1) * per_program * rows < pixels <= programs * per_program * rows
+    assert 1 <= per_program <= module._TILES
+    assert per_program == 1 or programs >= module._ENOUGH_PROGRAMS
 
 
 def test_a_first_pixel_far_from_all_others() -> None:

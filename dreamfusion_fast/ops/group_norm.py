@@ -27,13 +27,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Elements of a tile: 64 per thread, as floats, leave room for a second operand in registers.
 _TILE = 8192
 # The same where sums are kept per element, too: of one operand, and of two.
-_MEASURED_TILE = 4096
+_MEASURED_TILE = 8192
 _SUMMED_TILE = 2048
 _WARPS = 4
 _MAX_COLS = 128
 # Tiles that one program sums up, if that leaves a GPU enough programs. More of them leave less to bring together.
 _TILES = 16
-_ENOUGH_PROGRAMS = 1024
+_ENOUGH_PROGRAMS = 256
 
 Norm = TypeVar("Norm", bound="GroupNorm")
 

@@ -143,6 +143,30 @@ def build(kind: str, name: str, dtype: torch.dtype, device: torch.device | str) 
     return model.eval().requires_grad_(False)
 
 
+def build_in_main_memory(kind: str, name: str, dtype: torch.dtype) -> Any:
+    """The same in main memory, quickly: one block of numbers over and over, scaled as the layers' own would be."""
+    model = build(kind, name, dtype, "meta").to_empty(device="cpu")
+    numbers = 2 * torch.rand(1 << 22, generator=torch.Generator().manual_seed(0)) - 1
+    blocks: dict[int, torch.Tensor] = {}  # by fan-in
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.dim() < 2:  # scales of norms, and biases
+            parameter.data.fill_(float("norm" in parameter_name and parameter_name.endswith("weight")))
+            continue
+        fan_in = parameter[0].numel()
+        if fan_in not in blocks:
+            blocks[fan_in] = (numbers * fan_in**-0.5).to(dtype)
+        _fill(parameter, blocks[fan_in])
+    return model
+
+
+def _fill(parameter: torch.Tensor, block: torch.Tensor) -> None:
+    """Write a block over and over."""
+    flat = parameter.data.view(-1)
+    for start in range(0, flat.numel(), block.numel()):
+        part = flat[start : start + block.numel()]
+        part.copy_(block[: part.numel()])
+
+
 def build_text_encoder(class_name: str, config: dict[str, Any], dtype: torch.dtype) -> Any:
     """A frozen text encoder in main memory, with normally distributed weights of deviation 0.02."""
     import transformers
@@ -159,10 +183,7 @@ def build_text_encoder(class_name: str, config: dict[str, Any], dtype: torch.dty
     # One block of numbers over and over: time and memory are the same, and 5 billion draws would take a minute.
     block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
     for parameter in model.parameters():
-        flat = parameter.data.view(-1)
-        for start in range(0, flat.numel(), block.numel()):
-            part = flat[start : start + block.numel()]
-            part.copy_(block[: part.numel()])
+        _fill(parameter, block)
     return model.eval().requires_grad_(False)
 
 
@@ -222,7 +243,7 @@ class RandomWeights(PipelineSource):
         return f"random weights of {self._unet}: {components}"
 
     def load(self, component: str, dtype: torch.dtype | None = None, **options: Any) -> Any:
-        """As the real one; U-Net and autoencoder straight to the GPU if there is one, text encoders to main memory."""
+        """As the real one: to main memory."""
         if dtype is None:
             return random_tokens
         if component.startswith("text_encoder"):
@@ -230,7 +251,7 @@ class RandomWeights(PipelineSource):
             return build_text_encoder(class_name, TEXT_ENCODERS[self._unet][component], dtype)
         name = self._unet if component == "unet" else self._vae
         assert name is not None
-        return build(component, name, dtype, "cuda" if torch.cuda.is_available() else "cpu")
+        return build_in_main_memory(component, name, dtype)
 
 
 def random_tokens(texts: list[str], max_length: int, **options: Any) -> Any:

@@ -268,6 +268,10 @@ class DiffusionModel(ABC):
         """Let `encode` keep less for its backward, and compute it again, where a model can."""
         return  # most encodings keep next to nothing
 
+    def set_offload(self, on: bool) -> None:
+        """Keep weights in main memory, where a model can and `memory_needs` says how much that saves."""
+        return  # most models are small
+
     def free_graphs(self) -> None:
         """Free the memory of captured CUDA graphs, where a model has any; they are captured again when needed."""
         return  # most models capture none

@@ -15,6 +15,7 @@ from dreamfusion_fast.guidance.capture import CapturedFunction
 from dreamfusion_fast.guidance.fused_unet import fuse
 from dreamfusion_fast.guidance.latent_encoder import LatentEncoder, unserved
 from dreamfusion_fast.guidance.memory import GuidanceMemory
+from dreamfusion_fast.guidance.offload import RESIDENT_SHARE, can_stream_weights, stream_weights
 from dreamfusion_fast.guidance.pipeline_source import PipelineSource, one_line, open_source
 from dreamfusion_fast.guidance.text_encoders import PromptEncoder
 from dreamfusion_fast.ops._triton import triton_serves
@@ -86,6 +87,7 @@ class PipelineModel(DiffusionModel):
         self._read_schedule(configs["scheduler"])
         self._unet: Any = None
         self._evaluate = CapturedFunction(self._call_unet, config.fused)
+        self._offload = False
         # The quicker parts are kernels of Triton; without it, diffusers' own are as quick and need less.
         self._fuses = config.fused and device.type == "cuda" and triton_serves(device)
 
@@ -175,18 +177,30 @@ class PipelineModel(DiffusionModel):
         """See `DiffusionModel.free_graphs`: the U-Net's."""
         self._evaluate.clear()
 
+    def set_offload(self, on: bool) -> None:
+        """See `DiffusionModel.set_offload`: the U-Net's weights. It is loaded again when next needed."""
+        if on != self._offload:
+            self._offload, self._unet = on, None
+            self.free_graphs()
+
     def load(self) -> None:
-        if self._unet is None:
-            unet = self._source.load("unet", self.dtype).to(self.device)
+        if self._unet is not None:
+            return
+        unet = self._source.load("unet", self.dtype)
+        if self._offload:  # as it is: graphs, and parts that read weights of several layers, find them nowhere
+            stream_weights(unet, self.device)
+        else:
+            unet.to(self.device)
             if self._fuses:
                 fuse(unet)
-            self._unet = unet
+        self._unet = unet
 
     def predict(self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor], views: Views) -> Tensor:
         """See `DiffusionModel.predict`; channels of a learned variance are dropped. A CUDA graph on a GPU."""
         self.load()
         pair = noisy.to(self.dtype).repeat(2, 1, 1, 1)
-        output = self._evaluate(pair, t.repeat(2), *(condition[name] for name in self._condition_names))
+        evaluate = self._call_unet if self._offload else self._evaluate
+        output = evaluate(pair, t.repeat(2), *(condition[name] for name in self._condition_names))
         return output[:, : noisy.shape[1]]
 
     def _call_unet(self, pair: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
@@ -201,7 +215,9 @@ class PipelineModel(DiffusionModel):
         config = self._unet_config
         size, width = _square(config, self.name), config.get("block_out_channels", (320,))[0]
         unet = _UNET_BYTES * size**2 * width // 320 * self.dtype.itemsize // 2
-        return GuidanceMemory(weights=self._source.parameters("unet") * self.dtype.itemsize, unet=unet)
+        weights = self._source.parameters("unet") * self.dtype.itemsize
+        offloadable = int((1 - RESIDENT_SHARE) * weights) if can_stream_weights(self.device) else 0
+        return GuidanceMemory(weights=weights, unet=unet, offloadable=offloadable)
 
     def _unet_arguments(self, condition: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the U-Net is told beside image and timestep, from rows of both halves; never waits for the GPU."""

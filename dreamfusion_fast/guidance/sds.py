@@ -196,6 +196,10 @@ class ScoreDistillation(Guidance):
         """See `Recomputes.set_recompute`."""
         self.model.set_recompute(on)
 
+    def set_offload(self, on: bool) -> None:
+        """See `Offloads.set_offload`."""
+        self.model.set_offload(on)
+
     def free_graphs(self) -> None:
         """See `HoldsGraphs.free_graphs`."""
         self.model.free_graphs()

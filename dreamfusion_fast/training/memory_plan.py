@@ -127,7 +127,7 @@ class MemoryPlan:
         if self.recompute and not above.recompute:
             words.append("the encoding recomputed in its backward")
         if self.offload and not above.offload:
-            words.append("the guidance's weights in main memory while not in use")
+            words.append("the guidance's weights brought from main memory in each step")
         return words
 
 

@@ -159,7 +159,7 @@ def test_what_is_said_of_a_plan():
     planner = planner_of(1 * GB)
     _, second = planner.lines(planner.choose())
     assert second.endswith(
-        "the guidance's weights in main memory while not in use; that may still be too much, and is tried"
+        "the guidance's weights brought from main memory in each step; that may still be too much, and is tried"
     )
 
 

@@ -27,9 +27,9 @@ _UNITS |= {f"{letter}IB": 1024**k for k, letter in enumerate("KMGT", 1)}
 SMALL_BUDGET = 16 << 20
 # Of what a run may use, this share is left free: estimates are rough, and the allocator cannot use every gap.
 _LEFT_FREE = 0.05
-# Held per ray of a step: rays, lights and backgrounds 72 bytes, sums and their gradients 88, images with gradients and
-# the terms of the losses some 160; and a fifth more.
-_BYTES_PER_RAY = 400
+# Held per ray of a step: rays, lights and backgrounds 72 bytes, those of the two steps drawn ahead of it 96, sums and
+# their gradients 88, images with gradients and the terms of the losses some 160; and a fifth more.
+_BYTES_PER_RAY = 500
 # Parameters are held with their gradients and Adam's two moments; what is rendered may have a copy in 16 bits.
 _COPIES_OF_PARAMETERS = 4.5
 

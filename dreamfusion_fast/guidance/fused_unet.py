@@ -1,11 +1,11 @@
 """Makes a frozen diffusers U-Net quicker on a GPU, with the same results up to rounding.
 
 At the batch of one guided view a U-Net is a great many small launches, of which some only move numbers or divide them
-by one. `fuse` replaces, in place, what has a quicker equal: group norms, with the SiLU behind and the sum of bias and
-time embedding before them, and sums of biases and residuals (`dreamfusion_fast.ops.group_norm`); the three projections
-of self-attention by one; gates (`dreamfusion_fast.ops.geglu`); convolutions of 1 x 1 by products, which add their bias
-on the way. Images stay channels last in memory throughout, as tensor cores want them. Whatever it does not know stays
-as it is.
+by one. `fuse` replaces, in place, what has a quicker equal: group norms, with the activation behind and the sum of bias
+and time embedding before them, and sums of biases and residuals (`dreamfusion_fast.ops.group_norm`); the three
+projections of self-attention by one; gates (`dreamfusion_fast.ops.geglu`); convolutions of 1 x 1 by products, which add
+their bias on the way. Images stay channels last in memory throughout, as tensor cores want them. Whatever it does not
+know stays as it is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamfusion_fast.ops.geglu import geglu
-from dreamfusion_fast.ops.group_norm import GroupNorm, normalise, statistics, summed
+from dreamfusion_fast.ops.group_norm import Activation, GroupNorm, normalise, statistics, summed
 
 
 def fuse(unet: nn.Module) -> int:
@@ -42,7 +42,7 @@ def fuse(unet: nn.Module) -> int:
                 setattr(parent, name, FusedGate(child))
                 count += 1
         if isinstance(parent, Transformer2DModel) and isinstance(parent.norm, nn.GroupNorm):
-            parent.norm = FusedNorm(parent.norm, silu=False)
+            parent.norm = FusedNorm(parent.norm, "none")
             for name in ("proj_in", "proj_out"):
                 if _pointwise(getattr(parent, name)):
                     setattr(parent, name, FusedPointwise(getattr(parent, name)))
@@ -51,18 +51,19 @@ def fuse(unet: nn.Module) -> int:
         if isinstance(parent, Attention) and type(parent.processor) is AttnProcessor2_0 and _plain_attention(parent):
             parent.set_processor(FusedAttention(parent))
             count += 1
-    if isinstance(unet.conv_norm_out, nn.GroupNorm) and isinstance(unet.conv_act, nn.SiLU):
-        unet.conv_norm_out, unet.conv_act = FusedNorm(unet.conv_norm_out, silu=True), nn.Identity()
+    activation = _activation(unet.conv_act)
+    if isinstance(unet.conv_norm_out, nn.GroupNorm) and activation is not None:
+        unet.conv_norm_out, unet.conv_act = FusedNorm(unet.conv_norm_out, activation), nn.Identity()
         count += 1
     return count
 
 
 class FusedNorm(nn.Module):
-    """A group norm, with or without the SiLU behind it."""
+    """A group norm with the activation behind it."""
 
-    def __init__(self, norm: nn.GroupNorm, silu: bool) -> None:
+    def __init__(self, norm: nn.GroupNorm, activation: Activation) -> None:
         super().__init__()
-        self._norm = GroupNorm.of(norm, silu)
+        self._norm = GroupNorm.of(norm, activation)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -99,16 +100,18 @@ class FusedGate(nn.Module):
 
 
 class FusedResidualBlock(nn.Module):
-    """diffusers' `ResnetBlock2D` with a time embedding that is added."""
+    """diffusers' `ResnetBlock2D` with a time embedding that is added, or that scales and shifts."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()
-        self._norm1, self._norm2 = GroupNorm.of(block.norm1, silu=True), GroupNorm.of(block.norm2, silu=True)
+        self._activation, activation = block.nonlinearity, _activation(block.nonlinearity)
+        assert activation is not None
+        self._norm1, self._norm2 = GroupNorm.of(block.norm1, activation), GroupNorm.of(block.norm2, activation)
         self.conv1, self.conv2 = block.conv1, block.conv2
         shortcut = block.conv_shortcut
         self.conv_shortcut = FusedPointwise(shortcut) if _pointwise(shortcut) else shortcut
         self.time_emb_proj = block.time_emb_proj
-        self._activates = not block.skip_time_act
+        self._activates, self._modulates = not block.skip_time_act, block.time_embedding_norm == "scale_shift"
 
     @torch.no_grad()
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
@@ -116,10 +119,14 @@ class FusedResidualBlock(nn.Module):
         x = input_tensor.contiguous(memory_format=torch.channels_last)
         h = normalise(self._norm1, x, statistics(self._norm1, x))
         h = F.conv2d(h, self.conv1.weight, None, padding=1)
-        offset = self.conv1.bias
+        offset, modulation = self.conv1.bias, None
         if self.time_emb_proj is not None and temb is not None:
-            offset = offset + self.time_emb_proj(F.silu(temb) if self._activates else temb)
-        h = normalise(self._norm2, h, statistics(self._norm2, h, offset), offset)
+            projected = self.time_emb_proj(self._activation(temb) if self._activates else temb)
+            if self._modulates:
+                modulation = projected
+            else:
+                offset = offset + projected
+        h = normalise(self._norm2, h, statistics(self._norm2, h, offset), offset, modulation)
         h = F.conv2d(h, self.conv2.weight, None, padding=1)
         x = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return summed(h, self.conv2.bias, x.contiguous(memory_format=torch.channels_last))
@@ -180,15 +187,22 @@ class _ChannelsLastOutput:
         return (image if self._linear else self._proj_out(image)) + residual
 
 
+def _activation(module: Any) -> Activation | None:
+    """Which one a module is; None: another."""
+    if isinstance(module, nn.SiLU):
+        return "silu"
+    return "gelu" if isinstance(module, nn.GELU) and module.approximate == "none" else None
+
+
 def _pointwise(module: Any) -> bool:
     return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.stride == (1, 1)
 
 
 def _plain(block: Any) -> bool:
     return (
-        block.time_embedding_norm == "default"
+        block.time_embedding_norm in ("default", "scale_shift")
         and not (block.up or block.down)
-        and isinstance(block.nonlinearity, nn.SiLU)
+        and _activation(block.nonlinearity) is not None
         and block.output_scale_factor == 1
         and block.conv1.bias is not None
         and block.conv2.bias is not None

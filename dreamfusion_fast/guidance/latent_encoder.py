@@ -130,7 +130,7 @@ class ResidualBlock:
     """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), x through a convolution of 1 x 1 where the channels change."""
 
     def __init__(self, module: Any) -> None:
-        self._norm1, self._norm2 = GroupNorm.of(module.norm1, silu=True), GroupNorm.of(module.norm2, silu=True)
+        self._norm1, self._norm2 = GroupNorm.of(module.norm1, "silu"), GroupNorm.of(module.norm2, "silu")
         self._conv1, self._conv2 = Convolution.of(module.conv1), Convolution.of(module.conv2)
         self._shortcut = None if module.conv_shortcut is None else Convolution.of(module.conv_shortcut)
 
@@ -192,7 +192,7 @@ class Attention:
     """x + out(softmax(q k^T / sqrt(d)) v), one head, q, k and v from the normalised x. Pixels are tokens."""
 
     def __init__(self, module: Any) -> None:
-        self._norm = GroupNorm.of(module.group_norm, silu=False)
+        self._norm = GroupNorm.of(module.group_norm, "none")
         projections = (module.to_q, module.to_k, module.to_v)
         self._weight = torch.cat([p.weight.detach().flatten(1) for p in projections])
         self._bias = torch.cat([p.bias.detach() for p in projections])
@@ -248,7 +248,7 @@ class Last:
     """Normalisation, SiLU and the last convolution."""
 
     def __init__(self, norm: torch.nn.GroupNorm, convolution: Convolution) -> None:
-        self._norm, self._convolution = GroupNorm.of(norm, silu=True), convolution
+        self._norm, self._convolution = GroupNorm.of(norm, "silu"), convolution
 
     def forward(self, x: Pending, recompute: bool) -> tuple[Pending, _KeptLast]:
         """Keeps x."""

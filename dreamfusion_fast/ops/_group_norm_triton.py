@@ -1,4 +1,4 @@
-"""Triton kernels of group normalisation with SiLU, channels last; `dreamfusion_fast.ops.group_norm` has the maths.
+"""Triton kernels of group normalisation, channels last; `dreamfusion_fast.ops.group_norm` has the maths.
 
 An image is a matrix of pixels by channels. A group's channels need not be a power of two, so tiles take whole channels
 and sum up per channel; a small kernel brings a group's channels and an image's tiles together. A program takes TILES
@@ -16,9 +16,15 @@ import triton.language as tl
 
 
 @triton.jit
-def _silu_and_slope(z):
-    gate = 1.0 / (1.0 + tl.exp(-z))
-    return z * gate, gate * (1.0 + z * (1.0 - gate))
+def _activated_and_slope(z, ACTIVATION: tl.constexpr):
+    """ACTIVATION: its place in `group_norm.ACTIVATIONS`, not that of "none"."""
+    if ACTIVATION == 1:
+        gate = 1.0 / (1.0 + tl.exp(-z))
+        slope = gate * (1.0 + z * (1.0 - gate))
+    else:
+        gate = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
+        slope = gate + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    return z * gate, slope
 
 
 @triton.jit
@@ -165,29 +171,36 @@ def normalise_kernel(
     statistics,
     weight,
     bias,
+    modulation,
+    modulation_stride,
     y,
     pixels,
     channels,
     groups,
     GROUP: tl.constexpr,
-    SILU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """y from x + offset."""
+    """y from x + offset; `modulation` holds scales and then shifts of each image's channels, or is None."""
     chunk, block, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     cols = block * COLS + tl.arange(0, COLS)
     live_cols = cols < channels
-    mean, scale, w, b = _channels(
+    mean, inverse, w, b = _channels(
         offset, offset_stride, statistics, weight, bias, image, groups, cols, live_cols, GROUP
     )
+    if modulation is not None:
+        of = modulation + image * modulation_stride + cols
+        times = 1.0 + tl.load(of, mask=live_cols, other=0.0).to(tl.float32)
+        w *= times
+        b = b * times + tl.load(of + channels, mask=live_cols, other=0.0).to(tl.float32)
     rows = chunk * ROWS + tl.arange(0, ROWS)
     live = (rows < pixels)[:, None] & live_cols[None, :]
     at = image.to(tl.int64) * pixels * channels + rows[:, None].to(tl.int64) * channels + cols[None, :]
     value = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
-    z = (value - mean[None, :]) * (scale * w)[None, :] + b[None, :]
-    if SILU:
-        z, _ = _silu_and_slope(z)
+    z = (value - mean[None, :]) * (inverse * w)[None, :] + b[None, :]
+    if ACTIVATION != 0:
+        z, _ = _activated_and_slope(z, ACTIVATION)
     tl.store(y + at, z.to(y.dtype.element_ty), mask=live)
 
 
@@ -206,7 +219,7 @@ def gradient_sums_kernel(
     groups,
     chunks,
     GROUP: tl.constexpr,
-    SILU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TILES: tl.constexpr,
@@ -227,8 +240,8 @@ def gradient_sums_kernel(
         at = base + rows[:, None].to(tl.int64) * channels + cols[None, :]
         x_hat = (tl.load(x + at, mask=live, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
         g = tl.load(grad_y + at, mask=live, other=0.0).to(tl.float32)
-        if SILU:
-            _, slope = _silu_and_slope(x_hat * w[None, :] + b[None, :])
+        if ACTIVATION != 0:
+            _, slope = _activated_and_slope(x_hat * w[None, :] + b[None, :], ACTIVATION)
             g *= slope
         g = tl.where(live, g * w[None, :], 0.0)
         first += g
@@ -282,7 +295,7 @@ def gradient_kernel(
     channels,
     groups,
     GROUP: tl.constexpr,
-    SILU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -301,8 +314,8 @@ def gradient_kernel(
     at = image.to(tl.int64) * pixels * channels + rows[:, None].to(tl.int64) * channels + cols[None, :]
     x_hat = (tl.load(x + at, mask=live, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
     g = tl.load(grad_y + at, mask=live, other=0.0).to(tl.float32)
-    if SILU:
-        _, slope = _silu_and_slope(x_hat * w[None, :] + b[None, :])
+    if ACTIVATION != 0:
+        _, slope = _activated_and_slope(x_hat * w[None, :] + b[None, :], ACTIVATION)
         g *= slope
     g = scale[None, :] * (g * w[None, :] - mean_g[None, :] - x_hat * mean_gx[None, :])
     if skip is not None:

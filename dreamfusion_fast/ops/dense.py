@@ -153,6 +153,8 @@ class DenseGroupNorm(GroupNorm):
     """A `GroupNorm` whose parameters are float32 and on the CPU, its channels a multiple of 8."""
 
     def __post_init__(self) -> None:
+        if self.activation == "gelu":
+            raise ValueError("dreamfusion_fast.ops.DenseGroupNorm: activation must be silu or none, got 'gelu'")
         _check_image("DenseGroupNorm", "weight", self.weight, ["channels"])
         _check_image("DenseGroupNorm", "bias", self.bias, list(self.weight.shape))
         _check_multiple("DenseGroupNorm", "channels", self.weight.shape[0], LANES)
@@ -182,7 +184,17 @@ def group_norm(x: Tensor, norm: DenseGroupNorm, modulation: Tensor | None = None
     out = torch.empty_like(x)
     addresses = (x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(), _address(modulation), out.data_ptr())
     pixels = x[0].numel() // channels if len(x) else 0
-    call("dense_group_norm", x, *addresses, x.shape[0], pixels, channels, norm.groups, norm.eps, norm.silu)
+    call(
+        "dense_group_norm",
+        x,
+        *addresses,
+        x.shape[0],
+        pixels,
+        channels,
+        norm.groups,
+        norm.eps,
+        norm.activation == "silu",
+    )
     return out
 
 
@@ -194,7 +206,7 @@ def group_norm_reference(x: Tensor, norm: DenseGroupNorm, modulation: Tensor | N
         middle = [1] * (x.dim() - 2)
         scale, shift = (part.view(len(x), *middle, -1) for part in modulation.chunk(2, dim=1))
         y = y * (1 + scale) + shift
-    return F.silu(y) if norm.silu else y
+    return F.silu(y) if norm.activation == "silu" else y
 
 
 def _checked_bias(op: str, bias: Tensor | None, weight: Tensor) -> Tensor | None:

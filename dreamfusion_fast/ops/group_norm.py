@@ -1,11 +1,11 @@
-"""Group normalisation with SiLU over channels-last images, in parts, for networks whose weights are frozen.
+"""Group normalisation with an activation, over channels-last images, in parts, for networks whose weights are frozen.
 
-    y = silu(x_hat * weight + bias),   x_hat = (x - mean) / sqrt(var + eps)
+    y = f(x_hat * weight + bias),   x_hat = (x - mean) / sqrt(var + eps)
 
-with mean and variance over the pixels and channels of a group (Wu and He 2018). Convolutional diffusion networks are a
-chain of this and convolutions. On a GPU each part is one pass over memory, and takes along what would be a pass of its
-own: the bias of the convolution before it, the sum with a residual branch, the sum of two gradients. Nothing is kept
-for backward but x and two numbers per group.
+with mean and variance over the pixels and channels of a group (Wu and He 2018), and f SiLU, GELU or nothing.
+Convolutional diffusion networks are a chain of this and convolutions. On a GPU each part is one pass over memory, and
+takes along what would be a pass of its own: the bias of the convolution before it, the sum with a residual branch, the
+sum of two gradients. Nothing is kept for backward but x and two numbers per group.
 
 None of this is differentiable by autograd, and there are no gradients of weights: `input_gradient` is the backward of
 `normalise` and `statistics` together. Where Triton does not serve, the same in PyTorch.
@@ -13,9 +13,10 @@ None of this is differentiable by autograd, and there are no gradients of weight
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from torch import Tensor
 from dreamfusion_fast.ops._checks import check_tensor
 from dreamfusion_fast.ops._triton import triton_serves
 
+Activation = Literal["none", "silu", "gelu"]
+ACTIVATIONS = get_args(Activation)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Elements of a tile: 64 per thread, as floats, leave room for a second operand in registers.
 _TILE = 8192
@@ -46,29 +49,34 @@ class GroupNorm:
         weight, bias: ``[channels]``.
         groups: number of groups; divides the channels.
         eps: added to the variance.
-        silu: whether SiLU follows.
+        activation: what follows; GELU is the exact one.
     """
 
     weight: Tensor
     bias: Tensor
     groups: int
     eps: float
-    silu: bool = True
+    activation: Activation = "silu"
 
     def __post_init__(self) -> None:
         op = type(self).__name__
         check_tensor(op, "weight", self.weight, ["channels"], DTYPES)
         check_tensor(op, "bias", self.bias, self.weight.shape, DTYPES, like=self.weight, same_dtype=True)
         channels = self.weight.shape[0]
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"dreamfusion_fast.ops.{op}: activation must be one of {', '.join(ACTIVATIONS)}, got "
+                f"{self.activation!r}"
+            )
         if self.groups < 1 or channels % self.groups:
             raise ValueError(
                 f"dreamfusion_fast.ops.{op}: groups must divide the {channels} channels, got {self.groups}"
             )
 
     @classmethod
-    def of(cls: type[Norm], module: torch.nn.GroupNorm, silu: bool) -> Norm:
+    def of(cls: type[Norm], module: torch.nn.GroupNorm, activation: Activation) -> Norm:
         """A module's, frozen."""
-        return cls(module.weight.detach(), module.bias.detach(), module.num_groups, module.eps, silu)
+        return cls(module.weight.detach(), module.bias.detach(), module.num_groups, module.eps, activation)
 
 
 def statistics(
@@ -173,28 +181,46 @@ def summed(x: Tensor, offset: Tensor | None = None, residual: Tensor | None = No
     return y
 
 
-def normalise(norm: GroupNorm, x: Tensor, statistics: Tensor, offset: Tensor | None = None) -> Tensor:
+def normalise(
+    norm: GroupNorm,
+    x: Tensor,
+    statistics: Tensor,
+    offset: Tensor | None = None,
+    modulation: Tensor | None = None,
+) -> Tensor:
     """y of x + offset, like x.
 
     Args:
         norm, x, offset: as in `statistics`, which was given no residual.
         statistics: its result.
+        modulation: ``[n, 2 channels]``, scales and then shifts: what is activated is
+            ``(x_hat * weight + bias) * (1 + scale) + shift`` (adaptive group norm, Dhariwal and Nichol 2021).
     """
     _check(norm, x, offset)
+    if modulation is not None:
+        check_tensor("group_norm", "modulation", modulation, [x.shape[0], 2 * x.shape[1]], DTYPES, like=x)
+        if modulation.stride(1) != 1:
+            raise ValueError(
+                "dreamfusion_fast.ops.group_norm: modulation must have channels next to each other in memory"
+            )
     if x.numel() == 0:
         return torch.empty_like(x)
     n, channels, height, width = x.shape
     if not _kernels_serve(x):
         z = _normalised(norm, x, statistics, offset)
         z = z * _per_channel(norm.weight, z) + _per_channel(norm.bias, z)
-        return _channels_last(torch.nn.functional.silu(z) if norm.silu else z, x.dtype)
+        if modulation is not None:
+            scale, shift = modulation.to(z.dtype)[:, :, None, None].chunk(2, dim=1)
+            z = z * (1 + scale) + shift
+        return _channels_last(_activated(z, norm.activation), x.dtype)
     y = torch.empty_like(x)
     rows, cols = _tile(channels, _TILE)
     _kernels().normalise_kernel[(-(-height * width // rows), -(-channels // cols), n)](
-        *(x, offset, _stride(offset), statistics, norm.weight, norm.bias, y),
+        *(x, offset, _stride(offset), statistics, norm.weight, norm.bias),
+        *(modulation, _stride(modulation), y),
         *(height * width, channels, norm.groups),
         GROUP=channels // norm.groups,
-        SILU=norm.silu,
+        ACTIVATION=ACTIVATIONS.index(norm.activation),
         ROWS=rows,
         COLS=cols,
         num_warps=_WARPS,
@@ -212,7 +238,7 @@ def input_gradient(
 ) -> Tensor:
     """The gradient of x from that of y, like x; `skip` is added to it.
 
-    With g the gradient of x_hat, that is grad_y * silu'(z) * weight, it is
+    With g the gradient of x_hat, that is grad_y * f'(z) * weight, it is
     ``(g - mean(g) - x_hat * mean(g * x_hat)) / sqrt(var + eps)``, means over a group.
 
     Args:
@@ -230,10 +256,9 @@ def input_gradient(
     if not _kernels_serve(x):
         x_hat = _normalised(norm, x, statistics, offset)
         g = grad_y.to(x_hat.dtype)
-        if norm.silu:
+        if norm.activation != "none":
             z = x_hat * _per_channel(norm.weight, x_hat) + _per_channel(norm.bias, x_hat)
-            gate = torch.sigmoid(z)
-            g = g * gate * (1 + z * (1 - gate))
+            g = g * _slope(z, norm.activation)
         g = g * _per_channel(norm.weight, g)
         grouped, grouped_hat = (t.reshape(n, norm.groups, -1) for t in (g, x_hat))
         first = grouped.mean(dim=2, keepdim=True)
@@ -248,7 +273,7 @@ def input_gradient(
     means = torch.empty_like(statistics)
     kernels, size, group = _kernels(), (height * width, channels), channels // norm.groups
     shared = (grad_y, x, offset, _stride(offset), statistics, norm.weight, norm.bias)
-    settings = {"GROUP": group, "SILU": norm.silu, "num_warps": _WARPS}
+    settings = {"GROUP": group, "ACTIVATION": ACTIVATIONS.index(norm.activation), "num_warps": _WARPS}
     rows, cols = _tile(channels, _SUMMED_TILE)
     blocks = -(-channels // cols)
     kernels.gradient_sums_kernel[(chunks, blocks, n)](
@@ -267,10 +292,26 @@ def input_gradient(
     return grad_x
 
 
-def group_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool = True) -> Tensor:
+def group_norm_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, activation: Activation = "silu"
+) -> Tensor:
     """The twin: the whole layer in plain PyTorch, any float dtype, differentiable."""
     y = torch.nn.functional.group_norm(x, groups, weight, bias, eps)
-    return torch.nn.functional.silu(y) if silu else y
+    return _activated(y, activation)
+
+
+def _activated(z: Tensor, activation: Activation) -> Tensor:
+    if activation == "none":
+        return z
+    return torch.nn.functional.silu(z) if activation == "silu" else torch.nn.functional.gelu(z)
+
+
+def _slope(z: Tensor, activation: Activation) -> Tensor:
+    """The derivative of `_activated`, which is not that of "none"."""
+    if activation == "silu":
+        gate = torch.sigmoid(z)
+        return gate * (1 + z * (1 - gate))
+    return torch.special.ndtr(z) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
 
 
 def _check(norm: GroupNorm, x: Tensor, offset: Tensor | None) -> None:

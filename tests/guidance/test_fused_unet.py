@@ -57,10 +57,10 @@ SDXL = {
         {},
         {"use_linear_projection": True, "only_cross_attention": True},
         SDXL,
-        # Its blocks are of a kind that is left alone.
         {"resnet_time_scale_shift": "scale_shift"},
+        {"resnet_time_scale_shift": "scale_shift", "act_fn": "gelu"},
     ],
-    ids=["as it is", "linear projection", "sdxl", "scale and shift"],
+    ids=["as it is", "linear projection", "sdxl", "scale and shift", "gelu"],
 )
 def test_the_same_numbers(changes: dict[str, Any]) -> None:
     unet = make_unet(**changes).double()
@@ -71,11 +71,10 @@ def test_the_same_numbers(changes: dict[str, Any]) -> None:
     wanted = run(unet, torch.float64, **more)
     size = sum(parameter.numel() for parameter in unet.parameters())
     count = fuse(unet)
-    if "scale_shift" not in changes.values():
-        blocks = [module for module in unet.modules() if isinstance(module, FusedResidualBlock)]
-        assert len(blocks) == 8
-        gone = (nn.GroupNorm, GEGLU)
-        assert not any(isinstance(module, gone) or _pointwise(module) for module in unet.modules())
+    blocks = [module for module in unet.modules() if isinstance(module, FusedResidualBlock)]
+    assert len(blocks) == 8
+    gone = (nn.GroupNorm, GEGLU)
+    assert not any(isinstance(module, gone) or _pointwise(module) for module in unet.modules())
     assert count > 5
     assert all(isinstance(processor, FusedAttention) for processor in unet.attn_processors.values())
     torch.testing.assert_close(run(unet, torch.float64, **more), wanted, rtol=1e-10, atol=1e-11)
@@ -93,6 +92,7 @@ def test_an_added_attention_is_left_alone() -> None:
         up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
         resnet_time_scale_shift="scale_shift",
+        act_fn="gelu",
     ).double()
     wanted = run(unet, torch.float64)
     fuse(unet)

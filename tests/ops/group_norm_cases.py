@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dreamfusion_fast.ops import group_norm as module
 from dreamfusion_fast.ops.group_norm import (
+    Activation,
     GroupNorm,
     group_norm_reference,
     input_gradient,
@@ -29,15 +31,17 @@ class Case:
     height: int
     width: int
     dtype: str = "float32"
-    silu: bool = True
+    activation: Activation = "silu"
     offset: str = ""  # "": none; channels; images
     residual: bool = False
     skip: bool = False
+    modulated: bool = False
     outlier: bool = False  # the first pixel
 
     def __str__(self) -> str:
         parts = [f"{self.n}x{self.channels}x{self.height}x{self.width}-{self.groups}-{self.dtype}"]
-        parts += [name for name in ("silu", "residual", "skip", "outlier") if getattr(self, name)]
+        parts += [self.activation]
+        parts += [name for name in ("residual", "skip", "modulated", "outlier") if getattr(self, name)]
         return "-".join([*parts, self.offset] if self.offset else parts)
 
 
@@ -46,20 +50,25 @@ def cases(interpreted: bool = False) -> list[Case]:
     found = [
         Case(1, 4, 2, 1, 1),
         Case(2, 6, 2, 7, 5, offset="channels"),
-        Case(2, 30, 10, 3, 11, silu=False, skip=True),
+        Case(2, 30, 10, 3, 11, activation="none", skip=True),
         Case(1, 320, 32, 9, 7, "float16", offset="images", residual=True),
         Case(3, 128, 32, 13, 31, "bfloat16", residual=True, skip=True, offset="channels"),
         Case(1, 96, 32, 23, 9, offset="images", skip=True),
         Case(0, 8, 2, 4, 4),
         Case(2, 8, 2, 0, 4),
         Case(1, 64, 4, 65, 33, outlier=True),
+        Case(3, 6, 2, 7, 5, offset="channels", modulated=True),
+        Case(2, 30, 10, 3, 11, activation="gelu", modulated=True, skip=True),
+        Case(1, 64, 32, 23, 9, "float16", activation="gelu", offset="channels"),
+        Case(2, 192, 16, 9, 7, "float16", activation="none", modulated=True),
     ]
     if not interpreted:
         found += [
             Case(2, 512, 32, 65, 33, "float16", offset="channels", residual=True, skip=True),
             Case(1, 960, 32, 64, 64, "float16", offset="images"),
             Case(1, 128, 32, 256, 255, "float32", skip=True),
-            Case(1, 2560, 32, 8, 8, "bfloat16", silu=False),
+            Case(1, 2560, 32, 8, 8, "bfloat16", activation="none"),
+            Case(2, 224, 16, 33, 31, "bfloat16", offset="images", modulated=True),
         ]
     return found
 
@@ -82,7 +91,7 @@ def run(case: Case, device: torch.device) -> None:
     shape = {"": None, "channels": (case.channels,), "images": (case.n, case.channels)}[case.offset]
     offset = None if shape is None else torch.randn(shape, dtype=torch.float64).to(device, dtype)
     weight, bias = (torch.randn(case.channels, dtype=torch.float64).to(device, dtype) for _ in range(2))
-    norm = GroupNorm(weight, bias, case.groups, 1e-5, case.silu)
+    norm = GroupNorm(weight, bias, case.groups, 1e-5, case.activation)
     total = torch.full_like(x, float("nan")) if case.residual else None
     found = statistics(norm, x, offset, residual, total)
     grad_y, skip = image(case, device), image(case, device) if case.skip else None
@@ -110,11 +119,18 @@ def run(case: Case, device: torch.device) -> None:
     if exact.numel() == 0:
         return
     exact.requires_grad_()
-    wanted = group_norm_reference(exact, weight.double(), bias.double(), case.groups, 1e-5, case.silu)
+    wanted = group_norm_reference(exact, weight.double(), bias.double(), case.groups, 1e-5, case.activation)
     (gradient,) = torch.autograd.grad(wanted, exact, grad_y.double())
     if skip is not None:
         gradient = gradient + skip.double()
     near(y, wanted.detach(), dtype)
+    if case.modulated:
+        both = torch.randn(case.n, 2 * case.channels + 1, dtype=torch.float64).to(device, dtype)[:, 1:]
+        scale, shift = both.double()[:, :, None, None].chunk(2, dim=1)
+        plain = group_norm_reference(exact, weight.double(), bias.double(), case.groups, 1e-5, activation="none")
+        plain = plain * (1 + scale) + shift
+        modulated = normalise(norm, x, found, offset, both)
+        near(modulated, module._activated(plain, case.activation), dtype)
     near(grad_x, gradient, dtype)
 
 

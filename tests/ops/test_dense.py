@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dreamfusion_fast.ops import dense
 from dreamfusion_fast.ops.dense import DenseConv, DenseGroupNorm, DenseLinear
+from dreamfusion_fast.ops.group_norm import Activation
 
 pytestmark = pytest.mark.skipif(not dense.dense_serves(), reason="the CPU core was not compiled for AVX2 and FMA")
 
@@ -65,12 +66,12 @@ def test_convolution_rounds_no_worse_than_the_direct_sum() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 8), (2, 33, 48), (3, 8, 8, 224), (2, 40, 320)])
-@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("activation", ["none", "silu"])
 @pytest.mark.parametrize("modulated", [False, True])
-def test_group_norm(shape: tuple[int, ...], silu: bool, modulated: bool) -> None:
+def test_group_norm(shape: tuple[int, ...], activation: Activation, modulated: bool) -> None:
     channels = shape[-1]
     x = 3 * torch.randn(shape) + torch.randn(channels)
-    norm = DenseGroupNorm(torch.randn(channels), torch.randn(channels), 8, 1e-5, silu)
+    norm = DenseGroupNorm(torch.randn(channels), torch.randn(channels), 8, 1e-5, activation)
     modulation = torch.randn(shape[0], 2 * channels) if modulated else None
     expected = dense.group_norm_reference(x.double(), norm, None if modulation is None else modulation.double())
     found = dense.group_norm(x, norm, modulation)
@@ -80,7 +81,7 @@ def test_group_norm(shape: tuple[int, ...], silu: bool, modulated: bool) -> None
 def test_group_norm_of_a_small_spread_about_a_large_mean() -> None:
     """The variance is that of differences to the mean, not a difference of large sums of squares."""
     x = (1000 + torch.randn(2, 100, 16, dtype=torch.float64)).float()
-    norm = DenseGroupNorm(torch.ones(16), torch.zeros(16), 2, 1e-5, False)
+    norm = DenseGroupNorm(torch.ones(16), torch.zeros(16), 2, 1e-5, "none")
     found = dense.group_norm(x, norm)
     expected = dense.group_norm_reference(x.double(), norm)
     # What is left is the rounding of x - mean, half a unit in the last place of 1000.
@@ -89,7 +90,7 @@ def test_group_norm_of_a_small_spread_about_a_large_mean() -> None:
 
 def test_silu_far_out() -> None:
     """SiLU where exp overflows and vanishes; a mean of 0 and a variance of 1 by construction."""
-    norm = DenseGroupNorm(torch.full((8,), 1.0), torch.tensor([-200.0, -90, -20, -1, 0, 1, 90, 200]), 1, 0.0, True)
+    norm = DenseGroupNorm(torch.full((8,), 1.0), torch.tensor([-200.0, -90, -20, -1, 0, 1, 90, 200]), 1, 0.0, "silu")
     x = torch.tensor([[-1.0] * 8, [1.0] * 8])[None]
     found, expected = dense.group_norm(x, norm), dense.group_norm_reference(x.double(), norm)
     torch.testing.assert_close(found.double(), expected, atol=1e-30, rtol=4e-6)
@@ -99,7 +100,7 @@ def test_silu_far_out() -> None:
 def test_what_is_not_finite_stays_visible(value: float) -> None:
     x = torch.randn(1, 4, 4, 8)
     x[0, 1, 1, 3] = value
-    norm = DenseGroupNorm(torch.ones(8), torch.zeros(8), 2, 1e-5, True)
+    norm = DenseGroupNorm(torch.ones(8), torch.zeros(8), 2, 1e-5, "silu")
     assert not dense.group_norm(x, norm).isfinite().all()
     assert not dense.conv3x3(x, DenseConv(torch.randn(16, 8, 3, 3))).isfinite().all()
     assert not dense.linear(x, DenseLinear(torch.randn(16, 8))).isfinite().all()
@@ -108,7 +109,7 @@ def test_what_is_not_finite_stays_visible(value: float) -> None:
 def test_threads_change_no_bit() -> None:
     x = torch.randn(2, 16, 16, 64)
     conv, linear = DenseConv(torch.randn(32, 64, 3, 3)), DenseLinear(torch.randn(32, 64))
-    norm = DenseGroupNorm(torch.randn(64), torch.randn(64), 8, 1e-5, True)
+    norm = DenseGroupNorm(torch.randn(64), torch.randn(64), 8, 1e-5, "silu")
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):
@@ -132,7 +133,8 @@ NORM = (torch.ones(8), torch.ones(8))
         (ValueError, "inputs must be a multiple of 8, got 12", lambda: DenseConv(torch.ones(16, 12, 3, 3))),
         (ValueError, "weight must have shape", lambda: DenseConv(torch.ones(16, 8, 1, 1))),
         (ValueError, "weight must be on the CPU", lambda: DenseConv(torch.ones(16, 8, 3, 3, device="meta"))),
-        (ValueError, "groups must divide the 8 channels, got 3", lambda: DenseGroupNorm(*NORM, 3, 1e-5, True)),
+        (ValueError, "activation must be silu or none, got 'gelu'", lambda: DenseGroupNorm(*NORM, 2, 1e-5, "gelu")),
+        (ValueError, "groups must divide the 8 channels, got 3", lambda: DenseGroupNorm(*NORM, 3, 1e-5, "silu")),
         (ValueError, "x must have shape", lambda: dense.linear(torch.ones(2, 9), DenseLinear(torch.ones(16, 8)))),
         (ValueError, "contiguous", lambda: dense.linear(torch.ones(8, 2).t(), DenseLinear(torch.ones(16, 8)))),
         (
@@ -144,7 +146,7 @@ NORM = (torch.ones(8), torch.ones(8))
             ValueError,
             "modulation must have shape",
             lambda: dense.group_norm(
-                torch.ones(1, 4, 8), DenseGroupNorm(*NORM, 2, 1e-5, True), modulation=torch.ones(1, 8)
+                torch.ones(1, 4, 8), DenseGroupNorm(*NORM, 2, 1e-5, "silu"), modulation=torch.ones(1, 8)
             ),
         ),
     ],

@@ -60,6 +60,13 @@ def test_a_first_pixel_far_from_all_others_on_a_gpu(dtype: str) -> None:
     run(Case(1, 64, 4, 265, 133, dtype, outlier=True), torch.device("cuda"))
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_slopes_are_those_of_autograd(activation: module.Activation) -> None:
+    z = torch.linspace(-9, 9, 113, dtype=torch.float64, requires_grad=True)
+    (wanted,) = torch.autograd.grad(module._activated(z, activation).sum(), z)
+    torch.testing.assert_close(module._slope(z.detach(), activation), wanted, rtol=1e-12, atol=1e-14)
+
+
 def test_the_twin_is_the_layer() -> None:
     layer = torch.nn.GroupNorm(2, 6, eps=1e-3).double()
     torch.nn.init.normal_(layer.weight)
@@ -75,6 +82,8 @@ def test_wrong_arguments() -> None:
     found = statistics(norm, x)
     with pytest.raises(ValueError, match="groups must divide the 6 channels, got 4"):
         GroupNorm(weight, bias, 4, 1e-5)
+    with pytest.raises(ValueError, match="activation must be one of none, silu, gelu, got 'relu'"):
+        GroupNorm(weight, bias, 2, 1e-5, "relu")
     with pytest.raises(ValueError, match=r"x must have shape \[n, 6, height, width\], got \[2, 4, 3, 5\]"):
         statistics(norm, x[:, :4])
     with pytest.raises(ValueError, match="x must be contiguous with channels last in memory"):
@@ -89,6 +98,10 @@ def test_wrong_arguments() -> None:
         summed(x, None, x[..., :4])
     with pytest.raises(ValueError, match="padding must be at least 0, got -1"):
         summed(x, padding=-1)
+    with pytest.raises(ValueError, match=r"modulation must have shape \[2, 12\], got \[2, 6\]"):
+        normalise(norm, x, found, None, torch.zeros(2, 6))
+    with pytest.raises(ValueError, match="modulation must have channels next to each other in memory"):
+        normalise(norm, x, found, None, torch.zeros(2, 24)[:, ::2])
     with pytest.raises(TypeError, match=r"grad_y must be torch\.float32, got torch\.float64"):
         input_gradient(norm, x.double(), x, found)
     with pytest.raises(TypeError, match=r"x must be .* got torch\.int64"):

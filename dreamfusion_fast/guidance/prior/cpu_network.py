@@ -59,7 +59,7 @@ class CpuNetwork:
         self._down = [self._stage(block, block.downsamplers) for block in unet.down_blocks]
         self._middle = self._stage(unet.mid_block, None)
         self._up = [self._stage(block, block.upsamplers) for block in unet.up_blocks]
-        self._norm_out = DenseGroupNorm.of(unet.conv_norm_out, silu=True)
+        self._norm_out = DenseGroupNorm.of(unet.conv_norm_out, "silu")
         self._conv_out = _padded_conv(unet.conv_out)
         self._channels_out = unet.conv_out.out_channels
         self._modulations.close()
@@ -166,8 +166,8 @@ class _Resnet:
     def __init__(self, resnet: Any, modulations: _Joined) -> None:
         self._columns = modulations.add(resnet.time_emb_proj)
         self._norm1, self._norm2 = (
-            DenseGroupNorm.of(resnet.norm1, silu=True),
-            DenseGroupNorm.of(resnet.norm2, silu=True),
+            DenseGroupNorm.of(resnet.norm1, "silu"),
+            DenseGroupNorm.of(resnet.norm2, "silu"),
         )
         self._conv1 = DenseConv(resnet.conv1.weight, resnet.conv1.bias)
         self._conv2 = DenseConv(resnet.conv2.weight, resnet.conv2.bias)
@@ -188,7 +188,7 @@ class _Transformer:
 
     def __init__(self, transformer: Any, captions: _Joined) -> None:
         (block,) = transformer.transformer_blocks
-        self._norm = DenseGroupNorm.of(transformer.norm, silu=False)
+        self._norm = DenseGroupNorm.of(transformer.norm, "none")
         self._proj_in, self._proj_out = _linear(transformer.proj_in), _linear(transformer.proj_out)
         self._norms = [block.norm1, block.norm2, block.norm3]
         attn1, attn2 = block.attn1, block.attn2

@@ -12,8 +12,6 @@ from torch import Tensor
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance.base import DiffusionModel, DtypeName, Views, resolve_dtype
 from dreamfusion_fast.guidance.capture import CapturedFunction
-from dreamfusion_fast.guidance.fused_unet import fuse
-from dreamfusion_fast.ops._triton import triton_serves
 
 from .cpu_network import CpuNetwork, cpu_network_serves
 from .model import IMAGE_SIZE, SHADINGS, ViewCondition, load_prior, noise_schedule
@@ -51,8 +49,7 @@ class EmbeddedPrior(DiffusionModel):
         self._dtype = _fast_dtype(self.device) if dtype == "auto" else resolve_dtype(dtype, self.device)
         network = load_prior(folder).to(self.device, self._dtype)
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # in torch's docs only
-        if fused and self.device.type == "cuda" and triton_serves(self.device):
-            fuse(network.unet)
+        # Not with the parts of `fused_unet`: a run is over in 1000 steps, and their kernels take seconds to compile.
         self._captured = CapturedFunction(network, fused)
         self._evaluate = CpuNetwork(network) if fused and cpu_network_serves(network) else self._pairwise
         self.alphas_cumprod = noise_schedule().alphas_cumprod.to(self.device)

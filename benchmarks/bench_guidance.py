@@ -10,6 +10,7 @@ torch's peak above the weights, allocated and reserved. Rows:
 
     python benchmarks/bench_guidance.py                          # needs a GPU; a minute without --compile
     python benchmarks/bench_guidance.py --parts vae --models sd --views 1 4
+    python benchmarks/bench_guidance.py --parts vae --models sd --kernels 12    # the longest kernels of each row, too
     python benchmarks/bench_guidance.py --compile --out          # written to benchmarks/results
 """
 
@@ -79,13 +80,28 @@ def measure(row: Row, run: Callable[[], Tensor], repeats: int) -> Tensor:
     return result
 
 
+def print_kernels(run: Callable[[], Tensor], most: int) -> None:
+    """What the GPU does in one `run`: kernels by the time that they take in all, microseconds."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    times: dict[str, tuple[float, int]] = {}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            time_before, count = times.get(event.name, (0.0, 0))
+            times[event.name] = (time_before + event.device_time, count + 1)
+    print(f"    {sum(time for time, _ in times.values()):8.0f} us in all")
+    for name, (microseconds, count) in sorted(times.items(), key=lambda item: -item[1][0])[:most]:
+        print(f"    {microseconds:8.0f} us {count:4} x {name[:100]}")
+
+
 def free_memory() -> None:
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
 
 
-def vae_rows(name: str, views: int, dtype: torch.dtype, repeats: int) -> Iterator[Row]:
+def vae_rows(name: str, views: int, dtype: torch.dtype, repeats: int, kernels: int) -> Iterator[Row]:
     """The autoencoder's encoder, forward and back to the image."""
     vae = build("vae", name, dtype, "cuda")
     vae.decoder = None
@@ -116,13 +132,15 @@ def vae_rows(name: str, views: int, dtype: torch.dtype, repeats: int) -> Iterato
             if wanted is None:
                 wanted = found.clone()
             row.error = float((found - wanted).norm() / wanted.norm())
+            if kernels:
+                print_kernels(lambda encode=encode: gradient(encode), kernels)  # type: ignore[misc]
         except torch.OutOfMemoryError as error:
             row.note = str(error).split(".")[0]
         encode = found = None
         yield row
 
 
-def unet_rows(name: str, views: int, dtype: torch.dtype, repeats: int, compiled: bool) -> Iterator[Row]:
+def unet_rows(name: str, views: int, dtype: torch.dtype, repeats: int, compiled: bool, kernels: int) -> Iterator[Row]:
     """The guided pair of each view."""
     unet = build("unet", name, dtype, "cuda")
     config, weights = unet.config, sum(p.numel() * p.element_size() for p in unet.parameters()) / MB
@@ -169,6 +187,8 @@ def unet_rows(name: str, views: int, dtype: torch.dtype, repeats: int, compiled:
             if wanted is None:
                 wanted = found.clone()
             row.error = float((found.float() - wanted.float()).norm() / wanted.float().norm())
+            if kernels:
+                print_kernels(lambda run=run: run(x, t, text), kernels)  # type: ignore[misc]
         except torch.OutOfMemoryError as error:
             row.note = str(error).split(".")[0]
         run = found = None
@@ -184,6 +204,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--kernels", type=int, default=0, help="print so many of the longest kernels above each row")
     parser.add_argument("--out", action="store_true", help="write a JSON file to benchmarks/results")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -198,9 +219,9 @@ def main() -> int:
         for views in args.views:
             found = []
             if model in VAES and "vae" in args.parts:
-                found.append(vae_rows(model, views, dtype, args.repeats))
+                found.append(vae_rows(model, views, dtype, args.repeats, args.kernels))
             if model in UNETS and "unet" in args.parts:
-                found.append(unet_rows(model, views, dtype, args.repeats, args.compile))
+                found.append(unet_rows(model, views, dtype, args.repeats, args.compile, args.kernels))
             for some in found:
                 for row in some:
                     rows.append(row)

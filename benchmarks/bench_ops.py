@@ -1,5 +1,6 @@
 """Each op, native against its pure-PyTorch twin: march, composite, hash grid, MLP and occupancy grid, forward, backward
-and both where there are gradients; time and, on a GPU, memory.
+and both where there are gradients; on a GPU also the group norm and the gate of frozen diffusion networks, which on a CPU
+have no kernels; time and, on a GPU, memory.
 
 The inputs are those of the scene in `workload.py` with a ball of radius 0.5. Hash grids: "large", 16 x 2 features, 2^19
 rows, 16 to 2048, and "small", 8 x 2, 2^15 rows, 16 to 128. The twins run at the largest size only.
@@ -27,6 +28,7 @@ from torch import Tensor
 from workload import RESOLUTION, STEP, Marched, march_scene
 
 from dreamfusion_fast import ops
+from dreamfusion_fast.ops import geglu, group_norm
 
 RADIUS = 0.5
 GRIDS = {"large": (16, 16, 2048, 19), "small": (8, 16, 128, 15)}  # levels, base, finest resolution, log2 of the rows
@@ -157,6 +159,42 @@ def test_occupancy_pack(measure: Measure, device: torch.device, provider: str) -
     grid = torch.rand(RESOLUTION, RESOLUTION, RESOLUTION, device=device)
     threshold = torch.tensor(0.5, device=device)
     measure(lambda: pack(grid, threshold), "occupancy_pack", provider, grid.numel())
+
+
+def _needs_kernels(device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("on a CPU there are no kernels of this")
+
+
+@pytest.mark.parametrize("part", ["statistics", "normalise", "gradient"])
+@pytest.mark.parametrize("image", [(1, 128, 512, 512), (2, 320, 64, 64)], ids=["autoencoder", "unet"])
+def test_group_norm(measure: Measure, device: torch.device, image: tuple[int, ...], part: str, provider: str) -> None:
+    """A layer of Stable Diffusion's, with SiLU, in half precision. The twin has no parts: it runs whole, or back."""
+    _needs_kernels(device)
+    x, grad = (torch.randn(image, device=device).half().to(memory_format=torch.channels_last) for _ in range(2))
+    weight, bias = (torch.randn(image[1], device=device).half() for _ in range(2))
+    norm = group_norm.GroupNorm(weight, bias, 32, 1e-6)
+    found = group_norm.statistics(norm, x)
+    run: Callable[[], object]
+    if provider == "native":
+        parts: dict[str, Callable[[], object]] = {
+            "statistics": lambda: group_norm.statistics(norm, x),
+            "normalise": lambda: group_norm.normalise(norm, x, found),
+            "gradient": lambda: group_norm.input_gradient(norm, grad, x, found),
+        }
+        run = parts[part]
+    else:
+        mode = "backward" if part == "gradient" else "forward"
+        run = in_mode(mode, lambda x: (group_norm.group_norm_reference(x, weight, bias, 32, 1e-6),), [x])
+    measure(run, f"group_norm {part} {'x'.join(map(str, image))}", provider, x.numel() // image[1])
+
+
+def test_geglu(measure: Measure, device: torch.device, provider: str) -> None:
+    """The longest of SD 1.5's, of a guided pair, in half precision."""
+    _needs_kernels(device)
+    x = torch.randn(8192, 2 * 1280, device=device).half()
+    op = geglu.geglu if provider == "native" else geglu.geglu_reference
+    measure(lambda: op(x), "geglu", provider, x.shape[0])
 
 
 if __name__ == "__main__":

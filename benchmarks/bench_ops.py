@@ -1,6 +1,6 @@
 """Each op, native against its pure-PyTorch twin: march, composite, hash grid, MLP and occupancy grid, forward, backward
-and both where there are gradients; on a GPU also the group norm and the gate of frozen diffusion networks, for which a CPU
-has no kernels; time and, on a GPU, memory.
+and both where there are gradients; on a GPU also group norm and gate of frozen diffusion networks. Time and, on a GPU,
+memory.
 
 The inputs are those of the scene in `workload.py` with a ball of radius 0.5. Hash grids: "large", 16 x 2 features, 2^19
 rows, 16 to 2048, and "small", 8 x 2, 2^15 rows, 16 to 128. The twins run at the largest size only.

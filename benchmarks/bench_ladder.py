@@ -13,25 +13,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 
 import torch
-from architectures import UNETS, RandomPrompts
-from bench_step import Row, config_of, model_of
+from architectures import UNETS
+from bench_step import Row, make_trainer, time_steps
 from machine import describe, headline
 
-from dreamfusion_fast.guidance import GuidanceConfig
 from dreamfusion_fast.training.memory_plan import MemoryPlan, capped
 from dreamfusion_fast.training.out_of_memory import DoesNotFitError
 from dreamfusion_fast.training.trainer import Trainer
 
-
-def trainer_of(model: str, batch: int, device: torch.device) -> Trainer:
-    """A run of `batch` lit views."""
-    row = Row(model, 64, batch, "lambertian", None, 0)
-    config = GuidanceConfig(name="random/weights", cache=False)
-    return Trainer(config_of(row), device, RandomPrompts(model_of(model, device), config))
+# Steps in which kernels are compiled and graphs captured.
+_WARM_UP = 12
 
 
 def name_of(trainer: Trainer, plan: MemoryPlan) -> str:
@@ -43,14 +37,7 @@ def measure(trainer: Trainer, plan: MemoryPlan, steps: int) -> tuple[float, floa
     """Milliseconds of a step on a rung, and torch's peaks in GB: allocated and reserved."""
     trainer.follow(plan)
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(12):  # kernels are compiled and graphs captured
-        trainer.step()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(steps):
-        trainer.step()
-    torch.cuda.synchronize()
-    ms = (time.perf_counter() - start) / steps * 1e3
+    ms, _ = time_steps(trainer, _WARM_UP, steps)
     return ms, torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9
 
 
@@ -67,16 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda", 0)
     print("device", headline(describe(device)))
     for model in args.models:
-        trainer = trainer_of(model, args.batch, device)
+        trainer = make_trainer(Row(model, 64, args.batch, "lambertian", None, args.steps), device)
         print(f"{model}, {args.batch} views of 64^2, lit")
         print(f"{'ms':>8}{'alloc GB':>10}{'resv GB':>9}{'planned':>9}  rung")
         for plan in trainer.planner.ladder:
             ms, allocated, reserved = measure(trainer, plan, args.steps)
             planned = sum(trainer.planner.parts(plan).values()) / 1e9
-            print(
-                f"{ms:8.1f}{allocated:10.2f}{reserved:9.2f}{planned:9.2f}  {name_of(trainer, plan)}",
-                flush=True,
-            )
+            print(f"{ms:8.1f}{allocated:10.2f}{reserved:9.2f}{planned:9.2f}  {name_of(trainer, plan)}", flush=True)
         measure(trainer, trainer.planner.ladder[0], args.steps)
         for limit in args.limits:
             torch.cuda.empty_cache()

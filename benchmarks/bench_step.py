@@ -35,7 +35,7 @@ from dreamfusion_fast.rendering import RendererConfig
 from dreamfusion_fast.training.config import Config, ScheduleConfig, ShadingConfig
 from dreamfusion_fast.training.memory_plan import capped
 from dreamfusion_fast.training.profile import StepProfile, StepProfiler
-from dreamfusion_fast.training.trainer import Trainer
+from dreamfusion_fast.training.trainer import StepResult, Trainer
 
 GUIDANCE_STAGES = ("encode", "unet", "encode backward")
 
@@ -109,27 +109,38 @@ def config_of(row: Row) -> Config:
     )
 
 
+def make_trainer(row: Row, device: torch.device) -> Trainer:
+    """The run of a case, planned."""
+    config = GuidanceConfig(name="random/weights", cache=False)
+    guidance_class = MeasuredPrompts if row.text_encoders else RandomPrompts
+    return Trainer(config_of(row), device, guidance_class(model_of(row.model, device), config))
+
+
+def time_steps(trainer: Trainer, warm_up: int, steps: int) -> tuple[float, StepResult]:
+    """Milliseconds of a step, the mean without a wait between them, and the last one's result."""
+    for _ in range(warm_up):
+        trainer.step()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(steps):
+        result = trainer.step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / steps * 1e3, result
+
+
 def fill(row: Row, device: torch.device) -> StepProfile | None:
     """Measure a case; the profile of its steps."""
     torch.cuda.reset_peak_memory_stats()
     profiler = StepProfiler(device)
     with capped(row.memory, device):
-        guidance_class = MeasuredPrompts if row.text_encoders else RandomPrompts
-        guidance = guidance_class(model_of(row.model, device), GuidanceConfig(name="random/weights", cache=False))
-        trainer = Trainer(config_of(row), device, guidance)
-        if isinstance(guidance, MeasuredPrompts):
-            row.embed_s, row.embed_allocated_gb, row.embed_reserved_gb = guidance.seconds, *guidance.peaks
+        trainer = make_trainer(row, device)
+        if isinstance(trainer.guidance, MeasuredPrompts):
+            row.embed_s = trainer.guidance.seconds
+            row.embed_allocated_gb, row.embed_reserved_gb = trainer.guidance.peaks
         lines = trainer.planner.lines(trainer.plan)
         row.plan = " / ".join(lines)
         row.planned_gb = sum(trainer.planner.parts(trainer.plan).values()) / 1e9
-        for _ in range(row.steps):
-            result = trainer.step()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(row.steps):
-            result = trainer.step()
-        torch.cuda.synchronize()
-        row.ms = (time.perf_counter() - start) / row.steps * 1e3
+        row.ms, result = time_steps(trainer, row.steps, row.steps)
         row.samples = int(result.samples)
         before = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()  # profiled steps reset them
         trainer.profiler = profiler

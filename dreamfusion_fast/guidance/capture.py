@@ -27,18 +27,18 @@ class CapturedFunction:
     Args:
         function: launches the same kernels for inputs of the same shapes, dtypes and strides, whatever their values,
             and reads nothing on the host. Whatever else it reads (weights) must stay at its address.
-        enabled: False: call it as it is, always.
+        enabled: False: call it as it is; may be set at any time.
     """
 
     def __init__(self, function: Callable[..., Tensor], enabled: bool = True) -> None:
-        self._function, self._enabled = function, enabled
+        self._function, self.enabled = function, enabled
         self._graphs: dict[tuple[object, ...], _Captured] = {}
         self._pool: Any = None
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The function's result, in memory of its own. All inputs have to be on one device."""
-        if not self._enabled or not inputs[0].is_cuda or torch.cuda.is_current_stream_capturing():
+        if not self.enabled or not inputs[0].is_cuda or torch.cuda.is_current_stream_capturing():
             return self._function(*inputs)
         signature = tuple((x.device, x.dtype, x.shape, x.stride()) for x in inputs)
         captured = self._graphs.get(signature)

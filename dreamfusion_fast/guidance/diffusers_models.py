@@ -86,8 +86,8 @@ class PipelineModel(DiffusionModel):
         self._check_text_width()
         self._read_schedule(configs["scheduler"])
         self._unet: Any = None
+        self._fused, self._offload = config.fused, False
         self._evaluate = CapturedFunction(self._call_unet, config.fused)
-        self._offload = False
         # The quicker parts are kernels of Triton; without it, diffusers' own are as quick and need less.
         self._fuses = config.fused and device.type == "cuda" and triton_serves(device)
 
@@ -181,6 +181,7 @@ class PipelineModel(DiffusionModel):
         """See `DiffusionModel.set_offload`: the U-Net's weights. It is loaded again when next needed."""
         if on != self._offload:
             self._offload, self._unet = on, None
+            self._evaluate.enabled = self._fused and not on
             self.free_graphs()
 
     def load(self) -> None:
@@ -199,8 +200,7 @@ class PipelineModel(DiffusionModel):
         """See `DiffusionModel.predict`; channels of a learned variance are dropped. A CUDA graph on a GPU."""
         self.load()
         pair = noisy.to(self.dtype).repeat(2, 1, 1, 1)
-        evaluate = self._call_unet if self._offload else self._evaluate
-        output = evaluate(pair, t.repeat(2), *(condition[name] for name in self._condition_names))
+        output = self._evaluate(pair, t.repeat(2), *(condition[name] for name in self._condition_names))
         return output[:, : noisy.shape[1]]
 
     def _call_unet(self, pair: Tensor, t: Tensor, *condition: Tensor) -> Tensor:

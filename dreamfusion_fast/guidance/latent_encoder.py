@@ -219,7 +219,7 @@ class Attention:
             shares = self._shares(q[:, rows], k)
             g = grad_mixed[:, rows]
             grad_v += shares.to(v.dtype).mT @ g
-            to_shares = _wide_product(g, v.mT, self._scale)
+            to_shares = _wide_product(g, v.mT).mul_(self._scale)  # which is linear in it
             to_scores = torch.ops.aten._softmax_backward_data(to_shares, shares, -1, shares.dtype).to(q.dtype)
             grad_q[:, rows] = to_scores @ k
             grad_k += to_scores.mT @ q[:, rows]
@@ -235,7 +235,7 @@ class Attention:
 
     def _shares(self, q: Tensor, k: Tensor) -> Tensor:
         """The softmax, float32 at least."""
-        return torch.softmax(_wide_product(q, k.mT, self._scale), dim=-1)
+        return torch.softmax(_wide_product(q, k.mT).mul_(self._scale), dim=-1)
 
 
 @dataclass
@@ -411,13 +411,10 @@ def _sums(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _wide_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale * a @ b in float32 (float64 for float64), not rounded to the operands' type."""
-    narrow = a.dtype not in (torch.float32, torch.float64)
-    if narrow and not a.is_cuda:
-        a, b, narrow = a.float(), b.float(), False
-    # Scaled where the product is, not in a pass of its own.
-    nothing = a.new_zeros(1, 1, 1, dtype=_sums(a)).expand(a.shape[0], a.shape[1], b.shape[2])
-    if narrow:
-        return torch.baddbmm(nothing, a, b, torch.float32, beta=0, alpha=scale)
-    return torch.baddbmm(nothing, a, b, beta=0, alpha=scale)
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32 (float64 for float64), not rounded to the operands' type."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

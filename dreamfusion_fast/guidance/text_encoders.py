@@ -94,7 +94,7 @@ class PromptEncoder:
                 raise UserError(
                     f"guidance text_dtype int8 needs a GPU, and this run is on {self._device}: use bfloat16"
                 )
-            absent = [library for library in ("bitsandbytes", "accelerate") if not _installed(library)]
+            absent = [library for library in ("bitsandbytes", "accelerate") if not installed(library)]
             if absent:
                 raise UserError(
                     f"guidance text_dtype int8 needs {' and '.join(absent)}, not installed here: pip install "
@@ -223,7 +223,7 @@ class PromptEncoder:
         placements: list[Placement] = []
         if self._bytes(suffix, dtype) <= _FREE_SHARE * free_bytes(self._device):
             placements.append("gpu")
-        if _installed("accelerate"):
+        if installed("accelerate"):
             placements.append("layers")
         elif not placements:
             warnings.warn(
@@ -262,7 +262,8 @@ class PromptEncoder:
         return self._source.parameters(f"text_encoder{suffix}") * dtype.itemsize
 
 
-def _installed(library: str) -> bool:
+def installed(library: str) -> bool:
+    """Whether there is such a library to import."""
     return importlib.util.find_spec(library) is not None
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _activated_and_slope(z, ACTIVATION: tl.constexpr):
+def activated_and_slope(z, ACTIVATION: tl.constexpr):
     """ACTIVATION: its place in `group_norm.ACTIVATIONS`, not that of "none"."""
     if ACTIVATION == 1:
         gate = 1.0 / (1.0 + tl.exp(-z))
@@ -200,7 +200,7 @@ def normalise_kernel(
     value = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
     z = (value - mean[None, :]) * (inverse * w)[None, :] + b[None, :]
     if ACTIVATION != 0:
-        z, _ = _activated_and_slope(z, ACTIVATION)
+        z, _ = activated_and_slope(z, ACTIVATION)
     tl.store(y + at, z.to(y.dtype.element_ty), mask=live)
 
 
@@ -241,9 +241,9 @@ def gradient_sums_kernel(
         x_hat = (tl.load(x + at, mask=live, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
         g = tl.load(grad_y + at, mask=live, other=0.0).to(tl.float32)
         if ACTIVATION != 0:
-            _, slope = _activated_and_slope(x_hat * w[None, :] + b[None, :], ACTIVATION)
+            _, slope = activated_and_slope(x_hat * w[None, :] + b[None, :], ACTIVATION)
             g *= slope
-        g = tl.where(live, g * w[None, :], 0.0)
+        g *= w[None, :]
         first += g
         second += g * x_hat
     to = partials + ((image.to(tl.int64) * chunks + chunk) * channels + cols) * 2
@@ -315,7 +315,7 @@ def gradient_kernel(
     x_hat = (tl.load(x + at, mask=live, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
     g = tl.load(grad_y + at, mask=live, other=0.0).to(tl.float32)
     if ACTIVATION != 0:
-        _, slope = _activated_and_slope(x_hat * w[None, :] + b[None, :], ACTIVATION)
+        _, slope = activated_and_slope(x_hat * w[None, :] + b[None, :], ACTIVATION)
         g *= slope
     g = scale[None, :] * (g * w[None, :] - mean_g[None, :] - x_hat * mean_gx[None, :])
     if skip is not None:

@@ -3,8 +3,8 @@
     y = a * gelu(b),   x = [a, b],   gelu(b) = b * (1 + erf(b / sqrt(2))) / 2
 
 (Shazeer 2020, "GLU Variants Improve Transformer"; the exact GELU of Hendrycks and Gimpel 2016, not its approximation by
-tanh). In PyTorch it is two passes, over halves of rows, which its kernels read one element at a time. There is no
-backward: it is for networks that are only evaluated.
+tanh). In PyTorch it is two passes over halves of rows. There is no backward: it is for networks that are only
+evaluated.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dreamfusion_fast.ops._checks import check_tensor
 from dreamfusion_fast.ops._triton import triton_serves
+from dreamfusion_fast.ops.group_norm import ACTIVATIONS, DTYPES
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK = 1024
 
 
@@ -37,7 +37,7 @@ def geglu(x: Tensor) -> Tensor:
     if y.numel() > 0:
         from dreamfusion_fast.ops._geglu_triton import geglu_kernel  # triton takes a while to import
 
-        geglu_kernel[(n, -(-columns // _BLOCK))](x, y, columns, BLOCK=_BLOCK)
+        geglu_kernel[(n, -(-columns // _BLOCK))](x, y, columns, ACTIVATIONS.index("gelu"), BLOCK=_BLOCK)
     return y
 
 

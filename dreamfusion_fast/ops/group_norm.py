@@ -29,8 +29,7 @@ ACTIVATIONS = get_args(Activation)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Elements of a tile: 64 per thread, as floats, leave room for a second operand in registers.
 _TILE = 8192
-# The same where sums are kept per element, too: of one operand, and of two.
-_MEASURED_TILE = 8192
+# The same where two operands are read and two sums are kept per element.
 _SUMMED_TILE = 2048
 _WARPS = 4
 _MAX_COLS = 128
@@ -111,7 +110,7 @@ def statistics(
     if x.numel() == 0:
         return x.new_zeros(n, norm.groups, 2, dtype=_real(x))
     if not _kernels_serve(x):
-        value = _sum(x, offset) if residual is None else _sum(x, offset) + residual.to(_real(x))
+        value = _sum(x, offset, residual)
         if total is not None:
             total.copy_(value)
             value = total.to(_real(x))
@@ -119,8 +118,8 @@ def statistics(
         var, mean = torch.var_mean(flat, dim=2, correction=0)
         return torch.stack([mean, (var + norm.eps).rsqrt()], dim=2)
     result = x.new_empty(n, norm.groups, 2, dtype=torch.float32)
-    rows, cols = _tile(channels, _MEASURED_TILE)
-    tiles, chunks = _split(n, channels, height * width, _MEASURED_TILE)
+    rows, cols = _tile(channels, _TILE)
+    tiles, chunks = _split(n, channels, height * width, _TILE)
     partials = x.new_empty(n, chunks, channels, 2, dtype=torch.float32)
     kernels, size = _kernels(), (height * width, channels)
     kernels.moments_kernel[(chunks, -(-channels // cols), n)](
@@ -155,22 +154,19 @@ def summed(x: Tensor, offset: Tensor | None = None, residual: Tensor | None = No
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or memory format.
     """
-    op = "group_norm"
-    check_tensor(op, "x", x, ["n", "channels", "height", "width"], DTYPES)
+    check_tensor("group_norm", "x", x, ["n", "channels", "height", "width"], DTYPES)
     _check_image("x", x, x)
     n, channels, height, width = x.shape
     if offset is not None:
-        check_tensor(op, "offset", offset, [channels], DTYPES, like=x)
-        if offset.stride(0) != 1:
-            raise ValueError(f"dreamfusion_fast.ops.{op}: offset must have channels next to each other in memory")
+        _check_channels("offset", offset, [channels], x)
     if residual is not None:
         _check_image("residual", residual, x)
     if padding < 0:
-        raise ValueError(f"dreamfusion_fast.ops.{op}: padding must be at least 0, got {padding}")
+        raise ValueError(f"dreamfusion_fast.ops.group_norm: padding must be at least 0, got {padding}")
     size = (n, channels, height + padding, width + padding)
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if x.numel() == 0 or not _kernels_serve(x):
-        value = _sum(x, offset) if residual is None else _sum(x, offset) + residual.to(_real(x))
+        value = _sum(x, offset, residual)
         y.zero_()
         y[:, :, :height, :width] = value
         return y
@@ -198,11 +194,7 @@ def normalise(
     """
     _check(norm, x, offset)
     if modulation is not None:
-        check_tensor("group_norm", "modulation", modulation, [x.shape[0], 2 * x.shape[1]], DTYPES, like=x)
-        if modulation.stride(1) != 1:
-            raise ValueError(
-                "dreamfusion_fast.ops.group_norm: modulation must have channels next to each other in memory"
-            )
+        _check_channels("modulation", modulation, [x.shape[0], 2 * x.shape[1]], x)
     if x.numel() == 0:
         return torch.empty_like(x)
     n, channels, height, width = x.shape
@@ -315,14 +307,16 @@ def _slope(z: Tensor, activation: Activation) -> Tensor:
 
 
 def _check(norm: GroupNorm, x: Tensor, offset: Tensor | None) -> None:
-    op = "group_norm"
-    check_tensor(op, "x", x, ["n", norm.weight.shape[0], "height", "width"], DTYPES, like=norm.weight)
+    check_tensor("group_norm", "x", x, ["n", norm.weight.shape[0], "height", "width"], DTYPES, like=norm.weight)
     _check_image("x", x, x)
     if offset is not None:
-        shape = [x.shape[1]] if offset.dim() == 1 else [x.shape[0], x.shape[1]]
-        check_tensor(op, "offset", offset, shape, DTYPES, like=x)
-        if offset.stride(-1) != 1:
-            raise ValueError(f"dreamfusion_fast.ops.{op}: offset must have channels next to each other in memory")
+        _check_channels("offset", offset, [x.shape[1]] if offset.dim() == 1 else [x.shape[0], x.shape[1]], x)
+
+
+def _check_channels(name: str, tensor: Tensor, shape: list[int], x: Tensor) -> None:
+    check_tensor("group_norm", name, tensor, shape, DTYPES, like=x)
+    if tensor.stride(-1) != 1:
+        raise ValueError(f"dreamfusion_fast.ops.group_norm: {name} must have channels next to each other in memory")
 
 
 def _check_image(name: str, tensor: Tensor, x: Tensor) -> None:
@@ -378,11 +372,11 @@ def _real(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _sum(x: Tensor, offset: Tensor | None) -> Tensor:
+def _sum(x: Tensor, offset: Tensor | None, residual: Tensor | None = None) -> Tensor:
     value = x.to(_real(x))
-    if offset is None:
-        return value
-    return value + offset.to(value.dtype).reshape(-1, x.shape[1], 1, 1)
+    if offset is not None:
+        value = value + offset.to(value.dtype).reshape(-1, x.shape[1], 1, 1)
+    return value if residual is None else value + residual.to(value.dtype)
 
 
 def _normalised(norm: GroupNorm, x: Tensor, statistics: Tensor, offset: Tensor | None) -> Tensor:

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dreamfusion_fast.cuda_graphs import capturing
 from dreamfusion_fast.fields.hash_field import HashGridField
 from dreamfusion_fast.ops.mlp import MlpGradients
 from dreamfusion_fast.rendering.config import RendererConfig
@@ -158,7 +157,7 @@ class _Graphs:
         self._rays = [_room_for(rays.origins), _room_for(rays.directions)]
         self._light = None if light is None else _room_for(light)
         self._seed = torch.zeros((), dtype=torch.int64, device=rays.origins.device)
-        captured = replace(request, rays=Rays(*self._rays), light=self._light, seed=self._seed, total=None)
+        captured = replace(request, rays=Rays(*self._rays), light=self._light, seed=self._seed, counted=None)
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle()
         device = rays.origins.device
@@ -166,13 +165,13 @@ class _Graphs:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream), torch.no_grad():
-            with _capturing(self._forward, pool):
+            with capturing(self._forward, pool):
                 self.render = make(captured)
                 self.sums = self.render.forward(True)
             one_tile = len(self.render.kept) == 1
             self.capacity = self.render.size if one_tile else 0
             if one_tile:
-                with _capturing(self._backward, pool):
+                with capturing(self._backward, pool):
                     self.grad_sums = torch.empty_like(self.sums)
                     self.scatter, self.gradients = self.render.backward_to_scatter(self.sums, self.grad_sums, needs)
         torch.cuda.current_stream(device).wait_stream(stream)
@@ -200,8 +199,8 @@ class _Graphs:
         self.run += 1
         self._user = weakref.ref(user)
         self._forward.replay()
-        if request.total is not None:
-            return request.total.read()
+        if request.counted is not None:
+            return request.counted.read()
         assert self.render.total is not None
         self.render.total.send()
         return self.render.total.read()
@@ -283,13 +282,3 @@ def _capture(request: RenderRequest, make: MakeRender, needs: tuple[bool, bool])
 
 def _room_for(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-@contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
-    """`torch.cuda.graph` without its wait for the GPU and its garbage collection."""
-    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-    try:
-        yield
-    finally:
-        graph.capture_end()

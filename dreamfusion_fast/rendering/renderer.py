@@ -170,7 +170,7 @@ class VolumeRenderer(nn.Module):
         Raises:
             InvalidRaysError: a ray is not finite or its direction not of unit length.
             ValueError: a wrong shape, an unknown shading, a missing light, or a count of something else.
-            RuntimeError: more than 2^31 - 1 samples in one image of the built-in field.
+            RuntimeError: more than 2^31 - 1 samples in one image of the built-in field; a count in a CUDA graph.
         """
         shading = Shading.parse(shading)
         n_rays = len(rays)
@@ -200,9 +200,9 @@ class VolumeRenderer(nn.Module):
             with_entropy,
             jitter,
             seed,
-            None if count is None or self.config.early_stop > 0.0 else count.total,
+            None if count is None else count.total,
         )
-        if self._streams(request):
+        if self._streams(rays, request.light):
             sums = self._stream(request)
         else:
             rays.validate()
@@ -231,7 +231,7 @@ class VolumeRenderer(nn.Module):
         )
 
     @torch.no_grad()
-    def count_samples(self, rays: Rays, jitter: bool = False, seed: int = 0) -> SampleCount:
+    def count_samples(self, rays: Rays, jitter: bool = False, seed: int = 0) -> SampleCount | None:
         """Count the samples of a render to come, which then need not wait for their number: give it as `count`.
 
         Counting reads rays and occupancy grid, and nothing of the field. So a training loop can do it on a stream of
@@ -241,23 +241,28 @@ class VolumeRenderer(nn.Module):
         Args:
             rays, jitter, seed: of the render.
 
+        Returns:
+            The count, or None for a render that would not use it: of any but the built-in field on its own path.
+
         Raises:
             ValueError: the rays are not where the renderer is.
             RuntimeError: within the capture of a CUDA graph, whose replays nobody could tell the number.
         """
         if rays.origins.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("count_samples: cannot be captured in a CUDA graph, as the host reads its result")
+        if not self._streams(rays, None):
+            return None
         marched = self._space(rays).marched(rays, jitter, seed)
-        return SampleCount(rays, jitter, seed, SampleTotal(marched, count_samples(marched)[0], ahead=True))
+        return SampleCount(rays, jitter, seed, SampleTotal(marched, count_samples(marched)[0]))
 
     def _space(self, rays: Rays) -> SampledSpace:
         _check_device("renderer", self.aabb, rays)
         _check_device("occupancy", None if self.occupancy is None else self.occupancy.bitfield, rays)
         return SampledSpace.of(rays, self.aabb, self.occupancy, self.config, self._diagonal, self.step_size)
 
-    def _streams(self, request: RenderRequest) -> bool:
+    def _streams(self, rays: Rays, light: Tensor | None) -> bool:
         """Whether the built-in field's own path serves: the native core, one dtype, no gradients to rays or light."""
-        field, rays, light = self.field, request.rays, request.light
+        field = self.field
         return (
             isinstance(field, HashGridField)
             and field.config.backend == self.config.backend == "native"

@@ -25,7 +25,7 @@ class RenderRequest:
     entropy: bool
     jitter: bool
     seed: int | Tensor
-    total: SampleTotal | None = None
+    counted: SampleTotal | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 
 import torch
@@ -13,31 +12,11 @@ from dreamfusion_fast.ops.march import MAX_SAMPLES
 from dreamfusion_fast.ops.march_tile import march_totals
 from dreamfusion_fast.rendering.rays import SQUARED_TOLERANCE, InvalidRaysError, Rays
 
-_mailboxes = threading.local()
-
-
-def _mailbox(device: torch.device) -> tuple[Tensor, torch.cuda.Event]:
-    """Pinned int64 `[2]` and an event, one pair per thread and GPU: each render reads its own before the next one."""
-    boxes, name = _mailboxes.__dict__, str(device)
-    if name not in boxes:
-        boxes[name] = _new_mailbox()
-    return boxes[name]
-
-
-def _new_mailbox() -> tuple[Tensor, torch.cuda.Event]:
-    return torch.empty(2, dtype=torch.int64, pin_memory=True), torch.cuda.Event()
-
 
 class SampleTotal:
-    """The number of samples, and of invalid rays, on their way to the host.
+    """The number of samples, and of invalid rays, on their way to the host."""
 
-    Args:
-        rays, counts: what was counted.
-        ahead: whether other renders may come before it is read.
-    """
-
-    def __init__(self, rays: MarchedRays, counts: Tensor, ahead: bool = False) -> None:
-        self.known = ahead
+    def __init__(self, rays: MarchedRays, counts: Tensor) -> None:
         self.totals = march_totals(rays, counts, SQUARED_TOLERANCE)
         self.on_device = self.totals[0]
         self.captured = counts.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -47,11 +26,11 @@ class SampleTotal:
             self.send()
 
     def send(self) -> None:
-        """Start the copy to the host."""
-        self._host, event = _new_mailbox() if self.known else _mailbox(self.totals.device)
+        """Start the copy to the host, to memory of its own: other renders may come before it is read."""
+        self._host = torch.empty(2, dtype=torch.int64, pin_memory=True)
         self._host.copy_(self.totals, non_blocking=True)
-        event.record()
-        self._event = event
+        self._event = torch.cuda.Event()
+        self._event.record()
 
     def read(self) -> int:
         """Wait for the count, not for what was enqueued since.
@@ -85,6 +64,8 @@ class SampleCount:
     total: SampleTotal
 
     def check(self, rays: Rays, jitter: bool, seed: int | Tensor) -> None:
-        """Raise ValueError unless it is of these."""
+        """Raise ValueError unless it is of these, and RuntimeError in a capture, for whose replays it says nothing."""
+        if rays.origins.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("count: cannot be given in a CUDA graph, whose replays render other rays")
         if self.rays is not rays or self.jitter != jitter or isinstance(seed, Tensor) or self.seed != seed:
             raise ValueError("count: was counted for other rays, or with another jitter or seed, than are rendered")

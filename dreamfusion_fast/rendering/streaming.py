@@ -60,7 +60,7 @@ class StreamedRender:
         diagonal: of the box in which anything is sampled, scene units.
         budget: bytes of workspace.
         expected: samples of the last render like this one; None: there was none.
-        counted: how many samples there are, if they were counted ahead; not for `early_stop`, which counts anew.
+        counted: how many samples there are, if they were counted ahead.
         early_stop: share of the light below which samples are left out; 0: none are.
         max_tile: most samples of a tile; None: what the budget holds.
         samples: how many there are; a number once the host knows, else on the device.
@@ -123,7 +123,7 @@ class StreamedRender:
             space.diagonal,
             budget,
             expected,
-            request.total,
+            request.counted,
             config.early_stop,
             config.max_samples_per_chunk,
         )
@@ -289,7 +289,7 @@ class StreamedRender:
 
     def _planned(self, total: SampleTotal) -> int:
         """Samples to enqueue tiles for."""
-        if total.known:
+        if total is self.counted:
             return total.read()
         if self.expected is not None and self.rays.origins.is_cuda:
             return min(self._most(), int(_RESERVE * self.expected) + _RESERVE_SAMPLES)

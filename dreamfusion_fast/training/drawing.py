@@ -25,7 +25,7 @@ from dreamfusion_fast.rendering.shading import Shading, sample_lights
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.device import send
 
-# Steps that the host may be ahead of the GPU: what they have drawn is in memory. One is enough to hide all of Python.
+# Steps that the host may be ahead of the GPU: what they have drawn is in memory.
 _AHEAD = 2
 
 

@@ -8,6 +8,8 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
+from dreamfusion_fast.cuda_graphs import capturing
+
 # Gradients are new tensors in each step, in memory that the allocator hands out again: mostly the same, at times one of
 # a few. So many places are remembered, and captured when seen a second time.
 _MAX_GRAPHS = 8
@@ -16,8 +18,7 @@ _MAX_GRAPHS = 8
 class CapturedStep:
     """`optimizer.step()` of a fused Adam: one launch, wherever parameters and gradients lie where they once lay.
 
-    Gradients are read where the backward left them. To give them a place of their own would cost a pass over them, and
-    a pass over the largest, a hash grid's table, takes longer than all launches of a step.
+    Gradients are read where the backward left them: to give them a place of their own would cost a pass over them.
 
     Args:
         optimizer: Adam, fused; the learning rates of its groups may change from step to step, all else stays.
@@ -51,15 +52,17 @@ class CapturedStep:
         if self._device.type != "cuda":
             self._optimizer.step()
             return
-        places = self._places()
+        groups, places = self._optimizer.param_groups, self._places()
+        rates = torch.tensor([group["lr"] for group in groups], dtype=torch.float32)
         if places not in self._graphs:
             self._graphs[places] = None
             if len(self._graphs) > _MAX_GRAPHS:
                 self._graphs.popitem(last=False)
+            for group, rate in zip(groups, rates.tolist(), strict=True):
+                group["lr"] = rate  # as a graph reads it: a step is the same, captured or not
             self._optimizer.step()
             return
         self._graphs.move_to_end(places)
-        rates = torch.tensor([group["lr"] for group in self._optimizer.param_groups], dtype=torch.float32)
         self._rates.copy_(rates.pin_memory(), non_blocking=True)
         graph = self._graphs[places]
         if graph is None:
@@ -76,12 +79,8 @@ class CapturedStep:
         try:
             for group, rate in zip(groups, self._rates, strict=True):
                 group["lr"], group["capturable"] = rate, True
-            with torch.cuda.stream(stream):
-                graph.capture_begin(capture_error_mode="thread_local")
-                try:
-                    self._optimizer.step()
-                finally:
-                    graph.capture_end()
+            with torch.cuda.stream(stream), capturing(graph):
+                self._optimizer.step()
         finally:
             for group, (rate, capturable) in zip(groups, before, strict=True):
                 group["lr"], group["capturable"] = rate, capturable

@@ -13,7 +13,6 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,7 +112,7 @@ class Trainer:
             limit,
             device,
         )
-        self.follow(self.planner.choose())
+        self._set(self.planner.choose())
         self.embeddings = self.guidance.embed(config.prompt)
         self.steps_done = 0
         self._occupancy_is_of = -1  # the step that has updated it, if it was due
@@ -129,6 +128,14 @@ class Trainer:
 
     def follow(self, plan: MemoryPlan) -> None:
         """Set renderer and guidance as a plan of `planner.ladder` says, and give back memory that it has no use for."""
+        self._set(plan)
+        if isinstance(self.guidance, HoldsGraphs):
+            self.guidance.free_graphs()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _set(self, plan: MemoryPlan) -> None:
         self.plan = plan
         config = plan.renderer_config(self.config.renderer)
         if config != self.renderer.config:  # a new one, since the old one may hold graphs
@@ -137,11 +144,6 @@ class Trainer:
             self.guidance.set_recompute(plan.recompute)
         if isinstance(self.guidance, Offloads):
             self.guidance.set_offload(plan.offload)
-        if isinstance(self.guidance, HoldsGraphs):
-            self.guidance.free_graphs()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def step(self) -> StepResult:
         """One optimiser step on `config.batch` random views.
@@ -258,8 +260,7 @@ class Trainer:
         cosine = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
         factor = warm * (c.final_lr_factor + (1.0 - c.final_lr_factor) * cosine)
         for group in self.optimizer.param_groups:
-            # As float32, which a captured step reads it in: a step is the same, captured or not.
-            group["lr"] = float(np.float32(group["peak"] * factor))
+            group["lr"] = group["peak"] * factor
 
     def _render_training(self, drawn: DrawnViews) -> RenderOutput:
         return self.renderer.render(

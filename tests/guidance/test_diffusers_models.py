@@ -305,11 +305,9 @@ def test_a_model_says_what_memory_it_needs(pipeline: Pipelines) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("no_tf32")
 @pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
-def test_networks_as_diffusers_runs_them_give_the_same(
-    pipeline: Pipelines, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_networks_as_diffusers_runs_them_give_the_same(pipeline: Pipelines, kind: str) -> None:
     folder, results = pipeline(kind), []
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)).cuda()
     views = Views(VIEWS.azimuth.cuda(), VIEWS.elevation.cuda())

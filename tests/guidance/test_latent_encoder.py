@@ -85,12 +85,6 @@ def test_the_attention_matters() -> None:
     assert (vae.encode(images).latent_dist.mean - with_it).abs().max() > 0.01
 
 
-@pytest.fixture
-def no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Float32 is to be float32, in convolutions, too."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 @pytest.mark.gpu
 @pytest.mark.usefixtures("no_tf32")
 @pytest.mark.parametrize("recompute", [False, True])

@@ -73,15 +73,14 @@ def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     assert can_stream_weights(gpu)
     assert not can_stream_weights(torch.device("cpu"))
-    find = module.importlib.util.find_spec
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "accelerate" else find(name))
+    monkeypatch.setattr(module, "installed", lambda library: library != "accelerate")
     assert not can_stream_weights(gpu)
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("no_tf32")
 @pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
-def test_on_a_gpu(pipeline: Pipelines, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_on_a_gpu(pipeline: Pipelines, kind: str) -> None:
     guidance = guidance_of(pipeline(kind), "cuda:0", "float32")
     wanted = gradient_of(guidance, "cuda:0")
     guidance.set_offload(True)

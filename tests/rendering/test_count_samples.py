@@ -97,8 +97,9 @@ def test_fields_of_other_kinds_need_none() -> None:
     rays = make_rays(dtype=torch.float32)
     renderer = VolumeRenderer(lambda x: (x.square().sum(1), x.abs()), make_occupancy(0.5), RendererConfig(step=STEP))
     wanted = renderer.render(rays)
-    found = renderer.render(rays, count=renderer.count_samples(rays))
-    torch.testing.assert_close(found.color, wanted.color, rtol=0, atol=0)
+    count = renderer.count_samples(rays)
+    assert count is None
+    torch.testing.assert_close(renderer.render(rays, count=count).color, wanted.color, rtol=0, atol=0)
 
 
 @pytest.mark.gpu
@@ -124,10 +125,12 @@ def test_counted_beside_other_work_a_render_does_not_wait_for_it(graphs: bool) -
 @pytest.mark.gpu
 def test_it_cannot_be_captured() -> None:
     renderer, rays = scene_on("cuda")
-    renderer.count_samples(rays)
+    count = renderer.count_samples(rays)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), pytest.raises(RuntimeError, match="count_samples: cannot be captured"):
         renderer.count_samples(rays)
+    with torch.cuda.graph(graph), pytest.raises(RuntimeError, match="count: cannot be given in a CUDA graph"):
+        renderer.render(rays, count=count)
 
 
 def test_a_known_number_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,7 +133,6 @@ def test_the_run_is_as_if_nothing_had_happened(undisturbed, monkeypatch, capsys,
 
 def test_down_the_whole_ladder_in_one_step_and_in_several(undisturbed, monkeypatch, capsys):
     trainer = trainer_of()
-    trainer.guidance.freed = 0
     # Calls 2 and 3 are of step 3, tried twice. From call 4 on a step has two, and 11 is the second one of step 6.
     break_guidance(trainer, monkeypatch, Fault(2, 3, 11))
     assert_same_bits(run(trainer), undisturbed)

@@ -18,6 +18,8 @@ from dreamfusion_fast.ops.occupancy import (
 
 # Cells whose density is asked for at once: bounds the memory of an update whatever the resolution.
 _CELLS_PER_QUERY = 1 << 17
+# Share of the cells that an update chooses after the warm-up: at random, and as many again of the occupied ones.
+_CHOSEN = 0.25
 # The mean alone would empty a grid of equal densities, for which "above the mean" holds nowhere.
 _BELOW_MEAN = 0.99
 
@@ -152,14 +154,21 @@ class OccupancyGrid(nn.Module):
         self.bitfield.copy_(self._pack(self.grid, 0.0))
 
     def _choose_cells(self, generator: torch.Generator, everything: bool) -> Tensor:
-        """Flat indices of the cells to update, without repetition, int64."""
+        """Flat indices of the cells to update, without repetition, int64.
+
+        On a GPU, so as not to wait for their number, as many as there can be: the last ones are -1, which the native
+        update leaves out.
+        """
         count, device = self.grid.numel(), self.grid.device
         if everything:
             return torch.arange(count, device=device)
         occupied = self.occupied().flatten()
         draws = torch.rand(2, count, generator=generator, device=device)
-        wanted_share = 0.25 * count / occupied.sum().clamp(min=1)
-        return ((draws[0] < 0.25) | (occupied & (draws[1] < wanted_share))).nonzero()[:, 0]
+        wanted_share = _CHOSEN * count / occupied.sum().clamp(min=1)
+        chosen = (draws[0] < _CHOSEN) | (occupied & (draws[1] < wanted_share))
+        if self._update is occupancy_update and chosen.is_cuda:
+            return torch.nonzero_static(chosen, size=_most_chosen(count))[:, 0]
+        return chosen.nonzero()[:, 0]
 
     def _points_in(self, cells: Tensor, generator: torch.Generator) -> Tensor:
         """One uniformly random point in each cell, `[n, 3]`, scene units."""
@@ -174,3 +183,8 @@ class OccupancyGrid(nn.Module):
         """The scene box grown about its centre, `[6]`, or with times `[n, 1]`, `[n, 6]`."""
         margin = (times - 1.0) * 0.5 * (self.aabb[3:] - self.aabb[:3])
         return torch.cat([self.aabb[:3] - margin, self.aabb[3:] + margin], dim=-1)
+
+
+def _most_chosen(count: int) -> int:
+    """A number of cells that an update after the warm-up does not exceed: the largest mean, and eight deviations."""
+    return min(count, math.ceil(_CHOSEN * (2.0 - _CHOSEN) * count + 4.0 * math.sqrt(count)))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.rendering import OccupancyGrid
+from dreamfusion_fast.rendering.occupancy import _most_chosen
 
 
 class Ball:
@@ -72,6 +73,38 @@ def test_schedule() -> None:
         # A quarter uniformly, and all of the occupied, which are fewer than a quarter.
         expected = 0.25 * cells + 0.75 * occupied
         assert abs(count - expected) < 5 * math.sqrt(cells * 0.25 * 0.75)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cascades", [1, 2])
+@pytest.mark.parametrize("occupied", [0.0, 0.1, 0.25, 1.0])
+def test_an_update_on_a_gpu_does_not_wait(cascades: int, occupied: float) -> None:
+    """It asks for as many points as there can be, and changes the chosen cells only: about as many as on a CPU."""
+    cells = cascades * 32**3
+    changed = {}
+    for device in ("cpu", "cuda"):
+        grid = OccupancyGrid(resolution=32, cascades=cascades, every=1, warmup_steps=0, decay=1.0).to(device)
+        grid.set_occupied(torch.rand(grid.grid.shape, generator=torch.Generator().manual_seed(70)) < occupied)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            grid.update(lambda x: (torch.full((len(x),), 1e6, device=x.device), x), 1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        changed[device] = int((grid.grid == 1e6).sum())
+    share = 0.25 + 0.75 * min(occupied, 0.25)
+    for count in changed.values():
+        assert abs(count - share * cells) < 5 * math.sqrt(cells * 0.25)
+    assert (grid.grid[grid.grid != 1e6] < 1e6).all()
+
+
+@pytest.mark.parametrize("count", [1, 27, 64**3])
+def test_the_most_that_an_update_chooses(count: int) -> None:
+    """At the share of occupied cells at which the mean is largest."""
+    generator = torch.Generator().manual_seed(3)
+    occupied = torch.arange(count) < math.ceil(0.25 * count)
+    for _ in range(20):
+        draws = torch.rand(2, count, generator=generator)
+        assert int(((draws[0] < 0.25) | (occupied & (draws[1] < 1.0))).sum()) <= _most_chosen(count) <= count
 
 
 def test_decays_and_keeps_the_maximum() -> None:

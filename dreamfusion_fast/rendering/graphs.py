@@ -47,6 +47,7 @@ class RenderGraphs:
     def __init__(self) -> None:
         self._seen: OrderedDict[Hashable, int] = OrderedDict()
         self._graphs: OrderedDict[Hashable, _Graphs | None] = OrderedDict()
+        self._dropped = False
 
     def find(
         self,
@@ -80,6 +81,10 @@ class RenderGraphs:
                 return None
             if len(self._graphs) >= MAX_GRAPHS:
                 self._graphs.popitem(last=False)
+                self._dropped = True
+            if self._dropped:  # the allocator keeps the memory of graphs that are gone, and uses it for nothing else
+                torch.cuda.empty_cache()
+                self._dropped = False
             self._graphs[kind] = _capture(request, make, (wanted[0], any(wanted[1:])))
         graphs = self._graphs[kind]
         self._graphs.move_to_end(kind)
@@ -87,6 +92,7 @@ class RenderGraphs:
             return None
         if expected > graphs.capacity:  # a render did not fit: capture again, with more room
             del self._graphs[kind]
+            self._dropped = True
             return None
         return GraphedRender(graphs, request, make, parameters, occupancy)
 

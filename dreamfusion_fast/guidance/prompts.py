@@ -7,6 +7,9 @@ within 45 degrees of the front is "front view", beyond 135 degrees "back view", 
 from __future__ import annotations
 
 import math
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +62,52 @@ def view_text(prompt: str, view: str) -> str:
     if view not in VIEW_NAMES:
         raise ValueError(f"view must be one of {', '.join(VIEW_NAMES)}, got {view!r}")
     return f"{prompt}, {view} view"
+
+
+def shortened(texts: Sequence[str], fits: Callable[[str], bool]) -> tuple[list[str], dict[str, str]]:
+    """Texts that fit a text encoder: where one does not, its last words are left out, and not the view it names.
+
+    All views of a prompt lose the same words, so that their texts differ in the view alone. A single word that is too
+    long, as a text in Chinese can be, is cut between two characters.
+
+    Args:
+        texts: prompts, with or without one of the endings of `view_text`.
+        fits: whether a text is short enough.
+
+    Returns:
+        The texts, in their order; and of each prompt that had to be shortened, what was left out.
+    """
+    parts = [_without_view(text) for text in texts]
+    endings: dict[str, list[str]] = {}
+    for prompt, ending in parts:
+        endings.setdefault(prompt, []).append(ending)
+    kept = {prompt: _longest_start(prompt, own, fits) for prompt, own in endings.items()}
+    lost = {prompt: prompt[len(start) :].strip() for prompt, start in kept.items() if start != prompt}
+    return [kept[prompt] + ending for prompt, ending in parts], lost
+
+
+def _without_view(text: str) -> tuple[str, str]:
+    """A text in two, of which the second is the ending that `view_text` gave it, or empty."""
+    for name in VIEW_NAMES:
+        ending = view_text("", name)
+        if text.endswith(ending):
+            return text.removesuffix(ending), ending
+    return text, ""
+
+
+def _longest_start(prompt: str, endings: Sequence[str], fits: Callable[[str], bool]) -> str:
+    """`prompt` if it fits with all endings, else as many of its words, or of its first word's characters, as do."""
+
+    def too_long(end: int) -> bool:
+        return not all(fits(prompt[:end] + ending) for ending in endings)
+
+    if not too_long(len(prompt)):
+        return prompt
+    ends: Sequence[int] = [match.end() for match in re.finditer(r"\S+", prompt)]
+    if ends and too_long(ends[0]):
+        ends = range(ends[0])
+    count = bisect_left(ends, True, key=too_long)
+    return prompt[: ends[count - 1]] if count else ""
 
 
 def view_index(azimuth: Tensor, elevation: Tensor) -> Tensor:

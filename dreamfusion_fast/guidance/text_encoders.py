@@ -20,6 +20,7 @@ from dreamfusion_fast.errors import NonFiniteError, UserError
 from dreamfusion_fast.gpu_memory import free_bytes
 from dreamfusion_fast.guidance.base import GuidanceConfig
 from dreamfusion_fast.guidance.pipeline_source import PipelineSource
+from dreamfusion_fast.guidance.prompts import shortened
 
 Placement = Literal["gpu", "layers", "cpu"]
 """Where an encoder runs: whole on the GPU, layer by layer on the GPU from main memory, or on the CPU."""
@@ -117,11 +118,14 @@ class PromptEncoder:
         """A string that changes whenever the embedding of some text could change by more than where it is computed."""
         dtypes = ",".join(f"{name} in {dtype}" for name, dtype in map(self._dtype, self._suffixes))
         components = [f"{part}{suffix}" for suffix in self._suffixes for part in ("tokenizer", "text_encoder")]
-        form = f"{'pooled' if self._two else 'last'}{'-zeros' if self._zeros_for_empty else ''}"
+        # The number is raised whenever texts become other tokens; before 2, long prompts lost the name of the view.
+        form = f"{'pooled' if self._two else 'last'}{'-zeros' if self._zeros_for_empty else ''}-2"
         return f"{form}:{dtypes}:{self._source.variant}:{self._source.identity(components)}"
 
     def embed(self, texts: list[str]) -> dict[str, Tensor]:
         """Embed n texts in one batch per encoder.
+
+        Texts that are too long for an encoder lose words, as `prompts.shortened` says, and a warning names them.
 
         Returns:
             On the CPU, in the encoder's dtype: "hidden" [n, tokens, width] and with two encoders "pooled" [n, width].
@@ -130,7 +134,8 @@ class PromptEncoder:
             UserError: an encoder cannot be loaded, or the GPU is too small for one that text_device or int8 put there.
             NonFiniteError: an encoder overflows in this dtype.
         """
-        outputs = [self._embed_with(suffix, texts) for suffix in self._suffixes]
+        tokens = self._tokenize(texts)
+        outputs = [self._embed_with(suffix, tokens[suffix]) for suffix in self._suffixes]
         if not self._two:
             return {"hidden": outputs[0][0]}
         tensors = {"hidden": torch.cat([hidden for hidden, _ in outputs], dim=-1), "pooled": outputs[-1][1]}
@@ -140,9 +145,8 @@ class PromptEncoder:
                 value[empty] = 0
         return tensors
 
-    def _embed_with(self, suffix: str, texts: list[str]) -> tuple[Tensor, Tensor]:
+    def _embed_with(self, suffix: str, tokens: Any) -> tuple[Tensor, Tensor]:
         """Hidden states [n, tokens, width] and the encoder's first output, on the CPU; the encoder is gone after it."""
-        tokens = self._tokenize(suffix, texts)
         placements = self._placements(suffix)
         for placement in placements:
             try:
@@ -194,21 +198,46 @@ class PromptEncoder:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _tokenize(self, suffix: str, texts: list[str]) -> Any:
-        tokenizer = self._source.load(f"tokenizer{suffix}")
+    def _tokenize(self, texts: list[str]) -> dict[str, Any]:
+        """What each encoder is given, by suffix: "input_ids" and "attention_mask", both [n, tokens]."""
+        tokenizers = {suffix: self._source.load(f"tokenizer{suffix}") for suffix in self._suffixes}
+        lengths = {suffix: self._length(suffix, tokenizer) for suffix, tokenizer in tokenizers.items()}
+
+        def fits(text: str) -> bool:
+            return all(
+                len(tokenizer(self._read(suffix, text), max_length=lengths[suffix] + 1, truncation=True).input_ids)
+                <= lengths[suffix]
+                for suffix, tokenizer in tokenizers.items()
+            )
+
+        texts, lost = shortened(texts, fits)
+        for prompt, words in lost.items():
+            warnings.warn(
+                f"guidance {self._source.name!r} reads at most {min(lengths.values())} tokens of a prompt: of "
+                f"{prompt!r} it does not see {words!r}",
+                stacklevel=3,
+            )
+        return {
+            suffix: tokenizer(
+                [self._read(suffix, text) for text in texts],
+                padding="max_length",
+                max_length=lengths[suffix],
+                truncation=True,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
+            for suffix, tokenizer in tokenizers.items()
+        }
+
+    def _length(self, suffix: str, tokenizer: Any) -> int:
+        """Most tokens of a text, with those that mark its start and end."""
         if self._is_t5(suffix):
-            texts = [text.lower().strip() for text in texts]
-            length = _T5_TOKENS
-        else:
-            length = min(tokenizer.model_max_length, self._configs[suffix].get("max_position_embeddings", 77))
-        return tokenizer(
-            texts,
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
+            return _T5_TOKENS
+        return min(tokenizer.model_max_length, self._configs[suffix].get("max_position_embeddings", 77))
+
+    def _read(self, suffix: str, text: str) -> str:
+        """A text as the encoder was trained to read it."""
+        return text.lower().strip() if self._is_t5(suffix) else text
 
     def _is_t5(self, suffix: str) -> bool:
         return self._configs[suffix].get("model_type") == "t5"

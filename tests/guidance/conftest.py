@@ -199,8 +199,8 @@ def make_sdxl(folder: Path, prediction_type: str = "epsilon") -> Path:
     torch.manual_seed(3)
     vocabulary = _clip_tokenizer(folder / "tokenizer")
     CLIPTextModel(_clip(vocabulary, 10)).save_pretrained(folder / "text_encoder")
-    # The second tokenizer of SDXL pads with another token than the first.
-    vocabulary = _clip_tokenizer(folder / "tokenizer_2", pad_token="r")
+    # The second tokenizer of SDXL pads with another token than the first. It parts words: this one, none of a view's.
+    vocabulary = _clip_tokenizer(folder / "tokenizer_2", pad_token="p")
     second = CLIPTextModelWithProjection(_clip(vocabulary, 6, projection_dim=12, hidden_act="gelu"))
     second.save_pretrained(folder / "text_encoder_2")
     numbers = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 12 + 6 * 8}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from dreamfusion_fast.errors import NonFiniteError, UserError
 from dreamfusion_fast.gpu_memory import free_bytes
 from dreamfusion_fast.guidance import GuidanceConfig, ScoreDistillation, create_guidance, text_encoders
 from dreamfusion_fast.guidance.pipeline_source import PipelineSource, open_source
+from dreamfusion_fast.guidance.prompts import PromptSet, shortened
 from dreamfusion_fast.guidance.text_encoders import PromptEncoder
 
 pytest.importorskip("diffusers")
@@ -294,6 +297,73 @@ def test_overflow_in_an_encoder_is_an_error(own_pipeline: Pipelines) -> None:
     assert _encoder(folder).embed(TEXTS)["hidden"].isfinite().all()
     with pytest.raises(NonFiniteError, match="text_encoder gives NaN or infinity in float16: use guidance text_dtype"):
         _encoder(folder, text_dtype="float16").embed(TEXTS)
+
+
+def _lost(encoder: PromptEncoder, prompts: PromptSet) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The embeddings, and what was warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tensors = encoder.embed(prompts.texts)
+    return tensors, [str(warning.message) for warning in caught if "does not see" in str(warning.message)]
+
+
+# Tokens of the tests' CLIP and of T5, less those of ", overhead view" and of start and end.
+@pytest.mark.parametrize(("kind", "tokens", "room"), [("latent", 12, 7), ("pixel", 77, 73)])
+def test_a_long_prompt_loses_its_own_words_and_no_view(pipeline: Pipelines, kind: str, tokens: int, room: int) -> None:
+    encoder, words = _encoder(pipeline(kind)), ["a", "Red", "chair", "side"] * 20
+    prompt, kept, lost = (" ".join(part) for part in (words, words[:room], words[room:]))
+    found, warned = _lost(encoder, PromptSet(prompt, "red"))
+    assert len(warned) == 1
+    assert warned[0].endswith(f" reads at most {tokens} tokens of a prompt: of {prompt!r} it does not see {lost!r}")
+    expected, warned = _lost(encoder, PromptSet(kept, "red"))
+    assert warned == [], "it fits to the token"
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+        for first, second in itertools.combinations(value, 2):
+            assert not torch.equal(first, second)
+
+
+def test_both_encoders_read_the_same_words_of_a_long_prompt(own_pipeline: Pipelines) -> None:
+    """It fits the first; the second takes more tokens, since its pad token "c" parts "chair" and "back"."""
+    folder = own_pipeline("sdxl")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / "tokenizer_2" / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token": "c"}))
+    encoder = _encoder(folder)
+    found, warned = _lost(encoder, PromptSet("a red teapot a chair a"))
+    assert len(warned) == 1
+    assert warned[0].endswith("of 'a red teapot a chair a' it does not see 'chair a'")
+    expected, warned = _lost(encoder, PromptSet("a red teapot a"))
+    assert warned == []
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+        for first, second in itertools.combinations(value, 2):
+            assert not torch.equal(first, second)
+
+
+def test_a_long_prompt_without_views_and_a_long_negative_prompt_are_warned_of(pipeline: Pipelines) -> None:
+    prompts = PromptSet("a red chair " * 4, "red teapot " * 6, view_dependent=False)
+    _, warned = _lost(_encoder(pipeline("latent")), prompts)
+    assert [message.split(" it does not see ")[1] for message in warned] == ["'red chair'", "'red teapot'"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "most", "kept", "lost"),
+    [
+        ("a teapot of clay", 31, "a teapot of clay", None),
+        ("a teapot of clay", 30, "a teapot of", "clay"),
+        ("a teapot of clay", 16, "a", "teapot of clay"),
+        ("紅色的茶壺和椅子", 20, "紅色的茶壺", "和椅子"),
+        ("a teapot", 15, "", "a teapot"),
+        ("a teapot", 3, "", "a teapot"),
+    ],
+)
+def test_which_words_are_left_out(prompt: str, most: int, kept: str, lost: str | None) -> None:
+    """Here a token is a character; ", overhead view" has 15."""
+    negative = "ugly" if most > 3 else ""
+    texts, left_out = shortened(PromptSet(prompt, negative).texts, lambda text: len(text) <= most)
+    assert texts == [f"{kept}, {view} view" for view in ("front", "side", "back", "overhead")] + [negative]
+    assert left_out == ({} if lost is None else {prompt: lost})
 
 
 def test_choices_that_this_machine_or_encoder_cannot_follow(

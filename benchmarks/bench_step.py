@@ -1,9 +1,9 @@
 """A whole training step under a large diffusion model: time stage by stage, and the most memory that a run takes.
 
-The trainer is the real one, as `dreamfusion-fast generate` runs it; the model has random weights of the real
-architecture (`architectures.py`), and prompts are embedded as random numbers, as text encoders are gone by then. With
-`--embed` they are embedded by the model's text encoders, of random weights too, placed and freed as in a run. The
-field is the one for models of 512 pixels: 16 levels to 2048, 2^19 rows. Per case:
+The trainer is the real one, with the settings that `dreamfusion-fast generate` has for published models
+(`Config.for_guidance`): a field of 16 levels to 2048, 2^19 rows. The model has random weights of the real architecture
+(`architectures.py`), and prompts are embedded as random numbers, as text encoders are gone by then. With `--embed` they
+are embedded by the model's text encoders, of random weights too, placed and freed as in a run. Per case:
 
 - ms: wall time of a step, the mean over `--steps` steps without a wait between them, after half as many to warm up;
 - ours: that, less the medians of encoding, U-Net and the encoding's backward, profiled in further steps;
@@ -21,18 +21,16 @@ import gc
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from architectures import UNETS, RandomPrompts, RandomWeights
 from machine import RESULTS, describe, headline, write_result
 
 from dreamfusion_fast.errors import UserError
-from dreamfusion_fast.fields import HashGridFieldConfig
 from dreamfusion_fast.guidance import GuidanceConfig, PromptEmbeddings, PromptSet, ScoreDistillation
 from dreamfusion_fast.guidance.diffusers_models import LatentModel, PipelineModel, PixelModel, SDXLModel
-from dreamfusion_fast.rendering import RendererConfig
-from dreamfusion_fast.training.config import Config, OccupancyConfig, ScheduleConfig, ShadingConfig
+from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.memory_plan import capped
 from dreamfusion_fast.training.profile import StepProfile, StepProfiler
 from dreamfusion_fast.training.trainer import StepResult, Trainer
@@ -95,18 +93,20 @@ def model_of(name: str, device: torch.device) -> PipelineModel:
 def config_of(row: Row) -> Config:
     """A run of ten thousand steps at one size and one kind of shading; its grid is updated as in most of them."""
     textureless = float(row.shading == "textureless")
-    return Config(
+    large = Config.for_guidance("stable-diffusion")
+    return replace(
+        large,
         prompt="a benchmark",
-        steps=10_000,
         batch=row.batch,
         memory=row.memory,
-        field=HashGridFieldConfig(mlp_dtype="auto"),
-        occupancy=OccupancyConfig(warmup_steps=0),
-        renderer=RendererConfig(),
-        shading=ShadingConfig(
-            albedo_steps=0.0, albedo_probability=float(row.shading == "albedo"), textureless_probability=textureless
+        occupancy=replace(large.occupancy, warmup_steps=0),
+        shading=replace(
+            large.shading,
+            albedo_steps=0.0,
+            albedo_probability=float(row.shading == "albedo"),
+            textureless_probability=textureless,
         ),
-        schedule=ScheduleConfig(render_size_start=row.size, render_size=row.size),
+        schedule=replace(large.schedule, render_size_start=row.size, render_size=row.size),
     )
 
 

@@ -119,11 +119,14 @@ def _sentence(box: str) -> str:
 
 
 def _generate(arguments: list[str]) -> int:
-    # What --config or --resume hold are the defaults for the rest, so these two are read first.
+    # What --config or --resume hold are the defaults for the rest, and a model has settings of its own: read first.
     first = argparse.ArgumentParser(prog=f"{PROG} generate", add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--resume")
+    first.add_argument("--guidance.name", dest="guidance")
     known, rest = first.parse_known_args(arguments)
+    if known.guidance is not None:
+        rest += ["--guidance.name", known.guidance]
     if known.config is not None and known.resume is not None:
         raise UserError("give --config or --resume, not both; a resumed run has its own config")
 
@@ -131,9 +134,9 @@ def _generate(arguments: list[str]) -> int:
     from dreamfusion_fast.training.config import Config
     from dreamfusion_fast.training.device import resolve_device
 
-    base = Config()
+    base = Config.for_guidance(known.guidance or "embedded")
     if known.config is not None:
-        base = Config.load(known.config)
+        base = Config.load(known.config, guidance=known.guidance)
     elif known.resume is not None:
         base = dataclasses.replace(Config.load(open_run_folder(known.resume).config), out=known.resume)
     config = _parse(

@@ -272,7 +272,7 @@ class Config:
     """Optimiser steps."""
     batch: int = 2
     """Views per step."""
-    memory: str | None = None
+    memory: str | int | None = None
     """Memory the run may use, such as 16GB, 16GiB, 16000MB or bytes; by default what the GPU has free."""
     profile: bool = False
     """Print at the end how long each stage of a step takes and how much memory."""
@@ -299,6 +299,13 @@ class Config:
         if self.memory is not None:
             parse_memory(self.memory)
 
+    @classmethod
+    def for_guidance(cls, name: str, **settings: Any) -> Config:
+        """The config of a run that the model called `name` guides (`presets`); `settings` are fields, and win."""
+        from dreamfusion_fast.training.presets import settings_for
+
+        return cls(**({"guidance": GuidanceConfig(name=name)} | settings_for(name) | settings))
+
     def to_dict(self) -> dict[str, Any]:
         """The tree as nested dicts of plain values."""
         return config_io.to_dict(self)
@@ -312,19 +319,32 @@ class Config:
         config_io.save_yaml(self, path)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, source: str = "config") -> Config:
-        """Read a tree from nested dicts; UserError for an unknown key or a wrong type."""
-        return config_io.from_dict(cls, values, source=source)
+    def from_dict(cls, values: Any, *, source: str = "config", guidance: str | None = None) -> Config:
+        """Read a tree from nested dicts; what they do not hold is as `for_guidance` has it.
+
+        Args:
+            values: keys of the tree.
+            source: what errors call their origin, such as the file's name.
+            guidance: name of the model; by default the one in `values`.
+
+        Raises:
+            UserError: an unknown key, a wrong type, or a value that is refused.
+        """
+        if guidance is None:
+            given = values.get("guidance") if isinstance(values, Mapping) else None
+            guidance = given.get("name") if isinstance(given, Mapping) else None
+        base = cls.for_guidance(guidance) if isinstance(guidance, str) else None
+        return config_io.from_dict(cls, values, source=source, base=base)
 
     @classmethod
-    def from_yaml(cls, text: str, *, source: str = "config") -> Config:
-        """Read a tree from YAML text; UserError as in from_dict."""
-        return config_io.parse_yaml(cls, text, source=source)
+    def from_yaml(cls, text: str, *, source: str = "config", guidance: str | None = None) -> Config:
+        """Read a tree from YAML text; as from_dict."""
+        return cls.from_dict(config_io.parse_yaml(text, source=source), source=source, guidance=guidance)
 
     @classmethod
-    def load(cls, path: str | Path) -> Config:
-        """Read a tree from a YAML file; UserError as in from_dict, and where the file cannot be read."""
-        return config_io.load_yaml(cls, path)
+    def load(cls, path: str | Path, *, guidance: str | None = None) -> Config:
+        """Read a tree from a YAML file; as from_dict, and UserError where the file cannot be read."""
+        return cls.from_dict(config_io.load_yaml(path), source=str(path), guidance=guidance)
 
     def architecture(self) -> dict[str, Any]:
         """The part that decides names and shapes of the parameters: a checkpoint fits where this is the same."""

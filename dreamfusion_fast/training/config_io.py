@@ -21,6 +21,9 @@ from dreamfusion_fast.io import write_text
 
 T = TypeVar("T")
 
+# What a message calls a value of these types.
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
 
 def to_dict(value: Any) -> Any:
     """`value` (a dataclass or a part of one) as dicts, lists and plain values, in the order of the fields."""
@@ -56,24 +59,24 @@ def save_yaml(config: Any, path: str | Path) -> None:
     write_text(path, dump_yaml(config))
 
 
-def load_yaml(cls: type[T], path: str | Path, *, base: T | None = None) -> T:
-    """Read the dataclass `cls` from the YAML file `path`. UserError where the file cannot be read or does not fit."""
+def load_yaml(path: str | Path) -> Any:
+    """What the YAML file `path` holds. UserError where it cannot be read."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"config {path} is no text file") from error
-    return parse_yaml(cls, text, source=str(path), base=base)
+    return parse_yaml(text, source=str(path))
 
 
-def parse_yaml(cls: type[T], text: str, *, source: str = "config", base: T | None = None) -> T:
-    """Like load_yaml, from text."""
+def parse_yaml(text: str, *, source: str = "config") -> Any:
+    """Like load_yaml, from text; an empty one holds an empty dict."""
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{source} is no valid YAML: {' '.join(str(error).split())}") from error
-    return from_dict(cls, {} if values is None else values, source=source, base=base)
+    return {} if values is None else values
 
 
 def differences(first: Any, second: Any, prefix: str = "") -> list[str]:
@@ -146,13 +149,15 @@ def _convert(hint: Any, value: Any, source: str, name: str, below: Any) -> Any:
 def _convert_union(choices: tuple[Any, ...], value: Any, source: str, name: str, below: Any) -> Any:
     if value is None and type(None) in choices:
         return None
+    kinds = [choice for choice in choices if choice is not type(None)]
     errors = []
-    for choice in choices:
-        if choice is not type(None):
-            try:
-                return _convert(choice, value, source, name, below)
-            except UserError as error:
-                errors.append(error)
+    for kind in kinds:
+        try:
+            return _convert(kind, value, source, name, below)
+        except UserError as error:
+            errors.append(error)
+    if all(kind in _WORDS for kind in kinds):
+        raise _wrong(source, name, " or ".join(_WORDS[kind] for kind in kinds), value)
     raise errors[0]
 
 
@@ -177,11 +182,11 @@ def _convert_plain(hint: Any, value: Any, source: str, name: str) -> Any:
     if hint is bool:
         if isinstance(value, bool):
             return value
-        raise _wrong(source, name, "true or false", value)
+        raise _wrong(source, name, _WORDS[bool], value)
     if hint is int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
-        raise _wrong(source, name, "a whole number", value)
+        raise _wrong(source, name, _WORDS[int], value)
     if hint is float:
         # YAML 1.1 reads 1e-3 (no point) as text.
         try:
@@ -189,11 +194,11 @@ def _convert_plain(hint: Any, value: Any, source: str, name: str) -> Any:
                 return float(value)
         except ValueError:
             pass
-        raise _wrong(source, name, "a number", value)
+        raise _wrong(source, name, _WORDS[float], value)
     if hint is str:
         if isinstance(value, str):
             return value
-        raise _wrong(source, name, "text", value)
+        raise _wrong(source, name, _WORDS[str], value)
     if isinstance(hint, type) and issubclass(hint, Path):
         if isinstance(value, str):
             return hint(value)

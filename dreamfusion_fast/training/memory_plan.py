@@ -34,13 +34,17 @@ _BYTES_PER_RAY = 500
 _COPIES_OF_PARAMETERS = 4.5
 
 
-def parse_memory(text: str) -> int:
-    """Bytes of "16GB" (10^9), "16GiB" (2^30), "16000MB" or plain bytes. UserError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = None if match is None else _UNITS.get(match[2].upper())
-    size = 0 if match is None or unit is None else int(float(match[1]) * unit)
+def parse_memory(memory: str | int) -> int:
+    """Bytes of "16GB" (10^9), "16GiB" (2^30), "16000MB" or plain bytes, as text or number. UserError for all else."""
+    size = 0
+    if isinstance(memory, int) and not isinstance(memory, bool):
+        size = memory
+    elif isinstance(memory, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", memory)
+        unit = None if match is None else _UNITS.get(match[2].upper())
+        size = 0 if match is None or unit is None else int(float(match[1]) * unit)
     if size < 1:
-        raise UserError(f"memory has to be a size such as 16GB, 16GiB, 16000MB or plain bytes, not {text!r}")
+        raise UserError(f"memory has to be a size such as 16GB, 16GiB, 16000MB or plain bytes above 0, not {memory!r}")
     return size
 
 
@@ -62,7 +66,7 @@ class MemoryLimit:
     source: str
 
     @classmethod
-    def of(cls, memory: str | None, device: torch.device) -> MemoryLimit:
+    def of(cls, memory: str | int | None, device: torch.device) -> MemoryLimit:
         """The limit of a run that begins now: `memory` if given, and on a GPU never more than is free.
 
         Raises:
@@ -80,7 +84,7 @@ class MemoryLimit:
 
 
 @contextmanager
-def capped(memory: str | None, device: torch.device) -> Iterator[None]:
+def capped(memory: str | int | None, device: torch.device) -> Iterator[None]:
     """Within it, torch's allocations on a GPU fail beyond `memory`, where it is given and less than the card has."""
     if memory is None or device.type != "cuda":
         yield

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import tyro
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.training import config_io
@@ -60,6 +61,9 @@ def test_partial_file_keeps_a_nested_default_that_is_not_the_class_default():
         ("optim: {betas: [0.9]}", r"optim\.betas has to be a list of 2 values"),
         ("optim: {betas: [0.9, x]}", r"optim\.betas\[1\] has to be a number"),
         ("prompt: 3", r"prompt has to be text, not 3"),
+        ("memory: true", r"memory has to be text or a whole number, not True"),
+        ("memory: 1.5", r"memory has to be text or a whole number, not 1\.5"),
+        ("memory: [1]", r"memory has to be text or a whole number, not \[1\]"),
         ("log: {tensorboard: 1}", r"log\.tensorboard has to be true or false, not 1"),
         ("export: {threshold: no}", r"export\.threshold has to be a number, not False"),
         ("export: {resolution: 2}", r"export: resolution has to be at least 8, not 2"),
@@ -99,8 +103,8 @@ class Kinds:
 
 def test_every_kind_of_field_round_trips():
     kinds = Kinds(mode="slow", sizes=(), maybe=(1.0, 2.0))
-    assert config_io.parse_yaml(Kinds, config_io.dump_yaml(kinds)) == kinds
-    assert config_io.parse_yaml(Kinds, config_io.dump_yaml(Kinds())) == Kinds()
+    assert config_io.from_dict(Kinds, config_io.parse_yaml(config_io.dump_yaml(kinds))) == kinds
+    assert config_io.from_dict(Kinds, config_io.parse_yaml(config_io.dump_yaml(Kinds()))) == Kinds()
 
 
 @pytest.mark.parametrize(
@@ -129,6 +133,25 @@ def test_differences():
         "a.c: 2, here 3",
         "a.d: absent, here 4",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "memory"), [("16000000000", 16_000_000_000), ("16GB", "16GB"), ("'16000'", "16000"), ("null", None)]
+)
+def test_memory_is_a_size_or_a_number_of_bytes(text, memory):
+    config = Config.from_yaml(f"prompt: x\nmemory: {text}")
+    config.check()
+    assert config.memory == memory
+    assert Config.from_yaml(config.to_yaml()) == config
+    # A file's values are the command line's defaults.
+    assert tyro.cli(Config, args=[], default=config) == config
+    assert tyro.cli(Config, args=["--memory", "2000000000"], default=config).memory == "2000000000"
+
+
+@pytest.mark.parametrize("memory", [0, -1, True, "0", "-1"])
+def test_memory_that_is_none_is_refused(memory):
+    with pytest.raises(UserError, match=f"memory has to be a size such as 16GB, .* above 0, not {memory!r}"):
+        Config(prompt="x", memory=memory).check()
 
 
 def test_check_refuses_what_cannot_run():

@@ -221,9 +221,18 @@ def test_the_memory_plan_is_said(tmp_path, capsys):
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("memory: 2.0 GB (--memory 2GB); the run is expected to take ")
     assert second == "memory plan: it fits, nothing has to be saved"
-    with pytest.raises(UserError, match="memory has to be a size"):
-        generator_of(tmp_path / "other", memory="2 apples")
+    for memory in ("2 apples", 0, -2_000_000_000, True):
+        with pytest.raises(UserError, match=f"memory has to be a size .*, not {memory!r}"):
+            generator_of(tmp_path / "other", memory=memory)
     assert not (tmp_path / "other").exists()
+
+
+def test_memory_as_a_number_of_bytes(tmp_path, capsys):
+    assert Generator("a chair", memory=16_000_000_000).config.memory == 16_000_000_000
+    generator_of(tmp_path / "run", steps=1, memory=2_000_000_000).run()
+    assert capsys.readouterr().err.startswith("memory: 2.0 GB (--memory 2000000000); the run is expected to take ")
+    assert Config.load(tmp_path / "run" / "config.yaml").memory == 2_000_000_000
+    assert Generator.resume(tmp_path / "run", guidance=BallGuidance()).run().steps == 1
 
 
 def test_out_of_memory_for_good_leaves_the_last_whole_step(tmp_path):

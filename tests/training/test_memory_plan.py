@@ -49,7 +49,7 @@ def planner_of(limit, guidance=None, batch=4, size=64, renderer=None):
 
 
 @pytest.mark.parametrize(
-    ("text", "size"),
+    ("memory", "size"),
     [
         ("16GB", 16 * 10**9),
         ("16GiB", 16 * 2**30),
@@ -59,16 +59,23 @@ def planner_of(limit, guidance=None, batch=4, size=64, renderer=None):
         (" 512 MiB ", 512 * 2**20),
         ("7 B", 7),
         ("3kb", 3000),
+        (16_000_000_000, 16 * 10**9),
+        (2**53 + 1, 2**53 + 1),
+        (1, 1),
     ],
 )
-def test_sizes(text, size):
-    assert parse_memory(text) == size
+def test_sizes(memory, size):
+    assert parse_memory(memory) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "lots", "-3GB", "0", "16 apples", "16G", "1e9", "0.2B"])
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(UserError, match="memory has to be a size such as 16GB, 16GiB, 16000MB or plain bytes, not "):
-        parse_memory(text)
+@pytest.mark.parametrize(
+    "memory",
+    ["", "GB", "lots", "-3GB", "0", "16 apples", "16G", "1e9", "0.2B", 0, -16_000_000_000, True, False, 1.6e10, [1]],
+)
+def test_what_is_no_size_is_refused(memory):
+    with pytest.raises(UserError, match=r"memory has to be a size such as 16GB, .* plain bytes above 0, not ") as error:
+        parse_memory(memory)
+    assert str(error.value).endswith(f" not {memory!r}")
 
 
 def test_sizes_are_shown_for_people():
@@ -187,6 +194,7 @@ def test_advice_names_what_would_fit():
 def test_the_limit_of_a_cpu_is_what_is_given():
     assert MemoryLimit.of(None, CPU) == MemoryLimit(None, "")
     assert MemoryLimit.of("2GB", CPU) == MemoryLimit(2 * GB, "--memory 2GB")
+    assert MemoryLimit.of(2 * GB, CPU) == MemoryLimit(2 * GB, "--memory 2000000000")
     with pytest.raises(UserError, match="memory has to be a size"):
         MemoryLimit.of("much", CPU)
     with capped("2GB", CPU):  # nothing to cap
@@ -204,7 +212,7 @@ def test_the_limit_of_a_gpu_is_what_is_free_or_less():
     allocated = torch.cuda.memory_allocated(device)
     assert MemoryLimit.of("1GB", device).size == GB - allocated
     assert MemoryLimit.of("100TB", device).size == pytest.approx(free.size, rel=0.01)
-    with capped("1GB", device):
+    with capped(GB, device):
         assert MemoryLimit.of(None, device).size == pytest.approx(GB - allocated, abs=4 * MB)
 
 

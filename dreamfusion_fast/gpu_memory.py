@@ -1,8 +1,17 @@
-"""What a process may still allocate on a GPU, and torch's limit to it."""
+"""What a process may still allocate on a GPU, torch's limit to it, and which errors mean that it ran out."""
 
 from __future__ import annotations
 
 import torch
+
+# What libraries below torch say, which torch raises as plain RuntimeErrors.
+_WORDS = (
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+)
 
 
 def limit_fraction(device: torch.device) -> float:
@@ -22,6 +31,38 @@ def free_bytes(device: torch.device) -> int:
     allocated = torch.cuda.memory_allocated(device)
     available = free + torch.cuda.memory_reserved(device) - allocated
     return min(available, int(limit_fraction(device) * total) - allocated)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, or is a RuntimeError because of one that does or while it was handled.
+
+    The end of a CUDA graph capture in which memory ran out raises such a RuntimeError. Other kinds of error are not
+    looked behind: a UserError has advice of its own, and a TypeError is a bug wherever it is raised.
+    """
+    return _that_says_so(error) is not None
+
+
+def what_was_wanted(error: BaseException) -> str:
+    """The first sentence or two of what says that memory ran out, which is where torch says how much it wanted."""
+    sentences = " ".join(str(_that_says_so(error) or error).split()).split(". ")
+    wanted = next((sentence for sentence in sentences if "llocate" in sentence), sentences[0])
+    return wanted[:100].rstrip(".")
+
+
+def _that_says_so(error: BaseException) -> BaseException | None:
+    """The first error that says that memory ran out, of `error` and those behind it as a traceback shows them."""
+    link: BaseException | None = error
+    seen: set[int] = set()
+    while link is not None and id(link) not in seen:
+        if isinstance(link, (torch.OutOfMemoryError, MemoryError)):
+            return link
+        if not isinstance(link, RuntimeError):
+            return None
+        if any(words in str(link) for words in _WORDS):
+            return link
+        seen.add(id(link))
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return None
 
 
 def _index(device: torch.device) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dreamfusion_fast.cuda_graphs import capturing
 from dreamfusion_fast.fields.hash_field import HashGridField
+from dreamfusion_fast.gpu_memory import is_out_of_memory
 from dreamfusion_fast.ops.mlp import MlpGradients
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
@@ -281,7 +282,9 @@ def _capture(request: RenderRequest, make: MakeRender, needs: tuple[bool, bool])
     """The graphs of a render, or None where it takes more than one tile or more memory than there is."""
     try:
         graphs = _Graphs(request, make, needs)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return None
     return graphs if graphs.capacity > 0 else None
 

@@ -30,7 +30,7 @@ class SampleTotal:
         self._host = torch.empty(2, dtype=torch.int64, pin_memory=True)
         self._host.copy_(self.totals, non_blocking=True)
         self._event = torch.cuda.Event()
-        self._event.record()
+        self._event.record(torch.cuda.current_stream(self.totals.device))
 
     def read(self) -> int:
         """Wait for the count, not for what was enqueued since.

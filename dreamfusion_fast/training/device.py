@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,11 @@ def resolve_device(name: str = "auto") -> torch.device:
     if index >= torch.cuda.device_count():
         raise UserError(f"device {name} was asked for, but there are {torch.cuda.device_count()} GPUs, counted from 0")
     return torch.device("cuda", index)
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Within it, a GPU is the current one, for all that asks no tensor where it lies: events, streams, libraries."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def send(device: torch.device, *tensors: Tensor) -> list[Tensor]:

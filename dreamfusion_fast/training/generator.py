@@ -23,7 +23,7 @@ from dreamfusion_fast.io import RunFolder, default_run_folder, make_folder, open
 from dreamfusion_fast.training.callbacks import Callback, Checkpoints, Curves, Preview, ProgressBar
 from dreamfusion_fast.training.checkpoint import Checkpoint, load_checkpoint
 from dreamfusion_fast.training.config import Config
-from dreamfusion_fast.training.device import resolve_device
+from dreamfusion_fast.training.device import current, resolve_device
 from dreamfusion_fast.training.memory_plan import capped
 from dreamfusion_fast.training.out_of_memory import DoesNotFitError
 from dreamfusion_fast.training.profile import StepProfile, StepProfiler
@@ -44,7 +44,8 @@ class Generator:
     """Makes a 3D object of a prompt.
 
     Args:
-        prompt: what to make, or a whole `Config`.
+        prompt: what to make, or a whole `Config`. With a prompt alone, the settings are those of
+            `Config.for_guidance`.
         callbacks: called at the start, after every step and at the end; see `Callback`.
         guidance: a `Guidance` to use in place of the one the config names, or a `GuidanceConfig` that names another.
         **settings: fields of `Config`, such as `steps=500` or `out="out/armchair"`.
@@ -81,7 +82,12 @@ class Generator:
         guidance: Guidance | GuidanceConfig | None = None,
         **settings: Any,
     ) -> None:
-        config = prompt if isinstance(prompt, Config) else Config(prompt=prompt)
+        if isinstance(prompt, Config):
+            config = prompt
+        elif isinstance(guidance, GuidanceConfig):
+            config = Config.for_guidance(guidance.name, prompt=prompt)
+        else:
+            config = Config(prompt=prompt)
         if isinstance(guidance, GuidanceConfig):
             settings["guidance"], guidance = guidance, None
         self._setup(dataclasses.replace(config, **settings), callbacks, guidance)
@@ -122,7 +128,7 @@ class Generator:
             KeyboardInterrupt: on Ctrl-C, after a checkpoint was written and it was said how to continue.
             UserError: a used or unwritable folder, a NaN in training, no surface to export, too little memory.
         """
-        with capped(self.config.memory, self.device):
+        with current(self.device), capped(self.config.memory, self.device):
             return self._run()
 
     def _run(self) -> RunResult:
@@ -146,9 +152,7 @@ class Generator:
         for line in trainer.planner.lines(trainer.plan):
             print(line, file=sys.stderr)
         if config.guidance.name != "embedded":
-            later = "" if self.device.type == "cpu" else "; its kernels are compiled and captured in the first step"
-            print(f"loading {trainer.guidance.name}{later}", file=sys.stderr, flush=True)
-            trainer.guidance.load()
+            self._load(trainer, folder)
         try:
             self._train(trainer, folder, checkpoints)
         finally:  # also on Ctrl-C
@@ -166,6 +170,19 @@ class Generator:
         if self._checkpoint is not None:
             trainer.restore(self._checkpoint)
         return trainer
+
+    def _load(self, trainer: Trainer, folder: RunFolder) -> None:
+        """Load the diffusion model, and say what of it takes time."""
+        compiled = self.device.type != "cpu" and self.config.guidance.fused and not trainer.plan.offload
+        later = "; its kernels are compiled and captured in the first step" if compiled else ""
+        print(f"loading {trainer.guidance.name}{later}", file=sys.stderr, flush=True)
+        try:
+            trainer.load_guidance()
+        except DoesNotFitError as error:
+            raise UserError(f"{error}; with such settings added, continue: {_resume_command(folder)}") from error
+        except KeyboardInterrupt:
+            print(f"stopped before step {trainer.steps_done + 1}; continue: {_resume_command(folder)}", file=sys.stderr)
+            raise
 
     def _train(self, trainer: Trainer, folder: RunFolder, checkpoints: Checkpoints) -> None:
         log, steps = self.config.log, self.config.steps
@@ -204,7 +221,8 @@ class Generator:
         if self._folder is None:
             raise UserError("there is nothing to export yet: run() first, or Generator.resume(folder)")
         folder = self._folder if out is None else RunFolder(make_folder(out))
-        return self._export(self.trainer_for_rendering(), folder)
+        with current(self.device):
+            return self._export(self.trainer_for_rendering(), folder)
 
     def trainer_for_rendering(self) -> Trainer:
         """The resumed run's field and renderer without any diffusion model: it renders, and cannot step."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from dreamfusion_fast.errors import NonFiniteError, UserError
 from dreamfusion_fast.fields.background import MlpBackground
 from dreamfusion_fast.fields.hash_field import HashGridField
+from dreamfusion_fast.gpu_memory import is_out_of_memory, what_was_wanted
 from dreamfusion_fast.guidance.base import Guidance, create_guidance
 from dreamfusion_fast.guidance.memory import HoldsGraphs, Offloads, Recomputes
 from dreamfusion_fast.rendering.cameras import orbit_cameras
@@ -31,7 +32,7 @@ from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.drawing import DrawnViews, ViewSampler
 from dreamfusion_fast.training.memory_plan import MemoryLimit, MemoryPlan, MemoryPlanner
 from dreamfusion_fast.training.optimizer_step import CapturedStep
-from dreamfusion_fast.training.out_of_memory import DoesNotFitError, is_out_of_memory, what_was_wanted
+from dreamfusion_fast.training.out_of_memory import DoesNotFitError
 from dreamfusion_fast.training.parts import sds_gradient_in_parts
 from dreamfusion_fast.training.profile import StepProfiler
 
@@ -165,18 +166,40 @@ class Trainer:
             # Here, since the error's traceback holds all that the step had made.
             self._step_down(reason, before)
 
+    def load_guidance(self) -> None:
+        """Load the guidance's weights now and not in the first step.
+
+        Where memory runs out, it is done again on the next rung down on which fewer of them are on the device.
+
+        Raises:
+            DoesNotFitError: out of memory, and no rung is left on which fewer are.
+        """
+        while True:
+            try:
+                return self.guidance.load()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = what_was_wanted(error)
+            weights, plan = self.planner.parts(self.plan)["weights"], self.planner.below(self.plan)
+            while plan is not None and self.planner.parts(plan)["weights"] >= weights:
+                plan = self.planner.below(plan)
+            self._save_more(f"while the weights of guidance {self.guidance.name!r} were loaded", reason, plan)
+
     def _step_down(self, reason: str, before: Tensor) -> None:
         """Undo what a step did before it ran out of memory, and save more."""
         self.optimizer.zero_grad(set_to_none=True)
         self.generator.set_state(before)
-        plan, step = self.planner.below(self.plan), self.steps_done + 1
+        self._save_more(f"in step {self.steps_done + 1}", reason, self.planner.below(self.plan))
+
+    def _save_more(self, when: str, reason: str, plan: MemoryPlan | None) -> None:
+        """Follow a lower rung, and say so; DoesNotFitError where there is none."""
         if plan is None:
             raise DoesNotFitError(
-                f"out of memory in step {step} ({reason}), and nothing is left to save: "
-                f"{self.planner.advice(self.plan)}"
+                f"out of memory {when} ({reason}), and nothing is left to save: {self.planner.advice(self.plan)}"
             )
         saved = ", ".join(plan.savings(self.config.batch, self.plan))
-        print(f"out of memory in step {step} ({reason}); from here on {saved}", file=sys.stderr, flush=True)
+        print(f"out of memory {when} ({reason}); from here on {saved}", file=sys.stderr, flush=True)
         self.follow(plan)
 
     def _step(self, size: int) -> StepResult:

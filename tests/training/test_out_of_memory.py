@@ -7,9 +7,11 @@ import torch
 from fakes import small_config
 from noisy import NoisyGuidance
 
+from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.gpu_memory import is_out_of_memory, what_was_wanted
 from dreamfusion_fast.rendering.renderer import VolumeRenderer
 from dreamfusion_fast.training.memory_plan import SMALL_BUDGET
-from dreamfusion_fast.training.out_of_memory import DoesNotFitError, is_out_of_memory, what_was_wanted
+from dreamfusion_fast.training.out_of_memory import DoesNotFitError
 from dreamfusion_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -150,6 +152,22 @@ def test_down_the_whole_ladder_in_one_step_and_in_several(undisturbed, monkeypat
     ]
 
 
+def test_a_step_whose_clean_up_fails_after_it_ran_out_of_memory_is_repeated(undisturbed, capsys):
+    """Leaving a CUDA graph capture raises an error of its own, and hides the first one."""
+    trainer, fault = trainer_of(), Fault(3)
+
+    def captured(*arguments):
+        try:
+            fault()
+        finally:
+            if fault.count == 4:
+                raise RuntimeError(CAPTURE)
+
+    trainer.guidance.before = captured
+    assert_same_bits(run(trainer), undisturbed)
+    assert capsys.readouterr().err.startswith("out of memory in step 4 (Tried to allocate 20.00 MiB); from here on ")
+
+
 def test_at_the_end_of_the_ladder_the_error_says_what_would_fit(monkeypatch):
     trainer = trainer_of()
     for _ in range(3):
@@ -236,6 +254,52 @@ def test_a_step_makes_the_optimiser_s_state_as_the_optimiser_does():
 )
 def test_which_errors_mean_it(error, is_one):
     assert is_out_of_memory(error) == is_one
+
+
+def while_handling(handled, error, **cause):
+    """`error` as it is after it was raised while `handled` was being handled; cause=x: raised from x."""
+    try:
+        try:
+            raise handled
+        except Exception:
+            if cause:
+                raise error from cause["cause"]
+            raise error  # noqa: B904 (this is how libraries do it)
+    except Exception as caught:
+        return caught
+
+
+def circle():
+    first, second = RuntimeError("first"), RuntimeError("second")
+    first.__cause__, second.__cause__ = second, first
+    return first
+
+
+CAPTURE = "CUDA error: operation failed due to a previous error during capture"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (while_handling(torch.OutOfMemoryError(ERROR), RuntimeError(CAPTURE)), True),
+        (while_handling(KeyError(), RuntimeError(CAPTURE), cause=torch.OutOfMemoryError(ERROR)), True),
+        (while_handling(while_handling(MemoryError(), RuntimeError(CAPTURE)), RuntimeError("no graph")), True),
+        (while_handling(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), RuntimeError(CAPTURE)), True),
+        (while_handling(torch.OutOfMemoryError(ERROR), RuntimeError(CAPTURE), cause=None), False),
+        (while_handling(torch.OutOfMemoryError(ERROR), TypeError("a bug")), False),
+        (while_handling(torch.OutOfMemoryError(ERROR), UserError("use a smaller model")), False),
+        (while_handling(KeyError(), RuntimeError("a bug")), False),
+        (circle(), False),
+    ],
+)
+def test_what_an_error_was_raised_for_counts(error, is_one):
+    assert is_out_of_memory(error) == is_one
+
+
+def test_what_was_wanted_is_read_where_memory_ran_out():
+    error = while_handling(torch.OutOfMemoryError(ERROR), RuntimeError(CAPTURE))
+    assert what_was_wanted(error) == "Tried to allocate 20.00 MiB"
+    assert what_was_wanted(RuntimeError(CAPTURE)) == CAPTURE
 
 
 def test_torch_itself_says_so_on_a_cpu():

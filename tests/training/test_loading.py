@@ -1,0 +1,97 @@
+"""Running out of memory, and Ctrl-C, while the diffusion model is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes import small_config
+from noisy import NoisyGuidance
+
+from dreamfusion_fast import Generator
+from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.guidance import GuidanceConfig
+from dreamfusion_fast.guidance.memory import GuidanceMemory
+from dreamfusion_fast.training.out_of_memory import DoesNotFitError
+from dreamfusion_fast.training.trainer import Trainer
+
+ERROR = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 8.00 GiB of which ..."
+
+
+class HeavyGuidance(NoisyGuidance):
+    """Its weights fit once so many of them are in main memory."""
+
+    def __init__(self, offloadable: int = 900, error: BaseException | None = None) -> None:
+        super().__init__()
+        self.offloaded, self.loads, self.offloadable = False, 0, offloadable
+        self.error = error or torch.OutOfMemoryError(ERROR)
+
+    def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
+        return GuidanceMemory(1000, encode=10, encode_recomputed=5, unet=10, offloadable=self.offloadable)
+
+    def set_offload(self, on: bool) -> None:
+        self.offloaded = on
+
+    def load(self) -> None:
+        self.loads += 1
+        if not self.offloaded:
+            raise self.error
+
+
+def trainer_of(guidance: NoisyGuidance) -> Trainer:
+    return Trainer(small_config(steps=3, batch=2), torch.device("cpu"), guidance)
+
+
+def test_straight_to_the_rung_with_fewer_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    guidance = HeavyGuidance()
+    trainer = trainer_of(guidance)
+    before = trainer.generator.get_state()
+    trainer.load_guidance()
+    assert (guidance.loads, trainer.plan) == (2, trainer.planner.ladder[-1])
+    assert guidance.offloaded
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"out of memory while the weights of guidance {guidance.name!r} were loaded (Tried to")
+    assert line.endswith("the guidance's weights brought from main memory in each step")
+    assert torch.equal(trainer.generator.get_state(), before)
+    trainer.step()
+
+
+def test_where_nothing_makes_them_fewer() -> None:
+    trainer = trainer_of(HeavyGuidance(offloadable=0))
+    plan = trainer.plan
+    with pytest.raises(DoesNotFitError, match=r"were loaded .* nothing is left to save"):
+        trainer.load_guidance()
+    assert trainer.plan == plan
+
+
+def test_another_error_is_left_alone() -> None:
+    guidance = HeavyGuidance(error=RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        trainer_of(guidance).load_guidance()
+    assert guidance.loads == 1
+
+
+def generator_of(folder: Path, guidance: NoisyGuidance) -> Generator:
+    config = small_config(steps=3, out=str(folder), guidance=GuidanceConfig(name="elsewhere/heavy"))
+    return Generator(config, guidance=guidance)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "said"),
+    [
+        (torch.OutOfMemoryError(ERROR), UserError, "nothing is left to save"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+)
+def test_the_run_can_be_continued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: BaseException, raised: Any, said: str | None
+) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(raised, match=said) as caught:
+        generator_of(folder, HeavyGuidance(offloadable=0, error=error)).run()
+    printed = capsys.readouterr().err
+    assert "loading ball" in printed
+    assert f"continue: dreamfusion-fast generate --resume {folder}" in printed + str(caught.value)
+    assert Generator.resume(folder, guidance=NoisyGuidance()).run().steps == 3

@@ -233,7 +233,9 @@ class ScoreDistillation(Guidance):
 class _FiniteGuard:
     """Raises when images or gradients stop being finite, on a GPU without waiting for it.
 
-    There, each call leaves a flag on its way to the host and looks at the flags that have arrived since.
+    There, each call leaves a flag on its way to the host and looks at the flags that have arrived since. Messages count
+    calls, from 1, and know of no steps: a step whose views go in parts makes several calls, and a resumed run begins
+    with another guard.
     """
 
     _MAX_PENDING = 64
@@ -245,16 +247,16 @@ class _FiniteGuard:
 
     def check(self, images: Tensor, gradient: Tensor) -> None:
         flags = torch.stack((images.detach().isfinite().all(), gradient.isfinite().all()))
-        call, self._calls = self._calls, self._calls + 1
+        self._calls += 1
         if not flags.is_cuda:
-            self._raise_if_bad(call, flags)
+            self._raise_if_bad(self._calls, flags)
             return
         if torch.cuda.is_current_stream_capturing():
             return
         host = torch.empty(2, dtype=torch.bool, pin_memory=True).copy_(flags, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
-        self._pending.append((call, host, event))
+        event.record(torch.cuda.current_stream(flags.device))
+        self._pending.append((self._calls, host, event))
         if len(self._pending) > self._MAX_PENDING:
             self._pending[0][2].synchronize()
         while self._pending and self._pending[0][2].query():
@@ -265,11 +267,11 @@ class _FiniteGuard:
         images_finite, gradient_finite = flags.tolist()
         if not images_finite:
             raise NonFiniteError(
-                f"guidance step {call}: the rendered images hold NaN or infinity: lower the learning rate or resume "
+                f"guidance call {call}: the rendered images hold NaN or infinity: lower the learning rate or resume "
                 "from an earlier checkpoint"
             )
         if not gradient_finite:
             raise NonFiniteError(
-                f"guidance step {call}: the gradient from {self._name} holds NaN or infinity: use guidance "
+                f"guidance call {call}: the gradient from {self._name} holds NaN or infinity: use guidance "
                 "dtype bfloat16 or float32, or a lower guidance scale"
             )

@@ -5,8 +5,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _LEAST_CAPABILITY = (8, 0)
 
@@ -32,6 +38,22 @@ def triton_reason(device: torch.device | str) -> str:
 def triton_serves(device: torch.device | str) -> bool:
     """Whether Triton kernels can be used on a device."""
     return triton_reason(device) == ""
+
+
+def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, run where its first tensor lies: Triton launches on the current GPU, wherever its arguments are."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        first = next(tensors, None)
+        device = None if first is None else first.device
+        if device is None or device.type != "cuda" or torch.cuda.current_device() == device.index:
+            return function(*args, **kwargs)
+        with torch.cuda.device(device):
+            return function(*args, **kwargs)
+
+    return run
 
 
 @functools.cache

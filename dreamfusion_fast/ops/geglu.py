@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.ops._checks import check_tensor
-from dreamfusion_fast.ops._triton import triton_serves
+from dreamfusion_fast.ops._triton import on_its_device, triton_serves
 from dreamfusion_fast.ops.group_norm import ACTIVATIONS, DTYPES
 
 _BLOCK = 1024
 
 
+@on_its_device
 def geglu(x: Tensor) -> Tensor:
     """`[n, 2 c]`, contiguous, to `[n, c]` of the same dtype; float32 arithmetic for 16 bits, rounded once.
 

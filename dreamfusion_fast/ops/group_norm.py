@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.ops._checks import check_tensor
-from dreamfusion_fast.ops._triton import triton_serves
+from dreamfusion_fast.ops._triton import on_its_device, triton_serves
 
 Activation = Literal["none", "silu", "gelu"]
 ACTIVATIONS = get_args(Activation)
@@ -78,6 +78,7 @@ class GroupNorm:
         return cls(module.weight.detach(), module.bias.detach(), module.num_groups, module.eps, activation)
 
 
+@on_its_device
 def statistics(
     norm: GroupNorm,
     x: Tensor,
@@ -139,6 +140,7 @@ def statistics(
     return result
 
 
+@on_its_device
 def summed(x: Tensor, offset: Tensor | None = None, residual: Tensor | None = None, padding: int = 0) -> Tensor:
     """x + offset + residual, rounded once, with `padding` rows of zeros below and columns of zeros to the right.
 
@@ -177,6 +179,7 @@ def summed(x: Tensor, offset: Tensor | None = None, residual: Tensor | None = No
     return y
 
 
+@on_its_device
 def normalise(
     norm: GroupNorm,
     x: Tensor,
@@ -220,6 +223,7 @@ def normalise(
     return y
 
 
+@on_its_device
 def input_gradient(
     norm: GroupNorm,
     grad_y: Tensor,

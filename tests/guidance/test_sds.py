@@ -300,7 +300,7 @@ def test_embed_uses_the_config_and_the_cache() -> None:
 def test_images_that_are_not_finite_are_an_error(value: float) -> None:
     images = _images()
     images[1, 0, 2, 3] = value
-    with pytest.raises(NonFiniteError, match="step 0: the rendered images"):
+    with pytest.raises(NonFiniteError, match="guidance call 1: the rendered images"):
         ScoreDistillation(PointModel()).sds_gradient(images, _embeddings(), _views())
 
 
@@ -309,7 +309,7 @@ def test_gradient_that_is_not_finite_is_an_error() -> None:
     guidance = ScoreDistillation(model)
     guidance.sds_gradient(_images(), _embeddings(), _views())
     model.poison = True
-    with pytest.raises(NonFiniteError, match="step 1: the gradient from points"):
+    with pytest.raises(NonFiniteError, match="guidance call 2: the gradient from points"):
         guidance.sds_gradient(_images(), _embeddings(), _views())
 
 
@@ -328,13 +328,13 @@ def test_gpu_reports_later_and_does_not_wait() -> None:
         torch.cuda.set_sync_debug_mode("default")
     model.poison = True
 
-    def two_steps() -> None:
+    def two_calls() -> None:
         for _ in range(2):
             guidance.sds_gradient(images, embeddings, views)
             torch.cuda.synchronize()
 
-    with pytest.raises(NonFiniteError, match="step 4: the gradient"):
-        two_steps()
+    with pytest.raises(NonFiniteError, match="guidance call 5: the gradient"):
+        two_calls()
 
 
 def test_clamping_latents_is_refused() -> None:

@@ -1,0 +1,58 @@
+"""Launches go to the GPU where the tensors lie, whichever is the current one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.ops._triton import on_its_device
+from dreamfusion_fast.ops.geglu import geglu, geglu_reference
+
+
+class OnSecondGpu(Tensor):
+    """A tensor that says it is on cuda:1."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(("now", "entered"), [(0, ["cuda:1"]), (1, [])])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_gpu_of_the_first_tensor_is_current(
+    monkeypatch: pytest.MonkeyPatch, now: int, entered: list[str], by_name: bool
+) -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def device(which: torch.device) -> Iterator[None]:
+        seen.append(str(which))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: now)
+    monkeypatch.setattr(torch.cuda, "device", device)
+
+    @on_its_device
+    def launch(settings: Any, x: Tensor) -> Any:
+        return settings, list(seen)
+
+    x = torch.ones(2).as_subclass(OnSecondGpu)
+    assert (launch("a", x=x) if by_name else launch("a", x)) == ("a", entered)
+
+
+def test_on_a_cpu_and_without_tensors_nothing_changes() -> None:
+    assert on_its_device(lambda x: x + 1)(torch.zeros(1)) == 1
+    assert on_its_device(lambda: 3)() == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_gpu() -> None:
+    x = torch.randn(7, 64, device="cuda:1")
+    with torch.cuda.device(0):
+        torch.testing.assert_close(geglu(x), geglu_reference(x))

@@ -1,6 +1,6 @@
 """What guidance by large diffusion models costs: autoencoder and U-Net with random weights of the real architectures.
 
-Per row: milliseconds, the median over the repeats after warm-up, by CUDA events, each started on an idle GPU; and MB,
+Per row: milliseconds, the median over the repeats after warm-up, by CUDA events, each started on an idle GPU; and MiB,
 torch's peak above the weights, allocated and reserved. Rows:
 
 - vae: images of the model's size to latents and back to the images' gradient. diffusers: its module under autograd,
@@ -212,7 +212,7 @@ def main() -> int:
     dtype, about = getattr(torch, args.dtype), describe(torch.device("cuda"))
     print("device", headline(about))
     print(
-        f"{'part':6}{'model':10}{'variant':20}{'views':>6}{'ms':>9}{'peak MB':>9}{'reserved':>9}{'weights':>9}  error"
+        f"{'part':6}{'model':10}{'variant':20}{'views':>6}{'ms':>9}{'peak MiB':>9}{'reserved':>9}{'weights':>9}  error"
     )
     rows = []
     for model in args.models:

@@ -23,8 +23,6 @@ Status = Literal["ok", "note", "missing"]
 _DISTRIBUTION = "dreamfusion-fast"
 _OPTIONAL = {
     "triton": "fused kernels on a GPU; comes with PyTorch's CUDA builds",
-    "diffusers": "guidance by Stable Diffusion or DeepFloyd; pip install 'dreamfusion-fast[diffusers]'",
-    "accelerate": "quicker loading of diffusers pipelines; pip install 'dreamfusion-fast[diffusers]'",
 }
 _GIB = 2**30
 

@@ -74,7 +74,9 @@ def test_environment_variables_are_read_somewhere() -> None:
     assert [name for name in sorted(names) if name not in code] == []
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/design.md", "tools/README.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/design.md", "docs/memory.md", "docs/prior.md", "tools/README.md"]
+)
 def test_links_and_anchors_lead_somewhere(document: str) -> None:
     path = ROOT / document
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):

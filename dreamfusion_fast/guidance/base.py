@@ -222,6 +222,7 @@ class DiffusionModel(ABC):
         default_guidance_scale: used where the config names none; convention eps_null + s (eps_text - eps_null).
         x0_range: range of a clean input if it has one (pixel models: (-1, 1)), else None.
         clip_x0: whether the estimate of the clean input is clamped to `x0_range` by default.
+        revision: commit of the hub's repository that the weights are of; None: of no hub.
     """
 
     name: str
@@ -232,6 +233,7 @@ class DiffusionModel(ABC):
     default_guidance_scale: float
     x0_range: tuple[float, float] | None = None
     clip_x0: bool = False
+    revision: str | None = None
 
     @property
     @abstractmethod
@@ -282,10 +284,17 @@ class DiffusionModel(ABC):
 
 
 class Guidance(ABC):
-    """Pulls images towards a prompt."""
+    """Pulls images towards a prompt.
+
+    Attributes:
+        name: for messages.
+        image_size: height and width of images the model was trained on.
+        revision: commit of the hub's repository that the weights are of; None: of no hub.
+    """
 
     name: str
     image_size: int
+    revision: str | None = None
 
     @abstractmethod
     def embed(self, prompts: PromptSet | str) -> PromptEmbeddings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,9 +23,10 @@ from dreamfusion_fast.ops._triton import triton_serves
 
 _PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # Bytes in float16: of a U-Net like Stable Diffusion's per pixel of its input, for the guided pair; of its autoencoder's
-# encoder and its gradient, per pixel of the image.
+# encoder and its gradient, per pixel of the image, as `LatentEncoder` runs it and as diffusers does.
 _UNET_BYTES = 45_000
 _ENCODE_BYTES, _ENCODE_RECOMPUTED_BYTES = 3_500, 2_300
+_ENCODE_BYTES_OF_DIFFUSERS = 8_500
 _SERVED = "pipelines of Stable Diffusion 1.x and 2.x, SDXL and DeepFloyd IF stage I can guide"
 
 
@@ -73,12 +75,15 @@ class PipelineModel(DiffusionModel):
     def __init__(self, source: PipelineSource, config: GuidanceConfig, device: torch.device):
         source.require(list(self._components))
         self.name = source.name
+        self.revision = source.revision
         self.device = device
         self.dtype = resolve_dtype(config.dtype, device)
         self._source = source
         configs = {part: source.config(part) for part in self._components if not part.startswith("tokenizer")}
-        for component in configs:
-            if component != "scheduler":
+        for component in self._components:
+            if component.startswith("tokenizer"):
+                source.check_tokenizer(component)
+            elif component != "scheduler":
                 source.check_weights(component)
         self._unet_config = configs["unet"]
         self._check_unet()
@@ -126,13 +131,23 @@ class PipelineModel(DiffusionModel):
                 )
 
     def _check_text_width(self) -> None:
-        wanted = self._unet_config.get("encoder_hid_dim") or self._unet_config.get("cross_attention_dim")
+        config = self._unet_config
+        field = "cross_attention_dim" if config.get("encoder_hid_dim") is None else "encoder_hid_dim"
+        wanted = config.get(field, 1280)  # diffusers' default
+        widths = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted]
+        if not widths or not all(isinstance(width, int) for width in widths):
+            raise UserError(
+                f"guidance {self.name!r}: the unet's {field} must be a whole number, or one for each block, got "
+                f"{wanted!r}"
+            )
         width = self._text.hidden_width
-        if isinstance(wanted, int) and width != wanted:
+        others = sorted({other for other in widths if other != width})
+        if others:
             many = len(self._text_suffixes) > 1
             raise UserError(
                 f"guidance {self.name!r}: the text encoder{'s give' if many else ' gives'} vectors of width {width}"
-                f"{' together' if many else ''}, the unet reads width {wanted}: they were not made for each other"
+                f"{' together' if many else ''}, the unet reads width {' and '.join(map(str, others))}: they were not "
+                "made for each other"
             )
 
     def _read_schedule(self, config: dict[str, Any]) -> None:
@@ -223,11 +238,20 @@ class PipelineModel(DiffusionModel):
         """What the U-Net is told beside image and timestep, from rows of both halves; never waits for the GPU."""
         return {"encoder_hidden_states": condition["hidden"].to(self.dtype)}
 
-    def _wrong_channels(self, wanted: int) -> UserError:
-        return UserError(
-            f"guidance {self.name!r}: the unet reads {self._unet_config.get('in_channels')} channels, {wanted} are "
-            "wanted: a text-to-image model is needed, not one for inpainting, editing or upscaling"
-        )
+    def _check_channels(self, channels: int) -> None:
+        """Raise UserError unless the U-Net reads so many and predicts as many, or twice: with a learned variance."""
+        config = self._unet_config
+        if config.get("in_channels") != channels:
+            raise UserError(
+                f"guidance {self.name!r}: the unet reads {config.get('in_channels')} channels, {channels} are wanted: "
+                "a text-to-image model is needed, not one for inpainting, editing or upscaling"
+            )
+        given = config.get("out_channels", 4)  # diffusers' default
+        if given not in (channels, 2 * channels):
+            raise UserError(
+                f"guidance {self.name!r}: the unet's out_channels must be {channels}, as many as it reads, or "
+                f"{2 * channels} with a learned variance, got {given!r}"
+            )
 
 
 class PixelModel(PipelineModel):
@@ -238,8 +262,7 @@ class PixelModel(PipelineModel):
 
     def __init__(self, source: PipelineSource, config: GuidanceConfig, device: torch.device):
         super().__init__(source, config, device)
-        if self._unet_config.get("in_channels") != 3:
-            raise self._wrong_channels(3)
+        self._check_channels(3)
         self.image_size = _square(self._unet_config, self.name)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -270,11 +293,11 @@ class LatentModel(PipelineModel):
             raise UserError(
                 f"guidance {self.name!r}: a vae with a latents_mean or latents_std per channel is not served"
             )
-        channels = vae.get("latent_channels", 4)
-        if self._unet_config.get("in_channels") != channels:
-            raise self._wrong_channels(channels)
-        self._scale = float(vae.get("scaling_factor") or 0.18215)
-        self._shift = float(vae.get("shift_factor") or 0.0)
+        self._check_channels(vae.get("latent_channels", 4))
+        self._scale = _number(vae, "scaling_factor", 0.18215, self.name)
+        self._shift = _number(vae, "shift_factor", 0.0, self.name)
+        if self._scale == 0:
+            raise UserError(f"guidance {self.name!r}: the vae's scaling_factor is 0, which leaves nothing of an image")
         upcast = self._may_upcast and vae.get("force_upcast", False) and self.dtype == torch.float16
         self._vae_dtype = torch.float32 if upcast else self.dtype
         self.image_size = _square(self._unet_config, self.name) * 2 ** (len(vae.get("block_out_channels", (64,))) - 1)
@@ -289,7 +312,7 @@ class LatentModel(PipelineModel):
             self._vae = self._source.load("vae", self._vae_dtype)
             self._vae.decoder = None  # it is never run
             self._vae.to(self.device)
-            if self._fuses and not unserved(self._vae):
+            if self._encodes_fused():
                 self._encoder = LatentEncoder(self._vae, self._recompute)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -301,8 +324,12 @@ class LatentModel(PipelineModel):
             mean = self._vae.encode(pixels.to(self._vae_dtype)).latent_dist.mean
         return (mean.to(images.dtype) - self._shift) * self._scale
 
+    def _encodes_fused(self) -> bool:
+        """Whether `LatentEncoder` stands in for diffusers' encoder; known before weights are loaded."""
+        return self._fuses and not unserved(self._source.skeleton("vae"))
+
     def set_recompute(self, on: bool) -> None:
-        """See `DiffusionModel.set_recompute`."""
+        """See `DiffusionModel.set_recompute`. Where diffusers' encoder runs, nothing changes."""
         self._recompute = on
         if self._encoder is not None:
             self._encoder.set_recompute(on)
@@ -314,15 +341,21 @@ class LatentModel(PipelineModel):
             self._encoder.free_graphs()
 
     def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
-        """See `PipelineModel.memory_needs`. The autoencoder's encoder is less than half of its weights."""
+        """See `PipelineModel.memory_needs`. The autoencoder's encoder is less than half of its weights.
+
+        diffusers' encoder, which runs where `LatentEncoder` cannot, takes more and has nothing to recompute.
+        """
         needs = super().memory_needs(batch, render_size)
         bytes_each = self._vae_dtype.itemsize
         scale = self.image_size**2 * self._width * bytes_each // (2 * 128)
+        encode = recomputed = _ENCODE_BYTES_OF_DIFFUSERS
+        if self._encodes_fused():
+            encode, recomputed = _ENCODE_BYTES, _ENCODE_RECOMPUTED_BYTES
         return replace(
             needs,
             weights=needs.weights + self._source.parameters("vae") * bytes_each // 2,
-            encode=_ENCODE_BYTES * scale,
-            encode_recomputed=_ENCODE_RECOMPUTED_BYTES * scale,
+            encode=encode * scale,
+            encode_recomputed=recomputed * scale,
         )
 
 
@@ -380,3 +413,13 @@ def _square(unet_config: dict[str, Any], name: str) -> int:
     if not isinstance(size, int) or size < 1:
         raise UserError(f"guidance {name!r}: the unet's sample_size must be one positive number, got {size!r}")
     return size
+
+
+def _number(config: dict[str, Any], field: str, default: float, name: str) -> float:
+    """A finite number of an autoencoder's configuration; the default where it is null or not there."""
+    value = config.get(field)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(f"guidance {name!r}: the vae's {field} must be a number, got {value!r}")
+    return float(value)

@@ -15,13 +15,16 @@ import torch
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance.base import KNOWN_GUIDANCE, GuidanceConfig
+from dreamfusion_fast.guidance.pipeline_files import TOKENIZER_FILES, content_hash, holds_tokenizer, is_pickle
 
 _EXPECTED = (
     "a folder in diffusers' format holds model_index.json and the folders unet, scheduler, tokenizer, text_encoder "
     "and, for a latent model, vae (SDXL: also tokenizer_2 and text_encoder_2)"
 )
-# Files below this size are hashed whole; weights count by size and time of change.
-_HASHED_WHOLE = 8 * 2**20
+# In place of a space; T5's tokenizer knows it without any file.
+_SENTENCEPIECE_SPACE = "\u2581"
+# Names of tensors that a message holds at most.
+_NAMED = 3
 
 
 def open_source(config: GuidanceConfig) -> PipelineSource:
@@ -52,20 +55,23 @@ class PipelineSource(ABC):
     Attributes:
         name: for messages.
         index: the contents of model_index.json.
+        revision: commit of the hub's repository; None: a folder.
     """
+
+    revision: str | None = None
 
     def __init__(self, name: str, config: GuidanceConfig):
         absent = [library for library in ("diffusers", "transformers") if importlib.util.find_spec(library) is None]
         if absent:
             raise UserError(
-                f"guidance {name!r} needs {' and '.join(absent)}, not installed here: pip install "
-                "'dreamfusion-fast[diffusers]'"
+                f"guidance {name!r} needs {' and '.join(absent)}, not installed here: pip install {' '.join(absent)}"
             )
         self.name = name
         self.variant = config.variant
         # Components whose files carry ".fp16" in their names and nothing else is there.
         self._only_fp16: set[str] = set()
         self._allow_pickle = config.allow_pickle
+        self._skeletons: dict[str, torch.nn.Module] = {}
         self.index = self._json("model_index.json")
 
     @abstractmethod
@@ -94,24 +100,39 @@ class PipelineSource(ABC):
         if names is None:
             return
         found = [name for name in names if name.endswith(".safetensors")]
-        pickled = [name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth"))]
-        if not found and not self._allow_pickle:
+        pickled = [name for name in names if is_pickle(name)]
+        loadable = [*found, *pickled] if self._allow_pickle else found
+        if not loadable:
             if pickled:
                 raise UserError(
                     f"guidance {self.name!r}: the weights of {component} are stored as pickles, which can run code on "
                     "loading: convert them to safetensors, or allow pickles if you trust their source"
                 )
-            raise UserError(f"guidance {self.name!r}: {component} holds no weights (*.safetensors)")
-        if not found and not pickled:
-            raise UserError(f"guidance {self.name!r}: {component} holds no weights (*.safetensors or pickles)")
+            kinds = "*.safetensors or pickles" if self._allow_pickle else "*.safetensors"
+            raise UserError(f"guidance {self.name!r}: {component} holds no weights ({kinds})")
         if self.variant is not None:
-            if not any(f".{self.variant}" in name for name in (*found, *pickled)):
+            if not any(f".{self.variant}" in name for name in loadable):
+                refused = any(f".{self.variant}" in name for name in pickled)
                 raise UserError(
-                    f"guidance {self.name!r}: {component} holds no weights of the variant {self.variant!r}: leave "
-                    "guidance variant out, or name one that is there"
+                    f"guidance {self.name!r}: {component} holds no weights of the variant {self.variant!r}"
+                    f"{' but pickles, which can run code on loading' if refused else ''}: leave guidance variant out, "
+                    f"or {'allow pickles if you trust their source' if refused else 'name one that is there'}"
                 )
         elif found and all(".fp16" in name for name in found):
             self._only_fp16.add(component)
+
+    def check_tokenizer(self, component: str) -> None:
+        """Raise UserError if the files of a tokenizer's vocabulary are known to be missing.
+
+        transformers 5 makes an empty tokenizer then, to which all prompts are the same.
+        """
+        names = self._weight_files(component)
+        if names is not None and not holds_tokenizer(names):
+            held = f"only {', '.join(names)}" if names else "nothing"
+            raise UserError(
+                f"guidance {self.name!r}: {component} holds {held}, but the files of a tokenizer are wanted: "
+                f"{TOKENIZER_FILES}"
+            )
 
     def _variant(self, component: str) -> str | None:
         return "fp16" if component in self._only_fp16 else self.variant
@@ -134,27 +155,34 @@ class PipelineSource(ABC):
         """Configuration of a model or scheduler."""
         return self._json(f"{component}/{'scheduler_config' if component == 'scheduler' else 'config'}.json")
 
-    def parameters(self, component: str) -> int:
-        """Number of weights of a model, counted from its configuration without making or loading them.
+    def skeleton(self, component: str) -> torch.nn.Module:
+        """A model as its configuration describes it, without weights, on torch's meta device. It is made once.
 
         Raises:
             UserError: no such class, or the configuration does not fit it.
         """
+        if component not in self._skeletons:
+            self._skeletons[component] = self._make_skeleton(component)
+        return self._skeletons[component]
+
+    def _make_skeleton(self, component: str) -> torch.nn.Module:
         library, class_name = self.index[component]
         config = self.config(component)
         try:
             model_class = _component_class(library, class_name)
             with torch.device("meta"):
                 if library == "diffusers":
-                    model = model_class.from_config(config)
-                else:
-                    model = model_class(model_class.config_class.from_dict(config))
+                    return model_class.from_config(config)
+                return model_class(model_class.config_class.from_dict(config))
         except Exception as error:  # libraries check configurations with errors of many kinds
             raise UserError(
                 f"guidance {self.name!r}: the configuration of {component} ({class_name}) describes no model: "
                 f"{one_line(error)}"
             ) from error
-        return sum(parameter.numel() for parameter in model.parameters())
+
+    def parameters(self, component: str) -> int:
+        """Number of weights of a model, without loading them; raises UserError as `skeleton` does."""
+        return sum(parameter.numel() for parameter in self.skeleton(component).parameters())
 
     def load(self, component: str, dtype: torch.dtype | None = None, **options: Any) -> Any:
         """Load a component by the diffusers or transformers class its pipeline names.
@@ -163,7 +191,8 @@ class PipelineSource(ABC):
         tokenizer. Weights in several files are read file by file. Options go to `from_pretrained` as they are.
 
         Raises:
-            UserError: it cannot be loaded, or its weights are pickles and the config does not allow them.
+            UserError: it cannot be loaded, its weights are pickles and the config does not allow them, or they are not
+                all there; for a tokenizer, its vocabulary is not there.
         """
         library, class_name = self.index[component]
         options = {**self._location, "subfolder": component, **options}
@@ -172,6 +201,8 @@ class PipelineSource(ABC):
             options[_dtype_keyword(library)] = dtype
             options["use_safetensors"] = None if self._allow_pickle else True
             options["variant"] = self._variant(component)
+            # Tensors of another shape are to be told like those that are missing, not as an error of each library.
+            options["output_loading_info"] = options["ignore_mismatched_sizes"] = True
             if _needs_low_memory_flag(library):
                 options["low_cpu_mem_usage"] = True
         try:
@@ -182,7 +213,43 @@ class PipelineSource(ABC):
             raise UserError(
                 f"guidance {self.name!r}: cannot load {component} ({class_name}): {one_line(error)}"
             ) from error
-        return loaded.eval().requires_grad_(False) if dtype is not None else loaded
+        if dtype is None:
+            self._require_words(component, loaded)
+            return loaded
+        model, report = loaded
+        self._require_all_weights(component, report)
+        return model.eval().requires_grad_(False)
+
+    def _require_words(self, component: str, tokenizer: Any) -> None:
+        """As `check_tokenizer`, for files that nobody could name before, and for what is in them."""
+        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) - {_SENTENCEPIECE_SPACE}:
+            raise UserError(
+                f"guidance {self.name!r}: {component} ({type(tokenizer).__name__}) knows no words, its vocabulary is "
+                f"missing or empty: {TOKENIZER_FILES}"
+            )
+
+    def _require_all_weights(self, component: str, report: dict[str, Any]) -> None:
+        """Raise UserError if files lacked tensors: a library leaves these random, or on the meta device.
+
+        Args:
+            component: for the message.
+            report: what `from_pretrained` gives for output_loading_info.
+        """
+        missing = sorted(report["missing_keys"])
+        other = [
+            f"{name} {list(found)} in place of {list(wanted)}" for name, found, wanted in report["mismatched_keys"]
+        ]
+        faults = [
+            f"{what} {len(names)} of its tensors ({', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''})"
+            for what, names in (("missing are", missing), ("of another shape are", sorted(other)))
+            if names
+        ]
+        if faults:
+            _, class_name = self.index[component]
+            raise UserError(
+                f"guidance {self.name!r}: the weights of {component} ({class_name}) are incomplete or another model's: "
+                f"{'; '.join(faults)}"
+            )
 
     def _json(self, relative: str) -> dict[str, Any]:
         try:
@@ -229,17 +296,12 @@ class LocalSource(PipelineSource):
                 )
 
     def identity(self, components: list[str]) -> str:
+        """See `PipelineSource.identity`: of the contents of all files that may be read, wherever the folder is."""
         digest = hashlib.sha256()
         for component in components:
             for path in sorted((self._folder / component).rglob("*")):
-                if not path.is_file():
-                    continue
-                digest.update(f"{path.relative_to(self._folder).as_posix()}:".encode())
-                status = path.stat()
-                if status.st_size <= _HASHED_WHOLE:
-                    digest.update(path.read_bytes())
-                else:
-                    digest.update(f"{status.st_size}:{status.st_mtime_ns}".encode())
+                if path.is_file() and (self._allow_pickle or not is_pickle(path.name)):
+                    digest.update(f"{path.relative_to(self._folder).as_posix()}:{content_hash(path)}\n".encode())
         return digest.hexdigest()
 
 
@@ -248,21 +310,21 @@ class HubSource(PipelineSource):
 
     def __init__(self, hub_id: str, config: GuidanceConfig):
         self._hub_id = hub_id
-        self._revision = config.revision
+        self.revision = config.revision
         self._listing: list[str] | None = None
         super().__init__(hub_id, config)
         # The cached file lies in a folder named after the commit: everything else is taken from the same one.
-        self._revision = self._file("model_index.json").parent.name
+        self.revision = self._file("model_index.json").parent.name
 
     @property
     def _location(self) -> dict[str, Any]:
-        return {"pretrained_model_name_or_path": self._hub_id, "revision": self._revision}
+        return {"pretrained_model_name_or_path": self._hub_id, "revision": self.revision}
 
     def _file(self, relative: str) -> Path:
         from huggingface_hub import errors, hf_hub_download
 
         try:
-            return Path(hf_hub_download(self._hub_id, relative, revision=self._revision))
+            return Path(hf_hub_download(self._hub_id, relative, revision=self.revision))
         except errors.GatedRepoError as error:
             raise UserError(
                 f"guidance {self.name!r} asks for its licence to be accepted: do so at "
@@ -273,7 +335,7 @@ class HubSource(PipelineSource):
                 f"guidance {self.name!r} is neither a folder here nor a model on the hub: {_EXPECTED}"
             ) from error
         except errors.RevisionNotFoundError as error:
-            raise UserError(f"guidance {self.name!r} has no revision {self._revision!r} on the hub") from error
+            raise UserError(f"guidance {self.name!r} has no revision {self.revision!r} on the hub") from error
         except errors.LocalEntryNotFoundError as error:
             raise UserError(self._unreachable()) from error
         except errors.EntryNotFoundError as error:
@@ -288,7 +350,7 @@ class HubSource(PipelineSource):
             import huggingface_hub
 
             try:
-                self._listing = list(huggingface_hub.list_repo_files(self._hub_id, revision=self._revision))
+                self._listing = list(huggingface_hub.list_repo_files(self._hub_id, revision=self.revision))
             except Exception:  # not reachable now: the files may all be in the cache, and loading them will tell
                 self._listing = []
         if not self._listing:
@@ -303,7 +365,7 @@ class HubSource(PipelineSource):
         )
 
     def identity(self, components: list[str]) -> str:
-        return f"{self._hub_id}@{self._revision}:{','.join(components)}"
+        return f"{self._hub_id}@{self.revision}:{','.join(components)}"
 
 
 def one_line(error: Exception, limit: int = 200) -> str:

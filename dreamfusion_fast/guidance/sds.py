@@ -85,6 +85,7 @@ class ScoreDistillation(Guidance):
         self.config = config or GuidanceConfig()
         self.name = model.name
         self.image_size = model.image_size
+        self.revision = model.revision
         self.guidance_scale = self._scale()
         self.clip_x0 = model.clip_x0 if self.config.clip_x0 is None else self.config.clip_x0
         if self.config.mode == "csd":

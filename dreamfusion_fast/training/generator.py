@@ -18,7 +18,7 @@ import torch
 from dreamfusion_fast.errors import NonFiniteError, UserError
 from dreamfusion_fast.export import MeshSummary, export_field, render_preview, render_turntable
 from dreamfusion_fast.fields.base import evaluate
-from dreamfusion_fast.guidance.base import Guidance, GuidanceConfig
+from dreamfusion_fast.guidance.base import Guidance, GuidanceConfig, create_guidance
 from dreamfusion_fast.io import RunFolder, default_run_folder, make_folder, open_run_folder, prepare_run_folder
 from dreamfusion_fast.training.callbacks import Callback, Checkpoints, Curves, Preview, ProgressBar
 from dreamfusion_fast.training.checkpoint import Checkpoint, load_checkpoint
@@ -139,7 +139,8 @@ class Generator:
             self._folder = prepare_run_folder(config.out or default_run_folder(config.prompt))
         folder = self._folder
         try:
-            trainer = self._trainer(self._guidance, profiler)
+            guidance = self._resumed_guidance() if self._guidance is None else self._guidance
+            trainer = self._trainer(guidance, profiler)
         except BaseException:
             with contextlib.suppress(OSError):  # a folder that was there before, with files of others in it, stays
                 folder.path.rmdir()
@@ -164,6 +165,19 @@ class Generator:
         except KeyboardInterrupt:
             print(f"stopped during the export; continue: {_resume_command(folder)}", file=sys.stderr)
             raise
+
+    def _resumed_guidance(self) -> Guidance | None:
+        """The model of a resumed run at the commit that it began with, or None where a new one is as good.
+
+        Says so where the run goes on with another model.
+        """
+        began = {} if self._checkpoint is None else self._checkpoint.meta.get("guidance", {})
+        config = self.config.guidance
+        if began and began["name"] != config.name:
+            print(f"this run was guided by {began['name']}, and goes on with {config.name}", file=sys.stderr)
+        elif began and began["revision"] is not None and config.revision is None:
+            return create_guidance(dataclasses.replace(config, revision=began["revision"]), self.device)
+        return None
 
     def _trainer(self, guidance: Guidance | None, profiler: StepProfiler | None = None) -> Trainer:
         trainer = Trainer(self.config, self.device, guidance, profiler)

@@ -346,7 +346,8 @@ class Trainer:
         for name, module in self._modules():
             tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
         moments, rest = flatten_optimizer(self.optimizer)
-        return tensors | moments, {"optimizer": rest}
+        guided = {"name": self.config.guidance.name, "revision": self.guidance.revision}
+        return tensors | moments, {"optimizer": rest, "guidance": guided}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` was written, by a config of this architecture (`load_checkpoint` checks it).

@@ -232,6 +232,25 @@ def test_text_encoder_of_the_wrong_width(own_pipeline: Pipelines) -> None:
     create_guidance(GuidanceConfig(name=str(folder)))
 
 
+@pytest.mark.parametrize("kind", ["latent", "sdxl"])
+def test_width_given_for_each_block(own_pipeline: Pipelines, kind: str) -> None:
+    folder = own_pipeline(kind)
+    for widths, others in [([16, 16], None), ([16, 24], "24"), ([24, 16], "24"), ([24, 32], "24 and 32")]:
+        _edit(folder / "unet" / "config.json", cross_attention_dim=widths)
+        if others is None:
+            create_guidance(GuidanceConfig(name=str(folder)))
+        else:
+            _refused(folder, f"vectors of width 16( together)?, the unet reads width {others}: they were not made")
+
+
+@pytest.mark.parametrize("value", ["16", [], [16, None], 16.5])
+@pytest.mark.parametrize(("kind", "field"), [("latent", "cross_attention_dim"), ("pixel", "encoder_hid_dim")])
+def test_width_that_is_none(own_pipeline: Pipelines, kind: str, field: str, value: Any) -> None:
+    folder = own_pipeline(kind)
+    _edit(folder / "unet" / "config.json", **{field: value})
+    _refused(folder, f"the unet's {field} must be a whole number, or one for each block, got ")
+
+
 @pytest.mark.parametrize(("component", "width"), [("text_encoder", 16 + 6), ("text_encoder_2", 10 + 16)])
 def test_text_encoders_of_the_wrong_width_together(own_pipeline: Pipelines, component: str, width: int) -> None:
     folder = own_pipeline("sdxl")
@@ -258,6 +277,33 @@ def test_inpainting_and_upscaling(own_pipeline: Pipelines, kind: str, channels: 
     folder = own_pipeline(kind)
     _edit(folder / "unet" / "config.json", in_channels=channels)
     _refused(folder, f"reads {channels} channels.*text-to-image")
+
+
+@pytest.mark.parametrize("channels", [1, 5, "4"])
+@pytest.mark.parametrize(("kind", "wanted"), [("latent", 4), ("sdxl", 4), ("pixel", 3)])
+def test_unet_that_predicts_something_else(own_pipeline: Pipelines, kind: str, wanted: int, channels: Any) -> None:
+    folder = own_pipeline(kind)
+    _edit(folder / "unet" / "config.json", out_channels=channels)
+    _refused(folder, f"out_channels must be {wanted}, as many as it reads, or {2 * wanted} .*, got {channels!r}")
+    for served in (wanted, 2 * wanted):
+        _edit(folder / "unet" / "config.json", out_channels=served)
+        create_guidance(GuidanceConfig(name=str(folder)))
+
+
+@pytest.mark.parametrize("field", ["scaling_factor", "shift_factor"])
+@pytest.mark.parametrize("value", ["0.5", [0.5], True, float("nan"), float("inf")])
+def test_autoencoder_whose_scale_is_no_number(own_pipeline: Pipelines, field: str, value: Any) -> None:
+    folder = own_pipeline("latent")
+    _edit(folder / "vae" / "config.json", **{field: value})
+    _refused(folder, f"the vae's {field} must be a number, got ")
+
+
+def test_autoencoder_whose_scale_is_zero_or_not_given(own_pipeline: Pipelines) -> None:
+    folder = own_pipeline("latent")
+    _edit(folder / "vae" / "config.json", scaling_factor=0)
+    _refused(folder, "the vae's scaling_factor is 0")
+    _edit(folder / "vae" / "config.json", scaling_factor=None, shift_factor=None)
+    create_guidance(GuidanceConfig(name=str(folder)))
 
 
 @pytest.mark.parametrize(
@@ -310,7 +356,7 @@ def test_diffusers_not_installed(pipeline: Pipelines, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "diffusers" else find(name, *rest)
     )
-    _refused(pipeline("latent"), r"needs diffusers, not installed here: pip install 'dreamfusion-fast\[diffusers\]'")
+    _refused(pipeline("latent"), "needs diffusers, not installed here: pip install diffusers")
 
 
 def _hub_error(kind: str) -> Exception:

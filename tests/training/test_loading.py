@@ -1,7 +1,8 @@
-"""Running out of memory, and Ctrl-C, while the diffusion model is loaded."""
+"""The diffusion model of a run: which one a resumed run takes; out of memory, and Ctrl-C, while it is loaded."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dreamfusion_fast import Generator
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance import GuidanceConfig
 from dreamfusion_fast.guidance.memory import GuidanceMemory
+from dreamfusion_fast.training import generator as module
 from dreamfusion_fast.training.out_of_memory import DoesNotFitError
 from dreamfusion_fast.training.trainer import Trainer
 
@@ -95,3 +97,49 @@ def test_the_run_can_be_continued(
     assert "loading ball" in printed
     assert f"continue: dreamfusion-fast generate --resume {folder}" in printed + str(caught.value)
     assert Generator.resume(folder, guidance=NoisyGuidance()).run().steps == 3
+
+
+class Branch:
+    """A repository on the hub whose branch moves."""
+
+    def __init__(self) -> None:
+        self.head, self.asked = "first", list[str | None]()
+
+    def create_guidance(self, config: GuidanceConfig, device: torch.device) -> NoisyGuidance:
+        self.asked.append(config.revision)
+        guidance = NoisyGuidance()
+        guidance.revision = config.revision or self.head
+        return guidance
+
+
+@pytest.fixture
+def branch(monkeypatch: pytest.MonkeyPatch) -> Branch:
+    branch = Branch()
+    monkeypatch.setattr(module, "create_guidance", branch.create_guidance)
+    monkeypatch.setattr("dreamfusion_fast.training.trainer.create_guidance", branch.create_guidance)
+    return branch
+
+
+def test_a_resumed_run_goes_on_with_the_weights_it_began_with(tmp_path: Path, branch: Branch) -> None:
+    folder = tmp_path / "run"
+    config = small_config(steps=3, out=str(folder), guidance=GuidanceConfig(name="owner/name"))
+    Generator(config).run()
+    branch.head = "second"
+    for steps in (4, 5):
+        resumed = Generator.resume(folder, dataclasses.replace(config, steps=steps))
+        resumed.run()
+        assert resumed.config.guidance.revision is None, "another model could not be had at that commit"
+    given = dataclasses.replace(config, steps=6, guidance=GuidanceConfig(name="owner/name", revision="third"))
+    Generator.resume(folder, given).run()
+    assert branch.asked == [None, "first", "first", "third"]
+
+
+def test_another_model_is_said(tmp_path: Path, branch: Branch, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    config = small_config(steps=3, out=str(folder), guidance=GuidanceConfig(name="owner/name"))
+    Generator(config).run()
+    assert "goes on with" not in capsys.readouterr().err
+    other = dataclasses.replace(config, steps=4, guidance=GuidanceConfig(name="owner/other"))
+    Generator.resume(folder, other).run()
+    assert "this run was guided by owner/name, and goes on with owner/other" in capsys.readouterr().err
+    assert branch.asked == [None, None]

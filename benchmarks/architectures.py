@@ -254,10 +254,13 @@ class RandomWeights(PipelineSource):
         return build_in_main_memory(component, name, dtype)
 
 
-def random_tokens(texts: list[str], max_length: int, **options: Any) -> Any:
-    """Stands in for a tokenizer: `max_length` tokens per text, all of them attended to."""
+def random_tokens(texts: str | list[str], max_length: int, **options: Any) -> Any:
+    """Stands in for a tokenizer: `max_length` tokens per text of a list, all of them attended to; of one text, a token
+    per word and two around them."""
     from transformers import BatchEncoding
 
+    if isinstance(texts, str):
+        return BatchEncoding({"input_ids": [1] * min(len(texts.split()) + 2, max_length)})
     ids = torch.randint(1, 30000, (len(texts), max_length), generator=torch.Generator().manual_seed(len(texts[0])))
     return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 

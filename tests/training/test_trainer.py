@@ -294,7 +294,7 @@ class Pull(BallGuidance):
 
 @pytest.mark.gpu
 def test_steps_between_updates_of_the_grid_wait_for_nothing_until_they_are_two_ahead():
-    """An update of the occupancy grid reads back a list of cells."""
+    """In the step of an update, samples can only be counted once the grid is new."""
     trainer = trainer_of(torch.device("cuda"), Pull(), steps=40)
     for _ in range(29):  # past the change of size at half of the run, and past captures
         trainer.step()

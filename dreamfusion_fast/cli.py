@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 from dreamfusion_fast import __version__
 from dreamfusion_fast.errors import UserError
@@ -118,9 +118,16 @@ def _sentence(box: str) -> str:
     return " ".join(words).strip().rstrip(".").removeprefix("Error parsing ") or "wrong options"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as the rest does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def _generate(arguments: list[str]) -> int:
     # What --config or --resume hold are the defaults for the rest, and a model has settings of its own: read first.
-    first = argparse.ArgumentParser(prog=f"{PROG} generate", add_help=False, allow_abbrev=False)
+    first = _Parser(prog=f"{PROG} generate", add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--resume")
     first.add_argument("--guidance.name", dest="guidance")

@@ -177,6 +177,8 @@ def test_wrong_generate_options_are_one_line(capsys, tmp_path, run_folder):
     (tmp_path / "bad.yaml").write_text("stepz: 3")
     assert "did you mean steps?" in fails(capsys, "generate", "x", "--config", str(tmp_path / "bad.yaml"))
     assert "not both" in fails(capsys, "generate", "--config", "a", "--resume", "b")
+    for option in ("--config", "--resume", "--guidance.name"):
+        assert f"{option}: expected one argument" in fails(capsys, "generate", "x", option)
     assert "is no folder" in fails(capsys, "generate", "--resume", str(tmp_path / "absent"))
     assert "holds no config.yaml" in fails(capsys, "generate", "--resume", str(tmp_path))
     assert "'a chair'" in fails(capsys, "generate", "a table", "--resume", str(run_folder.path))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,15 @@ def shortened(texts: Sequence[str], fits: Callable[[str], bool]) -> tuple[list[s
     kept = {prompt: _longest_start(prompt, own, fits) for prompt, own in endings.items()}
     lost = {prompt: prompt[len(start) :].strip() for prompt, start in kept.items() if start != prompt}
     return [kept[prompt] + ending for prompt, ending in parts], lost
+
+
+def warn_of_lost_words(name: str, most: int, lost: Mapping[str, str]) -> None:
+    """A warning per prompt that was `shortened`: the guidance called `name` reads `most` tokens of one."""
+    for prompt, words in lost.items():
+        warnings.warn(
+            f"guidance {name!r} reads at most {most} tokens of a prompt: of {prompt!r} it does not see {words!r}",
+            stacklevel=4,
+        )
 
 
 def _without_view(text: str) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from dreamfusion_fast.errors import NonFiniteError, UserError
 from dreamfusion_fast.gpu_memory import free_bytes
 from dreamfusion_fast.guidance.base import GuidanceConfig
 from dreamfusion_fast.guidance.pipeline_source import PipelineSource
-from dreamfusion_fast.guidance.prompts import shortened
+from dreamfusion_fast.guidance.prompts import shortened, warn_of_lost_words
 
 Placement = Literal["gpu", "layers", "cpu"]
 """Where an encoder runs: whole on the GPU, layer by layer on the GPU from main memory, or on the CPU."""
@@ -211,12 +211,7 @@ class PromptEncoder:
             )
 
         texts, lost = shortened(texts, fits)
-        for prompt, words in lost.items():
-            warnings.warn(
-                f"guidance {self._source.name!r} reads at most {min(lengths.values())} tokens of a prompt: of "
-                f"{prompt!r} it does not see {words!r}",
-                stacklevel=3,
-            )
+        warn_of_lost_words(self._source.name, min(lengths.values()), lost)
         return {
             suffix: tokenizer(
                 [self._read(suffix, text) for text in texts],

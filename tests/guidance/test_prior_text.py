@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dreamfusion_fast.guidance import PromptSet
+from dreamfusion_fast.guidance.prior.guide import EmbeddedPrior
 from dreamfusion_fast.guidance.prior.text_encoder import MAX_TOKENS, WEIGHTS, WIDTH, TextEncoder
 
 
@@ -35,6 +37,22 @@ def test_padding_is_zero_and_long_captions_are_cut(encoder):
     assert used == [3, MAX_TOKENS]  # [CLS] chair [SEP]
     alone, _ = encoder(["chair"])
     torch.testing.assert_close(tokens[0], alone[0], atol=1e-4, rtol=0)  # a longer neighbour changes nothing
+
+
+def test_what_fits(encoder):
+    assert encoder.fits("chair " * (MAX_TOKENS - 2))
+    assert not encoder.fits("chair " * (MAX_TOKENS - 1))
+    assert encoder.fits("")
+
+
+def test_long_prompts_keep_their_view():
+    views = PromptSet("a wooden chair with " + "carved legs and " * 8 + "a cushion").texts
+    with pytest.warns(
+        UserWarning, match="'embedded' reads at most 20 tokens of a prompt: .* it does not see '.*cushion'"
+    ):
+        found = EmbeddedPrior("cpu").embed_texts(views)["pooled"]
+    similar = torch.nn.functional.normalize(found[:4], dim=1)
+    assert float((similar @ similar.T - torch.eye(4)).max()) < 0.98
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ from torch import Tensor
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance.base import DiffusionModel, DtypeName, Views, resolve_dtype
 from dreamfusion_fast.guidance.capture import CapturedFunction
+from dreamfusion_fast.guidance.prompts import shortened, warn_of_lost_words
 
 from .cpu_network import CpuNetwork, cpu_network_serves
 from .model import IMAGE_SIZE, SHADINGS, ViewCondition, load_prior, noise_schedule
-from .text_encoder import WEIGHTS, TextEncoder
+from .text_encoder import MAX_TOKENS, WEIGHTS, TextEncoder
 
 
 class EmbeddedPrior(DiffusionModel):
@@ -59,11 +60,18 @@ class EmbeddedPrior(DiffusionModel):
         digest = hashlib.sha256()
         for file in ("text_encoder.safetensors.gz", "tokenizer.json"):
             digest.update((self.folder / file).read_bytes())
-        return f"embedded-prior-text:{digest.hexdigest()}"
+        # The number is raised whenever texts become other tokens; before 2, long prompts lost the name of the view.
+        return f"embedded-prior-text-2:{digest.hexdigest()}"
 
     def embed_texts(self, texts: list[str]) -> dict[str, Tensor]:
-        """`tokens` `[n, 20, 384]` and `pooled` `[n, 384]`, float32, on the CPU; see `TextEncoder`."""
-        tokens, pooled = TextEncoder(self.folder)(texts)
+        """`tokens` `[n, 20, 384]` and `pooled` `[n, 384]`, float32, on the CPU; see `TextEncoder`.
+
+        Texts that are too long lose words, as `prompts.shortened` says, and a warning names them.
+        """
+        encoder = TextEncoder(self.folder)
+        texts, lost = shortened(texts, encoder.fits)
+        warn_of_lost_words("embedded", MAX_TOKENS, lost)
+        tokens, pooled = encoder(texts)
         return {"tokens": tokens, "pooled": pooled}
 
     def encode(self, images: Tensor) -> Tensor:

@@ -51,6 +51,10 @@ class TextEncoder(nn.Module):
         self.tokenizer.enable_truncation(MAX_TOKENS)
         self.tokenizer.enable_padding(length=MAX_TOKENS, pad_id=self.tokenizer.token_to_id("[PAD]"))
 
+    def fits(self, caption: str) -> bool:
+        """Whether a caption has at most 20 tokens, those at its start and end included."""
+        return not self.tokenizer.encode(caption).overflowing
+
     @torch.no_grad()
     def forward(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Encode captions; what goes beyond 20 tokens is cut.

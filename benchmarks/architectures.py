@@ -232,7 +232,7 @@ class RandomWeights(PipelineSource):
     def _file(self, relative: str) -> Path:
         raise FileNotFoundError(relative)
 
-    def _weight_files(self, component: str) -> None:
+    def _files_in(self, component: str) -> None:
         return None
 
     @property

@@ -20,8 +20,8 @@ from architectures import UNETS
 from bench_step import Row, make_trainer, time_steps
 from machine import describe, headline
 
+from dreamfusion_fast.errors import DoesNotFitError
 from dreamfusion_fast.training.memory_plan import MemoryPlan, capped
-from dreamfusion_fast.training.out_of_memory import DoesNotFitError
 from dreamfusion_fast.training.trainer import Trainer
 
 # Steps in which kernels are compiled and graphs captured.

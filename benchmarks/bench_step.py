@@ -6,7 +6,8 @@ The trainer is the real one, with the settings that `dreamfusion-fast generate` 
 are embedded by the model's text encoders, of random weights too, placed and freed as in a run. Per case:
 
 - ms: wall time of a step, the mean over `--steps` steps without a wait between them, after half as many to warm up;
-- ours: that, less the medians of encoding, U-Net and the encoding's backward, profiled in further steps;
+- ours: that, less the medians of encoding, U-Net and the encoding's backward, profiled in further steps; it means
+  nothing where profiling slows the host down, as with weights in main memory;
 - allocated, reserved: torch's peaks over the whole process, weights and warm-up included, in GB (10^9 bytes).
 
     python benchmarks/bench_step.py                              # sd-1.5 and sd-2.1 at 64^2

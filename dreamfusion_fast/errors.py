@@ -11,3 +11,10 @@ class UserError(Exception):
 
 class NonFiniteError(UserError):
     """A NaN or an infinity appeared where training needs a finite number."""
+
+
+class DoesNotFitError(UserError):
+    """A step, or the guidance's weights, do not fit into memory with everything saved that can be.
+
+    The run is as it was before.
+    """

@@ -227,8 +227,7 @@ class PipelineModel(DiffusionModel):
 
         The measurements are those of `benchmarks/bench_guidance.py`, with a third added.
         """
-        config = self._unet_config
-        size, width = _square(config, self.name), config.get("block_out_channels", (320,))[0]
+        size, width = self._source.sample_size, self._unet_config.get("block_out_channels", (320,))[0]
         unet = _UNET_BYTES * size**2 * width // 320 * self.dtype.itemsize // 2
         weights = self._source.parameters("unet") * self.dtype.itemsize
         offloadable = int((1 - RESIDENT_SHARE) * weights) if can_stream_weights(self.device) else 0
@@ -263,7 +262,7 @@ class PixelModel(PipelineModel):
     def __init__(self, source: PipelineSource, config: GuidanceConfig, device: torch.device):
         super().__init__(source, config, device)
         self._check_channels(3)
-        self.image_size = _square(self._unet_config, self.name)
+        self.image_size = source.image_size
 
     def encode(self, images: Tensor) -> Tensor:
         return resize(images, self.image_size) * 2 - 1
@@ -300,7 +299,7 @@ class LatentModel(PipelineModel):
             raise UserError(f"guidance {self.name!r}: the vae's scaling_factor is 0, which leaves nothing of an image")
         upcast = self._may_upcast and vae.get("force_upcast", False) and self.dtype == torch.float16
         self._vae_dtype = torch.float32 if upcast else self.dtype
-        self.image_size = _square(self._unet_config, self.name) * 2 ** (len(vae.get("block_out_channels", (64,))) - 1)
+        self.image_size = source.image_size
         self._width = vae.get("block_out_channels", (64,))[0]
         self._vae: Any = None
         self._encoder: LatentEncoder | None = None
@@ -309,11 +308,12 @@ class LatentModel(PipelineModel):
     def load(self) -> None:
         super().load()
         if self._vae is None:
-            self._vae = self._source.load("vae", self._vae_dtype)
-            self._vae.decoder = None  # it is never run
-            self._vae.to(self.device)
+            vae = self._source.load("vae", self._vae_dtype)
+            vae.decoder = None  # it is never run
+            vae.to(self.device)
             if self._encodes_fused():
-                self._encoder = LatentEncoder(self._vae, self._recompute)
+                self._encoder = LatentEncoder(vae, self._recompute)
+            self._vae = vae  # last: what did not fit is loaded again
 
     def encode(self, images: Tensor) -> Tensor:
         self.load()
@@ -404,15 +404,6 @@ def resize(images: Tensor, size: int) -> Tensor:
     return torch.nn.functional.interpolate(
         images, (size, size), mode="bilinear", align_corners=False, antialias=shrinks
     )
-
-
-def _square(unet_config: dict[str, Any], name: str) -> int:
-    size = unet_config.get("sample_size")
-    if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
-        size = size[0]
-    if not isinstance(size, int) or size < 1:
-        raise UserError(f"guidance {name!r}: the unet's sample_size must be one positive number, got {size!r}")
-    return size
 
 
 def _number(config: dict[str, Any], field: str, default: float, name: str) -> float:

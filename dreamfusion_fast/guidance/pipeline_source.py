@@ -88,7 +88,7 @@ class PipelineSource(ABC):
         """What `from_pretrained` takes to find the pipeline."""
 
     @abstractmethod
-    def _weight_files(self, component: str) -> list[str] | None:
+    def _files_in(self, component: str) -> list[str] | None:
         """Names of all files in the component's folder; None if nobody can say now."""
 
     def check_weights(self, component: str) -> None:
@@ -96,7 +96,7 @@ class PipelineSource(ABC):
 
         A component with weights of the variant "fp16" alone is loaded from these.
         """
-        names = self._weight_files(component)
+        names = self._files_in(component)
         if names is None:
             return
         found = [name for name in names if name.endswith(".safetensors")]
@@ -126,7 +126,7 @@ class PipelineSource(ABC):
 
         transformers 5 makes an empty tokenizer then, to which all prompts are the same.
         """
-        names = self._weight_files(component)
+        names = self._files_in(component)
         if names is not None and not holds_tokenizer(names):
             held = f"only {', '.join(names)}" if names else "nothing"
             raise UserError(
@@ -154,6 +154,28 @@ class PipelineSource(ABC):
     def config(self, component: str) -> dict[str, Any]:
         """Configuration of a model or scheduler."""
         return self._json(f"{component}/{'scheduler_config' if component == 'scheduler' else 'config'}.json")
+
+    @property
+    def sample_size(self) -> int:
+        """Height and width of what the U-Net reads.
+
+        Raises:
+            UserError: its configuration has no such number.
+        """
+        size = self.config("unet").get("sample_size")
+        if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
+            size = size[0]
+        if not isinstance(size, int) or size < 1:
+            raise UserError(f"guidance {self.name!r}: the unet's sample_size must be one positive number, got {size!r}")
+        return size
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images that the pipeline was trained on, pixels; raises as `sample_size` does."""
+        if self.class_name("vae") is None:
+            return self.sample_size
+        levels = self.config("vae").get("block_out_channels", (64,))
+        return self.sample_size * 2 ** (len(levels) - 1)
 
     def skeleton(self, component: str) -> torch.nn.Module:
         """A model as its configuration describes it, without weights, on torch's meta device. It is made once.
@@ -278,7 +300,7 @@ class LocalSource(PipelineSource):
             raise UserError(f"guidance {self.name!r} is no diffusers pipeline, it lacks {relative}: {_EXPECTED}")
         return path
 
-    def _weight_files(self, component: str) -> list[str]:
+    def _files_in(self, component: str) -> list[str]:
         return sorted(path.name for path in (self._folder / component).glob("*") if path.is_file())
 
     def check_weights(self, component: str) -> None:
@@ -345,7 +367,7 @@ class HubSource(PipelineSource):
         except Exception as error:  # the hub's HTTP library differs between versions, and so do its errors
             raise UserError(f"{self._unreachable()} ({one_line(error)})") from error
 
-    def _weight_files(self, component: str) -> list[str] | None:
+    def _files_in(self, component: str) -> list[str] | None:
         if self._listing is None:
             import huggingface_hub
 

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -45,12 +46,8 @@ def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        first = next(tensors, None)
-        device = None if first is None else first.device
-        if device is None or device.type != "cuda" or torch.cuda.current_device() == device.index:
-            return function(*args, **kwargs)
-        with torch.cuda.device(device):
+        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        with nullcontext() if first is None else torch.cuda.device_of(first):  # which does nothing for a CPU
             return function(*args, **kwargs)
 
     return run

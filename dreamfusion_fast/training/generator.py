@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dreamfusion_fast.errors import NonFiniteError, UserError
+from dreamfusion_fast.errors import DoesNotFitError, NonFiniteError, UserError
 from dreamfusion_fast.export import MeshSummary, export_field, render_preview, render_turntable
 from dreamfusion_fast.fields.base import evaluate
 from dreamfusion_fast.guidance.base import Guidance, GuidanceConfig, create_guidance
@@ -25,7 +25,6 @@ from dreamfusion_fast.training.checkpoint import Checkpoint, load_checkpoint
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.device import current, resolve_device
 from dreamfusion_fast.training.memory_plan import capped
-from dreamfusion_fast.training.out_of_memory import DoesNotFitError
 from dreamfusion_fast.training.profile import StepProfile, StepProfiler
 from dreamfusion_fast.training.trainer import Trainer
 
@@ -82,12 +81,8 @@ class Generator:
         guidance: Guidance | GuidanceConfig | None = None,
         **settings: Any,
     ) -> None:
-        if isinstance(prompt, Config):
-            config = prompt
-        elif isinstance(guidance, GuidanceConfig):
-            config = Config.for_guidance(guidance.name, prompt=prompt)
-        else:
-            config = Config(prompt=prompt)
+        name = guidance.name if isinstance(guidance, GuidanceConfig) else "embedded"
+        config = prompt if isinstance(prompt, Config) else Config.for_guidance(name, prompt=prompt)
         if isinstance(guidance, GuidanceConfig):
             settings["guidance"], guidance = guidance, None
         self._setup(dataclasses.replace(config, **settings), callbacks, guidance)
@@ -171,13 +166,16 @@ class Generator:
 
         Says so where the run goes on with another model.
         """
-        began = {} if self._checkpoint is None else self._checkpoint.meta.get("guidance", {})
-        config = self.config.guidance
-        if began and began["name"] != config.name:
-            print(f"this run was guided by {began['name']}, and goes on with {config.name}", file=sys.stderr)
-        elif began and began["revision"] is not None and config.revision is None:
-            return create_guidance(dataclasses.replace(config, revision=began["revision"]), self.device)
-        return None
+        if self._checkpoint is None:
+            return None
+        began, now = self._checkpoint.config.guidance, self.config.guidance
+        if began.name != now.name:
+            print(f"this run was guided by {began.name}, and goes on with {now.name}", file=sys.stderr)
+            return None
+        revision = self._checkpoint.meta.get("guidance_revision")
+        if revision is None or began.revision != now.revision:
+            return None
+        return create_guidance(dataclasses.replace(now, revision=revision), self.device)
 
     def _trainer(self, guidance: Guidance | None, profiler: StepProfiler | None = None) -> Trainer:
         trainer = Trainer(self.config, self.device, guidance, profiler)
@@ -193,7 +191,7 @@ class Generator:
         try:
             trainer.load_guidance()
         except DoesNotFitError as error:
-            raise UserError(f"{error}; with such settings added, continue: {_resume_command(folder)}") from error
+            raise _to_be_resumed(error, folder) from error
         except KeyboardInterrupt:
             print(f"stopped before step {trainer.steps_done + 1}; continue: {_resume_command(folder)}", file=sys.stderr)
             raise
@@ -221,7 +219,7 @@ class Generator:
             raise UserError(f"{error}; the last good checkpoint is {folder.checkpoint}") from error
         except DoesNotFitError as error:
             checkpoints.save(trainer)  # of the last whole step
-            raise UserError(f"{error}; with such settings added, continue: {_resume_command(folder)}") from error
+            raise _to_be_resumed(error, folder) from error
         finally:
             for callback in callbacks:
                 callback.on_end(trainer)
@@ -272,6 +270,10 @@ class Generator:
 
 def _resume_command(folder: RunFolder) -> str:
     return f"dreamfusion-fast generate --resume {shlex.quote(str(folder.path))}"
+
+
+def _to_be_resumed(error: DoesNotFitError, folder: RunFolder) -> UserError:
+    return UserError(f"{error}; with such settings added, continue: {_resume_command(folder)}")
 
 
 class _NoGuidance(Guidance):

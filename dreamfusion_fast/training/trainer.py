@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.errors import NonFiniteError, UserError
+from dreamfusion_fast.errors import DoesNotFitError, NonFiniteError, UserError
 from dreamfusion_fast.fields.background import MlpBackground
 from dreamfusion_fast.fields.hash_field import HashGridField
 from dreamfusion_fast.gpu_memory import is_out_of_memory, what_was_wanted
@@ -32,7 +32,6 @@ from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.drawing import DrawnViews, ViewSampler
 from dreamfusion_fast.training.memory_plan import MemoryLimit, MemoryPlan, MemoryPlanner
 from dreamfusion_fast.training.optimizer_step import CapturedStep
-from dreamfusion_fast.training.out_of_memory import DoesNotFitError
 from dreamfusion_fast.training.parts import sds_gradient_in_parts
 from dreamfusion_fast.training.profile import StepProfiler
 
@@ -346,8 +345,7 @@ class Trainer:
         for name, module in self._modules():
             tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
         moments, rest = flatten_optimizer(self.optimizer)
-        guided = {"name": self.config.guidance.name, "revision": self.guidance.revision}
-        return tensors | moments, {"optimizer": rest, "guidance": guided}
+        return tensors | moments, {"optimizer": rest, "guidance_revision": self.guidance.revision}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` was written, by a config of this architecture (`load_checkpoint` checks it).

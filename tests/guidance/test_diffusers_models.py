@@ -333,6 +333,28 @@ def test_memory_of_the_encoding_is_that_of_the_encoder_that_runs(own_pipeline: P
     assert planned(quicker=True) == (plain, plain, False)
 
 
+def test_an_autoencoder_that_did_not_fit_is_loaded_again(pipeline: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever saves memory elsewhere may call `load` once more."""
+    from diffusers import AutoencoderKL
+
+    guidance: Any = _guidance(pipeline("latent"), dtype="float32")
+    move, moved = AutoencoderKL.to, 0
+
+    def to(self: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal moved
+        if torch.device("cpu") in arguments:
+            moved += 1
+            if moved == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return move(self, *arguments, **options)
+
+    monkeypatch.setattr(AutoencoderKL, "to", to)
+    with pytest.raises(torch.OutOfMemoryError):
+        guidance.load()
+    guidance.load()
+    assert moved == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("no_tf32")
 @pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])

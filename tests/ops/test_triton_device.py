@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,31 +16,33 @@ class OnSecondGpu(Tensor):
     """A tensor that says it is on cuda:1."""
 
     @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return torch.device("cuda", 1)
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True
+
+    def get_device(self) -> int:
+        return 1
 
 
-@pytest.mark.parametrize(("now", "entered"), [(0, ["cuda:1"]), (1, [])])
+@pytest.mark.parametrize("before", [0, 1])
 @pytest.mark.parametrize("by_name", [False, True])
-def test_the_gpu_of_the_first_tensor_is_current(
-    monkeypatch: pytest.MonkeyPatch, now: int, entered: list[str], by_name: bool
-) -> None:
-    seen: list[str] = []
+def test_the_gpu_of_the_first_tensor_is_current(monkeypatch: pytest.MonkeyPatch, before: int, by_name: bool) -> None:
+    now = before
 
-    @contextmanager
-    def device(which: torch.device) -> Iterator[None]:
-        seen.append(str(which))
-        yield
+    def exchange(index: int) -> int:
+        nonlocal now
+        previous, now = now, index
+        return previous
 
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: now)
-    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
 
     @on_its_device
     def launch(settings: Any, x: Tensor) -> Any:
-        return settings, list(seen)
+        return settings, now
 
     x = torch.ones(2).as_subclass(OnSecondGpu)
-    assert (launch("a", x=x) if by_name else launch("a", x)) == ("a", entered)
+    assert (launch("a", x=x) if by_name else launch("a", x)) == ("a", 1)
+    assert now == before
 
 
 def test_on_a_cpu_and_without_tensors_nothing_changes() -> None:

@@ -12,11 +12,10 @@ from fakes import small_config
 from noisy import NoisyGuidance
 
 from dreamfusion_fast import Generator
-from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.errors import DoesNotFitError, UserError
 from dreamfusion_fast.guidance import GuidanceConfig
 from dreamfusion_fast.guidance.memory import GuidanceMemory
 from dreamfusion_fast.training import generator as module
-from dreamfusion_fast.training.out_of_memory import DoesNotFitError
 from dreamfusion_fast.training.trainer import Trainer
 
 ERROR = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 8.00 GiB of which ..."

@@ -7,11 +7,10 @@ import torch
 from fakes import small_config
 from noisy import NoisyGuidance
 
-from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.errors import DoesNotFitError, UserError
 from dreamfusion_fast.gpu_memory import is_out_of_memory, what_was_wanted
 from dreamfusion_fast.rendering.renderer import VolumeRenderer
 from dreamfusion_fast.training.memory_plan import SMALL_BUDGET
-from dreamfusion_fast.training.out_of_memory import DoesNotFitError
 from dreamfusion_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -23,9 +23,12 @@ LARGE = Config.for_guidance("stable-diffusion")
 def folder_of(path: Path, sample_size: Any, levels: int | None) -> str:
     (path / "unet").mkdir(parents=True)
     (path / "unet" / "config.json").write_text(json.dumps({"sample_size": sample_size}))
+    index = {"unet": ["diffusers", "UNet2DConditionModel"]}
     if levels is not None:
+        index["vae"] = ["diffusers", "AutoencoderKL"]
         (path / "vae").mkdir()
         (path / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [8] * levels}))
+    (path / "model_index.json").write_text(json.dumps(index))
     return str(path)
 
 
@@ -52,6 +55,13 @@ def test_settings_win() -> None:
 )
 def test_a_folder_says_how_large_its_model_is(tmp_path: Path, sample_size: Any, levels: int, small: bool) -> None:
     assert is_small(folder_of(tmp_path / "model", sample_size, levels)) == small
+
+
+def test_a_known_name_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_of(tmp_path / "sdxl", 16, 3)
+    monkeypatch.chdir(tmp_path)
+    assert not is_small("sdxl")
+    assert is_small("./sdxl")
 
 
 def test_what_cannot_be_read_counts_as_large(tmp_path: Path) -> None:

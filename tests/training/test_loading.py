@@ -107,7 +107,7 @@ class Branch:
     def create_guidance(self, config: GuidanceConfig, device: torch.device) -> NoisyGuidance:
         self.asked.append(config.revision)
         guidance = NoisyGuidance()
-        guidance.revision = config.revision or self.head
+        guidance.revision = self.head if config.revision in (None, "main") else config.revision
         return guidance
 
 
@@ -119,18 +119,19 @@ def branch(monkeypatch: pytest.MonkeyPatch) -> Branch:
     return branch
 
 
-def test_a_resumed_run_goes_on_with_the_weights_it_began_with(tmp_path: Path, branch: Branch) -> None:
+@pytest.mark.parametrize("name", [None, "main"])
+def test_a_resumed_run_goes_on_with_the_weights_it_began_with(tmp_path: Path, branch: Branch, name: str | None) -> None:
     folder = tmp_path / "run"
-    config = small_config(steps=3, out=str(folder), guidance=GuidanceConfig(name="owner/name"))
+    config = small_config(steps=3, out=str(folder), guidance=GuidanceConfig(name="owner/name", revision=name))
     Generator(config).run()
     branch.head = "second"
     for steps in (4, 5):
         resumed = Generator.resume(folder, dataclasses.replace(config, steps=steps))
         resumed.run()
-        assert resumed.config.guidance.revision is None, "another model could not be had at that commit"
+        assert resumed.config.guidance.revision == name, "another model could not be had at that commit"
     given = dataclasses.replace(config, steps=6, guidance=GuidanceConfig(name="owner/name", revision="third"))
     Generator.resume(folder, given).run()
-    assert branch.asked == [None, "first", "first", "third"]
+    assert branch.asked == [name, "first", "first", "third"]
 
 
 def test_another_model_is_said(tmp_path: Path, branch: Branch, capsys: pytest.CaptureFixture[str]) -> None:

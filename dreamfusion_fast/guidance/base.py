@@ -314,6 +314,7 @@ class Guidance(ABC):
         guidance_scale: float | None = None,
         generator: torch.Generator | None = None,
         grad_clip: float | None = None,
+        sds_share: float | None = None,
     ) -> SDSOutput:
         """Gradient that makes the images more likely under the prompt.
 
@@ -322,6 +323,8 @@ class Guidance(ABC):
             embeddings: from `embed`, on the same device.
             views: of the B images.
             t_range, guidance_scale, grad_clip: in place of the config's for this call.
+            sds_share: share of the residual of score distillation; the rest is that of classifier score distillation.
+                None: all of it. With mode "csd" it counts as 0.
             generator: source of timesteps and noise. A CPU generator gives the same numbers on every device.
 
         Raises:

@@ -123,6 +123,7 @@ class ScoreDistillation(Guidance):
         guidance_scale: float | None = None,
         generator: torch.Generator | None = None,
         grad_clip: float | None = None,
+        sds_share: float | None = None,
         part: BatchPart | None = None,
     ) -> SDSOutput:
         """See `Guidance.sds_gradient`. Arithmetic is in the images' dtype, the model's evaluation in its own.
@@ -134,6 +135,9 @@ class ScoreDistillation(Guidance):
         config, model = self.config, self.model
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         clip = config.grad_clip if grad_clip is None else grad_clip
+        share = 0.0 if config.mode == "csd" else 1.0 if sds_share is None else sds_share
+        if not 0 <= share <= 1:
+            raise ValueError(f"sds_share: got {share}, want 0 to 1")
 
         images = images.detach().requires_grad_(True)
         with torch.enable_grad(), stage("encode"):
@@ -152,14 +156,17 @@ class ScoreDistillation(Guidance):
             x0 = to_x0(output, noisy, alpha, sigma, model.prediction_type)
             if self.clip_x0 and model.x0_range is not None:
                 x0 = x0.clamp(*model.x0_range)
-            if config.mode == "csd":
+            residual = torch.zeros_like(clean)
+            if share > 0:
+                if self.clip_x0 or model.prediction_type == "sample":
+                    # eps_hat - eps with eps_hat = (noisy - alpha x0) / sigma, without the cancellation.
+                    distilled = alpha / sigma.clamp_min(_SMALL) * (clean - x0)
+                else:
+                    distilled = to_epsilon(output, noisy, alpha, sigma, model.prediction_type) - noise
+                residual = distilled if share == 1 else share * distilled
+            if share < 1:
                 null, text = (to_epsilon(half, noisy, alpha, sigma, model.prediction_type) for half in pair.chunk(2))
-                residual = scale * (text - null)
-            elif self.clip_x0 or model.prediction_type == "sample":
-                # eps_hat - eps with eps_hat = (noisy - alpha x0) / sigma, without the cancellation.
-                residual = alpha / sigma.clamp_min(_SMALL) * (clean - x0)
-            else:
-                residual = to_epsilon(output, noisy, alpha, sigma, model.prediction_type) - noise
+                residual = residual + (1 - share) * scale * (text - null)
             pull = weight(alpha, sigma, config.weighting) * residual
             if clip is not None:
                 size = pull.norm(dim=1, keepdim=True)

@@ -19,6 +19,7 @@ def sds_gradient_in_parts(
     views_per_call: int,
     t_range: tuple[float, float] | None = None,
     generator: torch.Generator | None = None,
+    sds_share: float | None = None,
 ) -> SDSOutput:
     """`Guidance.sds_gradient` of a batch, in calls of at most `views_per_call` views.
 
@@ -33,7 +34,7 @@ def sds_gradient_in_parts(
         embeddings: from `guidance.embed`.
         views: of the B images.
         views_per_call: most views at a time, at least 1.
-        t_range: as in `Guidance.sds_gradient`.
+        t_range, sds_share: as in `Guidance.sds_gradient`.
         generator: source of timesteps and noise.
 
     Raises:
@@ -44,7 +45,9 @@ def sds_gradient_in_parts(
         raise ValueError(f"views_per_call: got {views_per_call}, want at least 1")
     batch = len(images)
     if batch <= views_per_call:
-        return guidance.sds_gradient(images, embeddings, views, t_range=t_range, generator=generator)
+        return guidance.sds_gradient(
+            images, embeddings, views, t_range=t_range, generator=generator, sds_share=sds_share
+        )
     by_rows = generator is not None and takes_part(guidance.sds_gradient)
     state = generator.get_state() if generator is not None and by_rows else None
     outputs: list[SDSOutput] = []
@@ -56,7 +59,13 @@ def sds_gradient_in_parts(
             options["part"] = BatchPart(first, batch)
         outputs.append(
             guidance.sds_gradient(
-                images[rows], embeddings, views[rows], t_range=t_range, generator=generator, **options
+                images[rows],
+                embeddings,
+                views[rows],
+                t_range=t_range,
+                generator=generator,
+                sds_share=sds_share,
+                **options,
             )
         )
     return SDSOutput(*(torch.cat(values) for values in zip(*outputs, strict=True)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -131,6 +132,30 @@ def test_classifier_score_distillation(prediction_type: str) -> None:
     alpha, sigma = _levels(model, out.t)
     expected = 2 * sigma * alpha * 3.0 * (NULL - TEXT)
     torch.testing.assert_close(out.gradient, expected.expand_as(images), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_shares_of_both_residuals_add_up(prediction_type: str, clip: bool) -> None:
+    images, config = _images(), GuidanceConfig(guidance_scale=3.0, clip_x0=clip)
+
+    def run(share: float | None, mode: Any = "sds") -> Any:
+        guidance = ScoreDistillation(PointModel(prediction_type), replace(config, mode=mode, clip_x0=None))
+        guidance.clip_x0 = clip and mode == "sds"
+        generator = torch.Generator().manual_seed(3)
+        return guidance.sds_gradient(images, _embeddings(), _views(), generator=generator, sds_share=share)
+
+    distilled, classified = run(None).gradient, run(None, "csd").gradient
+    assert torch.equal(run(1.0).gradient, distilled)
+    assert torch.equal(run(0.0).gradient, classified)
+    assert torch.equal(run(1.0, "csd").gradient, classified)
+    torch.testing.assert_close(run(0.3).gradient, 0.3 * distilled + 0.7 * classified, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
+def test_shares_outside_their_range_are_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=f"sds_share: got {share}, want 0 to 1"):
+        ScoreDistillation(PointModel()).sds_gradient(_images(), _embeddings(), _views(), sds_share=share)
 
 
 def test_conventions_differ_by_one_also_in_the_default_scale() -> None:

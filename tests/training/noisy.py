@@ -39,6 +39,7 @@ class NoisyGuidance(BallGuidance):
         guidance_scale: Any = None,
         generator: torch.Generator | None = None,
         grad_clip: Any = None,
+        sds_share: Any = None,
         part: BatchPart | None = None,
     ) -> SDSOutput:
         self.sizes.append(len(images))

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from dreamfusion_fast.export.field import MeshSummary, export_field
-from dreamfusion_fast.export.mesh import Mesh, automatic_threshold, extract_mesh
-from dreamfusion_fast.export.texture import UnwrappedMesh, at_surface, bake, composited, save_glb, unwrap
+from dreamfusion_fast.export.agreement import Agreement, measure_agreement
+from dreamfusion_fast.export.field import TexturedMesh, export_field
+from dreamfusion_fast.export.mesh import Mesh
+from dreamfusion_fast.export.picture import render_mesh
+from dreamfusion_fast.export.surface import extract_mesh
+from dreamfusion_fast.export.texture import UnwrappedMesh, bake, save_glb, unwrap
 from dreamfusion_fast.export.turntable import render_preview, render_turntable, save_png, tile, view_grid
 
 __all__ = [
+    "Agreement",
     "Mesh",
-    "MeshSummary",
+    "TexturedMesh",
     "UnwrappedMesh",
-    "at_surface",
-    "automatic_threshold",
     "bake",
-    "composited",
     "export_field",
     "extract_mesh",
+    "measure_agreement",
+    "render_mesh",
     "render_preview",
     "render_turntable",
     "save_glb",

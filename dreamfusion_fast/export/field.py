@@ -5,20 +5,34 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from dreamfusion_fast.export.mesh import extract_mesh
-from dreamfusion_fast.export.texture import bake, composited, save_glb, unwrap
-from dreamfusion_fast.fields.base import FieldLike, evaluate, query_density
+from dreamfusion_fast.export.agreement import Agreement, measure_agreement
+from dreamfusion_fast.export.seen import occupied_space
+from dreamfusion_fast.export.surface import extract_from_grid, sample_density
+from dreamfusion_fast.export.texture import LOOK_INTO, UnwrappedMesh, bake, save_glb, seen_colors, unwrap
+from dreamfusion_fast.fields.base import FieldLike, query_density
+from dreamfusion_fast.rendering.config import RendererConfig
+from dreamfusion_fast.rendering.renderer import VolumeRenderer
 
 
-@dataclass(frozen=True)
-class MeshSummary:
-    """What was written."""
+@dataclass(frozen=True, eq=False)
+class TexturedMesh:
+    """What was written, and how far it shows what the render shows."""
 
+    unwrapped: UnwrappedMesh
+    texture: NDArray[np.uint8]
+    """[height, width, 3], row 0 at the top."""
     vertices: int
-    faces: int
-    texture_size: int
+    """Vertices before the mesh was cut along the seams of its texture."""
+    agreement: Agreement
+
+    @property
+    def faces(self) -> int:
+        """Number of triangles."""
+        return len(self.unwrapped.mesh.faces)
 
 
 def export_field(
@@ -29,10 +43,11 @@ def export_field(
     resolution: int = 128,
     threshold: float | None = None,
     smooth_iterations: int = 5,
-    min_component: float = 0.02,
+    min_component: float = 0.005,
     target_faces: int = 20_000,
     texture_size: int = 1024,
-) -> MeshSummary:
+    renderer: VolumeRenderer | None = None,
+) -> TexturedMesh:
     """Extract the surface of a field, bake its colour into a texture and write both as GLB, whole or not at all.
 
     Args:
@@ -42,6 +57,8 @@ def export_field(
         path: file to write.
         resolution, threshold, smooth_iterations, min_component, target_faces: see extract_mesh.
         texture_size: height and width of the texture, texels.
+        renderer: whose pictures of the field the mesh is compared with; by default one that samples wherever the
+            density, as sampled for the mesh, is not zero.
 
     Raises:
         UserError: there is no surface; the message says what to try.
@@ -53,22 +70,29 @@ def export_field(
         ...     return density, torch.tensor([1.0, 0.0, 0.0]).expand(len(positions), 3)
         >>> path = os.path.join(tempfile.mkdtemp(), "ball.glb")
         >>> box = torch.tensor([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0])
-        >>> summary = export_field(red_ball, box, path, resolution=32, texture_size=64)
-        >>> summary.faces > 100 and os.path.getsize(path) > 1000
+        >>> mesh = export_field(red_ball, box, path, resolution=32, texture_size=64)
+        >>> mesh.faces > 100 and os.path.getsize(path) > 1000
+        True
+        >>> mesh.agreement.iou > 0.9 and mesh.agreement.covered > 0.98
         True
     """
-    mesh = extract_mesh(
-        lambda positions: query_density(field, positions),
-        aabb,
-        resolution=resolution,
+    density, low, voxel = sample_density(lambda positions: query_density(field, positions), aabb, resolution)
+    mesh = extract_from_grid(
+        density,
+        low,
+        voxel,
         threshold=threshold,
         smooth_iterations=smooth_iterations,
         min_component=min_component,
         target_faces=target_faces,
+        device=aabb.device,
     )
-    voxel = float((aabb[3:] - aabb[:3]).max()) / resolution
     unwrapped = unwrap(mesh, texture_size)
-    colors = composited(lambda positions: evaluate(field, positions)[:2], voxel)
-    texture = bake(unwrapped, colors, texture_size, aabb.device)
+    space = occupied_space(density, low, voxel, aabb.device)
+    close = VolumeRenderer(field, space, RendererConfig(step=voxel, far=LOOK_INTO * voxel))
+    texture = bake(unwrapped, seen_colors(close, voxel), texture_size, aabb.device)
     save_glb(path, unwrapped, texture)
-    return MeshSummary(vertices=len(mesh.vertices), faces=len(mesh.faces), texture_size=texture_size)
+    if renderer is None:
+        renderer = VolumeRenderer(field, space, RendererConfig(step=voxel))
+    agreement = measure_agreement(renderer, unwrapped, texture)
+    return TexturedMesh(unwrapped, texture, len(mesh.vertices), agreement)

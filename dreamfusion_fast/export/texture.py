@@ -17,11 +17,20 @@ from PIL import Image
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.export.mesh import Mesh
+from dreamfusion_fast.export.raster import rasterize_texture
+from dreamfusion_fast.fields.base import evaluate
 from dreamfusion_fast.io import write_bytes
+from dreamfusion_fast.rendering.rays import Rays
+from dreamfusion_fast.rendering.renderer import VolumeRenderer
 
-AlbedoFn = Callable[[torch.Tensor], torch.Tensor]
 SurfaceColorFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-FieldFn = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+# Voxels outside the surface at which a ray that asks for its colour begins: more than smoothing and decimation move it,
+# and less than a gap of two cells. Below the other number a ray has met nothing.
+_OUTSIDE = 1.5
+_MISSED = 1e-3
+LOOK_INTO = 16.0
+"""Length of such a ray, in voxels."""
 
 
 @dataclass(frozen=True)
@@ -55,58 +64,6 @@ def unwrap(mesh: Mesh, texture_size: int = 1024, padding: int = 4) -> UnwrappedM
     )
 
 
-def rasterize(
-    uv: NDArray[np.float32], faces: NDArray[np.int64], height: int, width: int, chunk: int = 1 << 22
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Find for each texel the face that covers its centre, and where in the face.
-
-    Row 0 is the top of the texture (v = 1); the centre of texel (row, column) is at u = (column + 0.5) / width,
-    v = 1 - (row + 0.5) / height. A texel on a shared edge belongs to the face of the higher index.
-
-    Args:
-        uv: [n_vertices, 2].
-        faces: [n_faces, 3].
-        height, width: of the texture.
-        chunk: most texel and face pairs tested at a time.
-
-    Returns:
-        Face index [height, width], -1 where there is none, and barycentric coordinates [height, width, 3].
-    """
-    points = np.stack([uv[:, 0] * width - 0.5, (1 - uv[:, 1]) * height - 0.5], -1).astype(np.float64)[faces]
-    size = np.array([width, height])
-    low = np.clip(np.ceil(points.min(1) - 1e-6), 0, size).astype(np.int64)
-    high = np.clip(np.floor(points.max(1) + 1e-6) + 1, 0, size).astype(np.int64)
-    extent = np.maximum(high - low, 0)
-    count = extent[:, 0] * extent[:, 1]
-    a, ab, ac = points[:, 0], points[:, 1] - points[:, 0], points[:, 2] - points[:, 0]
-    area = ab[:, 0] * ac[:, 1] - ab[:, 1] * ac[:, 0]
-    count[np.abs(area) < 1e-12] = 0
-
-    index = np.full(height * width, -1, np.int64)
-    weights = np.zeros((height * width, 3), np.float32)
-    ends = np.cumsum(count)
-    start = 0
-    while start < len(faces):
-        done = ends[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, done + chunk, side="right")))
-        # One row per pair of a face and a texel of its bounding box.
-        face = np.repeat(np.arange(start, stop), count[start:stop])
-        within = np.arange(len(face)) - np.repeat(ends[start:stop] - count[start:stop] - done, count[start:stop])
-        column = low[face, 0] + within % extent[face, 0]
-        row = low[face, 1] + within // extent[face, 0]
-        x, y = column - a[face, 0], row - a[face, 1]
-        second = (x * ac[face, 1] - y * ac[face, 0]) / area[face]
-        third = (y * ab[face, 0] - x * ab[face, 1]) / area[face]
-        first = 1 - second - third
-        inside = (first >= -1e-6) & (second >= -1e-6) & (third >= -1e-6)
-        texel = (row * width + column)[inside]
-        index[texel] = face[inside]
-        weights[texel] = np.stack([first, second, third], -1)[inside]
-        start = stop
-    # Where texels were written twice, both arrays keep the last write of the same order.
-    return index.reshape(height, width), weights.reshape(height, width, 3)
-
-
 def bake(
     unwrapped: UnwrappedMesh,
     color_fn: SurfaceColorFn,
@@ -127,7 +84,7 @@ def bake(
         [size, size, 3], row 0 at the top. Texels that no face covers take the colour of the nearest covered one, so
         neither filtering nor smaller mip levels mix in a foreign colour.
     """
-    index, weights = rasterize(unwrapped.uv, unwrapped.mesh.faces, size, size)
+    index, weights = rasterize_texture(unwrapped.uv, unwrapped.mesh.faces, size, size)
     covered = index >= 0
     if not covered.any():
         raise UserError(f"no face covers a texel of a {size} x {size} texture; export with a larger --texture-size")
@@ -147,35 +104,27 @@ def bake(
     return texture[nearest[0], nearest[1]]
 
 
-def at_surface(albedo_fn: AlbedoFn) -> SurfaceColorFn:
-    """The colour exactly at the surface: positions [m, 3] to albedo [m, 3], whatever the normal."""
-    return lambda positions, normals: albedo_fn(positions)
+def seen_colors(renderer: VolumeRenderer, voxel: float) -> SurfaceColorFn:
+    """The colours that a renderer shows to who looks straight at a surface.
 
-
-def composited(field_fn: FieldFn, step: float, outside: float = 1.0, samples: int = 4) -> SurfaceColorFn:
-    """The colour a ray that enters along the normal collects around the surface.
-
-    A soft field shows the colour of where light is absorbed, some way below the mesh; exactly at the mesh, where the
-    density is low, its albedo is hardly trained.
+    A ray enters along the normal and collects colour until no light is left, or until it is `LOOK_INTO` voxels long. So
+    a soft field shows the colour of where its light is absorbed, which lies some way below the mesh, and a thin part
+    its own colour and not that of what is far behind it.
 
     Args:
-        field_fn: positions [m, 3] to (density [m], albedo [m, 3]).
-        step: distance between samples, scene units; about one cell of the grid that the mesh came from.
-        outside: steps outside the surface at which the ray starts.
-        samples: samples per ray, in the middle of each step.
+        renderer: of the field, for rays of that length; its step should not be longer than a voxel.
+        voxel: of the grid that the mesh came from, scene units.
     """
 
     def color_fn(positions: torch.Tensor, normals: torch.Tensor) -> torch.Tensor:
-        distance = (outside - 0.5 - torch.arange(samples, device=positions.device)) * step
-        points = positions[:, None] + normals[:, None] * distance[None, :, None]
-        density, albedo = field_fn(points.reshape(-1, 3))
-        optical = density.reshape(-1, samples).float() * step
-        before = optical.cumsum(1) - optical
-        weights = torch.exp(-before) * -torch.expm1(-optical)
-        total = weights.sum(1, keepdim=True)
-        # A ray that meets nothing takes the plain mean.
-        weights = torch.where(total > 1e-6, weights / total.clamp_min(1e-6), torch.full_like(weights, 1 / samples))
-        return (weights[:, :, None] * albedo.reshape(-1, samples, 3)).sum(1)
+        up = torch.tensor([0.0, 1.0, 0.0], device=normals.device)  # where the faces around have no common side
+        normals = torch.where(normals.norm(dim=1, keepdim=True) > 0.5, normals, up)
+        output = renderer.render(Rays(positions + _OUTSIDE * voxel * normals, -normals))
+        seen = output.color / output.opacity.clamp_min(1e-6)[:, None]
+        missed = output.opacity < _MISSED
+        if missed.any():  # too little is absorbed to have a colour: what the field says at the place itself
+            seen[missed] = evaluate(renderer.field, positions[missed]).albedo.to(seen.dtype)
+        return seen
 
     return color_fn
 

@@ -1,156 +1,35 @@
-"""Textures: every surface point of the written file shows the colour of the field there."""
+"""Textures: charts, colours, gutters, and how they are saved."""
 
 from __future__ import annotations
 
-import doctest
-import io
-import json
 import os
-import struct
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
-import trimesh
-from PIL import Image
+from shapes import BOX, hard, lumpy, renderer_of, soft, sphere, to_segment
 
 from dreamfusion_fast.errors import UserError
-from dreamfusion_fast.export import export_field, field
-from dreamfusion_fast.export.mesh import Mesh, extract_mesh
-from dreamfusion_fast.export.texture import at_surface, bake, composited, rasterize, save_glb, unwrap
-from dreamfusion_fast.fields.hash_field import HashGridField, HashGridFieldConfig
+from dreamfusion_fast.export.mesh import Mesh
+from dreamfusion_fast.export.surface import extract_mesh
+from dreamfusion_fast.export.texture import LOOK_INTO, bake, save_glb, seen_colors, unwrap
+from dreamfusion_fast.rendering.config import RendererConfig
+from dreamfusion_fast.rendering.renderer import VolumeRenderer
 
-BOX = torch.tensor([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0])
+pytestmark = pytest.mark.usefixtures("quick")
 
-
-def octants(positions):
-    """Another colour in every octant, so that no mirror image and no exchange of axes goes unnoticed."""
-    return 0.1 + 0.8 * (positions > 0).float()
+RED, GREEN, BLUE = torch.eye(3)
 
 
-def lumpy(positions):
-    """Density without symmetry: a ball with an arm along +x and a nose along +z."""
-    body = positions.norm(dim=-1) - 0.5
-    nose = (positions - torch.tensor([0.0, 0.1, 0.55])).norm(dim=-1) - 0.2
-    arm = (positions - torch.tensor([0.6, 0.2, 0.0])).norm(dim=-1) - 0.2
-    return 100 * torch.sigmoid(-80 * torch.minimum(torch.minimum(body, nose), arm))
-
-
-@pytest.fixture(scope="module")
-def glb(tmp_path_factory):
-    path = tmp_path_factory.mktemp("glb") / "mesh.glb"
-    summary = export_field(
-        lambda positions: (lumpy(positions), octants(positions)),
-        BOX,
-        path,
-        resolution=48,
-        target_faces=3000,
-        texture_size=256,
-    )
-    return path, summary
-
-
-def read_glb(path):
-    """A reader of its own, by the glTF 2.0 specification: a mistake that trimesh makes twice would cancel out."""
-    data = path.read_bytes()
-    magic, version, length = struct.unpack("<4sII", data[:12])
-    assert (magic, version, length) == (b"glTF", 2, len(data))
-    chunks, offset = {}, 12
-    while offset < length:
-        size, kind = struct.unpack("<I4s", data[offset : offset + 8])
-        chunks[kind] = data[offset + 8 : offset + 8 + size]
-        offset += 8 + size
-    document, binary = json.loads(chunks[b"JSON"]), chunks[b"BIN\0"]
-
-    def view(index):
-        entry = document["bufferViews"][index]
-        start = entry.get("byteOffset", 0)
-        return binary[start : start + entry["byteLength"]]
-
-    def accessor(index):
-        entry = document["accessors"][index]
-        kind = {5121: np.uint8, 5123: np.uint16, 5125: np.uint32, 5126: np.float32}[entry["componentType"]]
-        width = {"SCALAR": 1, "VEC2": 2, "VEC3": 3}[entry["type"]]
-        start = entry.get("byteOffset", 0)
-        return np.frombuffer(view(entry["bufferView"])[start:], kind, entry["count"] * width).reshape(-1, width)
-
-    (mesh,) = document["meshes"]
-    (primitive,) = mesh["primitives"]
-    material = document["materials"][primitive["material"]]["pbrMetallicRoughness"]
-    image = document["images"][document["textures"][material["baseColorTexture"]["index"]]["source"]]
-    texture = np.array(Image.open(io.BytesIO(view(image["bufferView"]))))
-    attributes = {name: accessor(index) for name, index in primitive["attributes"].items()}
-    return document, material, attributes, accessor(primitive["indices"]).reshape(-1, 3), texture
-
-
-def surface_points(attributes, faces, count):
-    rng = np.random.default_rng(0)
-    chosen = faces[rng.integers(len(faces), size=count)]
-    weights = rng.dirichlet([1, 1, 1], size=count)[:, :, None]
-    return {name: (values[chosen] * weights).sum(1) for name, values in attributes.items()}
-
-
-def test_written_colours_are_the_fields(glb):
-    _, _, attributes, faces, texture = read_glb(glb[0])
-    points = surface_points(attributes, faces, 20_000)
-    height, width, _ = texture.shape
-    # glTF: u to the right, v downward, from the upper left corner of the image.
-    column = np.clip((points["TEXCOORD_0"][:, 0] * width).astype(int), 0, width - 1)
-    row = np.clip((points["TEXCOORD_0"][:, 1] * height).astype(int), 0, height - 1)
-    found = texture[row, column, :3] / 255
-    wanted = octants(torch.from_numpy(points["POSITION"])).numpy()
-    clear = (np.abs(points["POSITION"]) > 0.04).all(1)  # a texel at a border between octants is either colour
-    assert clear.mean() > 0.5
-    error = np.abs(found - wanted).max(1)[clear]
-    assert (error < 0.02).mean() > 0.995
-
-
-def test_file_has_normals_one_rough_material_and_up_is_y(glb):
-    document, material, attributes, faces, texture = read_glb(glb[0])
-    assert material["metallicFactor"] == 0
-    assert material["roughnessFactor"] >= 0.9
-    assert texture.shape[:2] == (256, 256)
-    assert document["images"][0]["mimeType"] == "image/png"
-    assert all(set(node) <= {"name", "mesh", "children"} for node in document["nodes"])  # no hidden rotation
-    np.testing.assert_allclose(np.linalg.norm(attributes["NORMAL"], axis=1), 1, atol=1e-3)
-    corners = attributes["POSITION"][faces]
-    geometric = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    agreement = np.einsum("ij,ij->i", geometric, attributes["NORMAL"][faces].mean(1))
-    assert (agreement > 0).mean() > 0.99
-    assert attributes["POSITION"][:, 0].max() > 0.75  # the arm, on +x
-    assert attributes["POSITION"][:, 2].max() > 0.7  # the nose, on +z
-
-
-def test_trimesh_reads_it_back(glb):
-    path, summary = glb
-    mesh = trimesh.load(path, force="mesh")
-    assert len(mesh.faces) == summary.faces <= 3000
-    assert mesh.visual.material.baseColorTexture.size == (256, 256)
-    merged = trimesh.Trimesh(mesh.vertices, mesh.faces)
-    merged.merge_vertices(merge_tex=True, merge_norm=True)
-    assert merged.is_watertight
-    assert merged.volume > 0
-    assert os.listdir(path.parent) == ["mesh.glb"]
-
-
-def test_example_of_the_documentation_runs():
-    results = doctest.testmod(field)
-    assert results.attempted > 0
-    assert results.failed == 0
-
-
-def test_any_field_of_the_package_can_be_exported(tmp_path):
-    config = HashGridFieldConfig(levels=2, finest_resolution=16, log2_rows=8, hidden=8, backend="reference")
-    summary = export_field(
-        HashGridField(config), BOX, tmp_path / "a.glb", resolution=12, threshold=1.0, target_faces=0, texture_size=32
-    )
-    _document, _, attributes, faces, _ = read_glb(tmp_path / "a.glb")
-    assert summary.faces == len(faces) > 50
-    assert np.linalg.norm(attributes["POSITION"], axis=1).max() < 1
+def looking_into(field, voxel, step=None):
+    """The colours of a field, seen with rays of the length that an export gives them."""
+    config = RendererConfig(step=step or voxel, far=LOOK_INTO * voxel)
+    return seen_colors(VolumeRenderer(field, config=config), voxel)
 
 
 def test_seams_share_normals():
-    mesh = extract_mesh(lumpy, BOX, resolution=24, target_faces=1000)
+    mesh = extract_mesh(lumpy, BOX, resolution=24, threshold=50.0, target_faces=1000)
     cut = unwrap(mesh, 128)
     places, inverse = np.unique(cut.mesh.vertices, axis=0, return_inverse=True)
     assert len(places) < len(cut.normals)  # there are seams
@@ -161,45 +40,19 @@ def test_seams_share_normals():
     assert cut.uv.max() <= 1
 
 
-@pytest.mark.parametrize(("height", "width", "chunk"), [(37, 53, 1 << 22), (64, 64, 7), (1, 1, 100)])
-def test_rasterize_against_a_loop(height, width, chunk):
-    rng = np.random.default_rng(1)
-    uv = rng.uniform(-0.1, 1.1, (30, 2)).astype(np.float32)
-    faces = np.arange(30).reshape(10, 3)
-    faces[3] = 5  # a degenerate one
-    index, weights = rasterize(uv, faces, height, width, chunk)
-    for row in range(height):
-        for column in range(width):
-            center = np.array([(column + 0.5) / width, 1 - (row + 0.5) / height])
-            inside = {}
-            for face, corners in enumerate(uv[faces].astype(np.float64)):
-                matrix = np.vstack([corners.T, np.ones(3)])
-                if abs(np.linalg.det(matrix)) > 1e-12:
-                    solution = np.linalg.solve(matrix, [*center, 1])
-                    if (solution > -1e-6).all():
-                        inside[face] = solution
-            if not inside:
-                assert index[row, column] == -1
-            else:
-                assert index[row, column] == max(inside)
-                np.testing.assert_allclose(weights[row, column], inside[max(inside)], atol=1e-4)
-
-
 def test_gutters_take_the_nearest_colour():
     quad = Mesh(
         np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]], np.float32), np.array([[0, 1, 2], [0, 2, 3]], np.int64)
     )
     cut = unwrap(quad, 64)
     cut.uv[:] = cut.uv * 0.5 + 0.25  # leave a wide margin
-    texture = bake(
-        cut, at_surface(lambda positions: positions.new_tensor([0.2, 0.4, 0.6]).expand(len(positions), 3)), 64
-    )
+    texture = bake(cut, lambda positions, _: positions.new_tensor([0.2, 0.4, 0.6]).expand(len(positions), 3), 64)
     assert texture.dtype == np.uint8
     assert (texture == [51, 102, 153]).all()
 
 
 def test_bake_runs_in_chunks_and_survives_bad_colours():
-    mesh = extract_mesh(lumpy, BOX, resolution=16, target_faces=200)
+    mesh = extract_mesh(lumpy, BOX, resolution=16, threshold=50.0, target_faces=200)
     cut = unwrap(mesh, 33)
     sizes = []
 
@@ -214,37 +67,105 @@ def test_bake_runs_in_chunks_and_survives_bad_colours():
     assert set(np.unique(texture)) == {0, 255}
 
 
-def test_composited_colour_is_that_of_the_absorbing_depth():
-    """Red haze outside an opaque blue body: the surface shows blue, and a hard surface its own colour."""
-    blue, red = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 0.0])
+def test_colour_is_that_of_what_absorbs_the_light():
+    """Red haze outside an opaque blue body: of the light, the haze takes what it absorbs on the way to the body."""
+    voxel, density = 0.05, 2.0
 
     def field(positions):
         inside = positions[:, 2:] < 0
-        return torch.where(inside[:, 0], 200.0, 1.0), torch.where(inside, blue, red)
+        return torch.where(inside[:, 0], 4000.0, density), torch.where(inside, BLUE, RED)
 
-    positions = torch.zeros(3, 3)
-    normals = torch.tensor([0.0, 0.0, 1.0]).expand(3, 3)
-    step = 0.05
-    color = composited(field, step, outside=1.0, samples=4)(positions, normals)
-    haze = 1 - np.exp(-step)  # alpha of the one sample outside
-    total = haze + np.exp(-step) * (1 - np.exp(-3 * 200 * step))
-    np.testing.assert_allclose(color, [[haze / total, 0, 1 - haze / total]] * 3, atol=1e-6)
-    empty = composited(lambda p: (torch.zeros(len(p)), red.expand(len(p), 3)), step)(positions, normals)
-    np.testing.assert_allclose(empty, [[1, 0, 0]] * 3, atol=1e-6)
+    positions, normals = torch.zeros(3, 3), torch.tensor([0.0, 0.0, 1.0]).expand(3, 3)
+    haze = 1 - np.exp(-density * 1.5 * voxel)
+    color = looking_into(field, voxel, step=voxel / 50)(positions, normals)
+    np.testing.assert_allclose(color, [[haze, 0, 1 - haze]] * 3, atol=density * voxel / 50)
 
 
-def test_nothing_to_write_says_so_and_leaves_no_file(tmp_path):
-    with pytest.raises(UserError, match="there is no surface"):
-        export_field(lambda p: (torch.zeros(len(p)), octants(p)), BOX, tmp_path / "a.glb", resolution=8)
-    with pytest.raises(UserError, match="no faces"):
+def test_soft_ball_in_a_fog_shows_its_own_colour():
+    def field(positions):
+        matter = 60 * torch.sigmoid(30 * (0.4 - positions.norm(dim=1)))
+        return matter + 0.3, torch.where(matter[:, None] > 3, BLUE, RED)
+
+    mesh = extract_mesh(lambda positions: field(positions)[0], BOX, resolution=32, target_faces=1000)
+    places, normals = torch.from_numpy(mesh.vertices), torch.from_numpy(mesh.vertex_normals())
+    assert (field(places)[1] == RED).all(1).float().mean() > 0.9  # at the very surface is the fog
+    color = seen_colors(renderer_of(field, 32), 2 / 32)(places, normals)
+    assert color[:, 2].min() > 0.75
+    np.testing.assert_allclose(color.sum(1), 1, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "distance", "own"), [(hard, 0.15, 1.0), (soft, 0.15, 0.9), (soft, 0.4, 1.0)])
+def test_thin_rod_before_a_wall_keeps_its_colour(kind, distance, own):
+    """Whatever is behind a rod that lets 8 % of the light through, and alone what is near can be seen."""
+    voxel = 2 / 128
+
+    def field(positions):
+        rod = kind(to_segment(positions, [-0.5, 0.0, 0.3], [0.5, 0.0, 0.3]))
+        wall = positions[:, 2] < 0.3 - distance
+        return rod + 400.0 * wall, torch.where(wall[:, None], RED, GREEN)
+
+    positions = torch.stack([torch.linspace(-0.4, 0.4, 17), torch.zeros(17), torch.full((17,), 0.32)], 1)
+    color = looking_into(field, voxel)(positions, torch.tensor([0.0, 0.0, 1.0]).expand(17, 3))
+    np.testing.assert_allclose(color, [[1 - own, own, 0]] * 17, atol=0.03)
+
+
+def test_place_without_matter_has_the_colour_of_the_field():
+    def field(positions):
+        return torch.zeros(len(positions)), 0.5 + 0.5 * positions
+
+    positions = torch.rand(20, 3) - 0.5
+    color = looking_into(field, 0.05)(positions, torch.zeros(20, 3))
+    np.testing.assert_allclose(color, 0.5 + 0.5 * positions, atol=1e-6)
+
+
+def test_place_without_a_normal_is_looked_at_from_above():
+    def field(positions):
+        return torch.full((len(positions),), 100.0), GREEN.expand(len(positions), 3)
+
+    color = looking_into(field, 0.05)(torch.zeros(2, 3), torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+    np.testing.assert_allclose(color, [[0, 1, 0]] * 2, atol=1e-5)
+
+
+def at(texture, uv):
+    """Colours of a texture at uv [n, 2], between texels linearly."""
+    height, width, _ = texture.shape
+    where = [(1 - uv[:, 1]) * height - 0.5, uv[:, 0] * width - 0.5]
+    channels = [
+        scipy.ndimage.map_coordinates(texture[..., c] / 255.0, where, order=1, mode="nearest") for c in range(3)
+    ]
+    return np.stack(channels, -1)
+
+
+def test_both_sides_of_a_seam_have_the_same_colour():
+    def field(positions):
+        return lumpy(positions), 0.5 + 0.5 * torch.sin(positions)
+
+    size, voxel = 256, 2 / 48
+    cut = unwrap(extract_mesh(lumpy, BOX, resolution=48, threshold=50.0, target_faces=2000), size)
+    colors = at(bake(cut, seen_colors(renderer_of(field, 48), voxel), size), cut.uv)
+    places, inverse, count = np.unique(cut.mesh.vertices, axis=0, return_inverse=True, return_counts=True)
+    assert (count > 1).sum() > 100
+    low, high = np.full((len(places), 3), np.inf), np.full((len(places), 3), -np.inf)
+    np.minimum.at(low, inverse.reshape(-1), colors)
+    np.maximum.at(high, inverse.reshape(-1), colors)
+    difference = (high - low)[count > 1].max(1)
+    assert difference.max() < 0.03
+    assert difference.mean() < 0.01
+
+
+def test_nothing_to_unwrap_or_to_bake_says_what_to_try():
+    with pytest.raises(UserError, match="no faces; export with a lower --threshold"):
         unwrap(Mesh(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int64)))
-    assert os.listdir(tmp_path) == []
+    cut = unwrap(sphere((0, 0, 0), 0.5), 64)
+    cut.uv[:] = 0
+    with pytest.raises(UserError, match=r"no face covers a texel of a 8 x 8 texture; .* --texture-size"):
+        bake(cut, lambda positions, _: positions, 8)
 
 
 def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.glb"
     path.write_bytes(b"old")
-    cut = unwrap(extract_mesh(lumpy, BOX, resolution=16, target_faces=200), 32)
+    cut = unwrap(extract_mesh(lumpy, BOX, resolution=16, threshold=50.0, target_faces=200), 32)
 
     def fail(*_):
         raise KeyboardInterrupt

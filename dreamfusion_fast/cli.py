@@ -20,6 +20,7 @@ from dreamfusion_fast import __version__
 from dreamfusion_fast.errors import UserError
 
 if TYPE_CHECKING:
+    from dreamfusion_fast.export import Agreement
     from dreamfusion_fast.training.config import Config
 
 T = TypeVar("T")
@@ -162,8 +163,15 @@ def _generate(arguments: list[str]) -> int:
     else:
         _check_same_run(base, config)
         result = _generator().Generator.resume(known.resume, config).run()
-    print(f"done: {result.folder}")
+    _say_done(result.mesh.agreement, result.folder)
     return 0
+
+
+def _say_done(agreement: "Agreement", folder: Path) -> None:
+    print(agreement)
+    if agreement.warning is not None:
+        print(agreement.warning, file=sys.stderr)
+    print(f"done: {folder}")
 
 
 def _check_same_run(saved: "Config", given: "Config") -> None:
@@ -201,8 +209,8 @@ def _export(arguments: list[str]) -> int:
     resolve_device(given.device)
     out = _writable_folder(given.out or run)
     config = dataclasses.replace(saved, export=given.settings, device=given.device, out=run)
-    _generator().Generator.resume(run, config).export(out)
-    print(f"done: {out}")
+    mesh = _generator().Generator.resume(run, config).export(out)
+    _say_done(mesh.agreement, out)
     return 0
 
 

@@ -17,6 +17,7 @@ from dreamfusion_fast.training.config import (
     BackgroundConfig,
     Config,
     ExportConfig,
+    FirmConfig,
     LogConfig,
     OccupancyConfig,
     OptimConfig,
@@ -41,6 +42,7 @@ def small_config(**settings: Any) -> Config:
         optim=OptimConfig(warmup_steps=5),
         schedule=ScheduleConfig(render_size_start=12, render_size=16, render_size_until=0.5),
         log=LogConfig(preview_every=0, checkpoint_every=0, tensorboard=False, progress_bar=False),
+        firm=FirmConfig(steps=3),
         export=ExportConfig(resolution=32, texture_size=64, turntable_frames=3, turntable_size=32, preview_views=2),
     )
     return dataclasses.replace(config, **settings)
@@ -80,6 +82,7 @@ class BallGuidance(Guidance):
         guidance_scale: float | None = None,
         generator: torch.Generator | None = None,
         grad_clip: float | None = None,
+        sds_share: float | None = None,
     ) -> SDSOutput:
         size = images.shape[-1]
         difference = images.detach() - target(views, size).to(images.device)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dreamfusion_fast import cli
 from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.export import Agreement
 from dreamfusion_fast.io import prepare_run_folder
 from dreamfusion_fast.training.checkpoint import save_checkpoint
 from dreamfusion_fast.training.config import Config, ExportConfig
@@ -26,6 +27,7 @@ class FakeGenerator:
 
     told: list = []  # noqa: RUF012
     error: BaseException | None = None
+    agreement = Agreement(iou=0.981, covered=0.992, color=0.03)
 
     def __init__(self, config, folder=None):
         self.config, self.folder = config, Path(folder or config.out)
@@ -38,10 +40,11 @@ class FakeGenerator:
         if FakeGenerator.error is not None:
             raise FakeGenerator.error
         FakeGenerator.told.append(("run", self.config, self.folder))
-        return types.SimpleNamespace(folder=self.folder)
+        return types.SimpleNamespace(folder=self.folder, mesh=types.SimpleNamespace(agreement=self.agreement))
 
     def export(self, out):
         FakeGenerator.told.append(("export", self.config, Path(out)))
+        return types.SimpleNamespace(agreement=self.agreement)
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +156,21 @@ def test_resume_takes_the_saved_config(fake, run_folder):
     assert cli.main(["generate", "--resume", str(run_folder.path), "--steps", "80"]) == 0
     ((_, config, folder),) = fake.told
     assert (config.prompt, config.steps, folder) == ("a chair", 80, run_folder.path)
+
+
+@pytest.mark.parametrize("command", ["generate", "export"])
+def test_agreement_is_said_and_a_low_one_warns(fake, run_folder, capsys, monkeypatch, command):
+    arguments = {"generate": ["generate", "--resume"], "export": ["export"]}[command] + [str(run_folder.path)]
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr()
+    assert said.out == (
+        f"mesh agrees with the render: 0.98 (covers 0.99 of it, colours differ by 0.03)\ndone: {run_folder.path}\n"
+    )
+    assert said.err == ""
+    monkeypatch.setattr(fake, "agreement", Agreement(iou=0.72, covered=0.75, color=0.1))
+    assert cli.main(arguments) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: the mesh shows 0.72 of what the render shows")
 
 
 def test_export_takes_the_saved_settings(fake, run_folder, tmp_path):

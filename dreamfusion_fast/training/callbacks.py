@@ -145,23 +145,24 @@ class Checkpoints(Callback):
 
     def __init__(self, folder: RunFolder, every: int) -> None:
         self._folder, self._every = folder, every
-        self._saved_step = -1
+        self._saved: tuple[int, bool] | None = None
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         if due(result, self._every, trainer.config.steps):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Write a checkpoint now, unless this step's is there.
+        """Write a checkpoint now, unless there is one of this step and stage.
 
         Raises:
             NonFiniteError: a parameter is not finite; the checkpoint that was there is kept.
         """
-        if self._saved_step == trainer.steps_done:
+        state = (trainer.steps_done, trainer.firmed)
+        if self._saved == state:
             return
         trainer.check_parameters()
         tensors, meta = trainer.state()
         save_checkpoint(
             self._folder.checkpoint, tensors=tensors, config=trainer.config, step=trainer.steps_done, meta=meta
         )
-        self._saved_step = trainer.steps_done
+        self._saved = state

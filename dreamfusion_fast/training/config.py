@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from tyro.conf import Positional, arg
 
 from dreamfusion_fast.errors import UserError
@@ -101,6 +102,37 @@ class LossConfig:
     """sqrt(opacity^2 + 0.01) per ray: empty space stays empty. Off by default: it takes the legs of chairs."""
     entropy: Ramp = Ramp(0.0, 0.0)
     """Binary entropy of the opacity per ray: a ray hits or it misses. Off by default, for the same reason."""
+    sample_entropy: Ramp = Ramp(0.0, 0.003, 0.5, 0.9)
+    """Binary entropy of the weight per sample: light is absorbed at one place, so that surfaces are hard."""
+    binary: Ramp = Ramp(0.0, 0.02, 0.6, 0.9)
+    """Cross entropy of the opacity per ray with 1 where it is above `binary_threshold`, and with 0 elsewhere."""
+    binary_threshold: float = 0.4
+    """Opacity above which a ray is to be opaque. Below a half, thin parts that are half believed in are kept; far below
+    (0.25), objects swell."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.binary_threshold < 1:
+            raise ValueError(f"binary_threshold has to be between 0 and 1, not {self.binary_threshold}")
+
+
+@dataclass(frozen=True)
+class FirmConfig:
+    """The last stage: the field is fitted to its own renders, with each pixel opaque or empty. See `training.firm`."""
+
+    steps: int = 200
+    """Optimiser steps, without the diffusion model; 0 leaves the field as score distillation made it."""
+    threshold: float = 0.5
+    """Opacity from which on a pixel is to be opaque."""
+    lr_table: float = 0.01
+    """Learning rate of the hash table; it falls to a tenth."""
+    lr_mlp: float = 0.002
+    """Learning rate of the field's networks; it falls to a tenth."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"steps has to be at least 0, not {self.steps}")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold has to be between 0 and 1, not {self.threshold}")
 
 
 @dataclass(frozen=True)
@@ -156,6 +188,9 @@ class ScheduleConfig:
     """Height and width rendered after `render_size_until`, pixels."""
     render_size_until: float = 0.4
     """Fraction of the run rendered at render_size_start."""
+    sds_share: Ramp = Ramp(1.0, 0.1, 0.3, 0.6)
+    """Share of score distillation in the pull; the rest is classifier score distillation, which shows more detail and
+    firmer edges once there is an object."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.t_min < self.t_max_end <= self.t_max <= 1:
@@ -203,10 +238,10 @@ class ExportConfig:
     resolution: int = 128
     """Marching cubes cells along the longest side of the scene box."""
     threshold: float | None = None
-    """Density at the surface, per scene unit; by default chosen by export.mesh.automatic_threshold."""
+    """Density at the surface, per scene unit; by default the surface is the one that the renders show."""
     smooth_iterations: int = 5
     """Taubin smoothing steps; 0 leaves the marching cubes as they are."""
-    min_component: float = 0.02
+    min_component: float = 0.005
     """Separate pieces smaller than this fraction of the largest are dropped."""
     target_faces: int = 20_000
     """Faces after decimation; 0 keeps all."""
@@ -242,6 +277,8 @@ class ExportConfig:
             raise ValueError(f"min_component has to be between 0 and 1, not {self.min_component}")
 
 
+_BATCH = {"cpu": 2}  # views per step on a device, where a config does not say
+
 # Guidance of 64 pixels shows nothing finer than 1/32 of the box, so a run's field and step stop at a quarter of that.
 # The field's own defaults are for guidance of 512 pixels.
 SMALL_FIELD = HashGridFieldConfig(
@@ -270,8 +307,8 @@ class Config:
     """auto (the GPU if there is one), cpu, cuda or cuda:1."""
     steps: int = 1000
     """Optimiser steps."""
-    batch: int = 2
-    """Views per step."""
+    batch: int | None = None
+    """Views per step; by default 8 on a GPU, where they cost little more than 2, and 2 on a CPU."""
     memory: str | int | None = None
     """Memory the run may use, such as 16GB, 16GiB, 16000MB or bytes; by default what the GPU has free."""
     profile: bool = False
@@ -287,15 +324,21 @@ class Config:
     loss: LossConfig = LossConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     log: LogConfig = LogConfig()
+    firm: FirmConfig = FirmConfig()
     export: ExportConfig = ExportConfig()
+
+    def batch_on(self, device: torch.device) -> int:
+        """Views per step of a run on `device`."""
+        return self.batch if self.batch is not None else _BATCH.get(device.type, 8)
 
     def check(self) -> None:
         """Raise UserError for what no run can start with, such as an empty prompt."""
         if not self.prompt.strip():
             raise UserError('the prompt is empty; say what to make, such as "an armchair"')
         for name in ("steps", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} has to be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} has to be at least 1, not {value}")
         if self.memory is not None:
             parse_memory(self.memory)
 

@@ -65,6 +65,7 @@ class ViewSampler:
 
     def __init__(self, config: Config, device: torch.device, generator: torch.Generator) -> None:
         self._config, self._device, self._generator = config, device, generator
+        self._batch = config.batch_on(device)
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._steps: deque[torch.cuda.Event] = deque()
         self._grid_version: tuple[int, int] | None = None
@@ -77,7 +78,7 @@ class ViewSampler:
             progress: of the run, 0 to 1.
             renderer: what will render them.
         """
-        config, batch = self._config, self._config.batch
+        config, batch = self._config, self._batch
         shading = self._draw_shading(progress)
         cameras = sample_cameras(config.camera, batch, self._generator)
         plain = self._draw_backgrounds()
@@ -116,7 +117,7 @@ class ViewSampler:
 
     def _draw_backgrounds(self) -> Tensor | None:
         """Plain colours `[B, 3]` on the CPU, or None for the learned background."""
-        c, batch = self._config.background, self._config.batch
+        c, batch = self._config.background, self._batch
         draws = torch.rand(batch + 1, generator=self._generator)
         colors = random_colors(batch, self._generator)
         if float(draws[0]) >= c.plain:

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from dreamfusion_fast.errors import DoesNotFitError, NonFiniteError, UserError
-from dreamfusion_fast.export import MeshSummary, export_field, render_preview, render_turntable
-from dreamfusion_fast.fields.base import evaluate
+from dreamfusion_fast.export import TexturedMesh, export_field, render_mesh, render_preview, render_turntable
 from dreamfusion_fast.guidance.base import Guidance, GuidanceConfig, create_guidance
 from dreamfusion_fast.io import RunFolder, default_run_folder, make_folder, open_run_folder, prepare_run_folder
+from dreamfusion_fast.rendering.cameras import orbit_cameras
 from dreamfusion_fast.training.callbacks import Callback, Checkpoints, Curves, Preview, ProgressBar
 from dreamfusion_fast.training.checkpoint import Checkpoint, load_checkpoint
 from dreamfusion_fast.training.config import Config
@@ -31,11 +32,11 @@ from dreamfusion_fast.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left: its folder, the steps done and the mesh's size; what a step cost, if the config asked for it."""
+    """What a run left: its folder, the steps done and the mesh; what a step cost, if the config asked for it."""
 
     folder: Path
     steps: int
-    mesh: MeshSummary
+    mesh: TexturedMesh
     profile: StepProfile | None = None
 
 
@@ -215,6 +216,9 @@ class Generator:
                     for callback in callbacks:
                         callback.on_step(trainer, result)
                 checkpoints.save(trainer)
+                if self.config.firm.steps and not trainer.firmed and not interrupted.is_set():
+                    trainer.firm(interrupted.is_set)
+                    checkpoints.save(trainer)
         except NonFiniteError as error:
             raise UserError(f"{error}; the last good checkpoint is {folder.checkpoint}") from error
         except DoesNotFitError as error:
@@ -228,7 +232,7 @@ class Generator:
             print(f"{done}; continue: {_resume_command(folder)}", file=sys.stderr)
             raise KeyboardInterrupt
 
-    def export(self, out: str | Path | None = None) -> MeshSummary:
+    def export(self, out: str | Path | None = None) -> TexturedMesh:
         """Make mesh, turntable and preview of a resumed run again, into `out` or its own folder."""
         if self._folder is None:
             raise UserError("there is nothing to export yet: run() first, or Generator.resume(folder)")
@@ -240,20 +244,10 @@ class Generator:
         """The resumed run's field and renderer without any diffusion model: it renders, and cannot step."""
         return self._trainer(_NoGuidance())
 
-    def _export(self, trainer: Trainer, folder: RunFolder) -> MeshSummary:
+    def _export(self, trainer: Trainer, folder: RunFolder) -> TexturedMesh:
         e = self.config.export
-
-        def picture(azimuth: float) -> torch.Tensor:
-            return trainer.render_view(azimuth, e.turntable_size, e.elevation_deg)
-
-        def field(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            with torch.no_grad():
-                output = evaluate(trainer.field, positions)
-            return output.density, output.albedo
-
-        render_preview(picture, folder.preview, e.preview_views)
-        summary = export_field(
-            field,
+        mesh = export_field(
+            trainer.field,
             trainer.field.aabb,
             folder.mesh,
             resolution=e.resolution,
@@ -262,10 +256,17 @@ class Generator:
             min_component=e.min_component,
             target_faces=e.target_faces,
             texture_size=e.texture_size,
+            renderer=trainer.renderer,
         )
+
+        def picture(azimuth: float) -> NDArray[np.uint8]:
+            camera = orbit_cameras(1, e.elevation_deg, start_deg=azimuth)
+            return render_mesh(mesh.unwrapped, mesh.texture, camera, 0, e.turntable_size)
+
+        render_preview(picture, folder.preview, e.preview_views)
         if e.turntable_frames:
             render_turntable(picture, folder.turntable, n_frames=e.turntable_frames, fps=e.turntable_fps)
-        return summary
+        return mesh
 
 
 def _resume_command(folder: RunFolder) -> str:

@@ -18,8 +18,10 @@ from dreamfusion_fast.guidance.pipeline_source import open_source
 from dreamfusion_fast.rendering import RendererConfig
 from dreamfusion_fast.training.config import (
     ExportConfig,
+    LossConfig,
     OccupancyConfig,
     OptimConfig,
+    Ramp,
     ScheduleConfig,
     ShadingConfig,
 )
@@ -61,6 +63,7 @@ def settings_for(name: str) -> dict[str, Any]:
         "occupancy": OccupancyConfig(decay=0.95, warmup_steps=256),
         "optim": OptimConfig(lr_table=0.01, lr_mlp=0.01),
         "shading": ShadingConfig(albedo_steps=0.1, ambient=0.1, diffuse=0.9),
-        "schedule": ScheduleConfig(t_max_end=0.98, render_size_start=64),
+        "loss": LossConfig(sample_entropy=Ramp(), binary=Ramp()),
+        "schedule": ScheduleConfig(t_max_end=0.98, sds_share=Ramp(1.0, 1.0), render_size_start=64),
         "export": ExportConfig(resolution=256, texture_size=2048),
     }

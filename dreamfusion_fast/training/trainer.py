@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -30,11 +31,13 @@ from dreamfusion_fast.stages import stage
 from dreamfusion_fast.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.drawing import DrawnViews, ViewSampler
+from dreamfusion_fast.training.firm import firm_field
 from dreamfusion_fast.training.memory_plan import MemoryLimit, MemoryPlan, MemoryPlanner
 from dreamfusion_fast.training.optimizer_step import CapturedStep
 from dreamfusion_fast.training.parts import sds_gradient_in_parts
 from dreamfusion_fast.training.profile import StepProfiler
 
+_LOSSES = ("opacity", "entropy", "binary", "sample_entropy", "orientation")  # those of LossConfig
 _OPACITY_EPS = 0.01  # under the root of the opacity loss (DreamFusion, appendix A.2)
 
 
@@ -85,6 +88,7 @@ class Trainer:
     ) -> None:
         config.check()
         self.config = config
+        self.batch = config.batch_on(device)
         self.device = device
         self.profiler = profiler
         limit = MemoryLimit.of(config.memory, device)
@@ -106,7 +110,7 @@ class Trainer:
         self.planner = MemoryPlanner(
             self.guidance,
             config.renderer,
-            config.batch,
+            self.batch,
             max(config.schedule.render_size_start, config.schedule.render_size),
             sum(p.numel() * p.element_size() for group in self.optimizer.param_groups for p in group["params"]),
             limit,
@@ -115,6 +119,7 @@ class Trainer:
         self._set(self.planner.choose())
         self.embeddings = self.guidance.embed(config.prompt)
         self.steps_done = 0
+        self.firmed = False  # whether the last stage is done
         self._occupancy_is_of = -1  # the step that has updated it, if it was due
 
     def _make_optimizer(self) -> torch.optim.Adam:
@@ -146,7 +151,7 @@ class Trainer:
             self.guidance.set_offload(plan.offload)
 
     def step(self) -> StepResult:
-        """One optimiser step on `config.batch` random views.
+        """One optimiser step on `batch` random views.
 
         Raises:
             NonFiniteError: images, losses or gradients hold a NaN or an infinity.
@@ -156,7 +161,7 @@ class Trainer:
         before = self.generator.get_state()
         while True:
             try:
-                with nullcontext() if self.profiler is None else self.profiler.step(size, self.config.batch):
+                with nullcontext() if self.profiler is None else self.profiler.step(size, self.batch):
                     return self._step(size)
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -197,7 +202,7 @@ class Trainer:
             raise DoesNotFitError(
                 f"out of memory {when} ({reason}), and nothing is left to save: {self.planner.advice(self.plan)}"
             )
-        saved = ", ".join(plan.savings(self.config.batch, self.plan))
+        saved = ", ".join(plan.savings(self.batch, self.plan))
         print(f"out of memory {when} ({reason}); from here on {saved}", file=sys.stderr, flush=True)
         self.follow(plan)
 
@@ -205,11 +210,12 @@ class Trainer:
         config, progress = self.config, self.steps_done / self.config.steps
         self._set_learning_rates(progress)
         self._update_occupancy()
+        weights = {name: getattr(config.loss, name).at(progress) for name in _LOSSES}
         with stage("cameras"):
             drawn = self._sampler.draw(size, progress, self.renderer)
         with stage("render forward"):
-            output = self._render_training(drawn)
-            images = output.color.view(config.batch, size, size, 3).permute(0, 3, 1, 2)
+            output = self._render_training(drawn, with_entropy=weights["sample_entropy"] != 0)
+            images = output.color.view(self.batch, size, size, 3).permute(0, 3, 1, 2)
         with stage("guidance"):
             pull = sds_gradient_in_parts(
                 self.guidance,
@@ -219,13 +225,13 @@ class Trainer:
                 self.plan.views_per_call,
                 t_range=config.schedule.t_range(progress),
                 generator=self.generator,
+                sds_share=config.schedule.sds_share.at(progress),
             )
 
-        weights = {name: getattr(config.loss, name).at(progress) for name in ("opacity", "entropy", "orientation")}
         regularisers = self._regularisers(output, weights)
         losses = {"sds": pull.residual.mean()} | {name: value.detach() for name, value in regularisers.items()}
         # The guidance's gradient is a sum over its pixels; per pixel it has one size whatever the model's resolution.
-        per_pixel = 1.0 / (config.batch * self.guidance.image_size**2)
+        per_pixel = 1.0 / (self.batch * self.guidance.image_size**2)
         weighted = [weights[name] * value for name, value in regularisers.items() if weights[name]]
         result = StepResult(self.steps_done + 1, losses, drawn.shading, size, output.samples)
         if self.device.type == "cpu":  # before the parameters are touched; on a GPU it would wait
@@ -238,7 +244,22 @@ class Trainer:
         with stage("optimiser"):
             self._optimizer_step()
         self.steps_done += 1
+        self.firmed = False
         return result
+
+    def firm(self, stop: Callable[[], bool] = lambda: False) -> bool:
+        """The last stage, once all steps are done (`firm_field`); whether it was done to its end.
+
+        Args:
+            stop: asked after each of its steps; where it says so, the field is left as it was.
+
+        Raises:
+            NonFiniteError: the field did not stay finite; it is left as it was.
+        """
+        self.firmed = firm_field(
+            self.field, self.occupancy, self.renderer.config, self.config, self.batch, self.device, stop
+        )
+        return self.firmed
 
     def _update_occupancy(self) -> None:
         """Once per step, however often the step is repeated, and whole or not at all."""
@@ -284,7 +305,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
 
-    def _render_training(self, drawn: DrawnViews) -> RenderOutput:
+    def _render_training(self, drawn: DrawnViews, with_entropy: bool) -> RenderOutput:
         return self.renderer.render(
             drawn.rays,
             self.background if drawn.plain is None else drawn.plain,
@@ -292,6 +313,7 @@ class Trainer:
             drawn.light,
             jitter=True,
             seed=drawn.seed,
+            with_entropy=with_entropy,
             ambient=self.config.shading.ambient,
             diffuse=self.config.shading.diffuse,
             count=drawn.count,
@@ -300,14 +322,21 @@ class Trainer:
     def _regularisers(self, output: RenderOutput, weights: dict[str, float]) -> dict[str, Tensor]:
         """Means over rays, with a graph where they have a weight.
 
-        The orientation loss exists in the steps whose shading has computed normals.
+        The orientation loss exists in the steps whose shading has computed normals, the samples' entropy in those in
+        which it has a weight.
         """
         losses = {}
+        clamped = output.opacity.clamp(1e-5, 1.0 - 1e-5)
+        clear, opaque = (1 - clamped).log(), clamped.log()
         with torch.set_grad_enabled(weights["opacity"] != 0):
             losses["opacity"] = (output.opacity.square() + _OPACITY_EPS).sqrt().mean()
         with torch.set_grad_enabled(weights["entropy"] != 0):
-            opacity = output.opacity.clamp(1e-5, 1.0 - 1e-5)
-            losses["entropy"] = -(opacity * opacity.log() + (1 - opacity) * (1 - opacity).log()).mean()
+            losses["entropy"] = -(clamped * opaque + (1 - clamped) * clear).mean()
+        with torch.set_grad_enabled(weights["binary"] != 0):
+            wanted = output.opacity.detach() > self.config.loss.binary_threshold
+            losses["binary"] = -torch.where(wanted, opaque, clear).mean()
+        if output.entropy_loss is not None:
+            losses["sample_entropy"] = output.entropy_loss
         if output.orientation_loss is not None:
             losses["orientation"] = output.orientation_loss
         return losses
@@ -345,7 +374,9 @@ class Trainer:
         for name, module in self._modules():
             tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
         moments, rest = flatten_optimizer(self.optimizer)
-        return tensors | moments, {"optimizer": rest, "guidance_revision": self.guidance.revision}
+        meta: dict[str, object]
+        meta = {"optimizer": rest, "guidance_revision": self.guidance.revision, "firmed": self.firmed}
+        return tensors | moments, meta
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` was written, by a config of this architecture (`load_checkpoint` checks it).
@@ -361,6 +392,7 @@ class Trainer:
         except (KeyError, RuntimeError) as error:  # load_state_dict raises the latter
             raise UserError(f"the checkpoint does not fit this config: {' '.join(str(error).split())}") from error
         self.steps_done = checkpoint.step
+        self.firmed = bool(checkpoint.meta.get("firmed", False))
         self._occupancy_is_of = -1
 
     def _modules(self) -> list[tuple[str, torch.nn.Module]]:

@@ -150,6 +150,26 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_continue(tmp_path, capsys):
     assert (folder / "mesh.glb").read_bytes() == (tmp_path / "whole" / "mesh.glb").read_bytes()
 
 
+def test_ctrl_c_before_the_last_stage_leaves_it_to_be_done(tmp_path):
+    folder, record = tmp_path / "run", Record(12, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generator_of(folder, callbacks=[record]).run()
+    stopped = load_checkpoint(folder / "checkpoint.safetensors")
+    assert (stopped.step, stopped.meta["firmed"]) == (12, False)
+    Generator.resume(folder, guidance=BallGuidance()).run()
+    generator_of(tmp_path / "whole").run()
+    assert load_checkpoint(folder / "checkpoint.safetensors").meta["firmed"]
+    assert_same_tensors(tensors_of(folder), tensors_of(tmp_path / "whole"))
+    assert not torch.equal(tensors_of(folder)["field.table"], stopped.tensors["field.table"])
+
+
+def test_a_run_that_is_done_is_not_firmed_again(tmp_path):
+    generator_of(tmp_path / "run", steps=2).run()
+    before = tensors_of(tmp_path / "run")
+    Generator.resume(tmp_path / "run", guidance=BallGuidance()).run()
+    assert_same_tensors(before, tensors_of(tmp_path / "run"))
+
+
 def test_second_ctrl_c_stops_at_once(tmp_path):
     def twice():
         interrupt()

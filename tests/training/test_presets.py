@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from dreamfusion_fast.fields import HashGridFieldConfig
 from dreamfusion_fast.guidance import GuidanceConfig
 from dreamfusion_fast.guidance.base import KNOWN_GUIDANCE
 from dreamfusion_fast.rendering import RendererConfig
-from dreamfusion_fast.training.config import Config, ScheduleConfig
+from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.presets import is_small
 
 LARGE = Config.for_guidance("stable-diffusion")
@@ -40,6 +41,9 @@ def test_published_models_have_settings_of_their_own(name: str) -> None:
     assert config.renderer == RendererConfig()
     assert (config.steps, config.batch, config.schedule.t_max_end) == (10_000, 1, 0.98)
     config.schedule.t_range(1.0)
+    # Score distillation as in DreamFusion, and no losses but its own.
+    assert [config.schedule.sds_share.at(progress) for progress in (0.0, 0.5, 1.0)] == [1.0, 1.0, 1.0]
+    assert config.loss.binary.at(1.0) == config.loss.sample_entropy.at(1.0) == 0.0
     assert Config.for_guidance("embedded") == Config()
 
 
@@ -74,7 +78,7 @@ def test_yaml_that_names_a_model(tmp_path: Path) -> None:
     path.write_text("guidance:\n  name: stable-diffusion\nschedule:\n  render_size: 128\n")
     config = Config.load(path)
     assert (config.field, config.steps) == (LARGE.field, 10_000)
-    assert config.schedule == ScheduleConfig(t_max_end=0.98, render_size_start=64, render_size=128)
+    assert config.schedule == dataclasses.replace(LARGE.schedule, render_size=128)
     assert Config.from_yaml(config.to_yaml()) == config, "a saved config says everything"
     path.write_text("steps: 5\n")
     assert Config.load(path) == Config(steps=5)

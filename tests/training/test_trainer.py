@@ -16,6 +16,7 @@ from dreamfusion_fast.rendering.shading import Shading
 from dreamfusion_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dreamfusion_fast.training.config import (
     BackgroundConfig,
+    Config,
     LossConfig,
     OptimConfig,
     Ramp,
@@ -26,7 +27,7 @@ from dreamfusion_fast.training.device import send
 from dreamfusion_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-NO_LOSS = LossConfig(Ramp(), Ramp(), Ramp())
+NO_LOSS = LossConfig(*[Ramp()] * 5)
 QUICK = OptimConfig(lr_table=0.1, lr_mlp=0.02, lr_background=0.05, warmup_steps=5)
 
 
@@ -147,16 +148,47 @@ def test_learning_rates_warm_up_and_fall():
         assert rate == pytest.approx([rate[0], rate[0] / 10, rate[0] / 100])
 
 
-@pytest.mark.parametrize("name", ["opacity", "entropy"])
+@pytest.mark.parametrize("name", ["opacity", "entropy", "binary", "sample_entropy"])
 def test_opacity_losses_do_what_they_say(name):
-    """Alone, the opacity loss empties the scene, and the entropy loss makes rays hit or miss."""
+    """Alone, the opacity loss empties the scene, the others make rays hit or miss, or samples absorb all or nothing."""
     loss = dataclasses.replace(NO_LOSS, **{name: Ramp(1.0, 1.0)})
     trainer = trainer_of(guidance=BallGuidance(strength=0.0), steps=25, optim=QUICK, loss=loss)
     values = [trainer.step().losses[name] for _ in range(25)]
     assert values[-1] < 0.7 * values[0]
 
 
-@pytest.mark.parametrize("name", ["opacity", "entropy", "orientation"])
+@pytest.mark.parametrize("threshold", [0.05, 0.95])
+def test_what_is_above_the_binary_threshold_becomes_opaque_and_the_rest_clear(threshold):
+    loss = dataclasses.replace(NO_LOSS, binary=Ramp(1.0, 1.0), binary_threshold=threshold)
+    trainer = trainer_of(guidance=BallGuidance(strength=0.0), steps=25, optim=QUICK, loss=loss)
+    opacities = [trainer.step().losses["opacity"] for _ in range(25)]
+    assert (opacities[-1] > opacities[0]) == (threshold < 0.5)
+
+
+def test_share_of_score_distillation_follows_its_ramp():
+    shares = []
+
+    class Note(BallGuidance):
+        def sds_gradient(self, *arguments, sds_share=None, **options):
+            shares.append(sds_share)
+            return super().sds_gradient(*arguments, **options)
+
+    schedule = dataclasses.replace(small_config().schedule, sds_share=Ramp(1.0, 0.2, 0.25, 0.75))
+    trainer = trainer_of(guidance=Note(), steps=4, schedule=schedule)
+    for _ in range(4):
+        trainer.step()
+    assert shares == pytest.approx([1.0, 1.0, 0.6, 0.2])
+
+
+def test_views_per_step_are_those_that_the_device_makes_cheap():
+    assert [Config().batch_on(torch.device(name)) for name in ("cpu", "cuda", "cuda:1")] == [2, 8, 8]
+    assert Config(batch=3).batch_on(CPU) == Config(batch=3).batch_on(torch.device("cuda")) == 3
+    guidance = BallGuidance()
+    trainer_of(guidance=guidance, batch=None).step()
+    assert len(guidance.calls[0]["images"]) == 2
+
+
+@pytest.mark.parametrize("name", ["opacity", "entropy", "binary", "sample_entropy", "orientation"])
 def test_weights_of_the_losses_follow_their_ramps(name):
     """With no pull from the guidance, the gradient is the weight at that time times the loss's own."""
 
@@ -286,7 +318,7 @@ def test_latent_model_with_a_render_of_its_own_size():
 class Pull(BallGuidance):
     """Pulls images towards grey, without a wait for the GPU."""
 
-    def sds_gradient(self, images, embeddings, views, t_range=None, generator=None):
+    def sds_gradient(self, images, embeddings, views, t_range=None, generator=None, sds_share=None):
         (t,) = send(images.device, torch.randint(0, 1000, (len(images),), generator=generator))
         pull = images.detach() - 0.5
         return SDSOutput(pull, t, pull.flatten(1).norm(dim=1), pull.flatten(1).norm(dim=1), pull)

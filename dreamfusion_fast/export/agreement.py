@@ -63,7 +63,7 @@ def measure_agreement(renderer: VolumeRenderer, unwrapped: UnwrappedMesh, textur
 
     Args:
         renderer: of the field, on any device.
-        unwrapped, texture: the mesh.
+        unwrapped, texture: the mesh, which has to be closed.
     """
     box = renderer.aabb.cpu()
     radius = 0.5 * float((box[3:] - box[:3]).max())
@@ -73,7 +73,7 @@ def measure_agreement(renderer: VolumeRenderer, unwrapped: UnwrappedMesh, textur
         output = renderer.render(one(cameras, view).to(renderer.aabb.device).rays(SIZE, SIZE))
         opacity = output.opacity.view(SIZE, SIZE).cpu().numpy()
         shown = opacity > OPAQUE
-        seen = rasterize_view(unwrapped.mesh, cameras, view, SIZE, SIZE)
+        seen = rasterize_view(unwrapped.mesh, cameras, view, SIZE, SIZE, closed=True)
         both = shown & seen.covered
         of_mesh = np.zeros((SIZE, SIZE, 3), np.float32)
         of_mesh[seen.covered] = mesh_colors(unwrapped, texture, seen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,14 +62,17 @@ def rasterize_texture(
     return index.reshape(height, width), weights.reshape(height, width, 3)
 
 
-def rasterize_view(mesh: Mesh, cameras: Cameras, view: int, height: int, width: int) -> MeshView:
-    """Find for each pixel the nearest face that covers its centre; faces are seen from both sides.
+def rasterize_view(
+    mesh: Mesh, cameras: Cameras, view: int, height: int, width: int, *, closed: bool = False
+) -> MeshView:
+    """Find for each pixel the nearest face that covers its centre.
 
     Args:
         mesh: what is looked at. Faces that reach behind the camera are left out.
         cameras: on the CPU.
         view: which of the cameras.
         height, width: of the picture.
+        closed: the mesh is closed, so faces that turn away cannot be seen and are left out. Else they can.
     """
     pose = cameras.camera_to_world[view].double().numpy()
     right, up, back = ((mesh.vertices - pose[:, 3]) @ pose[:, :3]).T
@@ -78,18 +82,21 @@ def rasterize_view(mesh: Mesh, cameras: Cameras, view: int, height: int, width: 
         column = focal * right * inverse + (0.5 * width - 0.5)
         row = (0.5 * height - 0.5) - focal * up * inverse
     before = np.flatnonzero((back < -1e-6)[mesh.faces].all(1))
+    points = np.stack([column, row], -1)[mesh.faces[before]]
+    if closed:  # rows run downwards, so what is counter-clockwise seen from outside is clockwise here
+        ab, ac = points[:, 1] - points[:, 0], points[:, 2] - points[:, 0]
+        towards = ab[:, 0] * ac[:, 1] < ab[:, 1] * ac[:, 0]
+        before, points = before[towards], points[towards]
     faces = mesh.faces[before]
     nearest = np.zeros(height * width)
     index = np.full(height * width, -1, np.int64)
     weights = np.zeros((height * width, 3), np.float32)
-    for face, pixel, coordinates in _covered_pixels(np.stack([column, row], -1)[faces], height, width):
+    for face, pixel, coordinates in _covered_pixels(points, height, width):
         shares = coordinates * inverse[faces[face]]
         here = shares.sum(1)
-        order = np.argsort(here, kind="stable")  # the last write wins, so the nearest goes last
-        face, pixel, shares, here = face[order], pixel[order], shares[order], here[order]
-        nearer = here > nearest[pixel]
-        face, pixel, shares, here = face[nearer], pixel[nearer], shares[nearer], here[nearer]
-        nearest[pixel] = here
+        np.maximum.at(nearest, pixel, here)
+        wins = here == nearest[pixel]
+        face, pixel, shares, here = face[wins], pixel[wins], shares[wins], here[wins]
         index[pixel] = before[face]
         weights[pixel] = shares / here[:, None]
     return MeshView(index.reshape(height, width), weights.reshape(height, width, 3))
@@ -106,8 +113,6 @@ def _covered_pixels(
     Yields:
         Triangle [n], pixel [n] = row * width + column, and barycentric coordinates [n, 3].
     """
-    if not len(points):
-        return
     size = np.array([width, height])
     low = np.clip(np.ceil(points.min(1) - 1e-6), 0, size).astype(np.int64)
     high = np.clip(np.floor(points.max(1) + 1e-6) + 1, 0, size).astype(np.int64)
@@ -116,20 +121,26 @@ def _covered_pixels(
     a, ab, ac = points[:, 0], points[:, 1] - points[:, 0], points[:, 2] - points[:, 0]
     area = ab[:, 0] * ac[:, 1] - ab[:, 1] * ac[:, 0]
     count[np.abs(area) < 1e-12] = 0
+    (kept,) = count.nonzero()
+    low, extent, count, a, ab, ac, area = (x[kept] for x in (low, extent, count, a, ab, ac, area))
+    # The second and third coordinate are linear in column and row: their slopes, and their values at (0, 0).
+    slopes = np.stack([ac[:, 1], -ac[:, 0], -ab[:, 1], ab[:, 0]]) / area
+    second_at_zero, third_at_zero = (-(a[:, 0] * x + a[:, 1] * y) for x, y in (slopes[:2], slopes[2:]))
     ends = np.cumsum(count)
     start = 0
-    while start < len(points):
+    while start < len(kept):
         done = ends[start - 1] if start else 0
         stop = max(start + 1, int(np.searchsorted(ends, done + _CHUNK, side="right")))
+        part = slice(start, stop)
         # One row per pair of a face and a pixel of its bounding box.
-        face = np.repeat(np.arange(start, stop), count[start:stop])
-        within = np.arange(len(face)) - np.repeat(ends[start:stop] - count[start:stop] - done, count[start:stop])
-        column = low[face, 0] + within % extent[face, 0]
-        row = low[face, 1] + within // extent[face, 0]
-        x, y = column - a[face, 0], row - a[face, 1]
-        second = (x * ac[face, 1] - y * ac[face, 0]) / area[face]
-        third = (y * ab[face, 0] - x * ab[face, 1]) / area[face]
-        first = 1 - second - third
-        inside = (first >= -1e-6) & (second >= -1e-6) & (third >= -1e-6)
-        yield face[inside], (row * width + column)[inside], np.stack([first, second, third], -1)[inside]
+        repeat = partial(np.repeat, repeats=count[part])
+        within = np.arange(int(count[part].sum())) - repeat(ends[part] - count[part] - done)
+        down, across = np.divmod(within, repeat(extent[part, 0]))
+        column, row = repeat(low[part, 0]) + across, repeat(low[part, 1]) + down
+        second = repeat(second_at_zero[part]) + repeat(slopes[0, part]) * column + repeat(slopes[1, part]) * row
+        third = repeat(third_at_zero[part]) + repeat(slopes[2, part]) * column + repeat(slopes[3, part]) * row
+        inside = (second >= -1e-6) & (third >= -1e-6) & (second + third <= 1 + 1e-6)
+        second, third = second[inside], third[inside]
+        pixel = row[inside] * width + column[inside]
+        yield repeat(kept[part])[inside], pixel, np.stack([1 - second - third, second, third], -1)
         start = stop

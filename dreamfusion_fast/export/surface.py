@@ -157,7 +157,7 @@ def keep_visible(mesh: Mesh) -> Mesh:
     cameras = rings(_VISIBLE_FROM, torch.from_numpy((low + high) / 2), radius)
     seen = np.zeros(piece.max() + 1, bool)
     for view in range(len(cameras)):
-        raster = rasterize_view(mesh, cameras, view, _VISIBLE_SIZE, _VISIBLE_SIZE)
+        raster = rasterize_view(mesh, cameras, view, _VISIBLE_SIZE, _VISIBLE_SIZE, closed=True)
         seen[piece[raster.face[raster.covered]]] = True
     return keep_faces(mesh, seen[piece])
 

@@ -23,6 +23,7 @@ from dreamfusion_fast.rendering.cameras import CameraConfig
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.training import config_io
 from dreamfusion_fast.training.memory_plan import parse_memory
+from dreamfusion_fast.training.opaque import OpaqueThresholds
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,7 @@ class LossConfig:
     sample_entropy: Ramp = Ramp(0.0, 0.003, 0.5, 0.9)
     """Binary entropy of the weight per sample: light is absorbed at one place, so that surfaces are hard."""
     binary: Ramp = Ramp(0.0, 0.02, 0.6, 0.9)
-    """Cross entropy of the opacity per ray with 1 where it is above `binary_threshold`, and with 0 elsewhere."""
-    binary_threshold: float = 0.4
-    """Opacity above which a ray is to be opaque. Below a half, thin parts that are half believed in are kept; far below
-    (0.25), objects swell."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.binary_threshold < 1:
-            raise ValueError(f"binary_threshold has to be between 0 and 1, not {self.binary_threshold}")
+    """Cross entropy of the opacity per ray with 1 where it is above the run's `opaque` thresholds, with 0 elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +115,6 @@ class FirmConfig:
 
     steps: int = 200
     """Optimiser steps, without the diffusion model; 0 leaves the field as score distillation made it."""
-    threshold: float = 0.5
-    """Opacity from which on a pixel is to be opaque."""
     lr_table: float = 0.01
     """Learning rate of the hash table; it falls to a tenth."""
     lr_mlp: float = 0.002
@@ -131,8 +123,6 @@ class FirmConfig:
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ValueError(f"steps has to be at least 0, not {self.steps}")
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold has to be between 0 and 1, not {self.threshold}")
 
 
 @dataclass(frozen=True)
@@ -324,6 +314,7 @@ class Config:
     loss: LossConfig = LossConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     log: LogConfig = LogConfig()
+    opaque: OpaqueThresholds = dataclasses.field(default_factory=OpaqueThresholds)
     firm: FirmConfig = FirmConfig()
     export: ExportConfig = ExportConfig()
 

@@ -1,8 +1,9 @@
 """The last stage of a run: a field whose renders are opaque or empty, so that a mesh can show what they show.
 
 Score distillation leaves soft edges and parts through which light shines. No mesh agrees with those: it is there or it
-is not. So the field as it is, the teacher, is rendered from random views, each pixel is made opaque or empty, and the
-field is fitted to that. Nothing else is asked for, above all not the diffusion model, so the stage takes seconds.
+is not. So the field as it is, the teacher, is rendered from random views, each pixel is made opaque or empty
+(`OpaqueThresholds`), and the field is fitted to that. Nothing else is asked for, above all not the diffusion model, so
+the stage takes seconds.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def firm_field(
     Args:
         field, occupancy: what is optimised, and where it is sampled. Both are changed.
         renderer_config: of teacher and field.
-        config: of the run; read are `firm`, `camera`, `optim`, `schedule.render_size` and `seed`.
+        config: of the run; read are `firm`, `opaque`, `camera`, `optim`, `schedule.render_size` and `seed`.
         batch: views per step.
         device: where field and occupancy grid are.
         stop: asked after each step; where it says so, field and grid are put back as they were.
@@ -77,7 +78,7 @@ def firm_field(
             rays = cameras.to(device).rays(size, size)
             with torch.no_grad():
                 shown = teacher.render(rays, jitter=True, seed=seeds[0])
-                opaque = shown.opacity > c.threshold
+                opaque = config.opaque.wanted(shown.opacity.view(batch, size, size)).view(-1)
                 color = shown.color / shown.opacity.clamp(min=1e-3)[:, None]
                 wanted = torch.where(opaque[:, None], color, background)
             output = renderer.render(rays, background, jitter=True, seed=seeds[1])

@@ -228,7 +228,7 @@ class Trainer:
                 sds_share=config.schedule.sds_share.at(progress),
             )
 
-        regularisers = self._regularisers(output, weights)
+        regularisers = self._regularisers(output, weights, size)
         losses = {"sds": pull.residual.mean()} | {name: value.detach() for name, value in regularisers.items()}
         # The guidance's gradient is a sum over its pixels; per pixel it has one size whatever the model's resolution.
         per_pixel = 1.0 / (self.batch * self.guidance.image_size**2)
@@ -319,7 +319,7 @@ class Trainer:
             count=drawn.count,
         )
 
-    def _regularisers(self, output: RenderOutput, weights: dict[str, float]) -> dict[str, Tensor]:
+    def _regularisers(self, output: RenderOutput, weights: dict[str, float], size: int) -> dict[str, Tensor]:
         """Means over rays, with a graph where they have a weight.
 
         The orientation loss exists in the steps whose shading has computed normals, the samples' entropy in those in
@@ -333,8 +333,8 @@ class Trainer:
         with torch.set_grad_enabled(weights["entropy"] != 0):
             losses["entropy"] = -(clamped * opaque + (1 - clamped) * clear).mean()
         with torch.set_grad_enabled(weights["binary"] != 0):
-            wanted = output.opacity.detach() > self.config.loss.binary_threshold
-            losses["binary"] = -torch.where(wanted, opaque, clear).mean()
+            wanted = self.config.opaque.wanted(output.opacity.view(self.batch, size, size))
+            losses["binary"] = -torch.where(wanted.view(-1), opaque, clear).mean()
         if output.entropy_loss is not None:
             losses["sample_entropy"] = output.entropy_loss
         if output.orientation_loss is not None:

@@ -24,6 +24,7 @@ from dreamfusion_fast.training.config import (
     ShadingConfig,
 )
 from dreamfusion_fast.training.device import send
+from dreamfusion_fast.training.opaque import OpaqueThresholds
 from dreamfusion_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -158,9 +159,10 @@ def test_opacity_losses_do_what_they_say(name):
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.95])
-def test_what_is_above_the_binary_threshold_becomes_opaque_and_the_rest_clear(threshold):
-    loss = dataclasses.replace(NO_LOSS, binary=Ramp(1.0, 1.0), binary_threshold=threshold)
-    trainer = trainer_of(guidance=BallGuidance(strength=0.0), steps=25, optim=QUICK, loss=loss)
+def test_what_is_above_the_threshold_becomes_opaque_and_the_rest_clear(threshold):
+    loss = dataclasses.replace(NO_LOSS, binary=Ramp(1.0, 1.0))
+    opaque = OpaqueThresholds(threshold, threshold)
+    trainer = trainer_of(guidance=BallGuidance(strength=0.0), steps=25, optim=QUICK, loss=loss, opaque=opaque)
     opacities = [trainer.step().losses["opacity"] for _ in range(25)]
     assert (opacities[-1] > opacities[0]) == (threshold < 0.5)
 

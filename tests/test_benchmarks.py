@@ -15,12 +15,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import bench_mesh
 import bench_render
 import machine
 import measure
 import workload
+from fakes import BallGuidance, small_config
 
 import dreamfusion_fast
+from dreamfusion_fast.training.generator import Generator
 
 BENCHMARKS = Path(bench_render.__file__).parent
 CPU = torch.device("cpu")
@@ -177,3 +180,39 @@ def test_names_in_a_picture_keep_their_distance_and_order(heights: list[float]) 
     placed = plot.spread(heights, least=0.06)
     assert all(b - a >= 0.06 - 1e-12 for a, b in pairwise(placed))
     assert sum(placed) == pytest.approx(sum(heights))
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which one prompt has a run."""
+
+    class Small(Generator):
+        def __init__(self, prompt: str, **settings: object) -> None:
+            super().__init__(small_config(prompt=prompt), guidance=BallGuidance(), **settings)
+
+    monkeypatch.setattr(bench_mesh, "Generator", Small)
+    assert bench_mesh.main([str(tmp_path / "runs"), "--prompts", "a ball", "--generate", "--device", "cpu"]) == 0
+    return tmp_path / "runs"
+
+
+def test_agreement_is_measured_again_and_written_down(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    options = ["--prompts", "a ball", "--device", "cpu", "--out", str(runs / "results")]
+    assert bench_mesh.main([str(runs), *options]) == 0
+    written = json.loads(next((runs / "results").iterdir()).read_text())
+    assert set(written) >= MACHINE
+    (row,) = written["rows"]
+    assert (row["prompt"], row["batch"]) == ("a ball", 2)
+    assert row["iou"] > 0.9
+    assert f"{row['iou']:6.3f} {row['covered']:8.3f}" in capsys.readouterr().out
+
+
+def test_a_prompt_without_a_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_mesh.main([str(tmp_path), "--prompts", "a ball", "a cube", "--device", "cpu"]) == 1
+    assert "has no run of a ball, a cube; --generate makes them" in capsys.readouterr().err
+
+
+def test_the_prompts_are_24_and_those_of_the_record() -> None:
+    record = json.loads((BENCHMARKS / "results" / "mesh-nvidia-h200.json").read_text())
+    assert [row["prompt"] for row in record["rows"]] == list(bench_mesh.PROMPTS)
+    assert len(set(bench_mesh.PROMPTS)) == 24

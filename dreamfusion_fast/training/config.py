@@ -105,7 +105,7 @@ class LossConfig:
     """Binary entropy of the opacity per ray: a ray hits or it misses. Off by default, for the same reason."""
     sample_entropy: Ramp = Ramp(0.0, 0.003, 0.5, 0.9)
     """Binary entropy of the weight per sample: light is absorbed at one place, so that surfaces are hard."""
-    binary: Ramp = Ramp(0.0, 0.02, 0.6, 0.9)
+    binary: Ramp = Ramp(0.0, 0.01, 0.6, 0.9)
     """Cross entropy of the opacity per ray with 1 where it is above the run's `opaque` thresholds, with 0 elsewhere."""
 
 
@@ -178,7 +178,7 @@ class ScheduleConfig:
     """Height and width rendered after `render_size_until`, pixels."""
     render_size_until: float = 0.4
     """Fraction of the run rendered at render_size_start."""
-    sds_share: Ramp = Ramp(1.0, 0.1, 0.3, 0.6)
+    sds_share: Ramp = Ramp(1.0, 0.4, 0.3, 0.6)
     """Share of score distillation in the pull; the rest is classifier score distillation, which shows more detail and
     firmer edges once there is an object."""
 

@@ -17,7 +17,7 @@ class OpaqueThresholds:
 
     wide: float = 0.4
     """Of a pixel anywhere. Far below a half, soft edges become part of the object, and it swells."""
-    thin: float = 0.15
+    thin: float = 0.25
     """Of a pixel on something thin, such as a leg, a stem or a branch. Those have no core that is dense, since score
     distillation only half believes in them, and they would be lost with the other threshold."""
 

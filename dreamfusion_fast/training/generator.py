@@ -90,9 +90,10 @@ class Generator:
 
     def _setup(self, config: Config, callbacks: Sequence[Callback], guidance: Guidance | None) -> None:
         config.check()
-        self.config = config
         self.callbacks = list(callbacks)
         self.device = resolve_device(config.device)
+        # Said once, so that a run that is resumed on another device goes on with as many views.
+        self.config = dataclasses.replace(config, batch=config.batch_on(self.device))
         self._guidance = guidance
         self._checkpoint: Checkpoint | None = None
         self._folder: RunFolder | None = None

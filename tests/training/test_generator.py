@@ -109,6 +109,13 @@ def test_prompt_and_settings(tmp_path):
         Generator("a chair", device="tpu")
 
 
+def test_views_per_step_are_those_of_the_device_and_are_kept(tmp_path):
+    generator_of(tmp_path / "run", steps=1, batch=None).run()
+    assert Config.load(tmp_path / "run" / "config.yaml").batch == 2
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.safetensors").config.batch == 2
+    assert Generator("a chair", batch=5).config.batch == 5
+
+
 def test_default_folder_is_named_after_the_prompt(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert generator_of("", steps=1).run().folder.as_posix() == "out/a-red-ball"

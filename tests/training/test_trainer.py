@@ -154,8 +154,8 @@ def test_opacity_losses_do_what_they_say(name):
     """Alone, the opacity loss empties the scene, the others make rays hit or miss, or samples absorb all or nothing."""
     loss = dataclasses.replace(NO_LOSS, **{name: Ramp(1.0, 1.0)})
     trainer = trainer_of(guidance=BallGuidance(strength=0.0), steps=25, optim=QUICK, loss=loss)
-    values = [trainer.step().losses[name] for _ in range(25)]
-    assert values[-1] < 0.7 * values[0]
+    values = [float(trainer.step().losses[name]) for _ in range(25)]
+    assert sum(values[-5:]) < 0.7 * sum(values[:5])  # each step has other views
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.95])

@@ -156,17 +156,21 @@ class ScoreDistillation(Guidance):
             x0 = to_x0(output, noisy, alpha, sigma, model.prediction_type)
             if self.clip_x0 and model.x0_range is not None:
                 x0 = x0.clamp(*model.x0_range)
-            residual = torch.zeros_like(clean)
             if share > 0:
                 if self.clip_x0 or model.prediction_type == "sample":
                     # eps_hat - eps with eps_hat = (noisy - alpha x0) / sigma, without the cancellation.
                     distilled = alpha / sigma.clamp_min(_SMALL) * (clean - x0)
                 else:
                     distilled = to_epsilon(output, noisy, alpha, sigma, model.prediction_type) - noise
-                residual = distilled if share == 1 else share * distilled
             if share < 1:
                 null, text = (to_epsilon(half, noisy, alpha, sigma, model.prediction_type) for half in pair.chunk(2))
-                residual = residual + (1 - share) * scale * (text - null)
+                classified = scale * (text - null)
+            if share == 1:
+                residual = distilled
+            elif share == 0:
+                residual = classified
+            else:
+                residual = share * distilled + (1 - share) * classified
             pull = weight(alpha, sigma, config.weighting) * residual
             if clip is not None:
                 size = pull.norm(dim=1, keepdim=True)

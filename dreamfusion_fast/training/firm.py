@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from dreamfusion_fast.errors import NonFiniteError
 from dreamfusion_fast.fields.hash_field import HashGridField
@@ -23,6 +22,7 @@ from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.renderer import VolumeRenderer
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.device import send
+from dreamfusion_fast.training.opaque import cross_entropy
 
 # Weight of the opacity's cross entropy beside the colours' squared error.
 _OPACITY_WEIGHT = 0.1
@@ -33,8 +33,6 @@ def firm_field(
     occupancy: OccupancyGrid,
     renderer_config: RendererConfig,
     config: Config,
-    batch: int,
-    device: torch.device,
     stop: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Fit a field to its own renders with each pixel opaque or empty, in place.
@@ -45,9 +43,7 @@ def firm_field(
     Args:
         field, occupancy: what is optimised, and where it is sampled. Both are changed.
         renderer_config: of teacher and field.
-        config: of the run; read are `firm`, `opaque`, `camera`, `optim`, `schedule.render_size` and `seed`.
-        batch: views per step.
-        device: where field and occupancy grid are.
+        config: of the run; read are `firm`, `opaque`, `camera`, `optim`, `batch`, `schedule.render_size` and `seed`.
         stop: asked after each step; where it says so, field and grid are put back as they were.
 
     Returns:
@@ -56,7 +52,8 @@ def firm_field(
     Raises:
         NonFiniteError: a parameter became infinite or NaN; field and grid are put back as they were.
     """
-    c, size = config.firm, config.schedule.render_size
+    device = field.table.device
+    c, batch, size = config.firm, config.batch_on(device), config.schedule.render_size
     teacher_field, teacher_occupancy = copy.deepcopy(field).requires_grad_(False), copy.deepcopy(occupancy)
     teacher = VolumeRenderer(teacher_field, teacher_occupancy, renderer_config)
     renderer = VolumeRenderer(field, occupancy, renderer_config)
@@ -82,7 +79,9 @@ def firm_field(
                 color = shown.color / shown.opacity.clamp(min=1e-3)[:, None]
                 wanted = torch.where(opaque[:, None], color, background)
             output = renderer.render(rays, background, jitter=True, seed=seeds[1])
-            loss = (output.color - wanted).square().mean() + _OPACITY_WEIGHT * _cross_entropy(output.opacity, opaque)
+            loss = (output.color - wanted).square().mean() + _OPACITY_WEIGHT * cross_entropy(
+                output.opacity, opaque, 1e-4
+            )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -101,9 +100,3 @@ def firm_field(
                     now.copy_(before)
                 occupancy.load_state_dict(teacher_occupancy.state_dict())
     return done
-
-
-def _cross_entropy(opacity: Tensor, opaque: Tensor) -> Tensor:
-    """Mean binary cross entropy of opacities `[n]` with what they should be, bool `[n]`."""
-    clamped = opacity.clamp(1e-4, 1.0 - 1e-4)
-    return -torch.where(opaque, clamped.log(), (1.0 - clamped).log()).mean()

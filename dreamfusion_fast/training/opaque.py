@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,3 +38,15 @@ class OpaqueThresholds:
         opened = F.max_pool2d(eroded, size, 1, size // 2)
         thin = (images > self.thin) & (opened < 0.5 * images)
         return ((images > self.wide) | thin)[:, 0]
+
+
+def cross_entropy(opacity: Tensor, wanted: Tensor, least: float) -> Tensor:
+    """Mean binary cross entropy of opacities `[n]` with what they are to be, bool `[n]`.
+
+    Args:
+        opacity: clamped to [least, 1 - least], which bounds the gradient.
+        wanted: which are to be 1; the others are to be 0.
+        least: above 0.
+    """
+    clamped = opacity.clamp(least, 1.0 - least)
+    return -torch.where(wanted, clamped.log(), (1.0 - clamped).log()).mean()

@@ -33,6 +33,7 @@ from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.drawing import DrawnViews, ViewSampler
 from dreamfusion_fast.training.firm import firm_field
 from dreamfusion_fast.training.memory_plan import MemoryLimit, MemoryPlan, MemoryPlanner
+from dreamfusion_fast.training.opaque import cross_entropy
 from dreamfusion_fast.training.optimizer_step import CapturedStep
 from dreamfusion_fast.training.parts import sds_gradient_in_parts
 from dreamfusion_fast.training.profile import StepProfiler
@@ -256,9 +257,7 @@ class Trainer:
         Raises:
             NonFiniteError: the field did not stay finite; it is left as it was.
         """
-        self.firmed = firm_field(
-            self.field, self.occupancy, self.renderer.config, self.config, self.batch, self.device, stop
-        )
+        self.firmed = firm_field(self.field, self.occupancy, self.renderer.config, self.config, stop)
         return self.firmed
 
     def _update_occupancy(self) -> None:
@@ -322,19 +321,18 @@ class Trainer:
     def _regularisers(self, output: RenderOutput, weights: dict[str, float], size: int) -> dict[str, Tensor]:
         """Means over rays, with a graph where they have a weight.
 
-        The orientation loss exists in the steps whose shading has computed normals, the samples' entropy in those in
-        which it has a weight.
+        The orientation loss exists in the steps whose shading has computed normals, the samples' entropy and the binary
+        loss in those in which they have a weight.
         """
         losses = {}
-        clamped = output.opacity.clamp(1e-5, 1.0 - 1e-5)
-        clear, opaque = (1 - clamped).log(), clamped.log()
         with torch.set_grad_enabled(weights["opacity"] != 0):
             losses["opacity"] = (output.opacity.square() + _OPACITY_EPS).sqrt().mean()
         with torch.set_grad_enabled(weights["entropy"] != 0):
-            losses["entropy"] = -(clamped * opaque + (1 - clamped) * clear).mean()
-        with torch.set_grad_enabled(weights["binary"] != 0):
+            opacity = output.opacity.clamp(1e-5, 1.0 - 1e-5)
+            losses["entropy"] = -(opacity * opacity.log() + (1 - opacity) * (1 - opacity).log()).mean()
+        if weights["binary"]:
             wanted = self.config.opaque.wanted(output.opacity.view(self.batch, size, size))
-            losses["binary"] = -torch.where(wanted.view(-1), opaque, clear).mean()
+            losses["binary"] = cross_entropy(output.opacity, wanted.view(-1), 1e-5)
         if output.entropy_loss is not None:
             losses["sample_entropy"] = output.entropy_loss
         if output.orientation_loss is not None:

@@ -155,7 +155,9 @@ def test_opacity_losses_do_what_they_say(name):
     loss = dataclasses.replace(NO_LOSS, **{name: Ramp(1.0, 1.0)})
     trainer = trainer_of(guidance=BallGuidance(strength=0.0), steps=25, optim=QUICK, loss=loss)
     values = [float(trainer.step().losses[name]) for _ in range(25)]
-    assert sum(values[-5:]) < 0.7 * sum(values[:5])  # each step has other views
+    assert sum(values[-5:]) < 0.7 * sum(values[:5])
+    if name != "binary":  # what it wants of a pixel changes with the view, and as it passes the threshold
+        assert values[-1] < 0.7 * values[0]
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.95])

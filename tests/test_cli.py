@@ -170,7 +170,7 @@ def test_agreement_is_said_and_a_low_one_warns(fake, run_folder, capsys, monkeyp
     monkeypatch.setattr(fake, "agreement", Agreement(iou=0.72, covered=0.75, color=0.1))
     assert cli.main(arguments) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: the mesh shows 0.72 of what the render shows")
+    assert line.startswith("warning: mesh and render agree only to 0.72")
 
 
 def test_export_takes_the_saved_settings(fake, run_folder, tmp_path):

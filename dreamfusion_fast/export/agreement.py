@@ -45,13 +45,12 @@ class Agreement:
 
     @property
     def warning(self) -> str | None:
-        """What to say where mesh and render are too far apart to be taken for each other; else None."""
+        """One line for the user where mesh and render differ too much; else None."""
         if self.iou >= self.LOW:
             return None
         return (
-            f"warning: the mesh shows {self.iou:.2f} of what the render shows, below {self.LOW}: what is faint or "
-            "thin may be missing or too thick; compare turntable.mp4 with the previews, then try more steps, another "
-            "seed, or --export.resolution 256"
+            f"warning: mesh and render agree only to {self.iou:.2f}, below {self.LOW}: what is faint or "
+            "thin may be missing or too thick; try more steps, another seed, or --export.resolution 256"
         )
 
 

@@ -20,7 +20,7 @@ from dreamfusion_fast.rendering.renderer import VolumeRenderer
 
 @dataclass(frozen=True, eq=False)
 class TexturedMesh:
-    """What was written, and how far it shows what the render shows."""
+    """A mesh with its texture, as it was written, and how far it shows what the render shows."""
 
     unwrapped: UnwrappedMesh
     texture: NDArray[np.uint8]

@@ -104,6 +104,6 @@ def test_warning_is_a_line_that_says_what_to_try():
     warning = Agreement(0.85, 1.0, 0.0).warning
     assert warning is not None
     assert "\n" not in warning
-    assert warning.startswith("warning: the mesh shows 0.85 of what the render shows, below 0.9")
-    for advice in ("turntable.mp4", "more steps", "another seed", "--export.resolution 256"):
+    assert warning.startswith("warning: mesh and render agree only to 0.85, below 0.9")
+    for advice in ("more steps", "another seed", "--export.resolution 256"):
         assert advice in warning

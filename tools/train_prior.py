@@ -22,18 +22,18 @@ from prior_data.probe import probe, sample_sheet
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dreamfusion_fast.guidance.prior.model import TRAIN_TIMESTEPS, PriorNetwork, load_prior, noise_schedule
+from dreamfusion_fast.guidance.prior.model import TRAIN_TIMESTEPS, PriorNetwork, alphas_cumprod, load_prior
 
 WARMUP_STEPS = 500
 EMA_DECAY = 0.9995
 
 
-def v_loss(network: torch.nn.Module, batch: Batch, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
+def v_loss(network: torch.nn.Module, batch: Batch, abar_table: Tensor) -> tuple[Tensor, Tensor]:
     """Per-sample v-prediction loss `[n]` and timesteps `[n]`; little weight below t = 0.15, none below 0.02, where the
     task is noise."""
     n, device = len(batch.images), batch.images.device
     timestep = torch.randint(int(0.02 * TRAIN_TIMESTEPS), TRAIN_TIMESTEPS, (n,), device=device)
-    abar = alphas_cumprod[timestep].view(-1, 1, 1, 1)
+    abar = abar_table[timestep].view(-1, 1, 1, 1)
     noise = torch.randn_like(batch.images)
     noisy = abar.sqrt() * batch.images + (1 - abar).sqrt() * noise
     target = abar.sqrt() * noise - (1 - abar).sqrt() * batch.images
@@ -100,7 +100,7 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         average, step, elapsed_before = state["average"], state["step"], state["elapsed"]
         torch.manual_seed(args.seed + step)
-    alphas_cumprod = noise_schedule().alphas_cumprod.to(device)
+    abar = alphas_cumprod().to(device)
     trained = network if args.no_compile else torch.compile(network)
 
     bins = torch.zeros(2, 10, device=device)
@@ -115,7 +115,7 @@ def main() -> None:
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss, timestep = v_loss(trained, sampler.batch(args.batch), alphas_cumprod)
+        loss, timestep = v_loss(trained, sampler.batch(args.batch), abar)
         loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -153,7 +153,7 @@ def main() -> None:
     network.eval()
     result = {"steps": step, "images": step * args.batch, "training_seconds": elapsed, "log": log}
     (args.out / "training.json").write_text(json.dumps(result, indent=1))
-    result["probe"] = probe(network, sampler, alphas_cumprod, args.probe_views)
+    result["probe"] = probe(network, sampler, abar, args.probe_views)
     (args.out / "training.json").write_text(json.dumps(result, indent=1))
     for name, rows in result["probe"].items():
         print(f"probe {name:28s} {rows}")

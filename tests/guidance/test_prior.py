@@ -20,6 +20,7 @@ from dreamfusion_fast.guidance.prior.model import (
     UNET_CONFIG,
     PriorNetwork,
     ViewCondition,
+    alphas_cumprod,
     load_prior,
     noise_schedule,
     save_prior,
@@ -194,8 +195,9 @@ def test_network_hears_time_caption_and_condition(folder, index):
 
 
 def test_noise_schedule_is_the_cosine():
-    alphas = noise_schedule().alphas_cumprod
+    alphas = alphas_cumprod()
     assert alphas.shape == (1000,)
+    torch.testing.assert_close(alphas, noise_schedule().alphas_cumprod, atol=0, rtol=1e-6)
     t = (torch.arange(1, 999, dtype=torch.float64) + 1) / 1000
     cosine = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
     torch.testing.assert_close(alphas[1:999].double(), cosine, atol=2e-5, rtol=0)

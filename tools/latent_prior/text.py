@@ -37,7 +37,7 @@ class FolderTextEncoder(nn.Module):
 
         source = TextEncoder(weights).bert
         # Read by diffusers' pipelines and by PromptEncoder: without it padding would be attended to.
-        config = BertConfig(**source.config.to_dict() | {"use_attention_mask": True})
+        config = BertConfig(**source.config | {"use_attention_mask": True})
         bert = BertModel(config)
         missing, unexpected = bert.load_state_dict(source.state_dict(), strict=False)
         if unexpected or any(not name.startswith("pooler.") for name in missing):

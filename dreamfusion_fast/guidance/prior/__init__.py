@@ -1,6 +1,6 @@
 """The embedded prior: a small text-to-image diffusion model that ships with the package and knows a few hundred things.
 
-Names are loaded on first use, since the network needs diffusers, which takes seconds to import.
+Nothing here imports diffusers, which takes seconds, except to draw pictures (`sample`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The embedded prior's network on a CPU in float32: the same weights and the same result, faster.
 
-diffusers' modules hold the weights; here is their forward pass once more, in layers of `dreamfusion_fast.ops.dense`.
+`unet.PriorUNet` holds the weights; here is its forward pass once more, in layers of `dreamfusion_fast.ops.dense`.
 Images are channels last all the way, so that those of a transformer are matrices without a copy. What depends on the
 timestep and the caption alone is computed in one product for all blocks.
 
@@ -18,28 +18,18 @@ from torch import Tensor
 from dreamfusion_fast.ops import dense
 from dreamfusion_fast.ops.dense import PANEL, DenseConv, DenseGroupNorm, DenseLinear, dense_serves
 
-from .model import UNET_CONFIG, PriorNetwork
-
-# What may differ from `UNET_CONFIG`, as long as widths are multiples of 16.
-_FREE = {"sample_size", "block_out_channels", "attention_head_dim", "cross_attention_dim", "norm_num_groups"}
+from .model import PriorNetwork
 
 
 def cpu_network_serves(network: PriorNetwork) -> bool:
-    """Whether `CpuNetwork` can evaluate this one: on a CPU in float32, of the architecture that it knows."""
-    config, weight = network.config, network.unet.conv_in.weight
+    """Whether `CpuNetwork` can evaluate this one: on a CPU in float32, with widths that are multiples of 16."""
+    weight = network.unet.conv_in.weight
     return (
         dense_serves()
         and weight.dtype == torch.float32
         and weight.device.type == "cpu"
-        and config.keys() <= UNET_CONFIG.keys()
-        and all(key in _FREE or _same(config.get(key), value) for key, value in UNET_CONFIG.items())
-        and all(width % PANEL == 0 for width in config["block_out_channels"])
+        and all(width % PANEL == 0 for width in network.config["block_out_channels"])
     )
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two settings are equal; a file's lists are the tuples of the code."""
-    return list(a) == list(b) if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) else a == b
 
 
 class CpuNetwork:

@@ -15,7 +15,7 @@ from dreamfusion_fast.guidance.capture import CapturedFunction
 from dreamfusion_fast.guidance.prompts import shortened, warn_of_lost_words
 
 from .cpu_network import CpuNetwork, cpu_network_serves
-from .model import IMAGE_SIZE, SHADINGS, ViewCondition, load_prior, noise_schedule
+from .model import IMAGE_SIZE, SHADINGS, ViewCondition, alphas_cumprod, load_prior
 from .text_encoder import MAX_TOKENS, WEIGHTS, TextEncoder
 
 
@@ -29,7 +29,7 @@ class EmbeddedPrior(DiffusionModel):
         device: where it runs.
         dtype: arithmetic; "auto" is bfloat16 on a GPU and on CPUs that multiply it in hardware, else float32.
         folder: weights; default: the package's own.
-        fused: run the network by the CPU core's layers, or as a CUDA graph; False: as diffusers runs it.
+        fused: run the network by the CPU core's layers, or as a CUDA graph; False: in plain torch.
     """
 
     name = "the embedded prior"
@@ -53,7 +53,7 @@ class EmbeddedPrior(DiffusionModel):
         # Not with the parts of `fused_unet`: a run is over in 1000 steps, and their kernels take seconds to compile.
         self._captured = CapturedFunction(network, fused)
         self._evaluate = CpuNetwork(network) if fused and cpu_network_serves(network) else self._pairwise
-        self.alphas_cumprod = noise_schedule().alphas_cumprod.to(self.device)
+        self.alphas_cumprod = alphas_cumprod().to(self.device)
 
     @property
     def text_identity(self) -> str:

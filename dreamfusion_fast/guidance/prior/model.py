@@ -1,15 +1,15 @@
 """The embedded prior's network: a small pixel-space diffusion U-Net, told the caption and what a renderer knows.
 
-Images are 64x64. The U-Net (diffusers' `UNet2DConditionModel`) works on 2x2 pixel-unshuffled input, so that its widest
-level is 32x32. It predicts v (Salimans and Ho 2022, arXiv 2202.00512) under the cosine schedule (Nichol and Dhariwal
-2021, arXiv 2102.09672). Beside the caption it can be given the camera, the background colour and the kind of shading,
-each behind a flag that says whether it is known: a renderer knows them, and what the model need not guess it does not
-blur.
+Images are 64x64. The U-Net (`unet.PriorUNet`) works on 2x2 pixel-unshuffled input, so that its widest level is 32x32.
+It predicts v (Salimans and Ho 2022, arXiv 2202.00512) under the cosine schedule (Nichol and Dhariwal 2021, arXiv
+2102.09672). Beside the caption it can be given the camera, the background colour and the kind of shading, each behind a
+flag that says whether it is known: a renderer knows them, and what the model need not guess it does not blur.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from dreamfusion_fast.errors import UserError
 
 from .quantize import load_weights, save_weights
 from .text_encoder import WEIGHTS, WIDTH
+from .unet import PriorUNet
 
 IMAGE_SIZE = 64
 TRAIN_TIMESTEPS = 1000
@@ -47,6 +48,8 @@ UNET_CONFIG: dict[str, Any] = {
     "class_embed_type": "projection",
     "projection_class_embeddings_input_dim": CONDITION_WIDTH,
 }
+# What a network may have otherwise.
+_FREE = {"sample_size", "block_out_channels", "attention_head_dim", "cross_attention_dim", "norm_num_groups"}
 
 
 @dataclass
@@ -92,6 +95,11 @@ def _masked(values: Tensor, known: Tensor | None) -> Tensor:
     return values if known is None else values * known[:, None]
 
 
+def _same(a: Any, b: Any) -> bool:
+    """Whether two settings are equal; a file's lists are the tuples of the code."""
+    return list(a) == list(b) if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) else a == b
+
+
 class PriorNetwork(nn.Module):
     """v-prediction for 64x64 images.
 
@@ -105,19 +113,31 @@ class PriorNetwork(nn.Module):
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:
         super().__init__()
-        from diffusers import UNet2DConditionModel
-
         self.config = dict(UNET_CONFIG if config is None else config)
-        self.unet: Any = UNet2DConditionModel(**self.config)
+        for key, value in UNET_CONFIG.items():
+            if key not in _FREE and not _same(self.config.get(key), value):
+                raise ValueError(f"{key}: got {self.config.get(key)}, want {value}")
+        if self.config.keys() != UNET_CONFIG.keys():
+            raise ValueError(f"unknown settings: {sorted(self.config.keys() - UNET_CONFIG.keys())}")
+        self.unet = PriorUNet(self.config)
 
     def forward(self, noisy: Tensor, timestep: Tensor, tokens: Tensor, condition: Tensor) -> Tensor:
         packed = nn.functional.pixel_unshuffle(noisy, 2)
-        out = self.unet(packed, timestep, tokens, class_labels=condition, return_dict=False)[0]
-        return nn.functional.pixel_shuffle(out, 2)
+        return nn.functional.pixel_shuffle(self.unet(packed, timestep, tokens, condition), 2)
+
+
+def alphas_cumprod() -> Tensor:
+    """abar_t of the schedule that the prior was trained with, `[1000]` float32: the cosine, each beta at most 0.999."""
+
+    def level(t: int) -> float:
+        return math.cos((t / TRAIN_TIMESTEPS + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    betas = [min(1 - level(t + 1) / level(t), 0.999) for t in range(TRAIN_TIMESTEPS)]
+    return (1 - torch.tensor(betas, dtype=torch.float32)).cumprod(0)
 
 
 def noise_schedule() -> Any:
-    """The diffusers scheduler whose `alphas_cumprod` the prior was trained with."""
+    """diffusers' sampler for the prior, with the schedule of `alphas_cumprod`."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(

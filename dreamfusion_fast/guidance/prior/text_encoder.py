@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dreamfusion_fast.errors import UserError
 
+from .bert import Bert
 from .quantize import load_weights
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -36,12 +37,11 @@ class TextEncoder(nn.Module):
     def __init__(self, folder: Path = WEIGHTS) -> None:
         super().__init__()
         from tokenizers import Tokenizer
-        from transformers import BertConfig, BertModel
 
         path = folder / "text_encoder.safetensors.gz"
         try:
             state, metadata = load_weights(path)
-            self.bert = BertModel(BertConfig(**json.loads(metadata["config"])), add_pooling_layer=False)
+            self.bert = Bert(json.loads(metadata["config"]))
             self.bert.load_state_dict(state)
         except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             why = " ".join(str(error).split())
@@ -68,6 +68,6 @@ class TextEncoder(nn.Module):
         ids = torch.tensor([e.ids for e in encoded], device=device)
         mask = torch.tensor([e.attention_mask for e in encoded], device=device)
         weight = mask[..., None].float()
-        tokens = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state * weight
+        tokens = self.bert(ids, mask) * weight
         pooled = nn.functional.normalize(tokens.sum(1) / weight.sum(1), dim=-1) * WIDTH**0.5
         return tokens * _TOKEN_SCALE, pooled

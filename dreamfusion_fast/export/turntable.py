@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ def render_turntable(
     fps: int = 24,
     quality: float = 8.0,
     on_frame: Callable[[int], None] | None = None,
+    threads: int = 1,
 ) -> None:
     """Write an H.264 video (yuv420p, plays everywhere) of the camera going once around the object.
 
@@ -37,12 +39,14 @@ def render_turntable(
         fps: frames a second.
         quality: 0 to 10.
         on_frame: called with the number of frames done.
+        threads: in which render_image is called.
 
     Raises:
         UserError: there is no ffmpeg.
     """
-    if n_frames < 1:
-        raise ValueError(f"n_frames has to be at least 1, not {n_frames}")
+    for name, value in (("n_frames", n_frames), ("threads", threads)):
+        if value < 1:
+            raise ValueError(f"{name} has to be at least 1, not {value}")
     import imageio_ffmpeg  # 70 MB of ffmpeg that everything but a video does without
 
     try:
@@ -51,9 +55,11 @@ def render_turntable(
         raise UserError("no ffmpeg for turntable.mp4; install it, or go without: --turntable-frames 0") from error
     with atomic_path(path) as temporary:
         writer = None
+        pool = ThreadPoolExecutor(threads)
         try:
-            for index in range(n_frames):
-                frame = _even(to_uint8(render_image(360.0 * index / n_frames)))
+            images = pool.map(render_image, (360.0 * index / n_frames for index in range(n_frames)))
+            for index, image in enumerate(images):
+                frame = _even(to_uint8(image))
                 if writer is None:
                     writer = imageio_ffmpeg.write_frames(
                         str(temporary),
@@ -72,6 +78,7 @@ def render_turntable(
                 if on_frame is not None:
                     on_frame(index + 1)
         finally:
+            pool.shutdown(cancel_futures=True)
             if writer is not None:
                 writer.close()
 

@@ -119,8 +119,12 @@ class FirmConfig:
     """Learning rate of the hash table; it falls to a tenth."""
     lr_mlp: float = 0.002
     """Learning rate of the field's networks; it falls to a tenth."""
+    join: float = 0.15
+    """Gap that is bridged between pieces of the object at most, share of the box's longest side; 0 joins nothing."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.join <= 1:
+            raise ValueError(f"join has to be between 0 and 1, not {self.join}")
         if self.steps < 0:
             raise ValueError(f"steps has to be at least 0, not {self.steps}")
 

@@ -2,8 +2,8 @@
 
 Score distillation leaves soft edges and parts through which light shines. No mesh agrees with those: it is there or it
 is not. So the field as it is, the teacher, is rendered from random views, each pixel is made opaque or empty
-(`OpaqueThresholds`), and the field is fitted to that. Nothing else is asked for, above all not the diffusion model, so
-the stage takes seconds.
+(`OpaqueThresholds`), and the field is fitted to that. Pieces that have come apart are joined by rods (`struts`). Nothing
+else is asked for, above all not the diffusion model, so the stage takes seconds.
 """
 
 from __future__ import annotations
@@ -13,17 +13,26 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from dreamfusion_fast.errors import NonFiniteError
+from dreamfusion_fast.export.surface import sample_density
+from dreamfusion_fast.fields.base import query_density
 from dreamfusion_fast.fields.hash_field import HashGridField
 from dreamfusion_fast.rendering.cameras import sample_cameras
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
+from dreamfusion_fast.rendering.rays import Rays
 from dreamfusion_fast.rendering.renderer import VolumeRenderer
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.device import send
 from dreamfusion_fast.training.opaque import cross_entropy
+from dreamfusion_fast.training.struts import Struts, find_struts
 
+# Share of the steps after which it can be seen what is torn, and points along the box's side to see it.
+_JOINED_AFTER, _RESOLUTION = 0.25, 128
+# Points in rods whose density is asked for in a step.
+_POINTS = 256
 # Weight of the opacity's cross entropy beside the colours' squared error.
 _OPACITY_WEIGHT = 0.1
 
@@ -37,8 +46,8 @@ def firm_field(
 ) -> bool:
     """Fit a field to its own renders with each pixel opaque or empty, in place.
 
-    The loss is the squared error of colours on a random background, and the binary cross entropy of the opacity. On a
-    CPU the result depends on the field and `config.seed` alone.
+    The loss is the squared error of colours on a random background, the binary cross entropy of the opacity, and where
+    rods are needed the -log of their opacity. On a CPU the result depends on the field and `config.seed` alone.
 
     Args:
         field, occupancy: what is optimised, and where it is sampled. Both are changed.
@@ -61,9 +70,12 @@ def firm_field(
     rates = (c.lr_table, c.lr_mlp)
     groups = [{"params": [field.table]}, {"params": list(field.layers.parameters())}]
     optimizer = torch.optim.Adam(groups, lr=c.lr_table, betas=config.optim.betas, eps=config.optim.eps, fused=True)
+    torn: tuple[Struts, Tensor] | None = None
     done = False
     try:
         for step in range(c.steps):
+            if step == round(_JOINED_AFTER * c.steps) and c.join > 0:
+                torn = _torn(field, c.join)
             factor = 0.55 + 0.45 * math.cos(math.pi * step / c.steps)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
@@ -77,11 +89,15 @@ def firm_field(
                 shown = teacher.render(rays, jitter=True, seed=seeds[0])
                 opaque = config.opaque.wanted(shown.opacity.view(batch, size, size)).view(-1)
                 color = shown.color / shown.opacity.clamp(min=1e-3)[:, None]
+                if torn is not None:
+                    opaque, color = _with_rods(*torn, rays, opaque, color)
                 wanted = torch.where(opaque[:, None], color, background)
             output = renderer.render(rays, background, jitter=True, seed=seeds[1])
             loss = (output.color - wanted).square().mean() + _OPACITY_WEIGHT * cross_entropy(
                 output.opacity, opaque, 1e-4
             )
+            if torn is not None:
+                loss = loss + _OPACITY_WEIGHT * _fill_loss(field, torn[0], generator)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -100,3 +116,29 @@ def firm_field(
                     now.copy_(before)
                 occupancy.load_state_dict(teacher_occupancy.state_dict())
     return done
+
+
+def _torn(field: HashGridField, longest: float) -> tuple[Struts, Tensor] | None:
+    """The rods that a field needs to be in one piece, and the colours of their ends `[2, k, 3]`."""
+    density = sample_density(lambda positions: query_density(field, positions), field.aabb, _RESOLUTION)
+    struts = find_struts(*density, longest)
+    if struts is None:
+        return None
+    with torch.no_grad():
+        colors = field(torch.cat([struts.start, struts.end]).to(field.aabb))[1]
+    return struts, colors.view(2, -1, 3)
+
+
+def _with_rods(struts: Struts, ends: Tensor, rays: Rays, opaque: Tensor, color: Tensor) -> tuple[Tensor, Tensor]:
+    """Rods where pixels are empty: opaque, in a colour between those of their ends `[2, k, 3]`."""
+    rod, share = struts.to(color.device).hit(rays)
+    new = (rod >= 0) & ~opaque
+    first, last = ends[:, rod.clamp(min=0)]
+    return opaque | new, torch.where(new[:, None], torch.lerp(first, last, share[:, None]), color)
+
+
+def _fill_loss(field: HashGridField, struts: Struts, generator: torch.Generator) -> Tensor:
+    """Mean over points in rods of -log(opacity) of a way as long as the rod is thick."""
+    points, radius = send(field.aabb.device, *struts.points(_POINTS, generator))
+    opacity = -torch.expm1(-2.0 * radius * query_density(field, points))
+    return -opacity.clamp(min=1e-30).log().mean()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shlex
 import signal
 import sys
@@ -28,6 +29,9 @@ from dreamfusion_fast.training.device import current, resolve_device
 from dreamfusion_fast.training.memory_plan import capped
 from dreamfusion_fast.training.profile import StepProfile, StepProfiler
 from dreamfusion_fast.training.trainer import Trainer
+
+# Frames of the turntable that are drawn at a time: NumPy lets go of Python's lock, and more do not help.
+_PICTURE_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -266,7 +270,13 @@ class Generator:
 
         render_preview(picture, folder.preview, e.preview_views)
         if e.turntable_frames:
-            render_turntable(picture, folder.turntable, n_frames=e.turntable_frames, fps=e.turntable_fps)
+            render_turntable(
+                picture,
+                folder.turntable,
+                n_frames=e.turntable_frames,
+                fps=e.turntable_fps,
+                threads=min(os.cpu_count() or 1, _PICTURE_THREADS),
+            )
         return mesh
 
 

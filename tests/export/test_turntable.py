@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import imageio_ffmpeg
 import numpy as np
@@ -27,11 +28,16 @@ def read_video(path):
     return info, [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
 
 
-@pytest.mark.parametrize(("height", "width"), [(48, 64), (33, 49)])
-def test_video_has_the_frames_in_order(tmp_path, height, width):
+@pytest.mark.parametrize(("height", "width", "threads"), [(48, 64, 1), (33, 49, 4)])
+def test_video_has_the_frames_in_order(tmp_path, height, width, threads):
     path = tmp_path / "turntable.mp4"
     done = []
-    render_turntable(lambda azimuth: hue(azimuth, height, width), path, n_frames=9, fps=12, on_frame=done.append)
+
+    def render(azimuth):
+        time.sleep(0.02 * (azimuth == 0))  # with threads, the first frame is ready after others
+        return hue(azimuth, height, width)
+
+    render_turntable(render, path, n_frames=9, fps=12, on_frame=done.append, threads=threads)
     info, frames = read_video(path)
     assert done == list(range(1, 10))
     assert info["codec"] == "h264"
@@ -66,6 +72,8 @@ def test_frames_have_to_agree(tmp_path):
         render_turntable(lambda azimuth: hue(azimuth, 48 if azimuth == 0 else 50), tmp_path / "a.mp4", n_frames=2)
     with pytest.raises(ValueError, match="n_frames has to be at least 1"):
         render_turntable(hue, tmp_path / "a.mp4", n_frames=0)
+    with pytest.raises(ValueError, match="threads has to be at least 1, not 0"):
+        render_turntable(hue, tmp_path / "a.mp4", threads=0)
     assert os.listdir(tmp_path) == []
 
 

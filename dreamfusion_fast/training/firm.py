@@ -2,8 +2,8 @@
 
 Score distillation leaves soft edges and parts through which light shines. No mesh agrees with those: it is there or it
 is not. So the field as it is, the teacher, is rendered from random views, each pixel is made opaque or empty
-(`OpaqueThresholds`), and the field is fitted to that. Pieces that have come apart are joined by rods (`struts`). Nothing
-else is asked for, above all not the diffusion model, so the stage takes seconds.
+(`OpaqueThresholds`), and the field is fitted to that. Pieces that have come apart are joined by rods (`struts`).
+Nothing else is asked for, above all not the diffusion model, so the stage takes seconds.
 """
 
 from __future__ import annotations

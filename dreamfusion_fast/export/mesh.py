@@ -98,11 +98,13 @@ def outward(mesh: Mesh) -> Mesh:
 
 
 def without_degenerate(mesh: Mesh) -> Mesh:
-    """Merge vertices at the same place and drop faces without three different ones."""
+    """Merge vertices at the same place; drop faces without three different ones, and fins, two faces of one place."""
     _, first, inverse = np.unique(mesh.vertices, axis=0, return_index=True, return_inverse=True)
     faces = inverse.reshape(-1)[mesh.faces]
     different = (faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])
-    return _compact(mesh.vertices[first], faces[different])
+    faces = faces[different]
+    _, face, count = np.unique(np.sort(faces, axis=1), axis=0, return_inverse=True, return_counts=True)
+    return _compact(mesh.vertices[first], faces[count[face.reshape(-1)] != 2])
 
 
 def _compact(vertices: NDArray[np.float32], faces: NDArray[np.int64]) -> Mesh:

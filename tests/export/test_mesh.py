@@ -107,3 +107,15 @@ def test_doubled_vertices_are_merged_and_degenerate_faces_dropped():
     mesh = without_degenerate(Mesh(vertices, faces))
     assert len(mesh.vertices) == 4
     np.testing.assert_array_equal(mesh.corners, vertices[faces[:2]])
+
+
+def test_fins_are_dropped():
+    """Two faces of the same corners, as decimation leaves them where a spike has collapsed."""
+    body = sphere((0, 0, 0), 0.5)
+    tip = len(body.vertices)
+    a, b = body.faces[0, :2]
+    fin = np.array([[a, b, tip], [b, a, tip]])
+    mesh = Mesh(np.concatenate([body.vertices, [[0, 2, 0]]]).astype(np.float32), np.concatenate([body.faces, fin]))
+    cleaned = without_degenerate(mesh)
+    assert len(cleaned.faces) == len(body.faces)
+    assert as_trimesh(cleaned).is_watertight

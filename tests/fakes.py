@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dreamfusion_fast.fields.hash_field import HashGridFieldConfig
 from dreamfusion_fast.guidance.base import Guidance, PromptEmbeddings, SDSOutput, Views
+from dreamfusion_fast.guidance.memory import BatchPart
 from dreamfusion_fast.rendering.renderer import RendererConfig
 from dreamfusion_fast.training.config import (
     BackgroundConfig,
@@ -83,6 +84,7 @@ class BallGuidance(Guidance):
         generator: torch.Generator | None = None,
         grad_clip: float | None = None,
         sds_share: float | None = None,
+        part: BatchPart | None = None,
     ) -> SDSOutput:
         size = images.shape[-1]
         difference = images.detach() - target(views, size).to(images.device)
@@ -92,7 +94,8 @@ class BallGuidance(Guidance):
         arrived: dict[str, Any] = {"images": images.detach(), "views": views, "t_range": t_range, "gradient": gradient}
         images.register_hook(lambda grad: arrived.update(image_grad=grad))
         self.calls.append(arrived)
-        t = torch.randint(0, 1000, (len(images),), generator=generator)
+        part = part or BatchPart(0, len(images))
+        t = torch.randint(0, 1000, (part.batch,), generator=generator)[part.first : part.first + len(images)]
         residual = difference.square().flatten(1).mean(dim=1).sqrt()
         return SDSOutput(gradient, t, gradient.flatten(1).norm(dim=1), residual, images.detach())
 

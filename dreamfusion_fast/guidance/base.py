@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.errors import UserError
-from dreamfusion_fast.guidance.memory import GuidanceMemory
+from dreamfusion_fast.guidance.memory import BatchPart, GuidanceMemory
 from dreamfusion_fast.guidance.prompts import VIEW_NAMES, PromptSet, view_index
 
 ShadingName = Literal["albedo", "lambertian", "textureless"]
@@ -208,7 +208,33 @@ def check_t_range(t_range: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
-class DiffusionModel(ABC):
+class UsesMemory:
+    """What a model, and the guidance around it, can say about memory and do to need less. The defaults: nothing.
+
+    `dreamfusion_fast.training.memory_plan` asks.
+    """
+
+    def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
+        """Needs of one call with `batch` views of `render_size` pixels a side. What is per view may depend on both."""
+        return GuidanceMemory()
+
+    def set_recompute(self, on: bool) -> None:
+        """Let the encoding keep less for its backward, and compute it again. Results stay the same up to rounding.
+
+        Asked of those whose `memory_needs` say that it saves something.
+        """
+        return  # nothing to do by default
+
+    def set_offload(self, on: bool) -> None:
+        """Keep weights in main memory while they are not in use. Asked of those whose `memory_needs` have any."""
+        return  # nothing to do by default
+
+    def free_graphs(self) -> None:
+        """Give up captured CUDA graphs and their memory; they are captured again when next needed."""
+        return  # nothing to do by default
+
+
+class DiffusionModel(UsesMemory, ABC):
     """A frozen text-conditioned diffusion model with a discrete, variance-preserving noise schedule.
 
     x_t = alpha_t x + sigma_t eps with alpha_t^2 = alphas_cumprod[t] and sigma_t^2 = 1 - alphas_cumprod[t].
@@ -262,28 +288,12 @@ class DiffusionModel(ABC):
             [2 B, C, h, w]: B unconditional predictions, then B with the text.
         """
 
-    def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
-        """What one evaluation of `batch` views needs; see `GuidanceMemory`. Zeros where a model does not say."""
-        return GuidanceMemory()
-
-    def set_recompute(self, on: bool) -> None:
-        """Let `encode` keep less for its backward, and compute it again, where a model can."""
-        return  # most encodings keep next to nothing
-
-    def set_offload(self, on: bool) -> None:
-        """Keep weights in main memory, where a model can and `memory_needs` says how much that saves."""
-        return  # most models are small
-
-    def free_graphs(self) -> None:
-        """Free the memory of captured CUDA graphs, where a model has any; they are captured again when needed."""
-        return  # most models capture none
-
     def load(self) -> None:
         """Load what `encode` and `predict` need, if that is put off until first use. May be called more than once."""
         return  # most models are loaded when they are made
 
 
-class Guidance(ABC):
+class Guidance(UsesMemory, ABC):
     """Pulls images towards a prompt.
 
     Attributes:
@@ -315,6 +325,7 @@ class Guidance(ABC):
         generator: torch.Generator | None = None,
         grad_clip: float | None = None,
         sds_share: float | None = None,
+        part: BatchPart | None = None,
     ) -> SDSOutput:
         """Gradient that makes the images more likely under the prompt.
 
@@ -324,6 +335,7 @@ class Guidance(ABC):
             views: of the B images.
             t_range, guidance_scale, grad_clip: in place of the config's for this call.
             sds_share: share of the residual of score distillation; the rest is that of classifier score distillation.
+            part: which views of a batch the images are; by default all.
                 None: all of it. With mode "csd" it counts as 0.
             generator: source of timesteps and noise. A CPU generator gives the same numbers on every device.
 

@@ -189,11 +189,11 @@ class PipelineModel(DiffusionModel):
         return self._text.embed(texts)
 
     def free_graphs(self) -> None:
-        """See `DiffusionModel.free_graphs`: the U-Net's."""
+        """See `UsesMemory.free_graphs`: the U-Net's."""
         self._evaluate.clear()
 
     def set_offload(self, on: bool) -> None:
-        """See `DiffusionModel.set_offload`: the U-Net's weights. It is loaded again when next needed."""
+        """See `UsesMemory.set_offload`: the U-Net's weights. It is loaded again when next needed."""
         if on != self._offload:
             self._offload, self._unet = on, None
             self._evaluate.enabled = self._fused and not on
@@ -223,7 +223,7 @@ class PipelineModel(DiffusionModel):
         return self._unet(pair, t, **arguments, return_dict=False)[0]
 
     def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
-        """See `DiffusionModel.memory_needs`: weights counted, the rest scaled from what was measured of SD 1.5.
+        """See `UsesMemory.memory_needs`: weights counted, the rest scaled from what was measured of SD 1.5.
 
         The measurements are those of `benchmarks/bench_guidance.py`, with a third added.
         """
@@ -329,13 +329,13 @@ class LatentModel(PipelineModel):
         return self._fuses and not unserved(self._source.skeleton("vae"))
 
     def set_recompute(self, on: bool) -> None:
-        """See `DiffusionModel.set_recompute`. Where diffusers' encoder runs, nothing changes."""
+        """See `UsesMemory.set_recompute`. Where diffusers' encoder runs, nothing changes."""
         self._recompute = on
         if self._encoder is not None:
             self._encoder.set_recompute(on)
 
     def free_graphs(self) -> None:
-        """See `DiffusionModel.free_graphs`: the U-Net's and the autoencoder's."""
+        """See `UsesMemory.free_graphs`: the U-Net's and the autoencoder's."""
         super().free_graphs()
         if self._encoder is not None:
             self._encoder.free_graphs()

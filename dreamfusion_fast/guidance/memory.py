@@ -1,15 +1,8 @@
-"""What a guidance can say about its memory, and can do to need less. All of it is optional.
-
-A trainer that plans its memory (`dreamfusion_fast.training.memory_plan`) looks for these methods. A guidance without
-them is taken to need nothing, and has nothing to save with but smaller batches.
-"""
+"""What a guidance says about its memory, and the part of a batch that a call is about."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -41,48 +34,11 @@ class GuidanceMemory:
             )
 
 
-@runtime_checkable
-class StatesMemory(Protocol):
-    """A guidance that can say what it needs."""
-
-    def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
-        """Needs of one `sds_gradient` call.
-
-        Args:
-            batch: views in the call. What is given per view may depend on it.
-            render_size: height and width of the images that come, pixels.
-        """
-
-
-@runtime_checkable
-class Recomputes(Protocol):
-    """A guidance whose encoding can keep less for its backward, and compute it again."""
-
-    def set_recompute(self, on: bool) -> None:
-        """From the next call on; results stay the same up to rounding."""
-
-
-@runtime_checkable
-class Offloads(Protocol):
-    """A guidance that can keep weights in main memory while they are not in use."""
-
-    def set_offload(self, on: bool) -> None:
-        """From the next call on; results stay the same."""
-
-
-@runtime_checkable
-class HoldsGraphs(Protocol):
-    """A guidance that captures CUDA graphs by the shape of its inputs, each with memory of its own."""
-
-    def free_graphs(self) -> None:
-        """Give them up, to be captured again when next needed: those of a larger batch are of no use to a smaller."""
-
-
 @dataclass(frozen=True)
 class BatchPart:
-    """Which views of a batch a call is about, for a guidance whose `sds_gradient` has a parameter `part`.
+    """Which views of a batch a call of `Guidance.sds_gradient` is about.
 
-    Such a guidance draws timesteps and noise for the whole batch, from the generator as it always does, and uses the
+    The guidance draws timesteps and noise for the whole batch, from the generator as it always does, and uses the
     rows `first` to `first + B - 1` of them, B the number of images it is given. Called for each part in turn, with the
     generator put back before each call, it so returns the rows that one call with the whole batch would have returned.
 
@@ -97,8 +53,3 @@ class BatchPart:
     def __post_init__(self) -> None:
         if not 0 <= self.first < self.batch:
             raise ValueError(f"BatchPart: got first {self.first} of batch {self.batch}, want 0 <= first < batch")
-
-
-def takes_part(sds_gradient: Callable[..., object]) -> bool:
-    """Whether a guidance's `sds_gradient` has the parameter `part`."""
-    return "part" in inspect.signature(sds_gradient).parameters

@@ -201,19 +201,19 @@ class ScoreDistillation(Guidance):
         self.model.load()
 
     def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
-        """See `StatesMemory.memory_needs`."""
+        """See `UsesMemory.memory_needs`."""
         return self.model.memory_needs(batch, render_size)
 
     def set_recompute(self, on: bool) -> None:
-        """See `Recomputes.set_recompute`."""
+        """See `UsesMemory.set_recompute`."""
         self.model.set_recompute(on)
 
     def set_offload(self, on: bool) -> None:
-        """See `Offloads.set_offload`."""
+        """See `UsesMemory.set_offload`."""
         self.model.set_offload(on)
 
     def free_graphs(self) -> None:
-        """See `HoldsGraphs.free_graphs`."""
+        """See `UsesMemory.free_graphs`."""
         self.model.free_graphs()
 
     def _draw(

@@ -17,7 +17,6 @@ import torch
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.gpu_memory import free_bytes, limit_fraction, set_limit_fraction
 from dreamfusion_fast.guidance.base import Guidance
-from dreamfusion_fast.guidance.memory import GuidanceMemory, Offloads, Recomputes, StatesMemory
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.workspace import default_budget
 
@@ -139,7 +138,7 @@ class MemoryPlanner:
     """The ladder of one run, and estimates of what a rung needs.
 
     Args:
-        guidance: asked for its needs and for what it can do; see `dreamfusion_fast.guidance.memory`.
+        guidance: asked for its needs; see `dreamfusion_fast.guidance.base.UsesMemory`.
         renderer: the run's settings of it. A budget given there is where the ladder starts.
         batch: views per step.
         render_size: largest height and width rendered in training, pixels.
@@ -180,23 +179,18 @@ class MemoryPlanner:
         while views > 1:
             views = -(-views // 2)
             add(views_per_call=views)
-        needs, known = self._needs(1, self.render_size), isinstance(self.guidance, StatesMemory)
-        if isinstance(self.guidance, Recomputes) and not (known and needs.encode_recomputed >= needs.encode):
+        needs = self.guidance.memory_needs(1, self.render_size)
+        if needs.encode_recomputed < needs.encode:
             add(recompute=True)
-        if isinstance(self.guidance, Offloads) and not (known and needs.offloadable == 0):
+        if needs.offloadable > 0:
             add(offload=True)
         return ladder
-
-    def _needs(self, views: int, size: int) -> GuidanceMemory:
-        if isinstance(self.guidance, StatesMemory):
-            return self.guidance.memory_needs(views, size)
-        return GuidanceMemory()
 
     def parts(self, plan: MemoryPlan, batch: int | None = None, render_size: int | None = None) -> dict[str, int]:
         """Estimated bytes by what takes them, all at once: the encoding's activations are held while the U-Net runs."""
         batch, size = batch or self.batch, render_size or self.render_size
         views = min(plan.views_per_call, batch)
-        needs = self._needs(views, size)
+        needs = self.guidance.memory_needs(views, size)
         return {
             "weights": needs.weights - (needs.offloadable if plan.offload else 0),
             "encoding": views * (needs.encode_recomputed if plan.recompute else needs.encode),

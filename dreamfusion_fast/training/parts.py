@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from dreamfusion_fast.guidance.base import Guidance, PromptEmbeddings, SDSOutput, Views
-from dreamfusion_fast.guidance.memory import BatchPart, takes_part
+from dreamfusion_fast.guidance.memory import BatchPart
 
 
 def sds_gradient_in_parts(
@@ -23,10 +21,9 @@ def sds_gradient_in_parts(
 ) -> SDSOutput:
     """`Guidance.sds_gradient` of a batch, in calls of at most `views_per_call` views.
 
-    If the guidance's `sds_gradient` has a parameter `part` (see `BatchPart`) and a generator is given, a seed means the
-    same timesteps and noise as in one call, and the generator is left as one call leaves it. Results are then those of
-    one call, up to the rounding of products of another shape. Any other guidance draws for each part in turn: its
-    numbers depend on the seed and on `views_per_call`.
+    With a generator, a seed means the same timesteps and noise as in one call (see `BatchPart`), and the generator is
+    left as one call leaves it: results are those of one call, up to the rounding of products of another shape. Without
+    one, each part draws its own.
 
     Args:
         guidance: what pulls.
@@ -48,15 +45,12 @@ def sds_gradient_in_parts(
         return guidance.sds_gradient(
             images, embeddings, views, t_range=t_range, generator=generator, sds_share=sds_share
         )
-    by_rows = generator is not None and takes_part(guidance.sds_gradient)
-    state = generator.get_state() if generator is not None and by_rows else None
+    state = None if generator is None else generator.get_state()
     outputs: list[SDSOutput] = []
     for first in range(0, batch, views_per_call):
         rows = slice(first, first + views_per_call)
-        options: dict[str, Any] = {}
         if generator is not None and state is not None:
             generator.set_state(state)
-            options["part"] = BatchPart(first, batch)
         outputs.append(
             guidance.sds_gradient(
                 images[rows],
@@ -65,7 +59,7 @@ def sds_gradient_in_parts(
                 t_range=t_range,
                 generator=generator,
                 sds_share=sds_share,
-                **options,
+                part=None if generator is None else BatchPart(first, batch),
             )
         )
     return SDSOutput(*(torch.cat(values) for values in zip(*outputs, strict=True)))

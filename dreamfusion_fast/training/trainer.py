@@ -22,7 +22,6 @@ from dreamfusion_fast.fields.background import MlpBackground
 from dreamfusion_fast.fields.hash_field import HashGridField
 from dreamfusion_fast.gpu_memory import is_out_of_memory, what_was_wanted
 from dreamfusion_fast.guidance.base import Guidance, create_guidance
-from dreamfusion_fast.guidance.memory import HoldsGraphs, Offloads, Recomputes
 from dreamfusion_fast.rendering.cameras import orbit_cameras
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.renderer import RenderOutput, VolumeRenderer
@@ -135,8 +134,7 @@ class Trainer:
     def follow(self, plan: MemoryPlan) -> None:
         """Set renderer and guidance as a plan of `planner.ladder` says, and give back memory that it has no use for."""
         self._set(plan)
-        if isinstance(self.guidance, HoldsGraphs):
-            self.guidance.free_graphs()
+        self.guidance.free_graphs()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -146,10 +144,8 @@ class Trainer:
         config = plan.renderer_config(self.config.renderer)
         if config != self.renderer.config:  # a new one, since the old one may hold graphs
             self.renderer = VolumeRenderer(self.field, self.occupancy, config)
-        if isinstance(self.guidance, Recomputes):
-            self.guidance.set_recompute(plan.recompute)
-        if isinstance(self.guidance, Offloads):
-            self.guidance.set_offload(plan.offload)
+        self.guidance.set_recompute(plan.recompute)
+        self.guidance.set_offload(plan.offload)
 
     def step(self) -> StepResult:
         """One optimiser step on `batch` random views.

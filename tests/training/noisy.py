@@ -9,7 +9,7 @@ from fakes import BallGuidance, target
 from torch import Tensor
 
 from dreamfusion_fast.guidance.base import DiffusionModel, SDSOutput
-from dreamfusion_fast.guidance.memory import BatchPart
+from dreamfusion_fast.guidance.memory import BatchPart, GuidanceMemory
 
 
 class NoisyGuidance(BallGuidance):
@@ -20,6 +20,9 @@ class NoisyGuidance(BallGuidance):
         self.sizes: list[int] = []
         self.recompute = False
         self.freed = 0
+
+    def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
+        return GuidanceMemory(encode=2, encode_recomputed=1)
 
     def free_graphs(self) -> None:
         self.freed += 1

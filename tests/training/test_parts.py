@@ -8,7 +8,6 @@ from fakes import BallGuidance
 from noisy import NoisyGuidance, TinyLatentModel
 
 from dreamfusion_fast.guidance.base import GuidanceConfig, Views
-from dreamfusion_fast.guidance.memory import takes_part
 from dreamfusion_fast.guidance.sds import ScoreDistillation
 from dreamfusion_fast.training.parts import sds_gradient_in_parts
 
@@ -43,7 +42,6 @@ def test_parts_are_the_whole(views_per_call, background):
     assert torch.equal(state, state_after)
 
 
-@pytest.mark.skipif(not takes_part(ScoreDistillation.sds_gradient), reason="score distillation takes no parts")
 @pytest.mark.parametrize("views_per_call", [1, 2, 4])
 def test_score_distillation_in_parts_is_the_whole(views_per_call):
     config = GuidanceConfig(cache=False)
@@ -53,19 +51,6 @@ def test_score_distillation_in_parts_is_the_whole(views_per_call):
     assert torch.equal(state, state_after)
     for name in ("gradient", "norm", "residual", "x0"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-5, atol=1e-6)
-
-
-def test_a_guidance_without_parts_is_called_in_order():
-    """Its draws are others than those of the whole batch, and the same each time."""
-    guidance = BallGuidance()
-    first, state = run(guidance, 2)
-    again, _ = run(BallGuidance(), 2)
-    whole, whole_state = run(BallGuidance(), BATCH)
-    assert [len(call["images"]) for call in guidance.calls] == [2, 2, 1]
-    assert torch.equal(first.t, again.t)
-    assert torch.equal(first.gradient, whole.gradient)  # nothing in it is random
-    assert first.t.shape == whole.t.shape
-    assert state.shape == whole_state.shape
 
 
 def test_no_views_at_a_time_is_refused():

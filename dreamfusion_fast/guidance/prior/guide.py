@@ -93,7 +93,7 @@ class EmbeddedPrior(DiffusionModel):
         return self._evaluate(noisy.to(self._dtype), t, condition["tokens"].to(self._dtype), vector.to(self._dtype))
 
     def free_graphs(self) -> None:
-        """See `DiffusionModel.free_graphs`."""
+        """See `UsesMemory.free_graphs`."""
         self._captured.clear()
 
     def _pairwise(self, noisy: Tensor, t: Tensor, tokens: Tensor, vector: Tensor) -> Tensor:

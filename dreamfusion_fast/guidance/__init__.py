@@ -10,8 +10,9 @@ from dreamfusion_fast.guidance.base import (
     Views,
     create_guidance,
 )
-from dreamfusion_fast.guidance.prompts import VIEW_NAMES, PromptSet, view_index
-from dreamfusion_fast.guidance.sds import ScoreDistillation
+from dreamfusion_fast.guidance.distillation import ScoreDistillation
+from dreamfusion_fast.guidance.prompts import VIEW_NAMES, Prompt, PromptSet, view_index
+from dreamfusion_fast.guidance.schedule import NoiseLevel, NoiseSchedule, VariancePreserving
 
 __all__ = [
     "KNOWN_GUIDANCE",
@@ -19,10 +20,14 @@ __all__ = [
     "DiffusionModel",
     "Guidance",
     "GuidanceConfig",
+    "NoiseLevel",
+    "NoiseSchedule",
+    "Prompt",
     "PromptEmbeddings",
     "PromptSet",
     "SDSOutput",
     "ScoreDistillation",
+    "VariancePreserving",
     "Views",
     "create_guidance",
     "view_index",

@@ -1,14 +1,14 @@
 """What passes between a trainer and a diffusion model: images, views, prompt embeddings, and a gradient.
 
 `Guidance` is what a trainer sees. `DiffusionModel` is what a diffusion model has to say about itself for
-`dreamfusion_fast.guidance.sds.ScoreDistillation`, the one implementation of `Guidance`, to use it.
+`dreamfusion_fast.guidance.distillation.ScoreDistillation`, the one implementation of `Guidance`, to use it.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -17,13 +17,12 @@ from torch import Tensor
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance.memory import BatchPart, GuidanceMemory
-from dreamfusion_fast.guidance.prompts import VIEW_NAMES, PromptSet, view_index
+from dreamfusion_fast.guidance.methods.cfg import Convention
+from dreamfusion_fast.guidance.prompts import VIEW_NAMES, Prompt, PromptSet, view_index
+from dreamfusion_fast.guidance.schedule import NoiseSchedule, Weighting
 
 ShadingName = Literal["albedo", "lambertian", "textureless"]
-Weighting = Literal["sds", "uniform", "fantasia3d"]
 Mode = Literal["sds", "csd"]
-Convention = Literal["null", "text"]
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
 DtypeName = Literal["auto", "float64", "float32", "float16", "bfloat16"]
 TextDevice = Literal["auto", "cpu", "cuda"]
 TextDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
@@ -91,15 +90,21 @@ class PromptEmbeddings:
     def to(self, device: torch.device | str) -> PromptEmbeddings:
         return PromptEmbeddings({name: value.to(device) for name, value in self.tensors.items()})
 
-    def select(self, views: Views) -> dict[str, Tensor]:
-        """Rows for the guided pair of each view, on the embeddings' device and without waiting for it.
+    def select(self, conditions: Sequence[str], views: Views) -> dict[str, Tensor]:
+        """Rows for each view under each condition, on the embeddings' device and without waiting for it.
+
+        Args:
+            conditions: "null" for the unconditional row, "text" for that of each view's direction, or one of
+                `VIEW_NAMES` for that direction's.
+            views: B of them.
 
         Returns:
-            name -> [2 B, ...]: first B unconditional rows, then B rows of the text for each view's direction.
+            name -> [K B, ...]: B rows of the first condition, then B of the second, and so on.
         """
         text = view_index(views.azimuth, views.elevation)
-        pair = torch.cat((torch.full_like(text, len(VIEW_NAMES)), text))
-        return {name: value.index_select(0, pair.to(value.device)) for name, value in self.tensors.items()}
+        fixed = {"null": len(VIEW_NAMES), **{name: row for row, name in enumerate(VIEW_NAMES)}}
+        rows = torch.cat([text if name == "text" else torch.full_like(text, fixed[name]) for name in conditions])
+        return {name: value.index_select(0, rows.to(value.device)) for name, value in self.tensors.items()}
 
 
 class SDSOutput(NamedTuple):
@@ -235,15 +240,12 @@ class UsesMemory:
 
 
 class DiffusionModel(UsesMemory, ABC):
-    """A frozen text-conditioned diffusion model with a discrete, variance-preserving noise schedule.
-
-    x_t = alpha_t x + sigma_t eps with alpha_t^2 = alphas_cumprod[t] and sigma_t^2 = 1 - alphas_cumprod[t].
+    """A frozen text-conditioned diffusion model.
 
     Attributes:
         name: for messages.
         device: where images are wanted and predictions come from.
-        alphas_cumprod: [T] float32 or float64 on `device`, falling.
-        prediction_type: what `predict` returns: eps; v = alpha eps - sigma x; or x ("sample").
+        schedule: the noise levels of its timesteps, and what `predict` returns.
         image_size: height and width of images the model was trained on; others are resized by `encode`.
         default_guidance_scale: used where the config names none; convention eps_null + s (eps_text - eps_null).
         x0_range: range of a clean input if it has one (pixel models: (-1, 1)), else None.
@@ -253,8 +255,7 @@ class DiffusionModel(UsesMemory, ABC):
 
     name: str
     device: torch.device
-    alphas_cumprod: Tensor
-    prediction_type: PredictionType
+    schedule: NoiseSchedule
     image_size: int
     default_guidance_scale: float
     x0_range: tuple[float, float] | None = None
@@ -267,7 +268,7 @@ class DiffusionModel(UsesMemory, ABC):
         """A string that changes whenever the embedding of some text could change: the key of the embedding cache."""
 
     @abstractmethod
-    def embed_texts(self, texts: list[str]) -> dict[str, Tensor]:
+    def embed_texts(self, texts: list[Prompt]) -> dict[str, Tensor]:
         """Embed n texts -> name -> [n, ...]. The text encoder is loaded for this call alone and freed after it."""
 
     @abstractmethod
@@ -276,16 +277,16 @@ class DiffusionModel(UsesMemory, ABC):
 
     @abstractmethod
     def predict(self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor], views: Views) -> Tensor:
-        """Evaluate the guided pair in one batch; called under no_grad.
+        """Evaluate all conditions in one batch; called under no_grad.
 
         Args:
-            noisy: [B, C, h, w], the same for both halves.
+            noisy: [B, C, h, w], the same for all K conditions.
             t: [B] int64.
-            condition: name -> [2 B, ...] as `PromptEmbeddings.select` gives it.
+            condition: name -> [K B, ...] as `PromptEmbeddings.select` gives it.
             views: B views.
 
         Returns:
-            [2 B, C, h, w]: B unconditional predictions, then B with the text.
+            [K B, C, h, w]: B predictions under the first condition, then B under the second, and so on.
         """
 
     def load(self) -> None:
@@ -363,7 +364,7 @@ def create_guidance(config: GuidanceConfig, device: torch.device | str = "cpu") 
     Raises:
         UserError: unknown name, a folder that is no pipeline, a hub id that cannot be had, a device that is absent.
     """
-    from dreamfusion_fast.guidance.sds import ScoreDistillation
+    from dreamfusion_fast.guidance.distillation import ScoreDistillation
 
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dreamfusion_fast.guidance.prompts import Prompt
+
 # Part of every key: raised whenever the meaning of a stored file changes.
 _FORMAT = 1
 
@@ -46,7 +48,7 @@ class EmbeddingCache:
         self.directory = Path(directory) if directory is not None else default_cache_dir() / "embeddings"
 
     def get_or_compute(
-        self, identity: str, texts: list[str], compute: Callable[[list[str]], dict[str, Tensor]]
+        self, identity: str, texts: list[Prompt], compute: Callable[[list[Prompt]], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         """The stored embeddings of these texts by the model with this identity, on the CPU, or `compute(texts)`."""
         key = hashlib.sha256(json.dumps([_FORMAT, identity, texts]).encode()).hexdigest()

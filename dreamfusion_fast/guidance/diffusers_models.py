@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ from dreamfusion_fast.guidance.latent_encoder import LatentEncoder, unserved
 from dreamfusion_fast.guidance.memory import GuidanceMemory
 from dreamfusion_fast.guidance.offload import RESIDENT_SHARE, can_stream_weights, stream_weights
 from dreamfusion_fast.guidance.pipeline_source import PipelineSource, one_line, open_source
+from dreamfusion_fast.guidance.prompts import Prompt
+from dreamfusion_fast.guidance.schedule import PredictionType, VariancePreserving
 from dreamfusion_fast.guidance.text_encoders import PromptEncoder
 from dreamfusion_fast.ops._triton import triton_serves
 
-_PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+_PREDICTION_TYPES = get_args(PredictionType)
 # Bytes in float16: of a U-Net like Stable Diffusion's per pixel of its input, for the guided pair; of its autoencoder's
 # encoder and its gradient, per pixel of the image, as `LatentEncoder` runs it and as diffusers does.
 _UNET_BYTES = 45_000
@@ -177,14 +179,13 @@ class PipelineModel(DiffusionModel):
             scheduler: Any = DDPMScheduler(**{field: config[field] for field in fields if field in config})
         except (NotImplementedError, TypeError, ValueError) as error:
             raise UserError(f"guidance {self.name!r}: the noise schedule cannot be made: {one_line(error)}") from error
-        self.alphas_cumprod = scheduler.alphas_cumprod.to(self.device)
-        self.prediction_type = prediction_type
+        self.schedule = VariancePreserving(scheduler.alphas_cumprod.to(self.device), prediction_type)
 
     @property
     def text_identity(self) -> str:
         return self._text.identity
 
-    def embed_texts(self, texts: list[str]) -> dict[str, Tensor]:
+    def embed_texts(self, texts: list[Prompt]) -> dict[str, Tensor]:
         """See `PromptEncoder.embed`: "hidden" [n, tokens, width] and with two encoders "pooled" [n, width]."""
         return self._text.embed(texts)
 
@@ -214,13 +215,14 @@ class PipelineModel(DiffusionModel):
     def predict(self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor], views: Views) -> Tensor:
         """See `DiffusionModel.predict`; channels of a learned variance are dropped. A CUDA graph on a GPU."""
         self.load()
-        pair = noisy.to(self.dtype).repeat(2, 1, 1, 1)
-        output = self._evaluate(pair, t.repeat(2), *(condition[name] for name in self._condition_names))
+        told = [condition[name] for name in self._condition_names]
+        times = len(told[0]) // len(noisy)
+        output = self._evaluate(noisy.to(self.dtype).repeat(times, 1, 1, 1), t.repeat(times), *told)
         return output[:, : noisy.shape[1]]
 
-    def _call_unet(self, pair: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
+    def _call_unet(self, noisy: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
         arguments = self._unet_arguments(dict(zip(self._condition_names, condition, strict=True)))
-        return self._unet(pair, t, **arguments, return_dict=False)[0]
+        return self._unet(noisy, t, **arguments, return_dict=False)[0]
 
     def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
         """See `UsesMemory.memory_needs`: weights counted, the rest scaled from what was measured of SD 1.5.
@@ -234,7 +236,7 @@ class PipelineModel(DiffusionModel):
         return GuidanceMemory(weights=weights, unet=unet, offloadable=offloadable)
 
     def _unet_arguments(self, condition: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What the U-Net is told beside image and timestep, from rows of both halves; never waits for the GPU."""
+        """What the U-Net is told beside image and timestep, from rows of all conditions; never waits for the GPU."""
         return {"encoder_hidden_states": condition["hidden"].to(self.dtype)}
 
     def _check_channels(self, channels: int) -> None:

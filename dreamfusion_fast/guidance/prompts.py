@@ -12,6 +12,7 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,26 @@ BACK_LIMIT_DEG = 135.0
 OVERHEAD_LIMIT_DEG = 60.0
 # A view written as 45 degrees and turned into float32 radians must still count as 45 degrees.
 _TOLERANCE = math.radians(1e-3)
+
+
+class Prompt(NamedTuple):
+    """A text and the direction that it names, apart, so that a text that is too long can lose words and not the view.
+
+    Attributes:
+        text: without the direction.
+        view: one of `VIEW_NAMES`, or None.
+    """
+
+    text: str
+    view: str | None = None
+
+    @property
+    def ending(self) -> str:
+        """What the direction adds: ", side view", or nothing."""
+        return "" if self.view is None else f", {self.view} view"
+
+    def __str__(self) -> str:
+        return self.text + self.ending
 
 
 @dataclass(frozen=True)
@@ -52,39 +73,31 @@ class PromptSet:
         object.__setattr__(self, "negative_prompt", " ".join(self.negative_prompt.split()))
 
     @property
-    def texts(self) -> list[str]:
+    def texts(self) -> list[Prompt]:
         """The five texts to embed: one per entry of `VIEW_NAMES`, then the unconditional one."""
-        views = [view_text(self.prompt, name) if self.view_dependent else self.prompt for name in VIEW_NAMES]
-        return [*views, self.negative_prompt]
+        views = [Prompt(self.prompt, name if self.view_dependent else None) for name in VIEW_NAMES]
+        return [*views, Prompt(self.negative_prompt)]
 
 
-def view_text(prompt: str, view: str) -> str:
-    """The prompt for one direction: ("a teapot", "side") gives "a teapot, side view"."""
-    if view not in VIEW_NAMES:
-        raise ValueError(f"view must be one of {', '.join(VIEW_NAMES)}, got {view!r}")
-    return f"{prompt}, {view} view"
-
-
-def shortened(texts: Sequence[str], fits: Callable[[str], bool]) -> tuple[list[str], dict[str, str]]:
-    """Texts that fit a text encoder: where one does not, its last words are left out, and not the view it names.
+def shortened(prompts: Sequence[Prompt], fits: Callable[[str], bool]) -> tuple[list[str], dict[str, str]]:
+    """Texts that fit a text encoder: where one does not, its last words are left out, and not its direction.
 
     All views of a prompt lose the same words, so that their texts differ in the view alone. A single word that is too
     long, as a text in Chinese can be, is cut between two characters.
 
     Args:
-        texts: prompts, with or without one of the endings of `view_text`.
+        prompts: texts and directions.
         fits: whether a text is short enough.
 
     Returns:
         The texts, in their order; and of each prompt that had to be shortened, what was left out.
     """
-    parts = [_without_view(text) for text in texts]
     endings: dict[str, list[str]] = {}
-    for prompt, ending in parts:
-        endings.setdefault(prompt, []).append(ending)
-    kept = {prompt: _longest_start(prompt, own, fits) for prompt, own in endings.items()}
-    lost = {prompt: prompt[len(start) :].strip() for prompt, start in kept.items() if start != prompt}
-    return [kept[prompt] + ending for prompt, ending in parts], lost
+    for prompt in prompts:
+        endings.setdefault(prompt.text, []).append(prompt.ending)
+    kept = {text: _longest_start(text, own, fits) for text, own in endings.items()}
+    lost = {text: text[len(start) :].strip() for text, start in kept.items() if start != text}
+    return [kept[prompt.text] + prompt.ending for prompt in prompts], lost
 
 
 def warn_of_lost_words(name: str, most: int, lost: Mapping[str, str]) -> None:
@@ -94,15 +107,6 @@ def warn_of_lost_words(name: str, most: int, lost: Mapping[str, str]) -> None:
             f"guidance {name!r} reads at most {most} tokens of a prompt: of {prompt!r} it does not see {words!r}",
             stacklevel=4,
         )
-
-
-def _without_view(text: str) -> tuple[str, str]:
-    """A text in two, of which the second is the ending that `view_text` gave it, or empty."""
-    for name in VIEW_NAMES:
-        ending = view_text("", name)
-        if text.endswith(ending):
-            return text.removesuffix(ending), ending
-    return text, ""
 
 
 def _longest_start(prompt: str, endings: Sequence[str], fits: Callable[[str], bool]) -> str:

@@ -20,7 +20,7 @@ from dreamfusion_fast.errors import NonFiniteError, UserError
 from dreamfusion_fast.gpu_memory import free_bytes
 from dreamfusion_fast.guidance.base import GuidanceConfig
 from dreamfusion_fast.guidance.pipeline_source import PipelineSource
-from dreamfusion_fast.guidance.prompts import shortened, warn_of_lost_words
+from dreamfusion_fast.guidance.prompts import Prompt, shortened, warn_of_lost_words
 
 Placement = Literal["gpu", "layers", "cpu"]
 """Where an encoder runs: whole on the GPU, layer by layer on the GPU from main memory, or on the CPU."""
@@ -122,7 +122,7 @@ class PromptEncoder:
         form = f"{'pooled' if self._two else 'last'}{'-zeros' if self._zeros_for_empty else ''}-2"
         return f"{form}:{dtypes}:{self._source.variant}:{self._source.identity(components)}"
 
-    def embed(self, texts: list[str]) -> dict[str, Tensor]:
+    def embed(self, texts: list[Prompt]) -> dict[str, Tensor]:
         """Embed n texts in one batch per encoder.
 
         Texts that are too long for an encoder lose words, as `prompts.shortened` says, and a warning names them.
@@ -140,7 +140,7 @@ class PromptEncoder:
             return {"hidden": outputs[0][0]}
         tensors = {"hidden": torch.cat([hidden for hidden, _ in outputs], dim=-1), "pooled": outputs[-1][1]}
         if self._zeros_for_empty:
-            empty = torch.tensor([not text for text in texts])
+            empty = torch.tensor([not str(text) for text in texts])
             for value in tensors.values():
                 value[empty] = 0
         return tensors
@@ -198,7 +198,7 @@ class PromptEncoder:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _tokenize(self, texts: list[str]) -> dict[str, Any]:
+    def _tokenize(self, texts: list[Prompt]) -> dict[str, Any]:
         """What each encoder is given, by suffix: "input_ids" and "attention_mask", both [n, tokens]."""
         tokenizers = {suffix: self._source.load(f"tokenizer{suffix}") for suffix in self._suffixes}
         lengths = {suffix: self._length(suffix, tokenizer) for suffix, tokenizer in tokenizers.items()}
@@ -210,11 +210,11 @@ class PromptEncoder:
                 for suffix, tokenizer in tokenizers.items()
             )
 
-        texts, lost = shortened(texts, fits)
+        short, lost = shortened(texts, fits)
         warn_of_lost_words(self._source.name, min(lengths.values()), lost)
         return {
             suffix: tokenizer(
-                [self._read(suffix, text) for text in texts],
+                [self._read(suffix, text) for text in short],
                 padding="max_length",
                 max_length=lengths[suffix],
                 truncation=True,

@@ -86,10 +86,10 @@ def test_prediction_equals_that_of_the_pipeline_while_it_samples(
     guidance, reference = _guidance(folder, negative_prompt="red"), _diffusers(folder, kind)
     embeddings = guidance.embed("a teapot")
     views = Views(torch.tensor([3.1, 0.0]), torch.zeros(2))
-    null, text = (half.double() for half in embeddings.select(views)["hidden"].chunk(2))
+    null, text = (half.double() for half in embeddings.select(("null", "text"), views)["hidden"].chunk(2))
     given: dict[str, Any] = {"prompt_embeds": text, "negative_prompt_embeds": null}
     if kind == "sdxl":
-        null, text = (half.double() for half in embeddings.select(views)["pooled"].chunk(2))
+        null, text = (half.double() for half in embeddings.select(("null", "text"), views)["pooled"].chunk(2))
         given.update(pooled_prompt_embeds=text, negative_pooled_prompt_embeds=null)
     # Every timestep of this scheduler's is one that the model was trained on, and its input is not scaled.
     variance = "learned_range" if kind == "pixel" else "fixed_small"
@@ -103,7 +103,7 @@ def test_prediction_equals_that_of_the_pipeline_while_it_samples(
     for noisy, t, output in seen:
         torch.testing.assert_close(noisy[:2], noisy[2:], rtol=0, atol=0)
         with torch.no_grad():
-            pair = guidance.model.predict(noisy[:2], t.repeat(2), embeddings.select(views), views)
+            pair = guidance.model.predict(noisy[:2], t.repeat(2), embeddings.select(("null", "text"), views), views)
         assert output.shape[1] == (6 if kind == "pixel" else 4)
         assert pair.shape[1] == (3 if kind == "pixel" else 4)
         torch.testing.assert_close(pair, output[:, : pair.shape[1]], rtol=1e-9, atol=1e-9)
@@ -118,7 +118,7 @@ def test_prediction_equals_the_unet_asked_twice(pipeline: Pipelines, kind: str) 
     noisy = torch.randn(3, 3 if kind == "pixel" else 4, 8, 8, dtype=torch.float64)
     t = torch.tensor([3, 50, 98])
     with torch.no_grad():
-        pair = guidance.model.predict(noisy, t, embeddings.select(VIEWS), VIEWS)
+        pair = guidance.model.predict(noisy, t, embeddings.select(("null", "text"), VIEWS), VIEWS)
         unet = _diffusers(folder, kind).unet
         null = torch.cat([_ask(unet, noisy[i], t[i], embeddings, -1) for i in range(3)])
         text = torch.cat([_ask(unet, noisy[i], t[i], embeddings, ROWS[i]) for i in range(3)])
@@ -229,13 +229,15 @@ def test_what_the_folders_say_about_the_models(pipeline: Pipelines) -> None:
     assert isinstance(latent.model, LatentModel)
     assert isinstance(pixel.model, PixelModel)
     assert (latent.image_size, pixel.image_size) == (16, 8)
-    assert (latent.model.prediction_type, pixel.model.prediction_type) == ("v_prediction", "epsilon")
+    assert (latent.model.schedule.prediction_type, pixel.model.schedule.prediction_type) == ("v_prediction", "epsilon")
     assert (latent.guidance_scale, pixel.guidance_scale) == (100.0, 20.0)
     sdxl = _guidance(pipeline("sdxl"), dtype="float16").model
     assert isinstance(sdxl, SDXLModel)
     assert (sdxl.image_size, sdxl.dtype) == (16, torch.float16)
     betas = torch.linspace(0.001**0.5, 0.12**0.5, 100, dtype=torch.float64) ** 2
-    torch.testing.assert_close(latent.model.alphas_cumprod.double(), (1 - betas).cumprod(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        latent.model.schedule.alphas_cumprod.double(), (1 - betas).cumprod(0), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_half_precision_model_gives_a_float32_gradient_near_the_exact_one(pipeline: Pipelines) -> None:

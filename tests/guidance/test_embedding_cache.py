@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.guidance.cache import EmbeddingCache, default_cache_dir
+from dreamfusion_fast.guidance.prompts import Prompt
+
+
+def prompts(*texts: str) -> list[Prompt]:
+    return [Prompt(text) for text in texts]
 
 
 class Encoder:
@@ -19,9 +24,9 @@ class Encoder:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, texts: list[str]) -> dict[str, Tensor]:
+    def __call__(self, texts: list[Prompt]) -> dict[str, Tensor]:
         self.calls += 1
-        hidden = torch.tensor([[len(text), 0.1] for text in texts]).T.contiguous().T
+        hidden = torch.tensor([[len(str(text)), 0.1] for text in texts]).T.contiguous().T
         return {"hidden": hidden, "pooled": hidden.sum(1, keepdim=True).to(torch.bfloat16)}
 
 
@@ -31,8 +36,15 @@ def _same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     )
 
 
+def test_a_direction_apart_is_another_entry(tmp_path: Path) -> None:
+    encoder, cache = Encoder(), EmbeddingCache(tmp_path)
+    cache.get_or_compute("model", [Prompt("a, side view")], encoder)
+    cache.get_or_compute("model", [Prompt("a", "side")], encoder)
+    assert encoder.calls == 2
+
+
 def test_second_call_reads_the_file(tmp_path: Path) -> None:
-    encoder, texts = Encoder(), ["a", "bc", ""]
+    encoder, texts = Encoder(), prompts("a", "bc", "")
     first = EmbeddingCache(tmp_path).get_or_compute("model", texts, encoder)
     again = EmbeddingCache(tmp_path).get_or_compute("model", texts, encoder)
     assert encoder.calls == 1
@@ -44,8 +56,8 @@ def test_second_call_reads_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("identity", "texts"), [("other", ["a", "b"]), ("model", ["b", "a"]), ("model", ["a,b"])])
 def test_other_model_or_texts_are_another_entry(tmp_path: Path, identity: str, texts: list[str]) -> None:
     encoder, cache = Encoder(), EmbeddingCache(tmp_path)
-    cache.get_or_compute("model", ["a", "b"], encoder)
-    cache.get_or_compute(identity, texts, encoder)
+    cache.get_or_compute("model", prompts("a", "b"), encoder)
+    cache.get_or_compute(identity, prompts(*texts), encoder)
     assert encoder.calls == 2
 
 
@@ -59,7 +71,7 @@ def _flip_last_bit(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("damage", [_truncate, _flip_last_bit, lambda _: b"", lambda _: b"\xff" * 64])
 def test_damaged_file_is_made_again(tmp_path: Path, damage: object) -> None:
-    encoder, cache, texts = Encoder(), EmbeddingCache(tmp_path), ["a", "bc"]
+    encoder, cache, texts = Encoder(), EmbeddingCache(tmp_path), prompts("a", "bc")
     cache.get_or_compute("model", texts, encoder)
     (path,) = tmp_path.iterdir()
     path.write_bytes(damage(path.read_bytes()))
@@ -76,8 +88,8 @@ def test_damaged_file_is_made_again(tmp_path: Path, damage: object) -> None:
 def test_folder_that_cannot_be_written_costs_a_warning_only(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.warns(UserWarning, match="not kept"):
-        result = EmbeddingCache(tmp_path / "file" / "folder").get_or_compute("model", ["a"], Encoder())
-    assert _same(result, Encoder()(["a"]))
+        result = EmbeddingCache(tmp_path / "file" / "folder").get_or_compute("model", prompts("a"), Encoder())
+    assert _same(result, Encoder()(prompts("a")))
 
 
 def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

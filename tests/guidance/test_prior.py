@@ -34,6 +34,7 @@ from dreamfusion_fast.guidance.prior.quantize import (
 )
 from dreamfusion_fast.guidance.prior.sample import sample_images
 from dreamfusion_fast.guidance.prior.text_encoder import MAX_TOKENS, WIDTH
+from dreamfusion_fast.guidance.prompts import Prompt
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +311,7 @@ def test_a_damaged_file_is_named(tmp_path, name, damage):
     path.unlink()  # it may be a link to the package's
     path.write_bytes(DAMAGES[damage](whole))
     with pytest.raises(UserError, match=rf"{name} cannot be read \(.+\): install the package again"):
-        EmbeddedPrior("cpu", folder=folder).embed_texts(["a teapot"])
+        EmbeddedPrior("cpu", folder=folder).embed_texts([Prompt("a teapot")])
 
 
 def test_the_same_weights_give_the_same_file(tmp_path):
@@ -336,12 +337,12 @@ def test_create_prior_takes_the_dtype(folder, monkeypatch):
     assert prior.predict(noisy, t, condition, views).dtype == torch.bfloat16
 
 
-def test_the_network_as_diffusers_runs_it_gives_the_same():
+def test_the_network_in_plain_torch_gives_the_same():
     """Of the real weights, whose widths the CPU core serves."""
     models = [
         create_prior(GuidanceConfig(dtype="float32", fused=fused), torch.device("cpu")) for fused in (False, True)
     ]
-    assert models[0]._evaluate == models[0]._pairwise
+    assert models[0]._evaluate == models[0]._repeated
     found, wanted = (model.predict(*inputs(2)) for model in models)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
 

@@ -24,23 +24,23 @@ def network(config) -> PriorNetwork:
     return made.eval().requires_grad_(False)
 
 
-def arguments(n: int):
-    """What a pair is asked with: images and timesteps of `n`, tokens and conditions of both halves."""
+def arguments(n: int, times: int = 2):
+    """Images and timesteps of `n` views, tokens and conditions of `times` as many."""
     noisy, t = torch.randn(n, 3, 64, 64), torch.randint(0, 1000, (n,))
-    return noisy, t, torch.randn(2 * n, 20, 384), torch.randn(2 * n, CONDITION_WIDTH)
+    return noisy, t, torch.randn(times * n, 20, 384), torch.randn(times * n, CONDITION_WIDTH)
 
 
 @pytest.mark.parametrize("config", [SMALL, OTHER])
-@pytest.mark.parametrize("n", [1, 3])
-def test_is_the_network(config, n):
+@pytest.mark.parametrize(("n", "times"), [(1, 2), (3, 2), (2, 1), (1, 5)])
+def test_is_the_network(config, n, times):
     plain = network(config)
     assert cpu_network_serves(plain)
-    noisy, t, tokens, condition = arguments(n)
+    noisy, t, tokens, condition = arguments(n, times)
     found = CpuNetwork(plain)(noisy, t, tokens, condition)
-    wide = (tensor.double() for tensor in (torch.cat([noisy, noisy]), tokens, condition))
+    wide = (tensor.double() for tensor in (noisy.repeat(times, 1, 1, 1), tokens, condition))
     image, tokens, condition = wide
-    expected = plain.double()(image, torch.cat([t, t]), tokens, condition)
-    assert found.shape == (2 * n, 3, 64, 64)
+    expected = plain.double()(image, t.repeat(times), tokens, condition)
+    assert found.shape == (times * n, 3, 64, 64)
     error = (found - expected).abs().max() / expected.abs().max()
     assert float(error) < 1e-5
 

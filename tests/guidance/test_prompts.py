@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from dreamfusion_fast.errors import UserError
-from dreamfusion_fast.guidance.prompts import VIEW_NAMES, PromptSet, view_index, view_text
+from dreamfusion_fast.guidance.prompts import VIEW_NAMES, Prompt, PromptSet, shortened, view_index
 
 
 def test_texts_follow_the_order_of_the_views() -> None:
-    assert PromptSet("a teapot", "blurry").texts == [
+    assert [str(prompt) for prompt in PromptSet("a teapot", "blurry").texts] == [
         "a teapot, front view",
         "a teapot, side view",
         "a teapot, back view",
@@ -22,7 +22,7 @@ def test_texts_follow_the_order_of_the_views() -> None:
 
 
 def test_view_dependence_can_be_turned_off() -> None:
-    assert PromptSet("a teapot", view_dependent=False).texts == ["a teapot"] * 4 + [""]
+    assert PromptSet("a teapot", view_dependent=False).texts == [Prompt("a teapot")] * 4 + [Prompt("")]
 
 
 def test_white_space_does_not_make_another_prompt() -> None:
@@ -35,9 +35,12 @@ def test_empty_prompt_is_refused(prompt: str) -> None:
         PromptSet(prompt)
 
 
-def test_unknown_view_is_refused() -> None:
-    with pytest.raises(ValueError, match="got 'left'"):
-        view_text("a teapot", "left")
+def test_a_view_that_the_user_wrote_is_a_word_like_others() -> None:
+    """Only a direction that was added apart is kept when words are left out."""
+    own, added = Prompt("a blue teapot, side view"), Prompt("a blue teapot", "side")
+    assert str(own) == str(added)
+    texts, _ = shortened([own, added], lambda text: len(text) <= 20)
+    assert texts == ["a blue teapot, side", "a blue, side view"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -22,7 +22,8 @@ from dreamfusion_fast.guidance import (
     create_guidance,
 )
 from dreamfusion_fast.guidance.memory import BatchPart
-from dreamfusion_fast.guidance.sds import guided, to_epsilon, to_x0
+from dreamfusion_fast.guidance.prompts import Prompt
+from dreamfusion_fast.guidance.schedule import VariancePreserving
 
 CPU = torch.device("cpu")
 
@@ -40,14 +41,15 @@ class PointModel(DiffusionModel):
     text_identity = "points"
 
     def __init__(self, prediction_type: str = "epsilon", device: torch.device = CPU, steps: int = 50):
-        self.prediction_type = prediction_type
         self.device = device
-        self.alphas_cumprod = torch.linspace(0.999, 0.01, steps, dtype=torch.float64, device=device)
+        self.schedule = VariancePreserving(
+            torch.linspace(0.999, 0.01, steps, dtype=torch.float64, device=device), prediction_type
+        )
         self.noisy: list[Tensor] = []
         self.poison = False
 
-    def embed_texts(self, texts: list[str]) -> dict[str, Tensor]:
-        return {"value": torch.tensor([[0.1 * len(text) - 0.5] for text in texts], dtype=torch.float64)}
+    def embed_texts(self, texts: list[Prompt]) -> dict[str, Tensor]:
+        return {"value": torch.tensor([[0.1 * len(str(text)) - 0.5] for text in texts], dtype=torch.float64)}
 
     def encode(self, images: Tensor) -> Tensor:
         return images * 2 - 1
@@ -55,13 +57,16 @@ class PointModel(DiffusionModel):
     def predict(self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor], views: Views) -> Tensor:
         assert not torch.is_grad_enabled()
         self.noisy.append(noisy)
-        abar = self.alphas_cumprod[t].repeat(2).view(-1, 1, 1, 1)
+        times = len(condition["value"]) // len(noisy)
+        abar = self.schedule.alphas_cumprod[t].repeat(times).view(-1, 1, 1, 1)
         alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
         x0 = condition["value"].view(-1, 1, 1, 1).expand(-1, *noisy.shape[1:])
-        epsilon = (noisy.double().repeat(2, 1, 1, 1) - alpha * x0) / sigma
+        epsilon = (noisy.double().repeat(times, 1, 1, 1) - alpha * x0) / sigma
         if self.poison:
             epsilon = epsilon / 0
-        return {"epsilon": epsilon, "v_prediction": alpha * epsilon - sigma * x0, "sample": x0}[self.prediction_type]
+        return {"epsilon": epsilon, "v_prediction": alpha * epsilon - sigma * x0, "sample": x0}[
+            self.schedule.prediction_type
+        ]
 
 
 VALUES = torch.tensor([[0.3], [-0.4], [0.9], [0.2], [-0.1]], dtype=torch.float64)
@@ -87,7 +92,7 @@ def _images(device: torch.device = CPU, dtype: torch.dtype = torch.float64) -> T
 
 
 def _levels(model: PointModel, t: Tensor) -> tuple[Tensor, Tensor]:
-    abar = model.alphas_cumprod[t].view(-1, 1, 1, 1)
+    abar = model.schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
     return abar.sqrt(), (1 - abar).sqrt()
 
 
@@ -280,32 +285,21 @@ def test_works_inside_no_grad_and_on_strided_images() -> None:
 
 
 def test_views_choose_their_rows() -> None:
-    pair = PromptEmbeddings({"value": VALUES, "pooled": VALUES.view(5, 1, 1) * 2}).select(_views())
+    pair = PromptEmbeddings({"value": VALUES, "pooled": VALUES.view(5, 1, 1) * 2}).select(("null", "text"), _views())
     assert pair["value"].flatten().tolist() == VALUES[[4, 4, 4, 2, 0, 3]].flatten().tolist()
     torch.testing.assert_close(pair["pooled"].flatten(), 2 * pair["value"].flatten())
 
 
-def test_conversions_agree() -> None:
-    x, noise = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
-    abar = torch.tensor([0.9, 0.5, 0.1, 0.01], dtype=torch.float64).view(-1, 1, 1, 1)
-    alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
-    noisy = alpha * x + sigma * noise
-    for kind, output in {"epsilon": noise, "v_prediction": alpha * noise - sigma * x, "sample": x}.items():
-        torch.testing.assert_close(to_x0(output, noisy, alpha, sigma, kind), x)
-        torch.testing.assert_close(to_epsilon(output, noisy, alpha, sigma, kind), noise)
-
-
-def test_guidance_of_a_pair() -> None:
-    pair = torch.tensor([[1.0], [2.0], [3.0], [5.0]])
-    assert guided(pair, 10.0).tolist() == [[21.0], [32.0]]
-    assert guided(pair, 10.0, "text").tolist() == [[23.0], [35.0]]
+def test_any_conditions_of_a_view() -> None:
+    rows = PromptEmbeddings({"value": VALUES}).select(("text", "back", "null", "front"), _views())["value"]
+    assert rows.flatten().tolist() == VALUES[[2, 0, 3, 2, 2, 2, 4, 4, 4, 0, 0, 0]].flatten().tolist()
 
 
 def test_embed_uses_the_config_and_the_cache() -> None:
     class Counting(PointModel):
         calls = 0
 
-        def embed_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        def embed_texts(self, texts: list[Prompt]) -> dict[str, Tensor]:
             Counting.calls += 1
             return super().embed_texts(texts)
 

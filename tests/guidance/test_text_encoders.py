@@ -17,13 +17,13 @@ from dreamfusion_fast.errors import NonFiniteError, UserError
 from dreamfusion_fast.gpu_memory import free_bytes
 from dreamfusion_fast.guidance import GuidanceConfig, ScoreDistillation, create_guidance, text_encoders
 from dreamfusion_fast.guidance.pipeline_source import PipelineSource, open_source
-from dreamfusion_fast.guidance.prompts import PromptSet, shortened
+from dreamfusion_fast.guidance.prompts import Prompt, PromptSet, shortened
 from dreamfusion_fast.guidance.text_encoders import PromptEncoder
 
 pytest.importorskip("diffusers")
 
 Pipelines = Callable[..., Path]
-TEXTS = ["a teapot, front view", "a teapot, side view", "red"]
+TEXTS = [Prompt("a teapot", "front"), Prompt("a teapot", "side"), Prompt("red")]
 
 
 def _encoder(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, **options: Any) -> PromptEncoder:

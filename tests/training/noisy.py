@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dreamfusion_fast.guidance.base import DiffusionModel, SDSOutput
 from dreamfusion_fast.guidance.memory import BatchPart, GuidanceMemory
+from dreamfusion_fast.guidance.prompts import Prompt
+from dreamfusion_fast.guidance.schedule import VariancePreserving
 
 
 class NoisyGuidance(BallGuidance):
@@ -59,20 +61,19 @@ class TinyLatentModel(DiffusionModel):
     """An autoencoder and a U-Net of one convolution each; latents are an eighth as wide as images."""
 
     name = "tiny latents"
-    prediction_type = "epsilon"
     default_guidance_scale = 7.5
     text_identity = "none"
 
     def __init__(self, image_size: int = 16) -> None:
         self.device = torch.device("cpu")
         self.image_size = image_size
-        self.alphas_cumprod = torch.linspace(0.999, 0.01, 1000)
+        self.schedule = VariancePreserving(torch.linspace(0.999, 0.01, 1000), "epsilon")
         with torch.random.fork_rng():
             torch.manual_seed(1)
             self._encoder = torch.nn.Conv2d(3, 4, 8, stride=8).requires_grad_(False)
             self._unet = torch.nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
 
-    def embed_texts(self, texts: list[str]) -> dict[str, Tensor]:
+    def embed_texts(self, texts: list[Prompt]) -> dict[str, Tensor]:
         return {"hidden": torch.arange(len(texts))[:, None].float() / len(texts)}
 
     def encode(self, images: Tensor) -> Tensor:
@@ -82,4 +83,7 @@ class TinyLatentModel(DiffusionModel):
         return self._encoder(images * 2 - 1)
 
     def predict(self, noisy: Tensor, t: Tensor, condition: Any, views: Any) -> Tensor:
-        return self._unet(noisy.repeat(2, 1, 1, 1)) + condition["hidden"][:, :, None, None]
+        return (
+            self._unet(noisy.repeat(len(condition["hidden"]) // len(noisy), 1, 1, 1))
+            + condition["hidden"][:, :, None, None]
+        )

@@ -8,7 +8,7 @@ from fakes import BallGuidance
 from noisy import NoisyGuidance, TinyLatentModel
 
 from dreamfusion_fast.guidance.base import GuidanceConfig, Views
-from dreamfusion_fast.guidance.sds import ScoreDistillation
+from dreamfusion_fast.guidance.distillation import ScoreDistillation
 from dreamfusion_fast.training.parts import sds_gradient_in_parts
 
 BATCH = 5

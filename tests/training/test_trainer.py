@@ -11,7 +11,7 @@ from noisy import TinyLatentModel
 
 from dreamfusion_fast.errors import NonFiniteError, UserError
 from dreamfusion_fast.guidance.base import GuidanceConfig, SDSOutput, Views
-from dreamfusion_fast.guidance.sds import ScoreDistillation
+from dreamfusion_fast.guidance.distillation import ScoreDistillation
 from dreamfusion_fast.rendering.shading import Shading
 from dreamfusion_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dreamfusion_fast.training.config import (

@@ -14,8 +14,8 @@ from prior_data.colours import COLOURS
 from prior_data.probe import PROBE_TIMES, variants
 from torch import Tensor, nn
 
+from dreamfusion_fast.guidance.methods.cfg import guided
 from dreamfusion_fast.guidance.prior.model import TRAIN_TIMESTEPS
-from dreamfusion_fast.guidance.sds import guided
 
 from .autoencoder import decode, encode
 from .diffusion import v_errors
@@ -105,7 +105,8 @@ def sample(
     for t in scheduler.timesteps:
         with precision():
             pair = unet(torch.cat([x, x]), t, states, return_dict=False)[0]
-        x = scheduler.step(guided(pair.float(), scale), t, x).prev_sample
+        without, with_text = pair.float().chunk(2)
+        x = scheduler.step(guided(without, with_text, scale), t, x).prev_sample
     return decode(vae, x / vae.config.scaling_factor, precision)
 
 

@@ -4,7 +4,7 @@
 Images are channels last all the way, so that those of a transformer are matrices without a copy. What depends on the
 timestep and the caption alone is computed in one product for all blocks.
 
-Both halves of a guided pair look at the same noisy image, so its first convolution is done once.
+All conditions of a view look at the same noisy image, so its first convolution is done once.
 """
 
 from __future__ import annotations
@@ -62,24 +62,25 @@ class CpuNetwork:
 
     @torch.no_grad()
     def __call__(self, noisy: Tensor, timestep: Tensor, tokens: Tensor, condition: Tensor) -> Tensor:
-        """v for both halves of a guided pair, as `PriorNetwork` gives it for `noisy` and `timestep` repeated.
+        """v under k conditions, as `PriorNetwork` gives it for `noisy` and `timestep` repeated.
 
         Args:
             noisy: `[n, 3, 64, 64]`.
             timestep: `[n]`.
-            tokens: `[2 n, 20, 384]`.
-            condition: `[2 n, CONDITION_WIDTH]`.
+            tokens: `[k n, 20, 384]`.
+            condition: `[k n, CONDITION_WIDTH]`.
 
         Returns:
-            `[2 n, 3, 64, 64]`.
+            `[k n, 3, 64, 64]`.
         """
-        embedded = self._time_embedding(self._time(timestep)).repeat(2, 1) + self._class_embedding(condition)
+        times = len(tokens) // len(noisy)
+        embedded = self._time_embedding(self._time(timestep)).repeat(times, 1) + self._class_embedding(condition)
         modulations = self._modulations(F.silu(embedded))
         captions = self._captions(tokens.contiguous())
 
         packed = F.pixel_unshuffle(noisy, 2).permute(0, 2, 3, 1)
         x = dense.conv3x3(F.pad(packed, (0, self._conv_in.inputs - packed.shape[-1])), self._conv_in)
-        x = torch.cat([x, x])
+        x = x.repeat(times, 1, 1, 1)
         skips = [x]
         for stage in self._down:
             for resnet, attention in stage.layers():

@@ -12,7 +12,8 @@ from torch import Tensor
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance.base import DiffusionModel, DtypeName, Views, resolve_dtype
 from dreamfusion_fast.guidance.capture import CapturedFunction
-from dreamfusion_fast.guidance.prompts import shortened, warn_of_lost_words
+from dreamfusion_fast.guidance.prompts import Prompt, shortened, warn_of_lost_words
+from dreamfusion_fast.guidance.schedule import VariancePreserving
 
 from .cpu_network import CpuNetwork, cpu_network_serves
 from .model import IMAGE_SIZE, SHADINGS, ViewCondition, alphas_cumprod, load_prior
@@ -22,8 +23,8 @@ from .text_encoder import MAX_TOKENS, WEIGHTS, TextEncoder
 class EmbeddedPrior(DiffusionModel):
     """See the module; a `DiffusionModel` of known cameras.
 
-    Camera, background and shading are told to both halves: they are facts about the render, and guidance strengthens
-    the caption alone.
+    Camera, background and shading are told under every condition: they are facts about the render, and guidance
+    strengthens the caption alone.
 
     Args:
         device: where it runs.
@@ -33,7 +34,6 @@ class EmbeddedPrior(DiffusionModel):
     """
 
     name = "the embedded prior"
-    prediction_type = "v_prediction"
     image_size = IMAGE_SIZE
     default_guidance_scale = 8.0
     x0_range = (-1.0, 1.0)
@@ -52,8 +52,8 @@ class EmbeddedPrior(DiffusionModel):
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # in torch's docs only
         # Not with the parts of `fused_unet`: a run is over in 1000 steps, and their kernels take seconds to compile.
         self._captured = CapturedFunction(network, fused)
-        self._evaluate = CpuNetwork(network) if fused and cpu_network_serves(network) else self._pairwise
-        self.alphas_cumprod = alphas_cumprod().to(self.device)
+        self._evaluate = CpuNetwork(network) if fused and cpu_network_serves(network) else self._repeated
+        self.schedule = VariancePreserving(alphas_cumprod().to(self.device), "v_prediction")
 
     @property
     def text_identity(self) -> str:
@@ -63,15 +63,15 @@ class EmbeddedPrior(DiffusionModel):
         # The number is raised whenever texts become other tokens; before 2, long prompts lost the name of the view.
         return f"embedded-prior-text-2:{digest.hexdigest()}"
 
-    def embed_texts(self, texts: list[str]) -> dict[str, Tensor]:
+    def embed_texts(self, texts: list[Prompt]) -> dict[str, Tensor]:
         """`tokens` `[n, 20, 384]` and `pooled` `[n, 384]`, float32, on the CPU; see `TextEncoder`.
 
         Texts that are too long lose words, as `prompts.shortened` says, and a warning names them.
         """
         encoder = TextEncoder(self.folder)
-        texts, lost = shortened(texts, encoder.fits)
+        captions, lost = shortened(texts, encoder.fits)
         warn_of_lost_words("embedded", MAX_TOKENS, lost)
-        tokens, pooled = encoder(texts)
+        tokens, pooled = encoder(captions)
         return {"tokens": tokens, "pooled": pooled}
 
     def encode(self, images: Tensor) -> Tensor:
@@ -89,17 +89,18 @@ class EmbeddedPrior(DiffusionModel):
     def evaluate(self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor], known: ViewCondition) -> Tensor:
         """`predict` with what is known of the views spelled out."""
         view = known.vector(len(noisy), self.device)
-        vector = torch.cat([condition["pooled"], torch.cat([view, view])], dim=1)
+        vector = torch.cat([condition["pooled"], view.repeat(len(condition["pooled"]) // len(noisy), 1)], dim=1)
         return self._evaluate(noisy.to(self._dtype), t, condition["tokens"].to(self._dtype), vector.to(self._dtype))
 
     def free_graphs(self) -> None:
         """See `UsesMemory.free_graphs`."""
         self._captured.clear()
 
-    def _pairwise(self, noisy: Tensor, t: Tensor, tokens: Tensor, vector: Tensor) -> Tensor:
-        """The network with the arguments of `CpuNetwork`: both halves of a guided pair share image and timestep."""
-        pair = torch.cat([noisy, noisy]).contiguous(memory_format=torch.channels_last)
-        return self._captured(pair, torch.cat([t, t]), tokens, vector)
+    def _repeated(self, noisy: Tensor, t: Tensor, tokens: Tensor, vector: Tensor) -> Tensor:
+        """The network with the arguments of `CpuNetwork`: all conditions share image and timestep."""
+        times = len(tokens) // len(noisy)
+        images = noisy.repeat(times, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+        return self._captured(images, t.repeat(times), tokens, vector)
 
 
 def _fast_dtype(device: torch.device) -> torch.dtype:

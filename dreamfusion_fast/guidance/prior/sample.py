@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from dreamfusion_fast.errors import UserError
-from dreamfusion_fast.guidance.sds import guided
+from dreamfusion_fast.guidance.methods.cfg import guided
+from dreamfusion_fast.guidance.prompts import Prompt
 
 from .guide import EmbeddedPrior
 from .model import IMAGE_SIZE, ViewCondition, noise_schedule
@@ -43,7 +44,7 @@ def sample_images(
     if n < 1 or steps < 1:
         raise UserError(f"n and steps must be at least 1, got {n} and {steps}")
     model = EmbeddedPrior(device)
-    embedded = model.embed_texts(["", prompt])
+    embedded = model.embed_texts([Prompt(""), Prompt(prompt)])
     pair = {
         k: torch.cat([v[:1].expand(n, *v.shape[1:]), v[1:].expand(n, *v.shape[1:])]).to(device)
         for k, v in embedded.items()
@@ -59,6 +60,6 @@ def sample_images(
     noise = torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
     x = noise.to(device)
     for t in scheduler.timesteps:
-        output = model.evaluate(x, t.expand(n), pair, known).float()
-        x = scheduler.step(guided(output, guidance_scale), t, x).prev_sample
+        null, text = model.evaluate(x, t.expand(n), pair, known).float().chunk(2)
+        x = scheduler.step(guided(null, text, guidance_scale), t, x).prev_sample
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()

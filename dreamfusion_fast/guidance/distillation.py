@@ -1,4 +1,4 @@
-"""Score Distillation Sampling (DreamFusion, Poole et al. 2022, equation 3), once, for every diffusion model."""
+"""Score distillation, once, for every diffusion model and every method."""
 
 from __future__ import annotations
 
@@ -9,70 +9,28 @@ from torch import Tensor
 
 from dreamfusion_fast.errors import NonFiniteError, UserError
 from dreamfusion_fast.guidance.base import (
-    Convention,
     DiffusionModel,
     Guidance,
     GuidanceConfig,
-    PredictionType,
     PromptEmbeddings,
     SDSOutput,
     Views,
-    Weighting,
     check_t_range,
 )
 from dreamfusion_fast.guidance.cache import EmbeddingCache
 from dreamfusion_fast.guidance.memory import BatchPart, GuidanceMemory
+from dreamfusion_fast.guidance.methods import (
+    ClassifierScoreDistillation,
+    Method,
+    Predictions,
+    ScoreDistillationSampling,
+)
 from dreamfusion_fast.guidance.prompts import PromptSet
 from dreamfusion_fast.stages import stage
 
-# Keeps quotients finite where a schedule reaches alpha = 0 or sigma = 0.
-_SMALL = 1e-6
-
-
-def guided(pair: Tensor, scale: float, convention: Convention = "null") -> Tensor:
-    """Classifier-free guidance of a pair of predictions.
-
-    Args:
-        pair: [2 B, ...], unconditional half first.
-        scale: s.
-        convention: "null" null + s (text - null); "text" text + s (text - null).
-
-    Returns:
-        [B, ...].
-    """
-    null, text = pair.chunk(2)
-    return (null if convention == "null" else text) + scale * (text - null)
-
-
-def to_x0(output: Tensor, noisy: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: PredictionType) -> Tensor:
-    """The clean input a prediction implies; alpha and sigma broadcast against it."""
-    if prediction_type == "epsilon":
-        return (noisy - sigma * output) / alpha.clamp_min(_SMALL)
-    if prediction_type == "v_prediction":
-        return alpha * noisy - sigma * output
-    return output
-
-
-def to_epsilon(output: Tensor, noisy: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: PredictionType) -> Tensor:
-    """The noise a prediction implies; alpha and sigma broadcast against it."""
-    if prediction_type == "epsilon":
-        return output
-    if prediction_type == "v_prediction":
-        return sigma * noisy + alpha * output
-    return (noisy - alpha * output) / sigma.clamp_min(_SMALL)
-
-
-def weight(alpha: Tensor, sigma: Tensor, weighting: Weighting) -> Tensor:
-    """w(t)."""
-    if weighting == "sds":
-        return sigma**2
-    if weighting == "uniform":
-        return torch.ones_like(sigma)
-    return alpha * sigma**2
-
 
 class ScoreDistillation(Guidance):
-    """SDS over any `DiffusionModel`.
+    """Distillation of any `DiffusionModel` by SDS, CSD, or a mixture of both.
 
     Raises:
         UserError: clip_x0 asked of a model whose input has no fixed range (a latent model).
@@ -96,6 +54,7 @@ class ScoreDistillation(Guidance):
             )
         self._cache = cache if cache is not None else (EmbeddingCache() if self.config.cache else None)
         self._finite = _FiniteGuard(model.name)
+        self._sds, self._csd = ScoreDistillationSampling(), ClassifierScoreDistillation()
 
     def _scale(self) -> float:
         """The config's scale; the model's default is given in the "null" convention and turned into the config's."""
@@ -146,32 +105,25 @@ class ScoreDistillation(Guidance):
             clean = x.detach()
             t_range = config.t_range if t_range is None else check_t_range(t_range)
             t, noise = self._draw(clean, t_range, generator, part)
-            abar = model.alphas_cumprod[t].to(clean.dtype).view(-1, 1, 1, 1)
-            alpha, sigma = abar.sqrt(), (1 - abar).clamp_min(0).sqrt()
-            noisy = alpha * clean + sigma * noise
+            level = model.schedule.at(t, clean.dtype)
+            noisy = level.noisy(clean, noise)
+            methods = self._methods(share)
+            conditions = tuple(dict.fromkeys(name for method, _ in methods for name in method.conditions))
             with stage("unet"):
-                pair = model.predict(noisy, t, embeddings.select(views), views).to(clean.dtype)
-
-            output = guided(pair, scale, config.convention)
-            x0 = to_x0(output, noisy, alpha, sigma, model.prediction_type)
-            if self.clip_x0 and model.x0_range is not None:
-                x0 = x0.clamp(*model.x0_range)
-            if share > 0:
-                if self.clip_x0 or model.prediction_type == "sample":
-                    # eps_hat - eps with eps_hat = (noisy - alpha x0) / sigma, without the cancellation.
-                    distilled = alpha / sigma.clamp_min(_SMALL) * (clean - x0)
-                else:
-                    distilled = to_epsilon(output, noisy, alpha, sigma, model.prediction_type) - noise
-            if share < 1:
-                null, text = (to_epsilon(half, noisy, alpha, sigma, model.prediction_type) for half in pair.chunk(2))
-                classified = scale * (text - null)
-            if share == 1:
-                residual = distilled
-            elif share == 0:
-                residual = classified
-            else:
-                residual = share * distilled + (1 - share) * classified
-            pull = weight(alpha, sigma, config.weighting) * residual
+                rows = embeddings.select(conditions, views)
+                outputs = model.predict(noisy, t, rows, views).to(clean.dtype).chunk(len(conditions))
+            predictions = Predictions(
+                outputs=dict(zip(conditions, outputs, strict=True)),
+                clean=clean,
+                noise=noise,
+                noisy=noisy,
+                level=level,
+                scale=scale,
+                convention=config.convention,
+                x0_range=model.x0_range if self.clip_x0 else None,
+            )
+            residual = _mixed([(method.residual(predictions), part_of_all) for method, part_of_all in methods])
+            pull = level.weight(config.weighting) * residual
             if clip is not None:
                 size = pull.norm(dim=1, keepdim=True)
                 pull = pull * (clip / size.clamp_min(clip))
@@ -183,8 +135,13 @@ class ScoreDistillation(Guidance):
             t=t,
             norm=gradient.flatten(1).norm(dim=1),
             residual=residual.square().flatten(1).mean(dim=1).sqrt(),
-            x0=x0,
+            x0=predictions.x0,
         )
+
+    def _methods(self, share: float) -> list[tuple[Method, float]]:
+        """The methods that have a share in the residual, and their shares."""
+        both = (self._sds, share), (self._csd, 1 - share)
+        return [(method, part) for method, part in both if part > 0]
 
     def _check(self, images: Tensor, views: Views) -> None:
         if images.ndim != 4 or images.shape[1] != 3:
@@ -229,7 +186,7 @@ class ScoreDistillation(Guidance):
         normal. Both are drawn in float32 where the generator lives, so that a seed means one noise everywhere, and for
         the whole batch if `clean` is a part of it.
         """
-        steps, batch = len(self.model.alphas_cumprod), len(clean) if part is None else part.batch
+        steps, batch = self.model.schedule.steps, len(clean) if part is None else part.batch
         rows = slice(0, batch) if part is None else slice(part.first, part.first + len(clean))
         low, high = (min(round(fraction * steps), steps - 1) for fraction in t_range)
         where = generator.device if generator is not None else torch.device("cpu")
@@ -240,6 +197,14 @@ class ScoreDistillation(Guidance):
         torch.randn(noise.shape, generator=generator, out=noise)
         device = self.model.device
         return t[rows].to(device, non_blocking=True), noise[rows].to(device, clean.dtype, non_blocking=True)
+
+
+def _mixed(residuals: list[tuple[Tensor, float]]) -> Tensor:
+    """The weighted sum; the one that is all of it as it is."""
+    if len(residuals) == 1:
+        return residuals[0][0]
+    (first, share), (second, rest) = residuals
+    return share * first + rest * second
 
 
 class _FiniteGuard:

@@ -1,0 +1,7 @@
+"""What is made of a model's predictions: the pull on its input."""
+
+from dreamfusion_fast.guidance.methods.csd import ClassifierScoreDistillation
+from dreamfusion_fast.guidance.methods.method import Method, Predictions
+from dreamfusion_fast.guidance.methods.sds import ScoreDistillationSampling
+
+__all__ = ["ClassifierScoreDistillation", "Method", "Predictions", "ScoreDistillationSampling"]

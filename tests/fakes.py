@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.fields.hash_field import HashGridFieldConfig
-from dreamfusion_fast.guidance.base import Guidance, PromptEmbeddings, SDSOutput, Views
+from dreamfusion_fast.guidance.base import T_RANGE, Guidance, PromptEmbeddings, SDSOutput, Views
 from dreamfusion_fast.guidance.memory import BatchPart
 from dreamfusion_fast.rendering.renderer import RendererConfig
 from dreamfusion_fast.training.config import (
@@ -79,7 +79,7 @@ class BallGuidance(Guidance):
         images: Tensor,
         embeddings: PromptEmbeddings,
         views: Views,
-        t_range: tuple[float, float] | None = None,
+        t_range: tuple[float, float] = T_RANGE,
         guidance_scale: float | None = None,
         generator: torch.Generator | None = None,
         grad_clip: float | None = None,

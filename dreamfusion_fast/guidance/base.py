@@ -27,6 +27,9 @@ DtypeName = Literal["auto", "float64", "float32", "float16", "bfloat16"]
 TextDevice = Literal["auto", "cpu", "cuda"]
 TextDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
+T_RANGE = (0.02, 0.98)
+"""Fractions of a noise schedule between which timesteps are drawn by default, as in DreamFusion."""
+
 
 @dataclass(frozen=True)
 class Views:
@@ -136,8 +139,6 @@ class GuidanceConfig:
         guidance_scale: s in eps_null + s (eps_text - eps_null); None takes the model's own default.
         convention: "null" as above, as in diffusers; "text" for eps_text + s (eps_text - eps_null), as in the
             DreamFusion paper (s = 100 there is s = 101 here).
-        t_range: timesteps are drawn uniformly between these fractions of the schedule where the caller names no other;
-            a run does, by its schedule.t_min, t_max and t_max_end.
         weighting: w(t): "sds" sigma_t^2 (the paper), "uniform" 1, "fantasia3d" alpha_t sigma_t^2.
         mode: "sds" pulls along eps_hat - eps; "csd" along s (eps_text - eps_null), classifier score distillation.
         clip_x0: clamp the model's estimate of the clean image to the range of images and recompute eps_hat (static
@@ -162,7 +163,6 @@ class GuidanceConfig:
     name: str = "embedded"
     guidance_scale: float | None = None
     convention: Convention = "null"
-    t_range: tuple[float, float] = (0.02, 0.98)
     weighting: Weighting = "sds"
     mode: Mode = "sds"
     clip_x0: bool | None = None
@@ -191,7 +191,6 @@ class GuidanceConfig:
             value = getattr(self, field)
             if value not in get_args(choice):
                 raise UserError(f"guidance {field} must be one of {', '.join(get_args(choice))}, got {value!r}")
-        self.t_range = check_t_range(self.t_range)
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise UserError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
         if self.grad_clip is not None and not self.grad_clip > 0:
@@ -200,17 +199,6 @@ class GuidanceConfig:
             raise UserError("guidance clip_x0 cannot be used with mode csd, which has no clean-image estimate to clamp")
         if self.text_dtype == "int8" and self.text_device == "cpu":
             raise UserError("guidance text_dtype int8 runs on a GPU only: use text_device auto, or text_dtype bfloat16")
-
-
-def check_t_range(t_range: tuple[float, float]) -> tuple[float, float]:
-    """The same pair as floats; raises UserError unless 0 <= low <= high <= 1."""
-    try:
-        low, high = (float(value) for value in t_range)
-    except (TypeError, ValueError):
-        raise UserError(f"guidance t_range must be two numbers, got {t_range!r}") from None
-    if not 0.0 <= low <= high <= 1.0:
-        raise UserError(f"guidance t_range must satisfy 0 <= low <= high <= 1, got ({low}, {high})")
-    return low, high
 
 
 class UsesMemory:
@@ -321,7 +309,7 @@ class Guidance(UsesMemory, ABC):
         images: Tensor,
         embeddings: PromptEmbeddings,
         views: Views,
-        t_range: tuple[float, float] | None = None,
+        t_range: tuple[float, float] = T_RANGE,
         guidance_scale: float | None = None,
         generator: torch.Generator | None = None,
         grad_clip: float | None = None,
@@ -334,14 +322,17 @@ class Guidance(UsesMemory, ABC):
             images: [B, 3, H, W] in [0, 1], on the guidance's device; any H and W.
             embeddings: from `embed`, on the same device.
             views: of the B images.
-            t_range, guidance_scale, grad_clip: in place of the config's for this call.
+            t_range: timesteps are drawn uniformly between these fractions of the model's noise schedule, ends included.
+                A run sets them by its `ScheduleConfig`.
+            guidance_scale, grad_clip: in place of the config's for this call.
             sds_share: share of the residual of score distillation; the rest is that of classifier score distillation.
-            part: which views of a batch the images are; by default all.
                 None: all of it. With mode "csd" it counts as 0.
+            part: which views of a batch the images are; by default all.
             generator: source of timesteps and noise. A CPU generator gives the same numbers on every device.
 
         Raises:
             NonFiniteError: images or gradient hold a NaN or an infinity.
+            ValueError: an argument that does not fit, such as a t_range other than 0 <= low <= high <= 1.
         """
 
 

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from dreamfusion_fast.errors import NonFiniteError, UserError
 from dreamfusion_fast.guidance.base import (
+    T_RANGE,
     DiffusionModel,
     Guidance,
     GuidanceConfig,
     PromptEmbeddings,
     SDSOutput,
     Views,
-    check_t_range,
 )
 from dreamfusion_fast.guidance.cache import EmbeddingCache
 from dreamfusion_fast.guidance.memory import BatchPart, GuidanceMemory
@@ -78,7 +78,7 @@ class ScoreDistillation(Guidance):
         images: Tensor,
         embeddings: PromptEmbeddings,
         views: Views,
-        t_range: tuple[float, float] | None = None,
+        t_range: tuple[float, float] = T_RANGE,
         guidance_scale: float | None = None,
         generator: torch.Generator | None = None,
         grad_clip: float | None = None,
@@ -97,13 +97,14 @@ class ScoreDistillation(Guidance):
         share = 0.0 if config.mode == "csd" else 1.0 if sds_share is None else sds_share
         if not 0 <= share <= 1:
             raise ValueError(f"sds_share: got {share}, want 0 to 1")
+        if len(t_range) != 2 or not 0 <= t_range[0] <= t_range[1] <= 1:
+            raise ValueError(f"t_range: got {t_range}, want (low, high) with 0 <= low <= high <= 1")
 
         images = images.detach().requires_grad_(True)
         with torch.enable_grad(), stage("encode"):
             x = model.encode(images)
         with torch.no_grad():
             clean = x.detach()
-            t_range = config.t_range if t_range is None else check_t_range(t_range)
             t, noise = self._draw(clean, t_range, generator, part)
             level = model.schedule.at(t, clean.dtype)
             noisy = level.noisy(clean, noise)

@@ -8,6 +8,7 @@ so a run of other length keeps its shape.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from tyro.conf import Positional, arg
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.fields.hash_field import HashGridFieldConfig
-from dreamfusion_fast.guidance.base import GuidanceConfig
+from dreamfusion_fast.guidance.base import T_RANGE, GuidanceConfig
 from dreamfusion_fast.rendering.cameras import CameraConfig
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.training import config_io
@@ -287,6 +288,20 @@ SMALL_FIELD = HashGridFieldConfig(
 )
 
 
+def _without_t_range(values: Any, source: str) -> Any:
+    """`values` without guidance.t_range, which configs of older versions hold and no run has ever read."""
+    guidance = values.get("guidance") if isinstance(values, Mapping) else None
+    if not isinstance(guidance, Mapping) or "t_range" not in guidance:
+        return values
+    if guidance["t_range"] != list(T_RANGE):  # not just the old default
+        print(
+            f"{source}: guidance.t_range is ignored, as it always was in a run; "
+            "set schedule.t_min, schedule.t_max and schedule.t_max_end",
+            file=sys.stderr,
+        )
+    return {**values, "guidance": {key: value for key, value in guidance.items() if key != "t_range"}}
+
+
 @dataclass(frozen=True)
 class Config:
     """One run, from a prompt to a mesh."""
@@ -368,6 +383,7 @@ class Config:
         Raises:
             UserError: an unknown key, a wrong type, or a value that is refused.
         """
+        values = _without_t_range(values, source)
         if guidance is None:
             given = values.get("guidance") if isinstance(values, Mapping) else None
             guidance = given.get("name") if isinstance(given, Mapping) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.guidance.base import Guidance, PromptEmbeddings, SDSOutput, Views
+from dreamfusion_fast.guidance.base import T_RANGE, Guidance, PromptEmbeddings, SDSOutput, Views
 from dreamfusion_fast.guidance.memory import BatchPart
 
 
@@ -15,7 +15,7 @@ def sds_gradient_in_parts(
     embeddings: PromptEmbeddings,
     views: Views,
     views_per_call: int,
-    t_range: tuple[float, float] | None = None,
+    t_range: tuple[float, float] = T_RANGE,
     generator: torch.Generator | None = None,
     sds_share: float | None = None,
 ) -> SDSOutput:

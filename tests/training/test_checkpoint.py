@@ -48,6 +48,14 @@ def test_round_trip(saved):
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_one_of_a_version_whose_guidance_had_a_range_of_timesteps(tmp_path, monkeypatch):
+    config = Config(prompt="a chair")
+    old = config.to_yaml().replace("guidance:\n", "guidance:\n  t_range: [0.02, 0.98]\n")
+    monkeypatch.setattr(Config, "to_yaml", lambda self: old)
+    save_checkpoint(tmp_path / "x.safetensors", tensors={}, config=config, step=1)
+    assert load_checkpoint(tmp_path / "x.safetensors", config).config == config
+
+
 def test_failed_save_keeps_the_old_file(saved):
     path, _, config = saved
     before = path.read_bytes()

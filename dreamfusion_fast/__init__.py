@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from dreamfusion_fast.errors import missing_package
+
 __version__ = "0.1.0"
 
 # Public name -> the module it lives in.
@@ -32,7 +34,14 @@ __all__ = ["__version__", *_EXPORTS]
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    try:
+        module = importlib.import_module(f"{__name__}.{_EXPORTS[name]}")
+    except ModuleNotFoundError as error:
+        message = missing_package(error)
+        if message is None:
+            raise
+        raise ImportError(f"{__name__}.{name}: {message}", name=error.name) from None
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

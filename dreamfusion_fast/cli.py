@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 from dreamfusion_fast import __version__
-from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.errors import UserError, missing_package
 
 if TYPE_CHECKING:
     from dreamfusion_fast.export import Agreement
@@ -85,6 +85,8 @@ def _message(error: Exception) -> str | None:
     """The line to print for an error that is not a bug; None for one that is."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError):
+        return missing_package(error)
     if type(error).__name__ == "OutOfMemoryError":
         return "the GPU is out of memory; close what else uses it, choose a smaller --guidance.name, or --device cpu"
     return None

@@ -46,6 +46,8 @@ def examine() -> list[Check]:
     for look in (_python, _packages, _torch, _gpus, _cpu_core, _cuda_core, _optional, _prior, _ffmpeg, _memory, _disk):
         try:
             checks.extend(look())
+        except ModuleNotFoundError as error:  # _packages says how to get it
+            checks.append(Check(look.__name__.strip("_"), "note", f"not looked at: {error.name} is not installed"))
         except Exception as error:  # a broken part must not hide the rest
             checks.append(Check(look.__name__.strip("_"), "missing", f"{type(error).__name__}: {error}"))
     return checks
@@ -75,18 +77,25 @@ def _python() -> list[Check]:
 
 
 def _packages() -> list[Check]:
-    """The required packages; those that are there share one line."""
+    """The packages that a run needs, the extra's too: a line of those that are there, one of those that are not."""
     try:
         lines = importlib.metadata.requires(_DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
         return [Check("packages", "note", "dreamfusion_fast is not installed, only importable", "pip install .")]
-    required = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in lines if "extra ==" not in line]
+    required = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in lines if _for_a_run(line)]
     versions = {name: _version(name) for name in required}
     found = [f"{name} {version}" for name, version in versions.items() if version is not None]
     missing = [name for name, version in versions.items() if version is None]
     checks = [Check("packages", "ok", ", ".join(found))] if found else []
-    checks += [Check(name, "missing", "not installed", f"pip install {name}", fatal=True) for name in missing]
+    if missing:
+        remedy = f'pip install "{_DISTRIBUTION}[generate]"'
+        checks.append(Check("packages", "missing", f"not installed: {', '.join(missing)}", remedy, fatal=True))
     return checks
+
+
+def _for_a_run(requirement: str) -> bool:
+    extra = re.search(r"""extra == ["']([^"']+)""", requirement)
+    return extra is None or extra[1] == "generate"
 
 
 def _torch() -> list[Check]:

@@ -9,6 +9,14 @@ class UserError(Exception):
     """
 
 
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """One line that says how to get the package whose import failed; None for a module of this package, a bug."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "dreamfusion_fast"):
+        return None
+    return f'{package} is not installed: pip install "dreamfusion-fast[generate]"'
+
+
 class NonFiniteError(UserError):
     """A NaN or an infinity appeared where training needs a finite number."""
 

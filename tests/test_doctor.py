@@ -53,8 +53,16 @@ def test_missing_package_is_named_with_its_remedy(complete, monkeypatch, capsys)
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["torch>=2", "no-such-package>=1"])
     assert cli.main(["doctor"]) == 1
     printed = capsys.readouterr().out
-    assert "-> pip install no-such-package" in printed
-    assert "cannot run yet; missing: no-such-package." in printed
+    assert "not installed: no-such-package\n" in printed
+    assert '-> pip install "dreamfusion-fast[generate]"' in printed
+    assert "cannot run yet; missing: packages." in printed
+
+
+def test_a_run_needs_the_packages_of_its_extra(complete, monkeypatch):
+    lines = ["torch>=2", 'no-such-mesh>=1; extra == "generate"', "no-such-text; extra == 'generate'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: [*lines, 'no-such-test>=1; extra == "test"'])
+    (missing,) = [check for check in doctor._packages() if check.fatal]
+    assert missing.text == "not installed: no-such-mesh, no-such-text"
 
 
 def test_missing_cpu_core_is_fatal_unless_the_gpu_takes_over(complete, monkeypatch):

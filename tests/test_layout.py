@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = (".ci", "benchmarks", "cmake", "csrc", "docs", "dreamfusion_fast", "tests", "tools")
+FOLDERS = (".ci", ".github", "benchmarks", "cmake", "csrc", "docs", "dreamfusion_fast", "examples", "tests", "tools")
 SOURCES = {".py", ".h", ".cpp", ".cu", ".cuh", ".sh", ".cmake"}
-TEXTS = {*SOURCES, "", ".md", ".txt", ".toml", ".yaml", ".json", ".in"}
+TEXTS = {*SOURCES, "", ".md", ".txt", ".toml", ".yaml", ".yml", ".json", ".in"}
 MAX_LINES = 500
 # Home folders and work folders of one machine, and addresses inside one network.
 LOCAL = re.compile(
@@ -21,7 +21,9 @@ LOCAL = re.compile(
 
 
 def files(suffixes: set[str]) -> Iterator[Path]:
-    candidates = [path for path in ROOT.iterdir() if path.is_file()]
+    candidates = [
+        path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"
+    ]  # a worktree's names a folder
     for folder in FOLDERS:
         candidates += (ROOT / folder).rglob("*")
     for path in sorted(candidates):

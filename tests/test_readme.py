@@ -17,6 +17,7 @@ from dreamfusion_fast.training.generator import Generator
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -85,7 +86,17 @@ def test_environment_variables_are_read_somewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/design.md", "docs/memory.md", "docs/prior.md", "tools/README.md"]
+    "document",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "docs/design.md",
+        "docs/memory.md",
+        "docs/objects.md",
+        "docs/prior.md",
+        "tools/README.md",
+    ],
 )
 def test_links_and_anchors_lead_somewhere(document: str) -> None:
     path = ROOT / document
@@ -99,3 +110,15 @@ def test_links_and_anchors_lead_somewhere(document: str) -> None:
             titles = re.findall(r"(?m)^#+ (.+)$", other.read_text(encoding="utf-8"))
             anchors = {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
             assert anchor in anchors, target
+
+
+def test_recipes_name_files_and_what_is_in_them() -> None:
+    """Every path in CONTRIBUTING.md is one, and every name in code style is somewhere in the files that it names."""
+    words = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", CONTRIBUTING, flags=re.DOTALL))
+    paths = [ROOT / word for word in words if re.fullmatch(r"[\w./-]+/[\w./-]*|[\w-]+\.(?:md|toml)", word)]
+    assert len(paths) > 20
+    assert [path for path in paths if not path.exists()] == []
+    named = "\n".join(path.read_text(encoding="utf-8") for path in paths if path.is_file())
+    names = [word for word in words if re.fullmatch(r"_?[A-Za-z]+(?:_?[A-Za-z]+)*_?", word)]
+    assert len(names) > 20
+    assert [name for name in names if name not in named] == []

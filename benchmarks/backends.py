@@ -20,13 +20,13 @@ __all__ = ["NAMES", "OURS", "Renderer", "UnavailableError", "build"]
 
 
 class Renderer(Protocol):
-    """What is timed: one scene, rendered again and again."""
+    """The thing that is timed: one scene, rendered again and again."""
 
     not_capturable: str
     """Why a step cannot be captured in a CUDA graph; empty if it should be."""
 
     def parameters(self) -> list[nn.Parameter]:
-        """What gets gradients."""
+        """The tensors that get gradients."""
 
     def render(self, seed: int) -> tuple[Tensor, int | Tensor]:
         """Colour `[n_rays, 3]`, and how many samples it took; a tensor on the device is not read while time runs."""

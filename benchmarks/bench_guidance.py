@@ -1,4 +1,4 @@
-"""What guidance by large diffusion models costs: autoencoder and U-Net with random weights of the real architectures.
+"""The cost of guidance by large diffusion models: autoencoder and U-Net with random weights of the real architectures.
 
 Per row: milliseconds, the median over the repeats after warm-up, by CUDA events, each started on an idle GPU; and MiB,
 torch's peak above the weights, allocated and reserved. Rows:
@@ -81,7 +81,7 @@ def measure(row: Row, run: Callable[[], Tensor], repeats: int) -> Tensor:
 
 
 def print_kernels(run: Callable[[], Tensor], most: int) -> None:
-    """What the GPU does in one `run`: kernels by the time that they take in all, microseconds."""
+    """The work of the GPU in one `run`: kernels by the time that they take in all, microseconds."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()

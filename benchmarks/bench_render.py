@@ -41,7 +41,7 @@ WARMUPS = 6  # small renders run as graphs of the renderer's own from the fifth 
 
 @dataclass(frozen=True)
 class Case:
-    """What to measure: a row of the table, before it has figures."""
+    """A case to measure: a row of the table, before it has figures."""
 
     backend: str
     size: int

@@ -1,4 +1,4 @@
-"""What the op benchmarks share: where they run and at what size, how they are measured, one table and one JSON file.
+"""The common part of the op benchmarks: devices, sizes, the measurement, one table and one JSON file.
 
 The options --device, --sizes and --out are defined here.
 """

@@ -1,4 +1,4 @@
-"""What figures were measured on, and the one form in which they are written down.
+"""The machine that figures were measured on, and the one form in which they are written down.
 
 A result is a JSON file: the machine's description at the top, `rows` below it.
 """
@@ -91,7 +91,7 @@ def _version(distribution: str) -> str:
 
 
 def _output(*command: str) -> str:
-    """What a command prints, run in this folder; empty if it fails or is not there."""
+    """The output of a command, run in this folder; empty if it fails or is not there."""
     try:
         run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -65,7 +65,7 @@ class Memory:
             pass
 
     def now(self) -> float | None:
-        """What is held at this moment; on a CPU None, since resident memory is too coarse for that."""
+        """The bytes held at this moment; on a CPU None, since resident memory is too coarse for that."""
         return self._now() - self._before if self._device.type == "cuda" else None
 
     def peak(self) -> float | None:

@@ -26,7 +26,7 @@ SHADINGS = ("albedo", "lambertian", "textureless")
 
 @dataclass(frozen=True)
 class Scene:
-    """What is rendered, from where, and how it is lit.
+    """A scene: the object, the camera and the light.
 
     Attributes:
         rays: `n_rays = size^2` rays.
@@ -74,7 +74,7 @@ def ball(radius: float, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Marched:
-    """What the march of one image takes and gives: the input of the ops that follow it.
+    """Input and output of the march of one image: the input of the ops that follow it.
 
     Attributes:
         arguments: of `ops.march`.

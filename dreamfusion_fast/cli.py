@@ -43,7 +43,7 @@ usage:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (by default the process's) and return the exit code.
 
-    0: done. 2: something the user has to change, said in one line on stderr. 130: interrupted.
+    0: done. 2: a user error, reported in one line on stderr. 130: interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("DREAMFUSION_FAST_DEBUG", "0") not in ("", "0")
@@ -109,7 +109,7 @@ def _parse(kind: type[T], arguments: list[str], command: str, description: str, 
 
 
 def _sentence(box: str) -> str:
-    """What tyro says in the first part of a framed message, as one line."""
+    """The first part of a framed message of tyro, as one line."""
     words: list[str] = []
     for line in box.splitlines():
         text = line.strip("│╭╮╰╯─ ")
@@ -122,7 +122,7 @@ def _sentence(box: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as the rest does."""
+    """Reports errors in one line, as the rest does."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -182,7 +182,7 @@ def _check_same_run(saved: "Config", given: "Config") -> None:
             f"--resume continues a run with the prompt {saved.prompt!r}; for {given.prompt!r} start another with --out"
         )
     if given.out != saved.out:
-        raise UserError("--resume writes to the folder that it resumes; leave --out away")
+        raise UserError("--resume writes to the folder that it resumes; omit --out")
 
 
 def _export(arguments: list[str]) -> int:
@@ -222,7 +222,7 @@ def _sample(arguments: list[str]) -> int:
     @dataclasses.dataclass(frozen=True)
     class Sample:
         prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
-        """What to draw; may end in front view, side view, back view or overhead view."""
+        """The subject of the pictures; may end in front view, side view, back view or overhead view."""
         n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 9
         """Number of pictures."""
         out: str = "grid.png"

@@ -1,4 +1,4 @@
-"""What works on this machine, what is missing, and how to get it.
+"""A report on this machine: what works, what is missing, and how to get it.
 
 Every check stands on its own and survives the failure of what it looks at: this is run when something is broken.
 """

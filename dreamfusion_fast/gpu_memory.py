@@ -1,4 +1,4 @@
-"""What a process may still allocate on a GPU, torch's limit to it, and which errors mean that it ran out."""
+"""Memory that a process may still allocate on a GPU, torch's limit to it, and which errors mean that it ran out."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def small_config(**settings: Any) -> Config:
 
 
 def target(views: Views, size: int) -> Tensor:
-    """What the guidance wants to see `[B, 3, size, size]`: a disc in one colour before the views' background."""
+    """The image that the guidance wants `[B, 3, size, size]`: a disc in one colour before the views' background."""
     axis = (torch.arange(size) + 0.5) * (2.0 / size) - 1.0
     disc = (axis[:, None].square() + axis.square() < RADIUS**2).float()
     background = torch.zeros(len(views), 3) if views.background is None else views.background.cpu()

@@ -200,7 +200,7 @@ def test_wrong_generate_options_are_one_line(capsys, tmp_path, run_folder):
     assert "is no folder" in fails(capsys, "generate", "--resume", str(tmp_path / "absent"))
     assert "holds no config.yaml" in fails(capsys, "generate", "--resume", str(tmp_path))
     assert "'a chair'" in fails(capsys, "generate", "a table", "--resume", str(run_folder.path))
-    assert "leave --out away" in fails(capsys, "generate", "--resume", str(run_folder.path), "--out", str(tmp_path))
+    assert "omit --out" in fails(capsys, "generate", "--resume", str(run_folder.path), "--out", str(tmp_path))
     assert "unknown device 'gpu'" in fails(capsys, "generate", "x", "--device", "gpu")
     assert "memory has to be a size such as 16GB" in fails(capsys, "generate", "x", "--memory", "lots")
 

@@ -1,4 +1,4 @@
-"""What holds for every file of the project: short enough to have one job, and free of the machine it was written on."""
+"""Rules for every file of the project: short enough to have one job, and free of the machine it was written on."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _CHUNK = 1 << 22  # pairs of a face and a pixel of its bounding box that are tes
 
 @dataclass(frozen=True)
 class MeshView:
-    """What a camera sees of a mesh, one entry per pixel, row 0 at the top."""
+    """A camera's view of a mesh, one entry per pixel, row 0 at the top."""
 
     face: NDArray[np.int64]
     """[height, width], index of the nearest face, -1 where there is none."""

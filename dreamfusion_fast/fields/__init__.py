@@ -1,4 +1,4 @@
-"""What is optimised: fields of density and albedo, and backgrounds."""
+"""Fields of density and albedo, and backgrounds: the parameters that are optimised."""
 
 from dreamfusion_fast.fields.background import MlpBackground, SolidBackground, per_view, random_colors
 from dreamfusion_fast.fields.base import Field, FieldOutput, evaluate, query_density, safe_normalize

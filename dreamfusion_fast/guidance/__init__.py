@@ -1,4 +1,4 @@
-"""What pulls an image towards a prompt: one SDS, and diffusion models behind one small interface."""
+"""Guidance, which pulls images towards a prompt: one SDS, and diffusion models behind one small interface."""
 
 from dreamfusion_fast.guidance.base import (
     KNOWN_GUIDANCE,

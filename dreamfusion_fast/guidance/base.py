@@ -1,4 +1,4 @@
-"""What passes between a trainer and a diffusion model: images, views, prompt embeddings, and a gradient.
+"""The interface between a trainer and a diffusion model: images, views, prompt embeddings, and a gradient.
 
 `Guidance` is what a trainer sees. `DiffusionModel` is what a diffusion model has to say about itself for
 `dreamfusion_fast.guidance.distillation.ScoreDistillation`, the one implementation of `Guidance`, to use it.
@@ -111,7 +111,7 @@ class PromptEmbeddings:
 
 
 class SDSOutput(NamedTuple):
-    """What one guidance step returns; everything is detached and on the device of the images.
+    """The result of one guidance step; everything is detached and on the device of the images.
 
     Attributes:
         gradient: [B, 3, H, W], dtype of the images: the gradient with respect to the images in [0, 1] of the objective

@@ -60,7 +60,7 @@ def load_pipeline_model(config: GuidanceConfig, device: torch.device) -> Pipelin
 
 
 class PipelineModel(DiffusionModel):
-    """What all pipelines have in common: schedule, text encoders, U-Net.
+    """The base of all pipelines: schedule, text encoders, U-Net.
 
     Args:
         source: the pipeline.
@@ -236,7 +236,7 @@ class PipelineModel(DiffusionModel):
         return GuidanceMemory(weights=weights, unet=unet, offloadable=offloadable)
 
     def _unet_arguments(self, condition: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What the U-Net is told beside image and timestep, from rows of all conditions; never waits for the GPU."""
+        """The U-Net's inputs beside image and timestep, from rows of all conditions; never waits for the GPU."""
         return {"encoder_hidden_states": condition["hidden"].to(self.dtype)}
 
     def _check_channels(self, channels: int) -> None:

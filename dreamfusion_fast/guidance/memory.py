@@ -1,4 +1,4 @@
-"""What a guidance says about its memory, and the part of a batch that a call is about."""
+"""The memory that a guidance needs, and the part of a batch that a call is about."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class PipelineSource(ABC):
     @property
     @abstractmethod
     def _location(self) -> dict[str, Any]:
-        """What `from_pretrained` takes to find the pipeline."""
+        """The arguments by which `from_pretrained` finds the pipeline."""
 
     @abstractmethod
     def _files_in(self, component: str) -> list[str] | None:

@@ -199,7 +199,7 @@ class PromptEncoder:
             torch.cuda.empty_cache()
 
     def _tokenize(self, texts: list[Prompt]) -> dict[str, Any]:
-        """What each encoder is given, by suffix: "input_ids" and "attention_mask", both [n, tokens]."""
+        """The inputs of each encoder, by suffix: "input_ids" and "attention_mask", both [n, tokens]."""
         tokenizers = {suffix: self._source.load(f"tokenizer{suffix}") for suffix in self._suffixes}
         lengths = {suffix: self._length(suffix, tokenizer) for suffix, tokenizer in tokenizers.items()}
 

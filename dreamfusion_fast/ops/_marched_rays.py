@@ -1,4 +1,4 @@
-"""What every way to march starts from: the rays with their grid as the native core takes them, and their counts."""
+"""The input of every way to march: the rays with their grid as the native core takes them, and their counts."""
 
 from __future__ import annotations
 

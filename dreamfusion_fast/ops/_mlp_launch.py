@@ -162,7 +162,7 @@ def prepare_backward(
     partials: Tensor | None,
     counted: bool = True,
 ) -> Prepared:
-    """What writes grad_x and adds to `partials` ``[programs, parameters]``, each of which may be None."""
+    """The launches that write grad_x and add to `partials` ``[programs, parameters]``; each may be None."""
     n, layers = x.shape[0], len(weights)
     if n == 0:
         return Prepared(x.device, [])

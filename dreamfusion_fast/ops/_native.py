@@ -67,7 +67,7 @@ def cuda_available() -> bool:
 
 
 def cuda_architectures() -> str:
-    """What the CUDA core was compiled for, e.g. ``"80-real 90"``; empty when there is none."""
+    """The architectures that the CUDA core was compiled for, e.g. ``"80-real 90"``; empty when there is none."""
     module, _ = _load("_core_cuda")
     return module.cuda_archs if module is not None else ""
 

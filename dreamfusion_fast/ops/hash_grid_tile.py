@@ -309,7 +309,7 @@ def _check(
     table_name: str = "table",
     table_dtypes: list[torch.dtype] | None = None,
 ) -> None:
-    """What the functions have in common; `table` is the table or its gradient."""
+    """The checks that the functions share; `table` is the table or its gradient."""
     where = f"hash_grid_tile.{op}"
     on_gpu = _on_gpu(positions)
     check_tensor(where, "positions", positions, ["n_samples", 3])

@@ -77,7 +77,7 @@ _COUNT = slice(4, 5)
 
 
 def tile_table(offsets: Tensor, size: int, n_tiles: int) -> list[tuple[Tensor, Tensor]]:
-    """What the kernels of each tile read about it; nothing of it is known on the host.
+    """The numbers that the kernels of each tile read about it; nothing of it is known on the host.
 
     Args:
         offsets: int32 `[n_rays + 1]`, first sample of each ray, contiguous.

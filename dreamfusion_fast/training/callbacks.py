@@ -1,4 +1,4 @@
-"""What watches a run: a progress bar, a preview picture, curves, checkpoints. All are callbacks, like a user's own."""
+"""Observers of a run: a progress bar, a preview picture, curves, checkpoints. All are callbacks, like a user's own."""
 
 from __future__ import annotations
 

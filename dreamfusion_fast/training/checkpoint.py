@@ -29,12 +29,12 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds."""
+    """The contents of a checkpoint file."""
 
     tensors: dict[str, torch.Tensor]
     """On the CPU, under the names they were saved with."""
     meta: dict[str, Any]
-    """What save_checkpoint was given."""
+    """As save_checkpoint was given it."""
     config: Config
     """The configuration of the run."""
     step: int

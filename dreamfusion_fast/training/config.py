@@ -148,7 +148,7 @@ class OccupancyConfig:
 
 @dataclass(frozen=True)
 class BackgroundConfig:
-    """What is behind the object: a plain colour per view, or a learned background around the scene."""
+    """The background behind the object: a plain colour per view, or a learned background around the scene."""
 
     plain: float = 1.0
     """Probability that a step's views have plain backgrounds; the others show the learned one (DreamFusion: 0)."""
@@ -167,7 +167,7 @@ class BackgroundConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """What changes while a run goes on."""
+    """Settings that change in the course of a run."""
 
     t_min: float = 0.02
     """Smallest diffusion time."""
@@ -212,7 +212,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What a run writes while it goes on. A step count of 0 turns the item off."""
+    """The files and messages that a run writes on its way. A step count of 0 turns the item off."""
 
     preview_every: int = 100
     """Steps between two refreshes of preview.png."""
@@ -307,7 +307,7 @@ class Config:
     """One run, from a prompt to a mesh."""
 
     prompt: Annotated[Positional[str], arg(metavar="PROMPT")] = ""
-    """What to make."""
+    """The object to make."""
     out: str = ""
     """Folder for everything the run writes; by default out/ and the prompt. A folder that holds a run is refused."""
     seed: int = 0

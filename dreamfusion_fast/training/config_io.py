@@ -60,7 +60,7 @@ def save_yaml(config: Any, path: str | Path) -> None:
 
 
 def load_yaml(path: str | Path) -> Any:
-    """What the YAML file `path` holds. UserError where it cannot be read."""
+    """The values of the YAML file `path`. UserError where it cannot be read."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
@@ -80,7 +80,7 @@ def parse_yaml(text: str, *, source: str = "config") -> Any:
 
 
 def differences(first: Any, second: Any, prefix: str = "") -> list[str]:
-    """What differs between two nested dicts, as lines "field.levels: 16, here 8"."""
+    """The differences between two nested dicts, as lines "field.levels: 16, here 8"."""
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         lines = []
         for key in [*first, *(key for key in second if key not in first)]:

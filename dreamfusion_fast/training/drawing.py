@@ -1,4 +1,4 @@
-"""What each step draws: shading, cameras, lights and backgrounds, and with the cameras the rays of the step.
+"""The random draws of each step: shading, cameras, lights and backgrounds, and with the cameras the rays of the step.
 
 On a GPU all of it happens on a stream of its own, beside the step before: rays are made, and the samples along them
 counted, while the last step's diffusion model still runs. So the host knows in time how much there is to render, never

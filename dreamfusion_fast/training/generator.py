@@ -36,7 +36,7 @@ _PICTURE_THREADS = 8
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left: its folder, the steps done and the mesh; what a step cost, if the config asked for it."""
+    """The result of a run: its folder, the steps done, the mesh and, if the config asked for it, the cost of a step."""
 
     folder: Path
     steps: int
@@ -68,7 +68,7 @@ class Generator:
         ...     "an armchair",
         ...     callbacks=[Watch()],
         ...     out=tempfile.mkdtemp(),
-        ...     steps=2,  # leave it away for a good armchair, and the coarse export, too
+        ...     steps=2,  # for a good armchair omit this and the coarse export
         ...     log=LogConfig(progress_bar=False),
         ...     export=ExportConfig(resolution=32, texture_size=64, turntable_frames=2, turntable_size=32),
         ... )

@@ -54,7 +54,7 @@ def shown(size: int) -> str:
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """What a run may use.
+    """The memory that a run may use.
 
     Attributes:
         size: bytes; None: nobody knows, or no limit.
@@ -120,7 +120,7 @@ class MemoryPlan:
         return replace(config, memory_budget=self.render_budget, graphs=self.render_graphs)
 
     def savings(self, batch: int, above: MemoryPlan) -> list[str]:
-        """What this rung saves that the rung `above` does not, in words."""
+        """The savings of this rung over the rung `above`, in words."""
         words = []
         if (self.render_budget, self.render_graphs) != (above.render_budget, above.render_graphs):
             budget = "" if self.render_budget is None else f" of {shown(self.render_budget)}"
@@ -230,7 +230,7 @@ class MemoryPlanner:
         return below[0] if below else None
 
     def lines(self, plan: MemoryPlan) -> list[str]:
-        """What was chosen and why, for the person who runs it; none without a limit."""
+        """The choice and its reason, for the user; none without a limit."""
         if self.limit.size is None:
             return []
         top = self.ladder[0]
@@ -245,7 +245,7 @@ class MemoryPlanner:
         return [*lines, saving]
 
     def advice(self, plan: MemoryPlan) -> str:
-        """What to change where memory ran out with `plan`, by the same estimate."""
+        """The settings to change where memory ran out with `plan`, by the same estimate."""
         now = self.expected(plan)
         # What ran out was at least the limit, whatever the estimate said.
         wrong = 1.0 if self.limit.size is None else max(1.0, self.limit.size / now)

@@ -71,7 +71,7 @@ class StageCost:
 
 @dataclass(frozen=True)
 class StepProfile:
-    """What a step costs.
+    """The cost of a step.
 
     Attributes:
         stages: in the order of a step, the rest last.
@@ -199,7 +199,7 @@ class StepProfiler:
             record.first.append(times)
 
     def result(self) -> StepProfile | None:
-        """What was measured at the size with most timed steps, or None before any step. Waits for the GPU."""
+        """The measurements at the size with most timed steps, or None before any step. Waits for the GPU."""
         while self._pending:
             self._read(self._pending.popleft())
         records = {kind: record for kind, record in self._records.items() if record.steady or record.first}

@@ -47,7 +47,7 @@ class Struts:
         return Struts(self.start.to(device), self.end.to(device), self.radius.to(device))
 
     def hit(self, rays: Rays) -> tuple[Tensor, Tensor]:
-        """What each ray passes within a rod's radius: the rod `[n]` int64, -1 for none, and how far along it, `[n]`."""
+        """The rod that each ray passes within its radius: `[n]` int64, -1 for none, and how far along it, `[n]`."""
         direction = rays.directions[:, None]
         along, offset = self.end - self.start, rays.origins[:, None] - self.start
         # Seen along the ray, the axis is a line in a plane, and the ray a point of it.

@@ -43,7 +43,7 @@ _OPACITY_EPS = 0.01  # under the root of the opacity loss (DreamFusion, appendix
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. The losses are 0-dim tensors on the device: reading one waits for it.
+    """The outcome of one step. The losses are 0-dim tensors on the device: reading one waits for it.
 
     Attributes:
         step: steps done so far.

@@ -278,7 +278,7 @@ def test_autoencoder_that_overflows_in_half_precision_is_run_in_float32(
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
 def test_the_quicker_parts_give_the_same(pipeline: Pipelines, kind: str, recompute: bool) -> None:
-    """What a GPU runs in place of diffusers' own modules, here on the CPU in float64."""
+    """The modules that a GPU runs in place of diffusers' own, here on the CPU in float64."""
     results = []
     for quicker in (False, True):
         guidance = _guidance(pipeline(kind), dtype="float64")

@@ -1,4 +1,4 @@
-"""What a guidance says of its memory: wrong statements are refused."""
+"""The memory that a guidance states: wrong statements are refused."""
 
 from __future__ import annotations
 

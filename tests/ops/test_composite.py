@@ -107,7 +107,7 @@ def test_equal_lengths_are_a_step(dtype: torch.dtype, device: torch.device) -> N
 
 
 def test_a_sample_in_two_parts_weighs_the_same(device: torch.device) -> None:
-    """What a length means: halves of a sample, one behind the other, add up to it."""
+    """The meaning of a length: halves of a sample, one behind the other, add up to it."""
     density = torch.tensor([3.0, 7.0, 1.0], dtype=torch.float64, device=device)
     lengths = torch.tensor([0.1, 0.3, 0.02], dtype=torch.float64, device=device)
     values = torch.randn(3, 2, dtype=torch.float64, device=device)

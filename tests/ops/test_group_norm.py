@@ -29,7 +29,7 @@ def test_matches_the_twin_in_float64() -> None:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
-    """What went wrong in each case when Triton's interpreter ran the kernels."""
+    """The faults in each case when Triton's interpreter ran the kernels."""
     return run_interpreted("group_norm_cases.py")
 
 

@@ -54,7 +54,7 @@ def test_blocks_of_rows_add_up(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
-    """What went wrong in each case when Triton's interpreter ran the kernels, in a process of its own."""
+    """The faults in each case when Triton's interpreter ran the kernels, in a process of its own."""
     return run_interpreted("mlp_cases.py")
 
 
@@ -235,7 +235,7 @@ def test_same_sums_every_time(device: torch.device) -> None:
 )
 @needs_triton
 def test_launches(sizes: tuple[int, ...], second: bool, to_x: bool, launches: list[tuple[int, int, bool]]) -> None:
-    """What does not fit into registers together is summed up one after the other, and grad_x is written once."""
+    """Sums that do not fit into registers together are formed one after the other, and grad_x is written once."""
     assert _mlp_launch._plan(sizes, second, to_x) == launches
 
 

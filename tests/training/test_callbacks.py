@@ -1,4 +1,4 @@
-"""What watches a run: when it acts and what it leaves."""
+"""Callbacks: when they act and what they leave."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_curves_hold_the_losses(trainer, tmp_path):
 
 
 def test_curves_of_a_resumed_run_hold_each_step_once(trainer, tmp_path):
-    """What was written after the checkpoint is done again."""
+    """Points written after the checkpoint are written again."""
     run(trainer, Curves(tmp_path, 1), steps=5)
     trainer.steps_done = 3
     run(trainer, Curves(tmp_path, 1), steps=4)

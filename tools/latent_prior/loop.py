@@ -60,7 +60,7 @@ class Phase:
 
 @dataclasses.dataclass
 class Call:
-    """What one call of the script may take.
+    """The limits of one call of the script.
 
     Args:
         started, deadline: `time.monotonic()` seconds.

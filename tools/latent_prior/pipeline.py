@@ -68,7 +68,7 @@ def pack(
 
 
 class Pipeline:
-    """What a folder holds, in float32 and frozen.
+    """The networks of a folder, in float32 and frozen.
 
     Args:
         folder: a pipeline folder as `pack` writes it.

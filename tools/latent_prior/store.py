@@ -36,7 +36,7 @@ class Trained:
 
 
 def read_source(source: Path) -> Trained:
-    """What a training left, or what `store` made of it.
+    """The files of a training, or those that `store` made of them.
 
     Args:
         source: `--out` of a training, or a folder that `store` wrote.

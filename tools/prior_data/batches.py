@@ -33,7 +33,7 @@ COLOUR_VALUES = {
 
 @dataclass
 class Parts:
-    """What a batch is made of, kept so that the probe can change one condition and leave the rest.
+    """The draws that make a batch, kept so that the probe can change one condition and leave the rest.
 
     `phrase`, `word` (0 none, then COLOURS, then clay) and `suffix` (0 none) `[n]` int64 make the caption; `null` `[n]`
     bool drops it.

@@ -1,4 +1,4 @@
-"""What the catalogue's models are called: a hand-written noun for every name that is not its own noun.
+"""The names of the catalogue's models: a hand-written noun for every name that is not its own noun.
 
 One line per catalogue name (or per model, by its key): ``name: noun | synonym, ..., ~generic word, ...``. The part
 after the bar adds to what SYNONYMS says about the noun. A name without a line is its own noun, in lower case.

@@ -54,7 +54,7 @@ _FREE = {"sample_size", "block_out_channels", "attention_head_dim", "cross_atten
 
 @dataclass
 class ViewCondition:
-    """What is known of each image besides its caption; None leaves it to the model.
+    """The conditions of each image besides its caption; None leaves it to the model.
 
     Attributes:
         azimuth, elevation: `[n]` radians, 0 = front at eye level.

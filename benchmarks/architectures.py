@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dreamfusion_fast.guidance import GuidanceConfig, PromptEmbeddings, PromptSet, ScoreDistillation
-from dreamfusion_fast.guidance.pipeline_source import PipelineSource
+from dreamfusion_fast.guidance.models.pipeline_source import PipelineSource
 
 TOKENS = 77
 
@@ -188,7 +188,7 @@ def build_text_encoder(class_name: str, config: dict[str, Any], dtype: torch.dty
 
 
 class RandomWeights(PipelineSource):
-    """A pipeline with random weights, for `dreamfusion_fast.guidance.diffusers_models`: no files are read.
+    """A pipeline with random weights, for `dreamfusion_fast.guidance.models.pipelines`: no files are read.
 
     Args:
         unet: a name of `UNETS`.

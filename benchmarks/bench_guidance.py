@@ -31,9 +31,9 @@ from machine import RESULTS, describe, headline, write_result
 from measure import MB, Clock
 from torch import Tensor
 
-from dreamfusion_fast.guidance.capture import CapturedFunction
-from dreamfusion_fast.guidance.fused_unet import fuse
-from dreamfusion_fast.guidance.latent_encoder import LatentEncoder
+from dreamfusion_fast.gpu.capture import CapturedFunction
+from dreamfusion_fast.networks.fused_unet import fuse
+from dreamfusion_fast.networks.latent_encoder import LatentEncoder
 
 
 @dataclass

@@ -28,7 +28,7 @@ from torch import Tensor
 from workload import RESOLUTION, STEP, Marched, march_scene
 
 from dreamfusion_fast import ops
-from dreamfusion_fast.ops import geglu, group_norm
+from dreamfusion_fast.networks import geglu, group_norm
 
 RADIUS = 0.5
 GRIDS = {"large": (16, 16, 2048, 19), "small": (8, 16, 128, 15)}  # levels, base, finest resolution, log2 of the rows

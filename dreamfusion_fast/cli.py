@@ -252,7 +252,7 @@ def _sample(arguments: list[str]) -> int:
     _writable_folder(out.parent)
 
     from dreamfusion_fast.export.turntable import save_png, tile
-    from dreamfusion_fast.guidance.prior.sample import sample_images
+    from dreamfusion_fast.guidance.models.embedded.sample import sample_images
     from dreamfusion_fast.training.device import resolve_device
 
     images = sample_images(

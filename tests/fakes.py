@@ -102,8 +102,8 @@ class BallGuidance(Guidance):
 
 def write_tiny_prior(folder: Path) -> Path:
     """A folder as the package's weights are, with a network of random weights that takes milliseconds."""
-    from dreamfusion_fast.guidance.prior.model import UNET_CONFIG, PriorNetwork, save_prior
-    from dreamfusion_fast.guidance.prior.text_encoder import WEIGHTS
+    from dreamfusion_fast.guidance.models.embedded.model import UNET_CONFIG, PriorNetwork, save_prior
+    from dreamfusion_fast.guidance.models.embedded.text_encoder import WEIGHTS
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("text_encoder.safetensors.gz", "tokenizer.json"):
@@ -118,10 +118,10 @@ def write_tiny_prior(folder: Path) -> Path:
 
 def use_prior(folder: Path, patch: Any = None) -> None:
     """Let the package find its prior in `folder`; undone with `patch`, pytest's monkeypatch, if given."""
-    from dreamfusion_fast.guidance import prior
-    from dreamfusion_fast.guidance.prior import guide, sample
+    from dreamfusion_fast.guidance.models import embedded
+    from dreamfusion_fast.guidance.models.embedded import guide, sample
 
     found = functools.partial(guide.EmbeddedPrior, folder=folder)
     put = setattr if patch is None else patch.setattr
-    put(prior, "create_prior", lambda config, device: found(device, config.dtype, fused=config.fused))
+    put(embedded, "create_prior", lambda config, device: found(device, config.dtype, fused=config.fused))
     put(sample, "EmbeddedPrior", found)

@@ -259,7 +259,7 @@ def fake_prior(monkeypatch):
         told.append(arguments)
         return np.arange(arguments[1], dtype=np.uint8)[:, None, None, None].repeat(64, 1).repeat(64, 2).repeat(3, 3)
 
-    module = types.ModuleType("dreamfusion_fast.guidance.prior.sample")
+    module = types.ModuleType("dreamfusion_fast.guidance.models.embedded.sample")
     module.sample_images = sample_images
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return told

@@ -137,7 +137,7 @@ def test_bad_input_changes_nothing(tmp_path, config_file, capsys):
 
 
 def test_nan_in_training_is_one_line_and_keeps_the_checkpoint(tmp_path, config_file, capsys, monkeypatch):
-    from dreamfusion_fast.guidance.prior.guide import EmbeddedPrior
+    from dreamfusion_fast.guidance.models.embedded.guide import EmbeddedPrior
 
     calls, evaluate = [], EmbeddedPrior.evaluate
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from dreamfusion_fast.guidance.prior.quantize import save_weights
+from dreamfusion_fast.guidance.models.embedded.quantize import save_weights
 
 PIECE = re.compile(r"(##)?[a-z0-9]+|[!-~]")
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="folder with model.safetensors, tokenizer.json, config.json")
     parser.add_argument("--words", type=Path, help="text file; every word in it stays whole")
     parser.add_argument("--keep", type=int, default=11_000, help="ids below this stay when they are ASCII")
-    parser.add_argument("--out", type=Path, default=Path("dreamfusion_fast/guidance/prior/weights"))
+    parser.add_argument("--out", type=Path, default=Path("dreamfusion_fast/guidance/models/embedded/weights"))
     args = parser.parse_args()
 
     tokenizer = json.loads((args.model / "tokenizer.json").read_text())

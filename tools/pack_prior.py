@@ -1,6 +1,6 @@
 """Turn the weights that `train_prior.py` left (float16, in parts) into the file that the package ships (int8).
 
-python tools/pack_prior.py OUT --weights dreamfusion_fast/guidance/prior/weights
+python tools/pack_prior.py OUT --weights dreamfusion_fast/guidance/models/embedded/weights
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from dreamfusion_fast.guidance.prior.model import PriorNetwork, save_prior
+from dreamfusion_fast.guidance.models.embedded.model import PriorNetwork, save_prior
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from prior_data.probe import probe, sample_sheet
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dreamfusion_fast.guidance.prior.model import TRAIN_TIMESTEPS, PriorNetwork, alphas_cumprod, load_prior
+from dreamfusion_fast.guidance.models.embedded.model import TRAIN_TIMESTEPS, PriorNetwork, alphas_cumprod, load_prior
 
 WARMUP_STEPS = 500
 EMA_DECAY = 0.9995

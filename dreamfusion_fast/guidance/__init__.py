@@ -11,8 +11,8 @@ from dreamfusion_fast.guidance.base import (
     create_guidance,
 )
 from dreamfusion_fast.guidance.distillation import ScoreDistillation
+from dreamfusion_fast.guidance.models.schedule import NoiseLevel, NoiseSchedule, VariancePreserving
 from dreamfusion_fast.guidance.prompts import VIEW_NAMES, Prompt, PromptSet, view_index
-from dreamfusion_fast.guidance.schedule import NoiseLevel, NoiseSchedule, VariancePreserving
 
 __all__ = [
     "KNOWN_GUIDANCE",

@@ -18,8 +18,8 @@ from torch import Tensor
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance.memory import BatchPart, GuidanceMemory
 from dreamfusion_fast.guidance.methods.cfg import Convention
+from dreamfusion_fast.guidance.models.schedule import NoiseSchedule, Weighting
 from dreamfusion_fast.guidance.prompts import VIEW_NAMES, Prompt, PromptSet, view_index
-from dreamfusion_fast.guidance.schedule import NoiseSchedule, Weighting
 
 ShadingName = Literal["albedo", "lambertian", "textureless"]
 Mode = Literal["sds", "csd"]
@@ -367,11 +367,11 @@ def create_model(config: GuidanceConfig, device: torch.device) -> DiffusionModel
     """The diffusion model a config names; see `create_guidance`."""
     # Imported here: diffusers and transformers take seconds to import.
     if config.name == "embedded":
-        from dreamfusion_fast.guidance.prior import create_prior
+        from dreamfusion_fast.guidance.models.embedded import create_prior
 
         return create_prior(config, device)
 
-    from dreamfusion_fast.guidance.diffusers_models import load_pipeline_model
+    from dreamfusion_fast.guidance.models.pipelines import load_pipeline_model
 
     return load_pipeline_model(config, device)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.errors import NonFiniteError, UserError
+from dreamfusion_fast.gpu.stages import stage
 from dreamfusion_fast.guidance.base import (
     T_RANGE,
     DiffusionModel,
@@ -26,7 +27,6 @@ from dreamfusion_fast.guidance.methods import (
     ScoreDistillationSampling,
 )
 from dreamfusion_fast.guidance.prompts import PromptSet
-from dreamfusion_fast.stages import stage
 
 
 class ScoreDistillation(Guidance):

@@ -35,7 +35,7 @@ def check_tensor(
         TypeError: no tensor, or another dtype.
         ValueError: another shape or device.
     """
-    where = f"dreamfusion_fast.ops.{op}: {name}"
+    where = f"{op}: {name}"
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{where} must be a torch.Tensor, got {type(tensor).__name__}")
     fits = tensor.dim() == len(shape) and all(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.fields.hash_field import HashGridField
-from dreamfusion_fast.gpu_memory import free_bytes
+from dreamfusion_fast.gpu.memory import free_bytes
 from dreamfusion_fast.ops.hash_grid_tile import HashGridTileLayout
 from dreamfusion_fast.ops.mlp import prepared_forward
 

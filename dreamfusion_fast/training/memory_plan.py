@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dreamfusion_fast.errors import UserError
-from dreamfusion_fast.gpu_memory import free_bytes, limit_fraction, set_limit_fraction
+from dreamfusion_fast.gpu.memory import free_bytes, limit_fraction, set_limit_fraction
 from dreamfusion_fast.guidance.base import Guidance
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.workspace import default_budget

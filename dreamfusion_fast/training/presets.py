@@ -14,7 +14,7 @@ from typing import Any
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.fields import HashGridFieldConfig
 from dreamfusion_fast.guidance.base import KNOWN_GUIDANCE, GuidanceConfig
-from dreamfusion_fast.guidance.pipeline_source import open_source
+from dreamfusion_fast.guidance.models.pipeline_source import open_source
 from dreamfusion_fast.rendering import RendererConfig
 from dreamfusion_fast.training.config import (
     ExportConfig,

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from dreamfusion_fast.stages import recording
+from dreamfusion_fast.gpu.stages import recording
 
 REST = "rest"
 ORDER = (
@@ -54,7 +54,7 @@ class StageCost:
     """One row of the table.
 
     Attributes:
-        name: as in `dreamfusion_fast.stages.stage`; "rest" is what no stage covers.
+        name: as in `dreamfusion_fast.gpu.stages.stage`; "rest" is what no stage covers.
         ms: median over the timed steps that ran the stage, milliseconds.
         share: of the time of all timed steps, 0 to 1.
         steps: timed steps that ran the stage.
@@ -120,7 +120,7 @@ class StepProfiler:
 
     Example:
         >>> import torch
-        >>> from dreamfusion_fast.stages import stage
+        >>> from dreamfusion_fast.gpu.stages import stage
         >>> profiler = StepProfiler(torch.device("cpu"))
         >>> for _ in range(20):
         ...     with profiler.step(size=64, batch=1), stage("unet"):
@@ -167,7 +167,7 @@ class StepProfiler:
             self._read(self._pending.popleft())
 
     def stage(self, name: str) -> AbstractContextManager[None]:
-        """See `dreamfusion_fast.stages`. In a CUDA graph's capture, and on other threads than the step's: nothing."""
+        """See `gpu.stages`. In a CUDA graph's capture, and on other threads than the step's: nothing."""
         if self._now is None or threading.get_ident() != self._thread or self._meter.capturing():
             return nullcontext()
         return _Stage(self, name)

@@ -20,13 +20,13 @@ from torch import Tensor
 from dreamfusion_fast.errors import DoesNotFitError, NonFiniteError, UserError
 from dreamfusion_fast.fields.background import MlpBackground
 from dreamfusion_fast.fields.hash_field import HashGridField
-from dreamfusion_fast.gpu_memory import is_out_of_memory, what_was_wanted
+from dreamfusion_fast.gpu.memory import is_out_of_memory, what_was_wanted
+from dreamfusion_fast.gpu.stages import stage
 from dreamfusion_fast.guidance.base import Guidance, create_guidance
 from dreamfusion_fast.rendering.cameras import orbit_cameras
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.renderer import RenderOutput, VolumeRenderer
 from dreamfusion_fast.rendering.shading import Shading
-from dreamfusion_fast.stages import stage
 from dreamfusion_fast.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.drawing import DrawnViews, ViewSampler

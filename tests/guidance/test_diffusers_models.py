@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.guidance import GuidanceConfig, PromptEmbeddings, ScoreDistillation, Views, create_guidance
-from dreamfusion_fast.guidance.diffusers_models import LatentModel, PixelModel, SDXLModel, resize
+from dreamfusion_fast.guidance.models.pipelines import LatentModel, PixelModel, SDXLModel, resize
 from dreamfusion_fast.rendering import RendererConfig
 from dreamfusion_fast.training.memory_plan import MemoryLimit, MemoryPlanner
 

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 
-from dreamfusion_fast.guidance.fused_unet import FusedAttention, FusedResidualBlock, _pointwise, fuse
+from dreamfusion_fast.networks.fused_unet import FusedAttention, FusedResidualBlock, _pointwise, fuse
 
 
 def make_unet(**changes: Any) -> Any:

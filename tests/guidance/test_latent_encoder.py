@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.guidance import latent_encoder as module
-from dreamfusion_fast.guidance.latent_encoder import LatentEncoder, unserved
+from dreamfusion_fast.networks.latent_encoder import LatentEncoder, unserved
 
 
 def make_vae(dtype: torch.dtype = torch.float64, **changes: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dreamfusion_fast.guidance import GuidanceConfig, Views, create_guidance
 from dreamfusion_fast.guidance import offload as module
-from dreamfusion_fast.guidance.offload import can_stream_weights, stream_weights
+from dreamfusion_fast.networks.offload import can_stream_weights, stream_weights
 
 pytest.importorskip("accelerate")
 Pipelines = Callable[..., Path]
@@ -62,7 +62,7 @@ def test_setting_it_again_loads_nothing_again(pipeline: Pipelines) -> None:
 def test_a_model_says_how_much_it_saves(pipeline: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
     guidance = guidance_of(pipeline("latent"), "cpu", "float32")
     assert guidance.memory_needs(1, 64).offloadable == 0, "a CPU has no other memory"
-    monkeypatch.setattr("dreamfusion_fast.guidance.diffusers_models.can_stream_weights", lambda device: True)
+    monkeypatch.setattr("dreamfusion_fast.guidance.models.pipelines.can_stream_weights", lambda device: True)
     needs = guidance.memory_needs(1, 64)
     guidance.load()
     unet = 4 * sum(parameter.numel() for parameter in guidance.model._unet.parameters())

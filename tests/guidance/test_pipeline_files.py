@@ -18,8 +18,8 @@ from torch import Tensor
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance import GuidanceConfig, create_guidance, pipeline_files
 from dreamfusion_fast.guidance.base import Guidance
+from dreamfusion_fast.guidance.models.pipeline_source import HubSource, open_source
 from dreamfusion_fast.guidance.pipeline_files import content_hash, holds_tokenizer
-from dreamfusion_fast.guidance.pipeline_source import HubSource, open_source
 
 pytest.importorskip("diffusers")
 

@@ -12,9 +12,9 @@ from safetensors.torch import load, save
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance.base import GuidanceConfig, Views, create_guidance
-from dreamfusion_fast.guidance.prior import create_prior
-from dreamfusion_fast.guidance.prior.guide import EmbeddedPrior
-from dreamfusion_fast.guidance.prior.model import (
+from dreamfusion_fast.guidance.models.embedded import create_prior
+from dreamfusion_fast.guidance.models.embedded.guide import EmbeddedPrior
+from dreamfusion_fast.guidance.models.embedded.model import (
     CONDITION_WIDTH,
     SHADINGS,
     UNET_CONFIG,
@@ -25,15 +25,15 @@ from dreamfusion_fast.guidance.prior.model import (
     noise_schedule,
     save_prior,
 )
-from dreamfusion_fast.guidance.prior.quantize import (
+from dreamfusion_fast.guidance.models.embedded.quantize import (
     SCALE_SUFFIX,
     dequantize_state_dict,
     load_weights,
     quantize_state_dict,
     save_weights,
 )
-from dreamfusion_fast.guidance.prior.sample import sample_images
-from dreamfusion_fast.guidance.prior.text_encoder import MAX_TOKENS, WIDTH
+from dreamfusion_fast.guidance.models.embedded.sample import sample_images
+from dreamfusion_fast.guidance.models.embedded.text_encoder import MAX_TOKENS, WIDTH
 from dreamfusion_fast.guidance.prompts import Prompt
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dreamfusion_fast.guidance.prior.cpu_network import CpuNetwork, cpu_network_serves
-from dreamfusion_fast.guidance.prior.model import CONDITION_WIDTH, UNET_CONFIG, PriorNetwork
-from dreamfusion_fast.ops.dense import dense_serves
+from dreamfusion_fast.guidance.models.embedded.cpu_network import CpuNetwork, cpu_network_serves
+from dreamfusion_fast.guidance.models.embedded.model import CONDITION_WIDTH, UNET_CONFIG, PriorNetwork
+from dreamfusion_fast.networks.dense import dense_serves
 
 pytestmark = pytest.mark.skipif(not dense_serves(), reason="the CPU core was not compiled for AVX2 and FMA")
 

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from dreamfusion_fast.guidance.prior.model import CONDITION_WIDTH, UNET_CONFIG, PriorNetwork
-from dreamfusion_fast.guidance.prior.text_encoder import TextEncoder
-from dreamfusion_fast.guidance.prior.unet import PriorUNet
+from dreamfusion_fast.guidance.models.embedded.model import CONDITION_WIDTH, UNET_CONFIG, PriorNetwork
+from dreamfusion_fast.guidance.models.embedded.text_encoder import TextEncoder
+from dreamfusion_fast.guidance.models.embedded.unet import PriorUNet
 
 OTHER = UNET_CONFIG | {"block_out_channels": (32, 16, 48), "norm_num_groups": 2, "attention_head_dim": 2}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dreamfusion_fast.guidance import PromptSet
-from dreamfusion_fast.guidance.prior.guide import EmbeddedPrior
-from dreamfusion_fast.guidance.prior.text_encoder import MAX_TOKENS, WEIGHTS, WIDTH, TextEncoder
+from dreamfusion_fast.guidance.models.embedded.guide import EmbeddedPrior
+from dreamfusion_fast.guidance.models.embedded.text_encoder import MAX_TOKENS, WEIGHTS, WIDTH, TextEncoder
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from dreamfusion_fast.guidance.prior.model import PriorNetwork
-from dreamfusion_fast.guidance.prior.quantize import SCALE_SUFFIX, load_weights
-from dreamfusion_fast.guidance.prior.sample import sample_images
-from dreamfusion_fast.guidance.prior.text_encoder import WEIGHTS
+from dreamfusion_fast.guidance.models.embedded.model import PriorNetwork
+from dreamfusion_fast.guidance.models.embedded.quantize import SCALE_SUFFIX, load_weights
+from dreamfusion_fast.guidance.models.embedded.sample import sample_images
+from dreamfusion_fast.guidance.models.embedded.text_encoder import WEIGHTS
 
 
 def test_the_file_is_small_and_trained():

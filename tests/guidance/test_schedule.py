@@ -11,7 +11,7 @@ from dreamfusion_fast.guidance.methods import (
     ScoreDistillationSampling,
 )
 from dreamfusion_fast.guidance.methods.cfg import guided
-from dreamfusion_fast.guidance.schedule import VariancePreserving
+from dreamfusion_fast.guidance.models.schedule import VariancePreserving
 
 ABAR = torch.tensor([0.999, 0.9, 0.5, 0.1, 0.01], dtype=torch.float64)
 KINDS = ["epsilon", "v_prediction", "sample"]

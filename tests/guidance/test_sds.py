@@ -22,8 +22,8 @@ from dreamfusion_fast.guidance import (
     create_guidance,
 )
 from dreamfusion_fast.guidance.memory import BatchPart
+from dreamfusion_fast.guidance.models.schedule import VariancePreserving
 from dreamfusion_fast.guidance.prompts import Prompt
-from dreamfusion_fast.guidance.schedule import VariancePreserving
 
 CPU = torch.device("cpu")
 

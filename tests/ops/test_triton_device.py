@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dreamfusion_fast.networks.geglu import geglu, geglu_reference
 from dreamfusion_fast.ops._triton import on_its_device
-from dreamfusion_fast.ops.geglu import geglu, geglu_reference
 
 
 class OnSecondGpu(Tensor):

@@ -17,8 +17,8 @@ pytest.importorskip("diffusers")
 from latent_prior import autoencoder, diffusion, networks, state, text
 from latent_prior.loop import Phase
 
-from dreamfusion_fast.guidance.latent_encoder import LatentEncoder, unserved
-from dreamfusion_fast.guidance.prior.text_encoder import WEIGHTS, TextEncoder
+from dreamfusion_fast.guidance.models.embedded.text_encoder import WEIGHTS, TextEncoder
+from dreamfusion_fast.networks.latent_encoder import LatentEncoder, unserved
 
 EXACT = networks.Precision(torch.device("cpu"), False)
 TINY = networks.Shape((8, 8, 16), (8, 16, 16), groups=4)

@@ -19,7 +19,7 @@ pytest.importorskip("diffusers")
 import train_latent_prior
 from latent_prior import networks, pipeline, state, store
 
-from dreamfusion_fast.guidance.prior.quantize import load_weights, save_weights
+from dreamfusion_fast.guidance.models.embedded.quantize import load_weights, save_weights
 
 CPU = torch.device("cpu")
 TINY = networks.Shape((8, 8, 16), (8, 16, 16), groups=4)

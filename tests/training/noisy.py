@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dreamfusion_fast.guidance.base import DiffusionModel, SDSOutput
 from dreamfusion_fast.guidance.memory import BatchPart, GuidanceMemory
+from dreamfusion_fast.guidance.models.schedule import VariancePreserving
 from dreamfusion_fast.guidance.prompts import Prompt
-from dreamfusion_fast.guidance.schedule import VariancePreserving
 
 
 class NoisyGuidance(BallGuidance):

@@ -8,7 +8,7 @@ from fakes import small_config
 from noisy import NoisyGuidance
 
 from dreamfusion_fast.errors import DoesNotFitError, UserError
-from dreamfusion_fast.gpu_memory import is_out_of_memory, what_was_wanted
+from dreamfusion_fast.gpu.memory import is_out_of_memory, what_was_wanted
 from dreamfusion_fast.rendering.renderer import VolumeRenderer
 from dreamfusion_fast.training.memory_plan import SMALL_BUDGET
 from dreamfusion_fast.training.trainer import Trainer

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from dreamfusion_fast.stages import stage
+from dreamfusion_fast.gpu.stages import stage
 from dreamfusion_fast.training import profile
 from dreamfusion_fast.training.profile import StepProfiler
 

@@ -1,5 +1,5 @@
 """A small latent diffusion model in diffusers' format, trained on the embedded prior's data.
 
-It exists so that the guidance of latent models (`dreamfusion_fast.guidance.diffusers_models.LatentModel`) can be proven
+It exists so that the guidance of latent models (`dreamfusion_fast.guidance.models.pipelines.LatentModel`) can be proven
 on meaning where no such model can be downloaded. `tools/train_latent_prior.py` is its command line.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dreamfusion_fast.guidance.prior.model import TRAIN_TIMESTEPS
+from dreamfusion_fast.guidance.models.embedded.model import TRAIN_TIMESTEPS
 
 from .networks import Precision
 

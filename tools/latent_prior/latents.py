@@ -9,7 +9,7 @@ import torch
 from prior_data.batches import CatalogueSampler, Parts
 from torch import Tensor
 
-from dreamfusion_fast.guidance.prior.model import ViewCondition
+from dreamfusion_fast.guidance.models.embedded.model import ViewCondition
 
 from .loop import seed_step
 from .networks import LATENT_CHANNELS, LATENT_SIZE

@@ -15,7 +15,7 @@ from prior_data.probe import PROBE_TIMES, variants
 from torch import Tensor, nn
 
 from dreamfusion_fast.guidance.methods.cfg import guided
-from dreamfusion_fast.guidance.prior.model import TRAIN_TIMESTEPS
+from dreamfusion_fast.guidance.models.embedded.model import TRAIN_TIMESTEPS
 
 from .autoencoder import decode, encode
 from .diffusion import v_errors

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreamfusion_fast.guidance.prior.model import TRAIN_TIMESTEPS
-from dreamfusion_fast.guidance.prior.text_encoder import WIDTH
+from dreamfusion_fast.guidance.models.embedded.model import TRAIN_TIMESTEPS
+from dreamfusion_fast.guidance.models.embedded.text_encoder import WIDTH
 
 IMAGE_SIZE = 64
 LATENT_CHANNELS = 4

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dreamfusion_fast.guidance.prior.quantize import load_weights, save_weights
+from dreamfusion_fast.guidance.models.embedded.quantize import load_weights, save_weights
 
 from .networks import Shape, make_autoencoder, make_unet
 from .state import load_state

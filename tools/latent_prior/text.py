@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreamfusion_fast.guidance.prior.text_encoder import _TOKEN_SCALE, MAX_TOKENS, TextEncoder
+from dreamfusion_fast.guidance.models.embedded.text_encoder import _TOKEN_SCALE, MAX_TOKENS, TextEncoder
 
 CLASSES = {"text_encoder": "BertModel", "tokenizer": "PreTrainedTokenizerFast"}
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dreamfusion_fast.guidance.prior.model import SHADINGS, ViewCondition
-from dreamfusion_fast.guidance.prior.text_encoder import TextEncoder
+from dreamfusion_fast.guidance.models.embedded.model import SHADINGS, ViewCondition
+from dreamfusion_fast.guidance.models.embedded.text_encoder import TextEncoder
 from dreamfusion_fast.guidance.prompts import view_index
 
 from .captions import TEXTURELESS as CLAY

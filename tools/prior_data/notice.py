@@ -13,8 +13,8 @@ Licensed under the Apache License, Version 2.0 (see LICENSE).
 
 Weights of the embedded prior
 =============================
-The diffusion model shipped in dreamfusion_fast/guidance/prior/weights was trained on pictures rendered from the 3D
-models listed below. They come from Sweet Home 3D's additional furniture libraries 1.8 (https://www.sweethome3d.com),
+The diffusion model shipped in dreamfusion_fast/guidance/models/embedded/weights was trained on pictures rendered from
+the 3D models listed below. They come from Sweet Home 3D's additional furniture libraries 1.8 (https://www.sweethome3d.com),
 as packaged in Debian's sweethome3d-furniture 1.8-1, cleaned and converted to OBJ by Emmanuel Puybaret (eTeks). The
 models themselves are not part of this package; their pictures were rendered at 64x64, some of them recoloured. Their
 licences, in full: licenses/sweethome3d-furniture.txt. No creator endorses this project.

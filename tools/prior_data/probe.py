@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dreamfusion_fast.guidance.prior.model import TRAIN_TIMESTEPS, PriorNetwork, ViewCondition, noise_schedule
-from dreamfusion_fast.guidance.prior.text_encoder import TextEncoder
+from dreamfusion_fast.guidance.models.embedded.model import TRAIN_TIMESTEPS, PriorNetwork, ViewCondition, noise_schedule
+from dreamfusion_fast.guidance.models.embedded.text_encoder import TextEncoder
 from dreamfusion_fast.guidance.prompts import view_index
 
 from .batches import Batch, CatalogueSampler, Parts

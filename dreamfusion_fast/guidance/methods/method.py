@@ -10,7 +10,7 @@ from functools import cached_property
 from torch import Tensor
 
 from dreamfusion_fast.guidance.methods.cfg import Convention, guided
-from dreamfusion_fast.guidance.schedule import NoiseLevel
+from dreamfusion_fast.guidance.models.schedule import NoiseLevel
 
 
 @dataclass(frozen=True, eq=False)

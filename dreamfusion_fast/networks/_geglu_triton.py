@@ -1,4 +1,4 @@
-"""The Triton kernel of GEGLU; `dreamfusion_fast.ops.geglu` has the maths."""
+"""The Triton kernel of GEGLU; `dreamfusion_fast.networks.geglu` has the maths."""
 
 # Compile-time constants are capitals, as everywhere in Triton, whose language has no types to annotate.
 # ruff: noqa: N803
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dreamfusion_fast.ops._group_norm_triton import activated_and_slope
+from dreamfusion_fast.networks._group_norm_triton import activated_and_slope
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dreamfusion_fast.guidance.capture import CapturedFunction
+from dreamfusion_fast.gpu.capture import CapturedFunction
 
 
 class Counting(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from geglu_cases import DTYPES, SHAPES, run
 from interpreting import needs_triton, run_interpreted
 
-from dreamfusion_fast.ops.geglu import geglu, geglu_reference
+from dreamfusion_fast.networks.geglu import geglu, geglu_reference
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

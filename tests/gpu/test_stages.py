@@ -8,7 +8,7 @@ import timeit
 import pytest
 import torch
 
-from dreamfusion_fast.stages import recording, stage
+from dreamfusion_fast.gpu.stages import recording, stage
 
 
 class Notes:

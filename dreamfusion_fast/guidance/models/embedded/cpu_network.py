@@ -1,6 +1,6 @@
 """The embedded prior's network on a CPU in float32: the same weights and the same result, faster.
 
-`unet.PriorUNet` holds the weights; here is its forward pass once more, in layers of `dreamfusion_fast.ops.dense`.
+`unet.PriorUNet` holds the weights; here is its forward pass once more, in layers of `dreamfusion_fast.networks.dense`.
 Images are channels last all the way, so that those of a transformer are matrices without a copy. What depends on the
 timestep and the caption alone is computed in one product for all blocks.
 
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dreamfusion_fast.ops import dense
-from dreamfusion_fast.ops.dense import PANEL, DenseConv, DenseGroupNorm, DenseLinear, dense_serves
+from dreamfusion_fast.networks import dense
+from dreamfusion_fast.networks.dense import PANEL, DenseConv, DenseGroupNorm, DenseLinear, dense_serves
 
 from .model import PriorNetwork
 

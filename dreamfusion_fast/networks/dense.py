@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dreamfusion_fast.networks.group_norm import GroupNorm
 from dreamfusion_fast.ops._checks import check_tensor
 from dreamfusion_fast.ops._native import call, cpu_available, function_of
-from dreamfusion_fast.ops.group_norm import GroupNorm
 
 __all__ = [
     "DenseConv",
@@ -154,7 +154,7 @@ class DenseGroupNorm(GroupNorm):
 
     def __post_init__(self) -> None:
         if self.activation == "gelu":
-            raise ValueError("dreamfusion_fast.ops.DenseGroupNorm: activation must be silu or none, got 'gelu'")
+            raise ValueError("DenseGroupNorm: activation must be silu or none, got 'gelu'")
         _check_image("DenseGroupNorm", "weight", self.weight, ["channels"])
         _check_image("DenseGroupNorm", "bias", self.bias, list(self.weight.shape))
         _check_multiple("DenseGroupNorm", "channels", self.weight.shape[0], LANES)
@@ -177,7 +177,7 @@ def group_norm(x: Tensor, norm: DenseGroupNorm, modulation: Tensor | None = None
     """
     channels = norm.weight.shape[0]
     if x.dim() < 3:
-        raise ValueError(f"dreamfusion_fast.ops.group_norm: x must have shape [n, ..., channels], got {list(x.shape)}")
+        raise ValueError(f"group_norm: x must have shape [n, ..., channels], got {list(x.shape)}")
     _check_image("group_norm", "x", x, [*x.shape[:-1], channels])
     if modulation is not None:
         _check_image("group_norm", "modulation", modulation, [x.shape[0], 2 * channels])
@@ -211,7 +211,7 @@ def group_norm_reference(x: Tensor, norm: DenseGroupNorm, modulation: Tensor | N
 
 def _checked_bias(op: str, bias: Tensor | None, weight: Tensor) -> Tensor | None:
     if weight.device.type != "cpu":
-        raise ValueError(f"dreamfusion_fast.ops.{op}: weight must be on the CPU, got {weight.device}")
+        raise ValueError(f"{op}: weight must be on the CPU, got {weight.device}")
     if bias is None:
         return None
     check_tensor(op, "bias", bias, [weight.shape[0]], _FLOAT32, like=weight)
@@ -220,15 +220,14 @@ def _checked_bias(op: str, bias: Tensor | None, weight: Tensor) -> Tensor | None
 
 def _check_multiple(op: str, name: str, value: int, of: int) -> None:
     if value < 1 or value % of:
-        raise ValueError(f"dreamfusion_fast.ops.{op}: {name} must be a multiple of {of}, got {value}")
+        raise ValueError(f"{op}: {name} must be a multiple of {of}, got {value}")
 
 
 def _check_image(op: str, name: str, tensor: Tensor, shape: list[int | str]) -> None:
     check_tensor(op, name, tensor, shape, _FLOAT32)
     if not tensor.is_contiguous() or tensor.device.type != "cpu":
         raise ValueError(
-            f"dreamfusion_fast.ops.{op}: {name} must be contiguous and on the CPU, got strides {tensor.stride()} on "
-            f"{tensor.device}"
+            f"{op}: {name} must be contiguous and on the CPU, got strides {tensor.stride()} on {tensor.device}"
         )
 
 
@@ -240,7 +239,7 @@ def _output(op: str, x: Tensor, shape: list[int], residual: Tensor | None, out: 
         return x.new_empty(shape)
     _check_image(op, "out", out, wanted)
     if out.data_ptr() == x.data_ptr() and x.numel():
-        raise ValueError(f"dreamfusion_fast.ops.{op}: out must not be x, which is read until the end")
+        raise ValueError(f"{op}: out must not be x, which is read until the end")
     return out
 
 

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.gpu.capture import CapturedFunction
 from dreamfusion_fast.guidance.base import DiffusionModel, GuidanceConfig, Views, resolve_dtype
-from dreamfusion_fast.guidance.capture import CapturedFunction
-from dreamfusion_fast.guidance.fused_unet import fuse
-from dreamfusion_fast.guidance.latent_encoder import LatentEncoder, unserved
 from dreamfusion_fast.guidance.memory import GuidanceMemory
-from dreamfusion_fast.guidance.offload import RESIDENT_SHARE, can_stream_weights, stream_weights
-from dreamfusion_fast.guidance.pipeline_source import PipelineSource, one_line, open_source
+from dreamfusion_fast.guidance.models.pipeline_source import PipelineSource, one_line, open_source
+from dreamfusion_fast.guidance.models.schedule import PredictionType, VariancePreserving
+from dreamfusion_fast.guidance.models.text_encoders import PromptEncoder
 from dreamfusion_fast.guidance.prompts import Prompt
-from dreamfusion_fast.guidance.schedule import PredictionType, VariancePreserving
-from dreamfusion_fast.guidance.text_encoders import PromptEncoder
+from dreamfusion_fast.networks.fused_unet import fuse
+from dreamfusion_fast.networks.latent_encoder import LatentEncoder, unserved
+from dreamfusion_fast.networks.offload import RESIDENT_SHARE, can_stream_weights, stream_weights
 from dreamfusion_fast.ops._triton import triton_serves
 
 _PREDICTION_TYPES = get_args(PredictionType)

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from dreamfusion_fast.ops.geglu import geglu, geglu_reference
+from dreamfusion_fast.networks.geglu import geglu, geglu_reference
 
 SHAPES = [(1, 1), (113, 7), (3, 1023), (2, 1025), (5, 2560), (0, 4), (4, 0)]
 DTYPES = ["float16", "bfloat16", "float32"]

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.errors import NonFiniteError, UserError
-from dreamfusion_fast.gpu_memory import free_bytes
+from dreamfusion_fast.gpu.memory import free_bytes
 from dreamfusion_fast.guidance.base import GuidanceConfig
-from dreamfusion_fast.guidance.pipeline_source import PipelineSource
+from dreamfusion_fast.guidance.models.pipeline_source import PipelineSource
 from dreamfusion_fast.guidance.prompts import Prompt, shortened, warn_of_lost_words
 
 Placement = Literal["gpu", "layers", "cpu"]

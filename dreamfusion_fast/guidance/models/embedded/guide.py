@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.gpu.capture import CapturedFunction
 from dreamfusion_fast.guidance.base import DiffusionModel, DtypeName, Views, resolve_dtype
-from dreamfusion_fast.guidance.capture import CapturedFunction
+from dreamfusion_fast.guidance.models.schedule import VariancePreserving
 from dreamfusion_fast.guidance.prompts import Prompt, shortened, warn_of_lost_words
-from dreamfusion_fast.guidance.schedule import VariancePreserving
 
 from .cpu_network import CpuNetwork, cpu_network_serves
 from .model import IMAGE_SIZE, SHADINGS, ViewCondition, alphas_cumprod, load_prior

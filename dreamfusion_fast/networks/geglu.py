@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dreamfusion_fast.networks.group_norm import ACTIVATIONS, DTYPES
 from dreamfusion_fast.ops._checks import check_tensor
 from dreamfusion_fast.ops._triton import on_its_device, triton_serves
-from dreamfusion_fast.ops.group_norm import ACTIVATIONS, DTYPES
 
 _BLOCK = 1024
 
@@ -28,15 +28,15 @@ def geglu(x: Tensor) -> Tensor:
     """
     check_tensor("geglu", "x", x, ["n", "2 c"], DTYPES)
     if x.shape[1] % 2:
-        raise ValueError(f"dreamfusion_fast.ops.geglu: x must have an even number of columns, got {x.shape[1]}")
+        raise ValueError(f"geglu: x must have an even number of columns, got {x.shape[1]}")
     if not x.is_contiguous():
-        raise ValueError(f"dreamfusion_fast.ops.geglu: x must be contiguous, got strides {x.stride()}")
+        raise ValueError(f"geglu: x must be contiguous, got strides {x.stride()}")
     if x.dtype == torch.float64 or not triton_serves(x.device):
         return geglu_reference(x)
     n, columns = x.shape[0], x.shape[1] // 2
     y = x.new_empty(n, columns)
     if y.numel() > 0:
-        from dreamfusion_fast.ops._geglu_triton import geglu_kernel  # triton takes a while to import
+        from dreamfusion_fast.networks._geglu_triton import geglu_kernel  # triton takes a while to import
 
         geglu_kernel[(n, -(-columns // _BLOCK))](x, y, columns, ACTIVATIONS.index("gelu"), BLOCK=_BLOCK)
     return y

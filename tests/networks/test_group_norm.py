@@ -7,8 +7,8 @@ import torch
 from group_norm_cases import Case, cases, run
 from interpreting import needs_triton, run_interpreted
 
-from dreamfusion_fast.ops import group_norm as module
-from dreamfusion_fast.ops.group_norm import (
+from dreamfusion_fast.networks import group_norm as module
+from dreamfusion_fast.networks.group_norm import (
     GroupNorm,
     group_norm_reference,
     input_gradient,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dreamfusion_fast.guidance.text_encoders import installed
+from dreamfusion_fast.guidance.models.text_encoders import installed
 
 # Of the weights, what may be on the GPU at a time: the layer that runs and the one that comes next. The largest one
 # of SD 1.5 is 3.4 % of it.

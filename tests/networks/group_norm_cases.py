@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.ops import group_norm as module
-from dreamfusion_fast.ops.group_norm import (
+from dreamfusion_fast.networks import group_norm as module
+from dreamfusion_fast.networks.group_norm import (
     Activation,
     GroupNorm,
     group_norm_reference,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.ops import dense
-from dreamfusion_fast.ops.dense import DenseConv, DenseGroupNorm, DenseLinear
-from dreamfusion_fast.ops.group_norm import Activation
+from dreamfusion_fast.networks import dense
+from dreamfusion_fast.networks.dense import DenseConv, DenseGroupNorm, DenseLinear
+from dreamfusion_fast.networks.group_norm import Activation
 
 pytestmark = pytest.mark.skipif(not dense.dense_serves(), reason="the CPU core was not compiled for AVX2 and FMA")
 

@@ -1,4 +1,4 @@
-"""Triton kernels of group normalisation, channels last; `dreamfusion_fast.ops.group_norm` has the maths.
+"""Triton kernels of group normalisation, channels last; `dreamfusion_fast.networks.group_norm` has the maths.
 
 An image is a matrix of pixels by channels. A group's channels need not be a power of two, so tiles take whole channels
 and sum up per channel; a small kernel brings a group's channels and an image's tiles together. A program takes TILES

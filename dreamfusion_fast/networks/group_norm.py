@@ -63,14 +63,9 @@ class GroupNorm:
         check_tensor(op, "bias", self.bias, self.weight.shape, DTYPES, like=self.weight, same_dtype=True)
         channels = self.weight.shape[0]
         if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"dreamfusion_fast.ops.{op}: activation must be one of {', '.join(ACTIVATIONS)}, got "
-                f"{self.activation!r}"
-            )
+            raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
         if self.groups < 1 or channels % self.groups:
-            raise ValueError(
-                f"dreamfusion_fast.ops.{op}: groups must divide the {channels} channels, got {self.groups}"
-            )
+            raise ValueError(f"{op}: groups must divide the {channels} channels, got {self.groups}")
 
     @classmethod
     def of(cls: type[Norm], module: torch.nn.GroupNorm, activation: Activation) -> Norm:
@@ -106,7 +101,7 @@ def statistics(
         if tensor is not None:
             _check_image(name, tensor, x)
     if residual is not None and total is None:
-        raise ValueError("dreamfusion_fast.ops.group_norm: total must be given with a residual, got None")
+        raise ValueError("group_norm: total must be given with a residual, got None")
     n, channels, height, width = x.shape
     if x.numel() == 0:
         return x.new_zeros(n, norm.groups, 2, dtype=_real(x))
@@ -164,7 +159,7 @@ def summed(x: Tensor, offset: Tensor | None = None, residual: Tensor | None = No
     if residual is not None:
         _check_image("residual", residual, x)
     if padding < 0:
-        raise ValueError(f"dreamfusion_fast.ops.group_norm: padding must be at least 0, got {padding}")
+        raise ValueError(f"group_norm: padding must be at least 0, got {padding}")
     size = (n, channels, height + padding, width + padding)
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if x.numel() == 0 or not _kernels_serve(x):
@@ -320,15 +315,14 @@ def _check(norm: GroupNorm, x: Tensor, offset: Tensor | None) -> None:
 def _check_channels(name: str, tensor: Tensor, shape: list[int], x: Tensor) -> None:
     check_tensor("group_norm", name, tensor, shape, DTYPES, like=x)
     if tensor.stride(-1) != 1:
-        raise ValueError(f"dreamfusion_fast.ops.group_norm: {name} must have channels next to each other in memory")
+        raise ValueError(f"group_norm: {name} must have channels next to each other in memory")
 
 
 def _check_image(name: str, tensor: Tensor, x: Tensor) -> None:
     check_tensor("group_norm", name, tensor, x.shape, DTYPES, like=x, same_dtype=True)
     if not tensor.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(
-            f"dreamfusion_fast.ops.group_norm: {name} must be contiguous with channels last in memory, got strides "
-            f"{tensor.stride()}"
+            f"group_norm: {name} must be contiguous with channels last in memory, got strides {tensor.stride()}"
         )
 
 
@@ -337,7 +331,7 @@ def _kernels_serve(x: Tensor) -> bool:
 
 
 def _kernels() -> ModuleType:
-    from dreamfusion_fast.ops import _group_norm_triton  # triton takes a while to import, and need not be there
+    from dreamfusion_fast.networks import _group_norm_triton  # triton takes a while to import, and need not be there
 
     return _group_norm_triton
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def create_prior(config: GuidanceConfig, device: torch.device) -> DiffusionModel:
-    """The embedded prior as a guidance model; see `dreamfusion_fast.guidance.prior.guide.EmbeddedPrior`."""
+    """The embedded prior as a guidance model; see `dreamfusion_fast.guidance.models.embedded.guide.EmbeddedPrior`."""
     from .guide import EmbeddedPrior
 
     return EmbeddedPrior(device, config.dtype, fused=config.fused)

@@ -2,10 +2,9 @@
 
 At the batch of one guided view a U-Net is a great many small launches, of which some only move numbers or divide them
 by one. `fuse` replaces, in place, what has a quicker equal: group norms, with the activation behind and the sum of bias
-and time embedding before them, and sums of biases and residuals (`dreamfusion_fast.ops.group_norm`); the three
-projections of self-attention by one; gates (`dreamfusion_fast.ops.geglu`); convolutions of 1 x 1 by products, which add
-their bias on the way. Images stay channels last in memory throughout, as tensor cores want them. Whatever it does not
-know stays as it is.
+and time embedding before them, and sums of biases and residuals (`networks.group_norm`); the three projections of
+self-attention by one; gates (`networks.geglu`); convolutions of 1 x 1 by products, which add their bias on the way.
+Images stay channels last in memory throughout, as tensor cores want them. Whatever it does not know stays as it is.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamfusion_fast.ops.geglu import geglu
-from dreamfusion_fast.ops.group_norm import Activation, GroupNorm, normalise, statistics, summed
+from dreamfusion_fast.networks.geglu import geglu
+from dreamfusion_fast.networks.group_norm import Activation, GroupNorm, normalise, statistics, summed
 
 
 def fuse(unet: nn.Module) -> int:

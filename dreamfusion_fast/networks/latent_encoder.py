@@ -6,8 +6,8 @@ what it read. What autograd takes, 1.6 GB for one image of 512^2 in float16, is 
 
 - kept are the inputs of the normalisations, nothing else; with `recompute` not even those between the two convolutions
   of a residual block, which one more convolution brings back;
-- normalisation and SiLU are passes of `dreamfusion_fast.ops.group_norm`, which also add what would be passes of their
-  own: biases, residuals, and the two gradients that meet at a residual;
+- normalisation and SiLU are passes of `networks.group_norm`, which also add what would be passes of their own: biases,
+  residuals, and the two gradients that meet at a residual;
 - images are channels last in memory, as tensor cores want them;
 - attention keeps its input alone and goes through the scores in parts.
 
@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dreamfusion_fast.guidance.capture import CapturedPair
-from dreamfusion_fast.ops.group_norm import GroupNorm, input_gradient, normalise, statistics, summed
+from dreamfusion_fast.gpu.capture import CapturedPair
+from dreamfusion_fast.networks.group_norm import GroupNorm, input_gradient, normalise, statistics, summed
 
 # Scores of attention, float32, in memory at a time: 34 MB.
 _SCORES = 1 << 23

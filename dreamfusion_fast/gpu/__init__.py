@@ -1,0 +1,1 @@
+"""The GPU beside its kernels: captured graphs, memory, and the stages that a profile shows."""

@@ -1,0 +1,1 @@
+"""Diffusion networks made quick: normalisation, gates, dense layers, the U-Net, the latent encoder, offloading."""

@@ -17,7 +17,7 @@ _EXPORTS = {
     "Cameras": "rendering.cameras",
     "Field": "fields.base",
     "Generator": "training.generator",
-    "Guidance": "guidance.base",
+    "Guidance": "guidance.contract",
     "HashGridField": "fields.hash_field",
     "HashGridFieldConfig": "fields.hash_field",
     "OccupancyGrid": "rendering.occupancy",

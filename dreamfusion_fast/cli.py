@@ -189,8 +189,9 @@ def _export(arguments: list[str]) -> int:
     import tyro
 
     from dreamfusion_fast.io import open_run_folder
-    from dreamfusion_fast.training.config import Config, ExportConfig
+    from dreamfusion_fast.training.config import Config
     from dreamfusion_fast.training.device import resolve_device
+    from dreamfusion_fast.training.sections import ExportConfig
 
     @dataclasses.dataclass(frozen=True)
     class Export:

@@ -17,11 +17,11 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 def run_interpreted(script: str) -> dict[str, str]:
-    """Run a script of this folder in a process of its own; it prints what went wrong, by case, as JSON."""
+    """Run a script, named from this folder, in a process of its own; it prints what went wrong, by case, as JSON."""
     places = [Path(dreamfusion_fast.__file__).parents[1], Path(__file__).parent]
     path = os.pathsep.join([*map(str, places), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    command = [sys.executable, Path(__file__).with_name(script)]
+    command = [sys.executable, Path(__file__).parent / script]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     failures: dict[str, str] = json.loads(done.stdout.splitlines()[-1])

@@ -19,7 +19,8 @@ from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.export import Agreement
 from dreamfusion_fast.io import prepare_run_folder
 from dreamfusion_fast.training.checkpoint import save_checkpoint
-from dreamfusion_fast.training.config import Config, ExportConfig
+from dreamfusion_fast.training.config import Config
+from dreamfusion_fast.training.sections import ExportConfig
 
 
 class FakeGenerator:

@@ -9,16 +9,9 @@ from torch import Tensor
 
 from dreamfusion_fast.errors import NonFiniteError, UserError
 from dreamfusion_fast.gpu.stages import stage
-from dreamfusion_fast.guidance.base import (
-    T_RANGE,
-    DiffusionModel,
-    Guidance,
-    GuidanceConfig,
-    PromptEmbeddings,
-    SDSOutput,
-    Views,
-)
 from dreamfusion_fast.guidance.cache import EmbeddingCache
+from dreamfusion_fast.guidance.config import GuidanceConfig
+from dreamfusion_fast.guidance.contract import T_RANGE, DiffusionModel, Guidance, PromptEmbeddings, SDSOutput, Views
 from dreamfusion_fast.guidance.memory import BatchPart, GuidanceMemory
 from dreamfusion_fast.guidance.methods import (
     ClassifierScoreDistillation,

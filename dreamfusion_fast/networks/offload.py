@@ -6,11 +6,10 @@ diffusers' group offloading, leaf by leaf.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
-
-from dreamfusion_fast.guidance.models.text_encoders import installed
 
 # Of the weights, what may be on the GPU at a time: the layer that runs and the one that comes next. The largest one
 # of SD 1.5 is 3.4 % of it.
@@ -45,3 +44,8 @@ def stream_weights(network: Any, device: torch.device) -> None:
         non_blocking=streams,
         use_stream=streams,
     )
+
+
+def installed(library: str) -> bool:
+    """Whether there is such a library to import."""
+    return importlib.util.find_spec(library) is not None

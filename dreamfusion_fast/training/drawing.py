@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.fields.background import per_view, random_colors
-from dreamfusion_fast.guidance.base import Views
+from dreamfusion_fast.guidance.contract import Views
 from dreamfusion_fast.rendering.cameras import Cameras, sample_cameras
 from dreamfusion_fast.rendering.rays import Rays
 from dreamfusion_fast.rendering.renderer import VolumeRenderer

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from dreamfusion_fast.errors import DoesNotFitError, NonFiniteError, UserError
 from dreamfusion_fast.export import TexturedMesh, export_field, render_mesh, render_preview, render_turntable
-from dreamfusion_fast.guidance.base import Guidance, GuidanceConfig, create_guidance
+from dreamfusion_fast.guidance.config import GuidanceConfig
+from dreamfusion_fast.guidance.contract import Guidance
+from dreamfusion_fast.guidance.creation import create_guidance
 from dreamfusion_fast.io import RunFolder, default_run_folder, make_folder, open_run_folder, prepare_run_folder
 from dreamfusion_fast.rendering.cameras import orbit_cameras
 from dreamfusion_fast.training.callbacks import Callback, Checkpoints, Curves, Preview, ProgressBar
@@ -60,7 +62,7 @@ class Generator:
     Example:
         >>> import tempfile
         >>> from dreamfusion_fast import Generator
-        >>> from dreamfusion_fast.training.config import ExportConfig, LogConfig
+        >>> from dreamfusion_fast.training.sections import ExportConfig, LogConfig
         >>> class Watch(Callback):
         ...     def on_step(self, trainer, result):
         ...         print(f"step {result.step} of {trainer.config.steps}")

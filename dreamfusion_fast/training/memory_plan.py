@@ -16,7 +16,7 @@ import torch
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.gpu.memory import free_bytes, limit_fraction, set_limit_fraction
-from dreamfusion_fast.guidance.base import Guidance
+from dreamfusion_fast.guidance.contract import Guidance
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.workspace import default_budget
 
@@ -138,7 +138,7 @@ class MemoryPlanner:
     """The ladder of one run, and estimates of what a rung needs.
 
     Args:
-        guidance: asked for its needs; see `dreamfusion_fast.guidance.base.UsesMemory`.
+        guidance: asked for its needs; see `dreamfusion_fast.guidance.contract.UsesMemory`.
         renderer: the run's settings of it. A budget given there is where the ladder starts.
         batch: views per step.
         render_size: largest height and width rendered in training, pixels.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.guidance.base import T_RANGE, Guidance, PromptEmbeddings, SDSOutput, Views
+from dreamfusion_fast.guidance.contract import T_RANGE, Guidance, PromptEmbeddings, SDSOutput, Views
 from dreamfusion_fast.guidance.memory import BatchPart
 
 

@@ -22,7 +22,8 @@ from dreamfusion_fast.fields.background import MlpBackground
 from dreamfusion_fast.fields.hash_field import HashGridField
 from dreamfusion_fast.gpu.memory import is_out_of_memory, what_was_wanted
 from dreamfusion_fast.gpu.stages import stage
-from dreamfusion_fast.guidance.base import Guidance, create_guidance
+from dreamfusion_fast.guidance.contract import Guidance
+from dreamfusion_fast.guidance.creation import create_guidance
 from dreamfusion_fast.rendering.cameras import orbit_cameras
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.renderer import RenderOutput, VolumeRenderer

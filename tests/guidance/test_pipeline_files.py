@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance import GuidanceConfig, create_guidance, pipeline_files
-from dreamfusion_fast.guidance.base import Guidance
+from dreamfusion_fast.guidance.contract import Guidance
 from dreamfusion_fast.guidance.models.pipeline_source import HubSource, open_source
 from dreamfusion_fast.guidance.pipeline_files import content_hash, holds_tokenizer
 

@@ -15,7 +15,8 @@ from dreamfusion_fast.guidance import GuidanceConfig
 from dreamfusion_fast.rendering import RendererConfig
 from dreamfusion_fast.training.callbacks import Callback
 from dreamfusion_fast.training.checkpoint import load_checkpoint
-from dreamfusion_fast.training.config import Config, ExportConfig, LogConfig, ScheduleConfig
+from dreamfusion_fast.training.config import Config
+from dreamfusion_fast.training.sections import ExportConfig, LogConfig, ScheduleConfig
 
 Pipelines = Callable[..., Path]
 

@@ -11,7 +11,9 @@ from fakes import use_prior, write_tiny_prior
 from safetensors.torch import load, save
 
 from dreamfusion_fast.errors import UserError
-from dreamfusion_fast.guidance.base import GuidanceConfig, Views, create_guidance
+from dreamfusion_fast.guidance.config import GuidanceConfig
+from dreamfusion_fast.guidance.contract import Views
+from dreamfusion_fast.guidance.creation import create_guidance
 from dreamfusion_fast.guidance.models.embedded import create_prior
 from dreamfusion_fast.guidance.models.embedded.guide import EmbeddedPrior
 from dreamfusion_fast.guidance.models.embedded.model import (

@@ -18,7 +18,7 @@ def test_matches_the_twin(shape: tuple[int, int], dtype: str, device: torch.devi
 
 @needs_triton
 def test_the_kernel_matches_the_twin_in_the_interpreter() -> None:
-    assert run_interpreted("geglu_cases.py") == {}
+    assert run_interpreted("networks/geglu_cases.py") == {}
 
 
 def test_the_twin_is_diffusers_layer() -> None:

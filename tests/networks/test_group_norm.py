@@ -30,7 +30,7 @@ def test_matches_the_twin_in_float64() -> None:
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
     """The faults in each case when Triton's interpreter ran the kernels."""
-    return run_interpreted("group_norm_cases.py")
+    return run_interpreted("networks/group_norm_cases.py")
 
 
 @needs_triton

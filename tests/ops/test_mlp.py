@@ -55,7 +55,7 @@ def test_blocks_of_rows_add_up(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
     """The faults in each case when Triton's interpreter ran the kernels, in a process of its own."""
-    return run_interpreted("mlp_cases.py")
+    return run_interpreted("ops/mlp_cases.py")
 
 
 @needs_triton

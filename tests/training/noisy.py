@@ -8,7 +8,7 @@ import torch
 from fakes import BallGuidance, target
 from torch import Tensor
 
-from dreamfusion_fast.guidance.base import DiffusionModel, SDSOutput
+from dreamfusion_fast.guidance.contract import DiffusionModel, SDSOutput
 from dreamfusion_fast.guidance.memory import BatchPart, GuidanceMemory
 from dreamfusion_fast.guidance.models.schedule import VariancePreserving
 from dreamfusion_fast.guidance.prompts import Prompt

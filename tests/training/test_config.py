@@ -12,7 +12,8 @@ import tyro
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.training import config_io
-from dreamfusion_fast.training.config import Config, ExportConfig, LossConfig, Ramp, ScheduleConfig, ShadingConfig
+from dreamfusion_fast.training.config import Config
+from dreamfusion_fast.training.sections import ExportConfig, LossConfig, Ramp, ScheduleConfig, ShadingConfig
 
 
 def test_default_round_trip():

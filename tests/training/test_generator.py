@@ -13,11 +13,12 @@ import trimesh
 from fakes import BallGuidance, small_config
 
 from dreamfusion_fast.errors import UserError
-from dreamfusion_fast.guidance.base import GuidanceConfig
+from dreamfusion_fast.guidance.config import GuidanceConfig
 from dreamfusion_fast.training.callbacks import Callback
 from dreamfusion_fast.training.checkpoint import load_checkpoint
-from dreamfusion_fast.training.config import Config, ExportConfig, HashGridFieldConfig, LogConfig
+from dreamfusion_fast.training.config import Config, HashGridFieldConfig
 from dreamfusion_fast.training.generator import Generator
+from dreamfusion_fast.training.sections import ExportConfig, LogConfig
 
 
 def generator_of(folder, guidance=None, callbacks=(), **settings):

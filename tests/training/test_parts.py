@@ -7,7 +7,8 @@ import torch
 from fakes import BallGuidance
 from noisy import NoisyGuidance, TinyLatentModel
 
-from dreamfusion_fast.guidance.base import GuidanceConfig, Views
+from dreamfusion_fast.guidance.config import GuidanceConfig
+from dreamfusion_fast.guidance.contract import Views
 from dreamfusion_fast.guidance.distillation import ScoreDistillation
 from dreamfusion_fast.training.parts import sds_gradient_in_parts
 

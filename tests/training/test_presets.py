@@ -13,7 +13,7 @@ from dreamfusion_fast import Generator
 from dreamfusion_fast.cli import main
 from dreamfusion_fast.fields import HashGridFieldConfig
 from dreamfusion_fast.guidance import GuidanceConfig
-from dreamfusion_fast.guidance.base import KNOWN_GUIDANCE
+from dreamfusion_fast.guidance.config import KNOWN_GUIDANCE
 from dreamfusion_fast.rendering import RendererConfig
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.presets import is_small

@@ -11,7 +11,7 @@ from fakes import BallGuidance, small_config
 from dreamfusion_fast.export.surface import sample_density
 from dreamfusion_fast.fields import query_density
 from dreamfusion_fast.rendering.cameras import orbit_cameras
-from dreamfusion_fast.training.config import FirmConfig
+from dreamfusion_fast.training.sections import FirmConfig
 from dreamfusion_fast.training.struts import Struts, find_struts
 from dreamfusion_fast.training.trainer import Trainer
 

@@ -10,21 +10,22 @@ from fakes import COLOR, BallGuidance, small_config, target
 from noisy import TinyLatentModel
 
 from dreamfusion_fast.errors import NonFiniteError, UserError
-from dreamfusion_fast.guidance.base import GuidanceConfig, SDSOutput, Views
+from dreamfusion_fast.guidance.config import GuidanceConfig
+from dreamfusion_fast.guidance.contract import SDSOutput, Views
 from dreamfusion_fast.guidance.distillation import ScoreDistillation
 from dreamfusion_fast.rendering.shading import Shading
 from dreamfusion_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from dreamfusion_fast.training.config import (
+from dreamfusion_fast.training.config import Config
+from dreamfusion_fast.training.device import send
+from dreamfusion_fast.training.opaque import OpaqueThresholds
+from dreamfusion_fast.training.sections import (
     BackgroundConfig,
-    Config,
     LossConfig,
     OptimConfig,
     Ramp,
     ScheduleConfig,
     ShadingConfig,
 )
-from dreamfusion_fast.training.device import send
-from dreamfusion_fast.training.opaque import OpaqueThresholds
 from dreamfusion_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dreamfusion_fast.errors import UserError
-from dreamfusion_fast.guidance.base import KNOWN_GUIDANCE, GuidanceConfig
+from dreamfusion_fast.guidance.config import KNOWN_GUIDANCE, GuidanceConfig
 from dreamfusion_fast.guidance.pipeline_files import TOKENIZER_FILES, content_hash, holds_tokenizer, is_pickle
 
 _EXPECTED = (

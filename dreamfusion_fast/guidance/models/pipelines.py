@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.gpu.capture import CapturedFunction
-from dreamfusion_fast.guidance.base import DiffusionModel, GuidanceConfig, Views, resolve_dtype
+from dreamfusion_fast.guidance.config import GuidanceConfig, resolve_dtype
+from dreamfusion_fast.guidance.contract import DiffusionModel, Views
 from dreamfusion_fast.guidance.memory import GuidanceMemory
 from dreamfusion_fast.guidance.models.pipeline_source import PipelineSource, one_line, open_source
 from dreamfusion_fast.guidance.models.schedule import PredictionType, VariancePreserving

@@ -7,7 +7,6 @@ is run from main memory, one layer after another on the GPU, where the card is s
 from __future__ import annotations
 
 import gc
-import importlib.util
 import os
 import warnings
 from collections.abc import Sequence
@@ -18,9 +17,10 @@ from torch import Tensor
 
 from dreamfusion_fast.errors import NonFiniteError, UserError
 from dreamfusion_fast.gpu.memory import free_bytes
-from dreamfusion_fast.guidance.base import GuidanceConfig
+from dreamfusion_fast.guidance.config import GuidanceConfig
 from dreamfusion_fast.guidance.models.pipeline_source import PipelineSource
 from dreamfusion_fast.guidance.prompts import Prompt, shortened, warn_of_lost_words
+from dreamfusion_fast.networks.offload import installed
 
 Placement = Literal["gpu", "layers", "cpu"]
 """Where an encoder runs: whole on the GPU, layer by layer on the GPU from main memory, or on the CPU."""
@@ -284,11 +284,6 @@ class PromptEncoder:
 
     def _bytes(self, suffix: str, dtype: torch.dtype) -> int:
         return self._source.parameters(f"text_encoder{suffix}") * dtype.itemsize
-
-
-def installed(library: str) -> bool:
-    """Whether there is such a library to import."""
-    return importlib.util.find_spec(library) is not None
 
 
 def _has_bfloat16(device: torch.device) -> bool:

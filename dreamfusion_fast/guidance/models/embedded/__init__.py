@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from dreamfusion_fast.guidance.base import DiffusionModel, GuidanceConfig
+    from dreamfusion_fast.guidance.config import GuidanceConfig
+    from dreamfusion_fast.guidance.contract import DiffusionModel
 
 
 def create_prior(config: GuidanceConfig, device: torch.device) -> DiffusionModel:

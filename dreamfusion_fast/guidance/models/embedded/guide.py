@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.gpu.capture import CapturedFunction
-from dreamfusion_fast.guidance.base import DiffusionModel, DtypeName, Views, resolve_dtype
+from dreamfusion_fast.guidance.config import DtypeName, resolve_dtype
+from dreamfusion_fast.guidance.contract import DiffusionModel, Views
 from dreamfusion_fast.guidance.models.schedule import VariancePreserving
 from dreamfusion_fast.guidance.prompts import Prompt, shortened, warn_of_lost_words
 

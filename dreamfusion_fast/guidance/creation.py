@@ -1,0 +1,35 @@
+"""From a config to the guidance that it names."""
+
+from __future__ import annotations
+
+import torch
+
+from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.guidance.config import GuidanceConfig
+from dreamfusion_fast.guidance.contract import DiffusionModel, Guidance
+from dreamfusion_fast.guidance.distillation import ScoreDistillation
+
+
+def create_guidance(config: GuidanceConfig, device: torch.device | str = "cpu") -> Guidance:
+    """Build the guidance a config names.
+
+    Raises:
+        UserError: unknown name, a folder that is no pipeline, a hub id that cannot be had, a device that is absent.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {device} was asked for, but this machine has no usable GPU: use device cpu")
+    return ScoreDistillation(create_model(config, device), config)
+
+
+def create_model(config: GuidanceConfig, device: torch.device) -> DiffusionModel:
+    """The diffusion model a config names; see `create_guidance`."""
+    # Imported here: diffusers and transformers take seconds to import.
+    if config.name == "embedded":
+        from dreamfusion_fast.guidance.models.embedded import create_prior
+
+        return create_prior(config, device)
+
+    from dreamfusion_fast.guidance.models.pipelines import load_pipeline_model
+
+    return load_pipeline_model(config, device)

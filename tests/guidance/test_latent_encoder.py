@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.guidance import latent_encoder as module
+from dreamfusion_fast.networks import latent_encoder as module
 from dreamfusion_fast.networks.latent_encoder import LatentEncoder, unserved
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.guidance import GuidanceConfig, Views, create_guidance
-from dreamfusion_fast.guidance import offload as module
+from dreamfusion_fast.networks import offload as module
 from dreamfusion_fast.networks.offload import can_stream_weights, stream_weights
 
 pytest.importorskip("accelerate")

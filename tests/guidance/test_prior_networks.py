@@ -61,7 +61,7 @@ def test_other_architectures_are_refused(change, message):
 def test_the_embedded_prior_imports_neither(tmp_path):
     code = (
         "import sys, torch\n"
-        "from dreamfusion_fast.guidance.contract import GuidanceConfig, create_guidance\n"
+        "from dreamfusion_fast.guidance import GuidanceConfig, create_guidance\n"
         "create_guidance(GuidanceConfig(), 'cpu').embed('a cat')\n"
         "print(sorted({'diffusers', 'transformers'} & sys.modules.keys()))"
     )

@@ -7,13 +7,13 @@ so that at no time more than one chunk's activations exist.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dreamfusion_fast.fields.base import FieldLike, evaluate, query_density
 from dreamfusion_fast.ops.composite import composite, composite_reference
@@ -21,7 +21,7 @@ from dreamfusion_fast.ops.march import march, march_lattice, march_lattice_refer
 from dreamfusion_fast.ops.stream import ENTROPY_EPS
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.rays import Rays
-from dreamfusion_fast.rendering.recompute import recomputed, trainable_leaves
+from dreamfusion_fast.rendering.recompute import Recomputation
 from dreamfusion_fast.rendering.request import RaySums, RenderRequest
 from dreamfusion_fast.rendering.sampling import SampledSpace
 from dreamfusion_fast.rendering.shading import shade
@@ -56,17 +56,15 @@ class ChunkedRender:
 
     Attributes:
         field: what is rendered, any callable from positions to density and colour.
-        parameters: what of it, and around it, may want gradients; more is found by looking at one sample's graph.
         config: settings.
         request: what is asked for.
-        aabb: `[6]`, the scene box.
+        recompute: how more than one chunk goes through the field.
     """
 
     field: FieldLike
-    parameters: list[nn.Parameter]
     config: RendererConfig
     request: RenderRequest
-    aabb: Tensor
+    recompute: Recomputation = dataclasses.field(default_factory=Recomputation)
 
     def sums(self, space: SampledSpace) -> RaySums:
         """Render all rays."""
@@ -169,21 +167,7 @@ class ChunkedRender:
 
         if keep or not torch.is_grad_enabled():
             return run(rays.origins, rays.directions, light)
-        return recomputed(run, (rays.origins, rays.directions, light), self._trainable)
-
-    @cached_property
-    def _trainable(self) -> list[Tensor]:
-        """What the field can give gradients to: its parameters, and the leaves of one sample's graph, because a field
-        may also be a plain function, or read tensors that it does not own."""
-        centre = 0.5 * (self.aabb[:3] + self.aabb[3:])
-        leaves = {
-            id(leaf): leaf
-            for leaf in trainable_leaves(evaluate(self.field, centre[None].to(self.request.rays.origins.dtype))[:2])
-        }
-        for parameter in self.parameters:
-            if parameter.requires_grad:
-                leaves[id(parameter)] = parameter
-        return list(leaves.values())
+        return self.recompute(run, (rays.origins, rays.directions, light))
 
     def _composite(
         self, origins: Tensor, directions: Tensor, light: Tensor | None, packed: _Packed

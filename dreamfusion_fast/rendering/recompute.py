@@ -1,4 +1,4 @@
-"""Run a function without keeping its activations and recompute it in backward.
+"""Run functions without keeping their activations, and recompute those in backward.
 
 torch.utils.checkpoint serves the same end, but a function that differentiates inside itself (analytic normals) makes
 its non-reentrant form recompute in forward already, and its reentrant form bypasses torch.autograd.grad.
@@ -6,72 +6,179 @@ its non-reentrant form recompute in forward already, and its reentrant form bypa
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.utils.weak import TensorWeakRef
+
+Run = Callable[..., tuple[Tensor, ...]]
+Autocasts = Sequence[tuple[str, bool, torch.dtype]]
+
+# The node of a leaf tensor.
+_AccumulateGrad = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 
 
-def recomputed(
-    run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor | None], trainable: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """`run(*inputs)` with the same gradients, holding only `inputs`.
+class Recomputation:
+    """Calls of functions of which one at most has its activations at any time.
 
-    Args:
-        run: deterministic function of `inputs` and of the `trainable` tensors that it refers to.
-        inputs: its arguments; None is passed on.
-        trainable: leaf tensors that `run` reads besides its arguments and that may need gradients.
-
-    Raises:
-        RuntimeError: in backward, `run` turns out to read a parameter that is not among `trainable`, or one of the
-            tensors was modified in between.
+    What a function reads besides its arguments is not asked, but looked up in the graph of its results, which is then
+    thrown away. Mostly this graph ends in leaf tensors. But weights that another network makes have a graph of their
+    own, for which backward must come when all calls are through. So there the function's graph has to stay, without
+    what its nodes have saved; which costs another pass in forward.
     """
-    return _Recomputed.apply(run, len(inputs), *inputs, *trainable)
+
+    def __init__(self) -> None:
+        self._filled: list[weakref.ref[_Saved]] = []
+
+    def __call__(self, run: Run, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """`run(*inputs)` with the same gradients, to `inputs` and all else that it reads, holding only what it reads.
+
+        Args:
+            run: deterministic function.
+            inputs: its arguments; None is passed on.
+
+        Raises:
+            RuntimeError: in backward, a leaf tensor that `run` reads was modified in between, or `run` does not do the
+                same as before.
+        """
+        own = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in inputs]
+        autocasts = _autocasts(inputs)
+        # On one thread, nodes are numbered in the order in which they are made, also those of derivatives inside `run`.
+        # Backward takes them in the opposite order, call by call.
+        with torch.autograd.set_multithreading_enabled(False):
+            first = _number(torch.zeros((), requires_grad=True).clone())
+            results = _run(run, own, autocasts)
+            leaves, goes_on = _ends(results, first)
+            if goes_on:
+                del results
+                return self._emptied(run, inputs, leaves, autocasts)
+        outputs = tuple(result.detach() for result in results)
+        given = {id(t) for t in own}
+        found = [TensorWeakRef(leaf) for leaf in leaves if id(leaf) not in given]
+        # Without the graph, leaves that `run` made itself are gone: the positions that normals are derivatives to.
+        del results, leaves
+        outer = [leaf for leaf in (ref() for ref in found) if leaf is not None]
+        return _Recomputed.apply(partial(_run, run, autocasts=autocasts), outputs, len(inputs), *inputs, *outer)
+
+    def _emptied(
+        self, run: Run, inputs: Sequence[Tensor | None], leaves: Sequence[Tensor], autocasts: Autocasts
+    ) -> tuple[Tensor, ...]:
+        """`run(*inputs)` with its graph, whose saved tensors are let go and made again once backward wants one."""
+        saved: list[weakref.ref[_Saved]] = []
+        versions = [leaf._version for leaf in leaves]
+
+        def pack(tensor: Tensor) -> _Saved:
+            item = _Saved(tensor.detach())
+            saved.append(weakref.ref(item))
+            return item
+
+        def unpack(item: _Saved) -> Tensor:
+            if item.tensor is None:
+                fill()
+            assert item.tensor is not None
+            return item.tensor
+
+        def fill() -> None:
+            self._empty()
+            for leaf, version in zip(leaves, versions, strict=True):
+                if leaf._version != version:
+                    raise RuntimeError(
+                        f"a tensor {list(leaf.shape)} that the field reads has been modified by an inplace operation "
+                        "between forward and backward"
+                    )
+            again: list[Tensor] = []
+            own = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in inputs]
+
+            def keep(tensor: Tensor) -> Tensor:
+                again.append(tensor.detach())
+                return again[-1]
+
+            with saved_tensors_hooks(keep, lambda tensor: tensor):
+                _run(run, own, autocasts)
+            if len(again) != len(saved):
+                raise RuntimeError(
+                    f"field: saved {len(again)} tensors when it was recomputed and {len(saved)} before, want a field "
+                    "that does the same at each call"
+                )
+            for ref, tensor in zip(saved, again, strict=True):
+                if (item := ref()) is not None:
+                    item.tensor = tensor
+            self._filled = saved
+
+        with saved_tensors_hooks(pack, unpack):
+            outputs = _run(run, inputs, autocasts)
+        self._filled = saved
+        self._empty()
+        return outputs
+
+    def _empty(self) -> None:
+        for ref in self._filled:
+            if (item := ref()) is not None:
+                item.tensor = None
+        self._filled = []
 
 
-def trainable_leaves(outputs: Sequence[Tensor | None]) -> list[Tensor]:
-    """Leaf tensors requiring gradients in the autograd graphs of `outputs`, without repetition."""
-    pending: list[Any] = [t.grad_fn for t in outputs if t is not None]
-    leaves = {id(t): t for t in outputs if t is not None and t.grad_fn is None and t.requires_grad}
-    seen: set[Any] = set()
+class _Saved:
+    """A tensor that a node of a graph has saved, while there is one."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor: Tensor | None = tensor
+
+
+def _number(tensor: Tensor) -> int:
+    assert tensor.grad_fn is not None
+    return tensor.grad_fn._sequence_nr()
+
+
+def _ends(outputs: Sequence[Tensor], first: int) -> tuple[list[Tensor], bool]:
+    """Leaf tensors in the part of the graph of `outputs` that was made since node number `first`, without repetition,
+    and whether the graph goes on beyond that part."""
+    pending: list[Any] = [t.grad_fn for t in outputs]
+    leaves: list[Tensor] = []
+    goes_on = False
+    seen: set[Any] = {None}
     while pending:
         node = pending.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            leaves[id(variable)] = variable
-        pending.extend(next_node for next_node, _ in node.next_functions)
-    return list(leaves.values())
+        if isinstance(node, _AccumulateGrad):
+            leaves.append(node.variable)  # type: ignore[attr-defined]
+        elif node._sequence_nr() < first:
+            goes_on = True
+        else:
+            pending.extend(next_node for next_node, _ in node.next_functions)
+    return leaves, goes_on
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, run: Callable[..., tuple[Tensor, ...]], n_inputs: int, *tensors: Tensor | None
+        ctx: Any, run: Run, outputs: tuple[Tensor, ...], n_inputs: int, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         ctx.run, ctx.n_inputs = run, n_inputs
-        # Saving the trainable tensors holds no extra memory and makes torch notice in-place changes before backward.
+        # Saving the leaves holds no extra memory and makes torch notice in-place changes before backward.
         ctx.save_for_backward(*tensors)
-        ctx.autocasts = [_autocast_state(kind) for kind in _device_kinds(tensors)]
-        return run(*tensors[:n_inputs])
+        return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[3:]
         inputs = [
-            t.detach().requires_grad_(ctx.needs_input_grad[2 + i]) if t is not None else None
-            for i, t in enumerate(saved[: ctx.n_inputs])
+            None if t is None else t.detach().requires_grad_(need)
+            for t, need in zip(saved[: ctx.n_inputs], needed, strict=False)
         ]
-        outputs = _run_again(ctx.run, inputs, ctx.autocasts)
+        outputs = ctx.run(inputs)
         leaves = [*inputs, *saved[ctx.n_inputs :]]
-        _check_complete(outputs, leaves)
-        wanted = [i for i, leaf in enumerate(leaves) if leaf is not None and ctx.needs_input_grad[2 + i]]
+        wanted = [i for i, need in enumerate(needed) if need]
         pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
         results: list[Tensor | None] = [None] * len(leaves)
         if pairs and wanted:
@@ -83,41 +190,20 @@ class _Recomputed(torch.autograd.Function):
             )
             for i, value in zip(wanted, values, strict=True):
                 results[i] = value
-        return None, None, *results
+        return None, None, None, *results
 
 
-def _run_again(
-    run: Callable[..., tuple[Tensor, ...]],
-    inputs: Sequence[Tensor | None],
-    autocasts: list[tuple[str, bool, torch.dtype]],
-) -> tuple[Tensor, ...]:
-    contexts: list[AbstractContextManager[Any]] = [
-        torch.autocast(kind, enabled=enabled, dtype=dtype) for kind, enabled, dtype in autocasts
-    ]
-    with torch.enable_grad():
-        for context in contexts:
-            context.__enter__()
-        try:
-            return run(*inputs)
-        finally:
-            for context in reversed(contexts):
-                context.__exit__(None, None, None)
+def _run(run: Run, inputs: Sequence[Tensor | None], autocasts: Autocasts) -> tuple[Tensor, ...]:
+    """`run(*inputs)` with gradients and these autocasts."""
+    torch.clear_autocast_cache()  # in it are nodes of the graph of another call
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        for kind, enabled, dtype in autocasts:
+            stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype))
+        return run(*inputs)
 
 
-def _check_complete(outputs: Sequence[Tensor], known: Sequence[Tensor | None]) -> None:
-    known_ids = {id(t) for t in known if t is not None}
-    for leaf in trainable_leaves(outputs):
-        # Leaves that are no parameters are made inside `run`: the positions that normals are derivatives to.
-        if isinstance(leaf, nn.Parameter) and id(leaf) not in known_ids:
-            raise RuntimeError(
-                f"the field reads a parameter of shape {list(leaf.shape)} that is not among its parameters(), so its "
-                "gradient would be lost: register it in the field, or raise RendererConfig.max_samples_per_chunk"
-            )
-
-
-def _device_kinds(tensors: Sequence[Tensor | None]) -> list[str]:
-    return sorted({t.device.type for t in tensors if t is not None})
-
-
-def _autocast_state(kind: str) -> tuple[str, bool, torch.dtype]:
-    return kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+def _autocasts(tensors: Sequence[Tensor | None]) -> Autocasts:
+    """Device kind, whether autocast is on there, and its type, where there are tensors."""
+    kinds = sorted({t.device.type for t in tensors if t is not None})
+    return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]

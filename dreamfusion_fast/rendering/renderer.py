@@ -206,9 +206,7 @@ class VolumeRenderer(nn.Module):
             sums = self._stream(request)
         else:
             rays.validate()
-            sums = ChunkedRender(self.field, list(self.parameters()), self.config, request, self.aabb).sums(
-                self._space(rays)
-            )
+            sums = ChunkedRender(self.field, self.config, request).sums(self._space(rays))
         color = sums.color
         if background is not None:
             behind = background(rays.directions) if callable(background) else background

@@ -6,7 +6,8 @@ do; :func:`evaluate` and :func:`query_density` hide the differences. :class:`Fie
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -111,15 +112,15 @@ def evaluate(field: FieldLike, positions: Tensor, with_normal: bool = False) -> 
         with_normal: whether to compute normals.
 
     Raises:
-        ValueError: the callable returned something else.
+        ValueError: the callable returned something else, or no graph from the positions to the density where normals
+            need it: one computed under `torch.no_grad`, or of a constant.
     """
     if isinstance(field, Field):
         return field(positions, with_normal=with_normal)
     if not with_normal:
         return _checked(field(positions), positions)
     keep_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        points = positions if positions.requires_grad else positions.detach().requires_grad_(True)
+    with differentiable(positions) as points:
         output = _checked(field(points), points)
         normal = output.normal
         if normal is None:
@@ -127,6 +128,14 @@ def evaluate(field: FieldLike, positions: Tensor, with_normal: bool = False) -> 
     if keep_graph:
         return FieldOutput(output.density, output.albedo, normal)
     return FieldOutput(output.density.detach(), output.albedo.detach(), normal.detach())
+
+
+@contextmanager
+def differentiable(positions: Tensor) -> Iterator[Tensor]:
+    """The positions as what a result may be differentiated by, with gradients on, in whatever mode the caller is."""
+    with torch.inference_mode(False), torch.enable_grad():
+        points = positions.clone() if positions.is_inference() else positions
+        yield points if points.requires_grad else points.detach().requires_grad_(True)
 
 
 def query_density(field: FieldLike, positions: Tensor) -> Tensor:
@@ -153,11 +162,16 @@ def _checked(output: Any, positions: Tensor) -> FieldOutput:
 
 def _normal_from(density: Tensor, positions: Tensor, keep_graph: bool) -> Tensor:
     """Unit normals -grad(density) / |grad(density)|, `[m, 3]`, zero where the density is flat."""
-    if not density.requires_grad:
-        return torch.zeros_like(positions)
-    (gradient,) = torch.autograd.grad(
-        density.sum(), positions, create_graph=keep_graph, retain_graph=keep_graph, allow_unused=True
-    )
+    gradient = None
+    if density.requires_grad:
+        (gradient,) = torch.autograd.grad(
+            density.sum(), positions, create_graph=keep_graph, retain_graph=keep_graph, allow_unused=True
+        )
     if gradient is None:
-        return torch.zeros_like(positions)
+        # As for a flat density; but also for one that is computed without gradients, and then zeros would be wrong.
+        raise ValueError(
+            "field: its density has no graph to the positions, and normals are its gradient: want one without no_grad, "
+            "detach or comparisons on the way, or with 0 * positions.sum(dim=1) added if it is flat, or a field that "
+            "returns normals"
+        )
     return -safe_normalize(gradient, _SHORTEST_DENSITY_GRADIENT)

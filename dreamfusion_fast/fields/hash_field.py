@@ -18,6 +18,7 @@ from dreamfusion_fast.fields.base import (
     FieldOutput,
     check_backend,
     check_positions,
+    differentiable,
     safe_normalize,
 )
 from dreamfusion_fast.ops.hash_grid import hash_grid, hash_grid_layout, hash_grid_position_gradient, hash_grid_reference
@@ -48,8 +49,7 @@ def truncated_exp(x: Tensor) -> Tensor:
 def _position_gradient_reference(grad_output: Tensor, positions: Tensor, *grid: Any) -> Tensor:
     """`hash_grid_position_gradient` by autograd through the twin, for any dtype and device."""
     keep_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        points = positions if positions.requires_grad else positions.detach().requires_grad_(True)
+    with differentiable(positions) as points:
         features = hash_grid_reference(points, *grid)
         (gradient,) = torch.autograd.grad(features, points, grad_output, create_graph=keep_graph)
     return gradient

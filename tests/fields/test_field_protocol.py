@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.fields import FieldOutput, evaluate, hash_field, query_density, safe_normalize
+from dreamfusion_fast.fields.base import FieldLike
 
 
 def ball(positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,8 +40,50 @@ def test_normals_by_autograd(count: int) -> None:
     torch.testing.assert_close(output.normal, normal)
 
 
-def test_normals_of_a_constant_density_are_zero() -> None:
-    assert (evaluate(constant, torch.randn(5, 3), with_normal=True).normal == 0).all()
+LEARNED = torch.ones((), requires_grad=True)
+MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("made_in", MODES)
+def test_normals_are_the_same_in_all_modes(mode: str, made_in: str) -> None:
+    layer = torch.nn.Linear(3, 1).double()
+    with MODES[made_in]():
+        x = torch.linspace(-1, 1, 33, dtype=torch.float64).view(11, 3).sin()
+    with MODES[mode]():
+        output = evaluate(lambda p: (layer(p)[:, 0].exp(), p.sigmoid()), x, with_normal=True)
+    expected = -layer.weight.detach() / layer.weight.detach().norm()
+    torch.testing.assert_close(output.normal.detach(), expected.expand(11, 3), rtol=1e-12, atol=0)
+    assert output.normal.requires_grad == output.density.requires_grad == (mode == "grad")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "field",
+    [
+        constant,
+        torch.no_grad()(ball),
+        torch.inference_mode()(ball),
+        lambda x: ball(x.detach()),
+        lambda x: (LEARNED * ball(x.detach())[0], x),
+        lambda x: (50.0 * (x.norm(dim=1) < 0.5), x),
+    ],
+    ids=["constant", "no_grad", "inference_mode", "detached", "learned scale", "comparison"],
+)
+def test_normals_of_a_density_without_a_graph_are_an_error(field: FieldLike, mode: str) -> None:
+    x = torch.randn(5, 3)
+    with MODES[mode]():
+        assert evaluate(field, x).normal is None
+        with pytest.raises(
+            ValueError, match=r"^field: its density has no graph to the positions.*want one without no_grad"
+        ):
+            evaluate(field, x, with_normal=True)
+
+
+def test_normals_of_a_flat_density_are_zero() -> None:
+    output = evaluate(lambda x: (3 + 0 * x.sum(dim=1), x), torch.randn(5, 3), with_normal=True)
+    assert (output.density == 3).all()
+    assert (output.normal == 0).all()
 
 
 def test_a_normal_that_the_field_gives_is_used() -> None:
@@ -49,15 +92,20 @@ def test_a_normal_that_the_field_gives_is_used() -> None:
     assert torch.equal(output.normal, up.expand(5, 3))
 
 
-def test_density_method_is_preferred() -> None:
-    class Both:
-        def density(self, positions: Tensor) -> Tensor:
-            return torch.full((positions.shape[0],), 7.0)
-
+def test_density_method_of_the_class_is_preferred() -> None:
+    class Slow:
         def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
             raise AssertionError("the colour was not asked for")
 
-    assert query_density(Both(), torch.zeros(2, 3)).tolist() == [7.0, 7.0]
+    class Both(Slow):
+        def density(self, positions: Tensor) -> Tensor:
+            return torch.full((positions.shape[0],), 7.0)
+
+    class Derived(Both):
+        pass
+
+    for field in (Both(), Derived()):
+        assert query_density(field, torch.zeros(2, 3)).tolist() == [7.0, 7.0]
 
 
 def test_safe_normalize_is_finite_everywhere() -> None:

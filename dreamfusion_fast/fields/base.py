@@ -6,8 +6,9 @@ do; :func:`evaluate` and :func:`query_density` hide the differences. :class:`Fie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -116,7 +117,10 @@ def evaluate(field: FieldLike, positions: Tensor, with_normal: bool = False) -> 
             need it: one computed under `torch.no_grad`, or of a constant.
     """
     if isinstance(field, Field):
-        return field(positions, with_normal=with_normal)
+        own = _checked(field(positions, with_normal=with_normal), positions)
+        if with_normal and own.normal is None:
+            raise ValueError(f"field: {type(field).__name__} returned no normal, want one where with_normal is True")
+        return own
     if not with_normal:
         return _checked(field(positions), positions)
     keep_graph = torch.is_grad_enabled()
@@ -139,11 +143,47 @@ def differentiable(positions: Tensor) -> Iterator[Tensor]:
 
 
 def query_density(field: FieldLike, positions: Tensor) -> Tensor:
-    """Density `[m]` of any field-like callable, through its `density` method where it has one."""
-    density = getattr(field, "density", None)
-    if callable(density):
-        return density(positions).to(positions.dtype)
+    """Density `[m]` of any field-like callable, through the `density` method of its class if that speaks for a call.
+
+    An attribute of an instance is no such method, whatever its name, and neither is a method of a class whose forward
+    (or `__call__`) a subclass overrides: then the field is called, as for a render.
+
+    Raises:
+        ValueError: a subclass overrides such a method, but not the forward that it speaks for; or the callable returned
+            something else than density and colour.
+    """
+    if speaks_for_call(field):
+        return field.density(positions).to(positions.dtype)  # type: ignore[attr-defined]
     return _checked(field(positions), positions).density
+
+
+def speaks_for_call(field: FieldLike) -> bool:
+    """Whether the density that a call of `field` returns is that of a `density` method, as :func:`query_density` asks.
+
+    Raises:
+        ValueError: a subclass overrides the method, but not the forward that it speaks for.
+    """
+    classes = type(field).__mro__
+    densities = [i for i, cls in enumerate(classes) if "density" in vars(cls)]
+    call = next(i for i, cls in enumerate(classes) if "forward" in vars(cls) or "__call__" in vars(cls))
+    if not densities or densities[0] > call or not isinstance(vars(classes[densities[0]])["density"], FunctionType):
+        return False
+    if densities[0] < call and call in densities:
+        raise ValueError(
+            f"field: {classes[densities[0]].__name__} overrides density of {classes[call].__name__} but not forward, "
+            "which renders ask: want both, or neither"
+        )
+    return is_as_declared(field, {"density"})
+
+
+def is_as_declared(field: FieldLike, names: Set[str]) -> bool:
+    """Whether a call of `field` is one of what its class declares, as far as forward and the methods `names` go: there
+    are no hooks, and no attributes of the instance in their place."""
+    if isinstance(field, nn.Module) and (
+        field._forward_hooks or field._forward_pre_hooks or field._backward_hooks or field._backward_pre_hooks
+    ):
+        return False
+    return getattr(field, "__dict__", {}).keys().isdisjoint({"forward", *names})
 
 
 def _checked(output: Any, positions: Tensor) -> FieldOutput:

@@ -6,7 +6,8 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from types import FunctionType
+from typing import Any, Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from dreamfusion_fast.fields.base import (
     Backend,
     Field,
+    FieldLike,
     FieldOutput,
     check_backend,
     check_positions,
     differentiable,
+    is_as_declared,
     safe_normalize,
 )
 from dreamfusion_fast.ops.hash_grid import hash_grid, hash_grid_layout, hash_grid_position_gradient, hash_grid_reference
@@ -332,3 +335,24 @@ class HashGridField(Field):
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(device_type, dtype=getattr(torch, self.precision))
+
+
+_OWN = {
+    name: value
+    for name, value in vars(HashGridField).items()
+    if isinstance(value, FunctionType | property) and name != "__init__"
+}
+
+
+def is_built_in(field: FieldLike) -> TypeGuard[HashGridField]:
+    """Whether kernels that do what :class:`HashGridField` does may stand in for a call of `field`.
+
+    They may for a subclass, too, as long as neither it nor the instance overrides a method or property other than
+    `__init__`, and no hooks are registered.
+    """
+    return (
+        isinstance(field, HashGridField)
+        and all(getattr(type(field), name) is value for name, value in _OWN.items())
+        and type(field).__call__ is nn.Module.__call__
+        and is_as_declared(field, _OWN.keys())
+    )

@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dreamfusion_fast.fields.base import FieldLike, box_tensor
-from dreamfusion_fast.fields.hash_field import HashGridField
+from dreamfusion_fast.fields.base import FieldLike, box_tensor, speaks_for_call
+from dreamfusion_fast.fields.hash_field import HashGridField, is_built_in
 from dreamfusion_fast.ops._marched_rays import count_samples
 from dreamfusion_fast.rendering.chunked import ChunkedRender
 from dreamfusion_fast.rendering.config import RendererConfig
@@ -107,6 +107,7 @@ class VolumeRenderer(nn.Module):
         super().__init__()
         if not callable(field):
             raise TypeError(f"field: got {type(field).__name__}, want a callable from positions to (density, colour)")
+        speaks_for_call(field)  # or raises
         self.field = field
         self.occupancy = occupancy
         self.config = config or RendererConfig()
@@ -262,7 +263,7 @@ class VolumeRenderer(nn.Module):
         """Whether the built-in field's own path serves: the native core, one dtype, no gradients to rays or light."""
         field = self.field
         return (
-            isinstance(field, HashGridField)
+            is_built_in(field)
             and field.config.backend == self.config.backend == "native"
             and field.table.dtype == rays.origins.dtype
             and not (rays.origins.requires_grad or rays.directions.requires_grad)

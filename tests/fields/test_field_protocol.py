@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.fields import FieldOutput, evaluate, hash_field, query_density, safe_normalize
+from dreamfusion_fast.fields import Field, FieldOutput, evaluate, hash_field, query_density, safe_normalize
 from dreamfusion_fast.fields.base import FieldLike
+from dreamfusion_fast.rendering import VolumeRenderer
 
 
 def ball(positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,6 +107,88 @@ def test_density_method_of_the_class_is_preferred() -> None:
 
     for field in (Both(), Derived()):
         assert query_density(field, torch.zeros(2, 3)).tolist() == [7.0, 7.0]
+
+
+class Base(torch.nn.Module):
+    """Density 1, by its method and in a call."""
+
+    def density(self, positions: Tensor) -> Tensor:
+        return torch.ones(positions.shape[0])
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones(positions.shape[0]), torch.ones_like(positions)
+
+
+class Twice(Base):
+    """Overrides forward only."""
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        density, color = super().forward(positions)
+        return 2 * density, color
+
+
+class Submodule(torch.nn.Module):
+    """Calls something else density."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.density = torch.nn.Linear(3, 1)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return (2 + 0 * self.density(positions)[:, 0]), torch.ones_like(positions)
+
+
+class Inherits(Field):
+    """Leaves density to the base, and returns a pair."""
+
+    def forward(self, positions: Tensor, with_normal: bool = False) -> tuple[Tensor, Tensor]:
+        return torch.full((positions.shape[0],), 2.0), torch.ones_like(positions)
+
+
+def hooked() -> Base:
+    field = Base()
+    field.register_forward_hook(lambda module, inputs, output: (2 * output[0], output[1]))
+    return field
+
+
+def with_attribute(name: str, value: object, field: torch.nn.Module) -> torch.nn.Module:
+    setattr(field, name, value)
+    return field
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        Twice(),
+        Submodule(),
+        Inherits(),
+        hooked(),
+        with_attribute("density", lambda x: x[:, 0], Twice()),
+        with_attribute("density", 7.0, Inherits()),
+        with_attribute("forward", Twice().forward, Base()),
+        with_attribute("density", lambda x: x[:, 0], torch.nn.Sequential(Twice())),
+    ],
+    ids=lambda field: type(field).__name__,
+)
+def test_density_is_that_of_a_call(field: torch.nn.Module) -> None:
+    """Whatever else is named density."""
+    assert query_density(field, torch.randn(3, 3)).tolist() == [2.0] * 3
+
+
+def test_overriding_density_without_forward_is_an_error() -> None:
+    class Half(Base):
+        def density(self, positions: Tensor) -> Tensor:
+            return 0.5 * super().density(positions)
+
+    for use in (lambda: query_density(Half(), torch.zeros(2, 3)), lambda: VolumeRenderer(Half())):
+        with pytest.raises(ValueError, match=r"^field: Half overrides density of Base but not forward.*want both"):
+            use()
+
+
+def test_a_field_that_leaves_out_its_normals_is_an_error() -> None:
+    assert evaluate(Inherits(), torch.zeros(2, 3)).density.tolist() == [2.0, 2.0]
+    with pytest.raises(ValueError, match=r"^field: Inherits returned no normal"):
+        evaluate(Inherits(), torch.zeros(2, 3), with_normal=True)
 
 
 def test_safe_normalize_is_finite_everywhere() -> None:

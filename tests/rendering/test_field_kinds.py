@@ -1,4 +1,4 @@
-"""Lit renders are right in all modes."""
+"""Occupancy grid, renderer and mesh ask a field in one and the same way, and lit renders are right in all modes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dreamfusion_fast.fields import HashGridField, HashGridFieldConfig
+from dreamfusion_fast.fields import FieldOutput, HashGridField, HashGridFieldConfig, query_density
 from dreamfusion_fast.rendering import OccupancyGrid, Rays, RendererConfig, RenderOutput, VolumeRenderer, orbit_cameras
 
 LIGHT = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
@@ -34,6 +34,32 @@ class Exponential(nn.Module):
         return torch.exp(4 + logit), torch.sigmoid(positions.to(torch.float64))
 
 
+class Halved(HashGridField):
+    """Overrides forward."""
+
+    def forward(self, positions: Tensor, with_normal: bool = False) -> FieldOutput:
+        output = super().forward(positions, with_normal)
+        return FieldOutput(0.5 * output.density, output.albedo.flip(1), output.normal)
+
+
+class Sharper(HashGridField):
+    """Overrides what forward and density are made of."""
+
+    def _activate(self, logit: Tensor, offsets: Tensor, unit: Tensor) -> Tensor:
+        return 3.0 * super()._activate(logit, offsets, unit)
+
+
+class Named(HashGridField):
+    """Adds to the field, and changes nothing of it."""
+
+    def __init__(self, name: str, config: HashGridFieldConfig, generator: torch.Generator) -> None:
+        super().__init__(config, generator=generator)
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
 def make_grid_field(make: Callable[..., HashGridField] = HashGridField) -> HashGridField:
     config = HashGridFieldConfig(levels=3, log2_rows=8, base_resolution=3, finest_resolution=9, hidden=8)
     field = make(config=config, generator=torch.Generator().manual_seed(1)).double()
@@ -42,9 +68,65 @@ def make_grid_field(make: Callable[..., HashGridField] = HashGridField) -> HashG
     return field
 
 
+def hooked() -> HashGridField:
+    field = make_grid_field()
+    field.register_forward_hook(lambda module, inputs, output: output._replace(density=0.5 * output.density))
+    return field
+
+
+def patched() -> HashGridField:
+    field = make_grid_field()
+    whole = field.forward
+    field.forward = lambda x, with_normal=False: whole(0.8 * x, with_normal)  # type: ignore[method-assign]
+    return field
+
+
+FIELDS = {
+    "submodule density": Exponential,
+    "forward overridden": lambda: make_grid_field(Halved),
+    "part overridden": lambda: make_grid_field(Sharper),
+    "hook": hooked,
+    "forward of the instance": patched,
+    "as built in": make_grid_field,
+    "nothing overridden": lambda: make_grid_field(lambda **options: Named("mine", **options)),
+}
+
+
 def render(field: Callable, grid: OccupancyGrid | None, chunk: int | None = None, **options: object) -> RenderOutput:
     config = RendererConfig(step=0.05, max_samples_per_chunk=chunk)
     return VolumeRenderer(field, grid, config).render(make_rays(), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("early_stop", [0.0, 1e-3])
+@pytest.mark.parametrize("kind", FIELDS)
+def test_one_way_to_ask_a_field(kind: str, early_stop: float, chunk: int | None) -> None:
+    """A function around the field has nothing but a call."""
+    field = FIELDS[kind]()
+    results = []
+    for asked in (field, lambda x: tuple(field(x))[:2]):
+        grid = OccupancyGrid(resolution=8, step_size=0.05)
+        # float32, as the grid's points are
+        grid.update(lambda x, asked=asked: _single(asked, x), 0)
+        config = RendererConfig(step=0.05, max_samples_per_chunk=chunk, early_stop=early_stop)
+        output = VolumeRenderer(asked, grid, config).render(make_rays())
+        x = 2 * torch.rand(57, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4)) - 1
+        results.append((grid.grid, output.color, output.opacity, output.depth, query_density(asked, x)))
+    assert float(results[0][2].detach().max()) > 0.1
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def _single(field: Callable, positions: Tensor) -> tuple[Tensor, Tensor]:
+    density = query_density(field, positions.double())
+    return density.float(), positions
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_what_streams(kind: str) -> None:
+    """Only a field that does what the kernels do."""
+    view = VolumeRenderer(FIELDS[kind]())
+    assert (view.count_samples(make_rays(2)) is not None) == (kind in ("as built in", "nothing overridden"))
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
@@ -52,7 +134,7 @@ def render(field: Callable, grid: OccupancyGrid | None, chunk: int | None = None
 @pytest.mark.parametrize("shading", ["albedo", "lambertian", "textureless"])
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_lit_renders_without_gradients(mode: Callable, shading: str, backend: str, chunk: int | None) -> None:
-    for field in (Exponential(), make_grid_field()):
+    for field in (Exponential(), make_grid_field(Halved), make_grid_field()):
         config = RendererConfig(step=0.05, max_samples_per_chunk=chunk, backend=backend)  # type: ignore[arg-type]
         view = VolumeRenderer(field, config=config)
         expected = view.render(make_rays(), shading=shading, light=LIGHT, with_normals=True)

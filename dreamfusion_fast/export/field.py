@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from dreamfusion_fast.export.agreement import Agreement, measure_agreement
 from dreamfusion_fast.export.seen import occupied_space
 from dreamfusion_fast.export.surface import extract_from_grid, sample_density
 from dreamfusion_fast.export.texture import LOOK_INTO, UnwrappedMesh, bake, save_glb, seen_colors, unwrap
-from dreamfusion_fast.fields.base import FieldLike, query_density
+from dreamfusion_fast.fields.base import FieldLike, evaluate, query_density
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.renderer import VolumeRenderer
 
@@ -53,7 +54,7 @@ def export_field(
     Args:
         field: a Field, or a callable of positions [m, 3] (scene units, on the device of `aabb`) that returns
             (density [m], albedo [m, 3] in [0, 1]).
-        aabb: [6], (xmin, ymin, zmin, xmax, ymax, zmax).
+        aabb: [6], (xmin, ymin, zmin, xmax, ymax, zmax), the field's box or a part of it.
         path: file to write.
         resolution, threshold, smooth_iterations, min_component, target_faces: see extract_mesh.
         texture_size: height and width of the texture, texels.
@@ -89,6 +90,9 @@ def export_field(
     )
     unwrapped = unwrap(mesh, texture_size)
     space = occupied_space(density, low, voxel, aabb.device)
+    box = getattr(field, "aabb", None)
+    if box is not None and not torch.equal(torch.as_tensor(box).cpu().double(), aabb.cpu().double()):
+        field = partial(evaluate, field)  # has no box of its own, so that a renderer does not mind if `aabb` cuts it
     close = VolumeRenderer(field, space, RendererConfig(step=voxel, far=LOOK_INTO * voxel))
     texture = bake(unwrapped, seen_colors(close, voxel), texture_size, aabb.device)
     save_glb(path, unwrapped, texture)

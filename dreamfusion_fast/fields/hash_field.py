@@ -24,6 +24,7 @@ from dreamfusion_fast.fields.base import (
     is_as_declared,
     safe_normalize,
 )
+from dreamfusion_fast.fields.host_box import HostBox
 from dreamfusion_fast.ops.hash_grid import hash_grid, hash_grid_layout, hash_grid_position_gradient, hash_grid_reference
 from dreamfusion_fast.ops.hash_grid_tile import HashGridTileLayout
 from dreamfusion_fast.ops.stream import BLOB_CENTRE_EPS, MAX_EXPONENT, StreamHead
@@ -158,7 +159,7 @@ class HashGridField(Field):
         self._level_rows: list[int] = level_offsets.tolist()
         self._active_levels = c.levels
         self._layout: tuple[tuple[int, int], HashGridTileLayout] | None = None
-        self._box: tuple[tuple[int, int], tuple[float, ...]] | None = None
+        self._box = HostBox()
         self.table = nn.Parameter(
             torch.empty(self._level_rows[-1], c.features).uniform_(-1e-4, 1e-4, generator=generator)
         )
@@ -256,10 +257,7 @@ class HashGridField(Field):
     @property
     def box(self) -> tuple[float, ...]:
         """The scene box on the host, six numbers; a GPU is waited for only when it was changed."""
-        state = (self.aabb.data_ptr(), self.aabb._version)
-        if self._box is None or self._box[0] != state:
-            self._box = (state, tuple(self.aabb.tolist()))
-        return self._box[1]
+        return self._box.read(self.aabb)
 
     def head(self) -> StreamHead:
         """How density and normals come from the MLP's outputs."""

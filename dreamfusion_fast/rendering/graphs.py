@@ -54,6 +54,7 @@ class RenderGraphs:
         self,
         field: HashGridField,
         aabb: Tensor,
+        box: tuple[float, ...],
         occupancy: OccupancyGrid | None,
         config: RendererConfig,
         request: RenderRequest,
@@ -63,7 +64,8 @@ class RenderGraphs:
         """A render by graphs, if there are any for it or it is time to capture them.
 
         Args:
-            field, aabb, occupancy, config, request: what is rendered, `aabb` the renderer's box.
+            field, aabb, box, occupancy, config, request: what is rendered, `aabb` the renderer's box, and `box` what it
+                holds.
             expected: samples of the last render like this one; None: there was none.
             make: a render of a request as it is.
         """
@@ -73,7 +75,7 @@ class RenderGraphs:
         wanted = [parameter.requires_grad for parameter in parameters]
         if not any(wanted):
             return None
-        kind = _kind(field, parameters, aabb, occupancy, config, request)
+        kind = _kind(field, parameters, aabb, box, occupancy, config, request)
         if kind not in self._graphs:
             self._seen[kind] = self._seen.pop(kind, 0) + 1
             if len(self._seen) > _REMEMBERED:
@@ -95,7 +97,7 @@ class RenderGraphs:
             del self._graphs[kind]
             self._dropped = True
             return None
-        return GraphedRender(graphs, request, make, parameters, occupancy)
+        return GraphedRender(graphs, request, make, parameters, aabb, occupancy)
 
     def __reduce__(self) -> tuple[type[RenderGraphs], tuple[()]]:
         """A copy of a renderer, pickled or not, begins without any."""
@@ -119,6 +121,7 @@ def _kind(
     field: HashGridField,
     parameters: list[Tensor],
     aabb: Tensor,
+    box: tuple[float, ...],
     occupancy: OccupancyGrid | None,
     config: RendererConfig,
     request: RenderRequest,
@@ -143,6 +146,7 @@ def _kind(
         field.box,
         tuple((parameter.data_ptr(), parameter.requires_grad) for parameter in parameters),
         aabb.data_ptr(),
+        box,
         None if occupancy is None else (occupancy.bitfield.data_ptr(), occupancy.resolution),
     )
 
@@ -228,6 +232,7 @@ class GraphedRender:
         request: RenderRequest,
         make: MakeRender,
         parameters: list[Tensor],
+        aabb: Tensor,
         occupancy: OccupancyGrid | None,
     ) -> None:
         self.normals, self.distortion, self.entropy = request.normals, request.distortion, request.entropy
@@ -235,7 +240,7 @@ class GraphedRender:
         self.parameters = parameters
         rays = request.rays
         bitfield = None if occupancy is None else occupancy.bitfield
-        self.guarded = (rays.origins, rays.directions, bitfield, request.light)
+        self.guarded = (rays.origins, rays.directions, aabb, bitfield, request.light)
         self.went_back = False
         self._graphs, self._request, self._make = graphs, request, make
         self._run = 0

@@ -15,6 +15,7 @@ from dreamfusion_fast.ops.occupancy import (
     occupancy_update,
     occupancy_update_reference,
 )
+from dreamfusion_fast.rendering.config import RendererConfig
 
 # Cells whose density is asked for at once: bounds the memory of an update whatever the resolution.
 _CELLS_PER_QUERY = 1 << 17
@@ -37,14 +38,15 @@ class OccupancyGrid(nn.Module):
     ones is never used. The mean above is that of all cascades.
 
     Args:
-        aabb: scene box `[6]`; [-1, 1]^3 if None. Must be the field's. With several cascades, the first one's; the
-            field is asked in the boxes of all.
+        aabb: scene box `[6]`; [-1, 1]^3 if None. Has to hold the field's: nothing is rendered outside the last
+            cascade's. With several cascades, the first one's; the field is asked in the boxes of all.
         resolution: cells per side.
         decay: factor per update.
         every: update period in training steps.
         warmup_steps: training steps during which all cells are updated.
         alpha_threshold: opacity of one step below which a cell counts as empty.
-        step_size: length of that step in scene units; use the renderer's.
+        step_size: length of that step in scene units; None: a 512th of the box's diagonal, as for the default
+            :class:`RendererConfig`. A renderer with longer steps raises it (`keep_for_step`).
         seed: of the sample points.
         backend: native core or pure-PyTorch twins.
         cascades: number of grids C; `resolution` must be even if above 1.
@@ -66,7 +68,7 @@ class OccupancyGrid(nn.Module):
         every: int = 16,
         warmup_steps: int = 256,
         alpha_threshold: float = 0.01,
-        step_size: float = 2.0 * math.sqrt(3.0) / 512.0,
+        step_size: float | None = None,
         seed: int = 0,
         backend: Backend = "native",
         cascades: int = 1,
@@ -86,7 +88,11 @@ class OccupancyGrid(nn.Module):
             raise ValueError(f"decay: got {decay}, want 0 to 1")
         if not 0.0 < alpha_threshold < 1.0:
             raise ValueError(f"alpha_threshold: got {alpha_threshold}, want between 0 and 1")
-        if not step_size > 0.0:
+        box = box_tensor(aabb)
+        if step_size is None:
+            corners = box.tolist()
+            step_size = math.dist(corners[:3], corners[3:]) / RendererConfig.samples_across
+        if not 0.0 < step_size < math.inf:
             raise ValueError(f"step_size: got {step_size}, want above 0")
         check_backend(backend)
         self.resolution, self.decay, self.every, self.warmup_steps, self.seed = (
@@ -97,11 +103,12 @@ class OccupancyGrid(nn.Module):
             seed,
         )
         self.cascades = cascades
-        self.density_threshold = -math.log1p(-alpha_threshold) / step_size
+        self.alpha_threshold = alpha_threshold
+        self.step_size = step_size
         native = backend == "native"
         self._update = occupancy_update if native else occupancy_update_reference
         self._pack = occupancy_pack if native else occupancy_pack_reference
-        self.register_buffer("aabb", box_tensor(aabb))
+        self.register_buffer("aabb", box)
         shape = (resolution,) * 3 if cascades == 1 else (cascades, *(resolution,) * 3)
         self.register_buffer("grid", torch.zeros(shape))
         self.register_buffer("bitfield", torch.full(((cascades * resolution**3 + 7) // 8,), 255, dtype=torch.uint8))
@@ -110,6 +117,11 @@ class OccupancyGrid(nn.Module):
     def outer_aabb(self) -> Tensor:
         """Box of the last cascade, `[6]`: outside it nothing is occupied."""
         return self._grown_box(2.0 ** (self.cascades - 1))
+
+    @property
+    def density_threshold(self) -> float:
+        """Density at which a step of `step_size` has `alpha_threshold` opacity: the threshold is not above it."""
+        return -math.log1p(-self.alpha_threshold) / self.step_size
 
     @property
     def threshold(self) -> Tensor:
@@ -123,6 +135,20 @@ class OccupancyGrid(nn.Module):
     def occupied_fraction(self) -> float:
         """Share of occupied cells, 0 to 1. Waits for the GPU."""
         return float(self.occupied().float().mean())
+
+    def keep_for_step(self, step_size: float) -> None:
+        """Keep the cells that matter to a renderer whose steps are this long.
+
+        :class:`VolumeRenderer` calls it. If several renderers share the grid, the longest step decides, since a cell
+        that is empty for it is empty for all. Nothing waits for a GPU.
+
+        Args:
+            step_size: scene units.
+        """
+        if step_size > self.step_size:
+            self.step_size = step_size
+            # Cells are added only: before the first update all are occupied, whatever the grid holds.
+            self.bitfield.bitwise_or_(self._pack(self.grid, self.threshold))
 
     @torch.no_grad()
     def update(self, field: FieldLike, step: int) -> bool:

@@ -10,12 +10,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dreamfusion_fast.fields.base import FieldLike, box_tensor, speaks_for_call
 from dreamfusion_fast.fields.hash_field import HashGridField, is_built_in
+from dreamfusion_fast.fields.host_box import HostBox
 from dreamfusion_fast.ops._marched_rays import count_samples
 from dreamfusion_fast.rendering.chunked import ChunkedRender
 from dreamfusion_fast.rendering.config import RendererConfig
@@ -31,6 +33,9 @@ from dreamfusion_fast.rendering.streaming import StreamedRender
 from dreamfusion_fast.rendering.workspace import default_budget
 
 Background = Tensor | Callable[[Tensor], Tensor] | None
+
+# Part of a grid's extent by which the field's box may stick out of it: a field's may have been rounded to 16 bits.
+_BOX_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -94,15 +99,20 @@ class VolumeRenderer(nn.Module):
         torch.Size([3])
     """
 
-    aabb: Tensor
+    _own_box: Tensor | None
 
     def __init__(
         self, field: FieldLike, occupancy: OccupancyGrid | None = None, config: RendererConfig | None = None
     ) -> None:
         """Args:
-        field: what to render.
-        occupancy: where to sample; None: everywhere in the box.
+        field: what to render. If it has a box, `aabb`, that has to lie in the grid's.
+        occupancy: where to sample; None: everywhere in the box. Keeps what steps of this renderer need
+            (:meth:`OccupancyGrid.keep_for_step`).
         config: settings.
+
+        Raises:
+            TypeError: the field cannot be called.
+            ValueError: the grid's box leaves out a part of the field's, or max_step is below the step.
         """
         super().__init__()
         if not callable(field):
@@ -111,17 +121,24 @@ class VolumeRenderer(nn.Module):
         self.field = field
         self.occupancy = occupancy
         self.config = config or RendererConfig()
-        box = occupancy.aabb if occupancy is not None else getattr(field, "aabb", None)
-        self.register_buffer("aabb", box_tensor(box), persistent=False)
-        corners = self.aabb.tolist()
-        self._diagonal = math.dist(corners[:3], corners[3:])
-        if self.config.max_step is not None and self.config.max_step < self.step_size:
-            raise ValueError(
-                f"RendererConfig.max_step: got {self.config.max_step}, want at least the step, {self.step_size}"
-            )
+        box = getattr(field, "aabb", None)
+        # A buffer of the field is read where it is, so that there is one truth about the box. Everything else, such as
+        # a tuple, is copied here, to be moved along.
+        self._box_is_buffer = isinstance(field, nn.Module) and any(box is buffer for buffer in field.buffers())
+        self._field_has_box = box is not None
+        copied = box_tensor(box)
+        self.register_buffer("_own_box", None if self._box_is_buffer else copied, persistent=False)
+        self._box, self._field_box = HostBox(), HostBox()
+        self._settled: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+        self._settle()
         self._budget: int | None = None
         self._expected_samples: dict[int, int] = {}  # of the last render of so many rays
         self._graphs = RenderGraphs()
+
+    @property
+    def aabb(self) -> Tensor:
+        """Scene box `[6]`: the grid's; without one the field's; without either [-1, 1]^3."""
+        return self._field_aabb if self.occupancy is None else self.occupancy.aabb
 
     @property
     def step_size(self) -> float:
@@ -129,6 +146,16 @@ class VolumeRenderer(nn.Module):
         if self.config.step is not None:
             return self.config.step
         return self._diagonal / self.config.samples_across
+
+    @property
+    def _field_aabb(self) -> Tensor:
+        field: Any = self.field
+        return field.aabb if self._own_box is None else self._own_box
+
+    @property
+    def _diagonal(self) -> float:
+        box = self._box.read(self.aabb)
+        return math.dist(box[:3], box[3:])
 
     def forward(self, rays: Rays, **options: object) -> RenderOutput:
         """The same as :meth:`render`."""
@@ -203,6 +230,8 @@ class VolumeRenderer(nn.Module):
             seed,
             None if count is None else count.total,
         )
+        self._check_rays(rays)
+        self._settle()
         if self._streams(rays, request.light):
             sums = self._stream(request)
         else:
@@ -251,12 +280,51 @@ class VolumeRenderer(nn.Module):
             raise RuntimeError("count_samples: cannot be captured in a CUDA graph, as the host reads its result")
         if not self._streams(rays, None):
             return None
+        self._check_rays(rays)
+        self._settle()
         marched = self._space(rays).marched(rays, jitter, seed)
         return SampleCount(rays, jitter, seed, SampleTotal(marched, count_samples(marched)[0]))
 
+    def _settle(self) -> None:
+        """Make sure that boxes, step and grid go together: again only where a box was changed, as by `load_state_dict`,
+        and nothing else waits for a GPU."""
+        boxes = (self._box.read(self.aabb), self._field_box.read(self._field_aabb))
+        if boxes == self._settled:
+            return
+        step, max_step = self.step_size, self.config.max_step
+        if max_step is not None and max_step < step:
+            raise ValueError(f"RendererConfig.max_step: got {max_step}, want at least the step, {step}")
+        if self.occupancy is not None:
+            if self._field_has_box:
+                self._check_boxes(*boxes, self.occupancy)
+            self.occupancy.keep_for_step(step)
+        self._settled = boxes
+
+    @staticmethod
+    def _check_boxes(box: tuple[float, ...], inner: tuple[float, ...], occupancy: OccupancyGrid) -> None:
+        for low, high, field_low, field_high in zip(box[:3], box[3:], inner[:3], inner[3:], strict=True):
+            margin = (0.5 * (2.0 ** (occupancy.cascades - 1) - 1.0) + _BOX_TOLERANCE) * (high - low)
+            if field_low < low - margin or field_high > high + margin:
+                raise ValueError(
+                    f"occupancy: got the box {list(box)}, cascades {occupancy.cascades}, want one that holds the "
+                    f"field's, {list(inner)}, as OccupancyGrid(field.aabb) does"
+                )
+
+    def _check_rays(self, rays: Rays) -> None:
+        field, occupancy = self.field, self.occupancy
+        if isinstance(field, HashGridField):
+            table = field.table
+            _check_device("field", table, rays)
+            if table.dtype != rays.origins.dtype:
+                raise TypeError(
+                    f"rays: got {rays.origins.dtype}, want {table.dtype}, the field's: rays.to(dtype={table.dtype})"
+                )
+        if occupancy is None:
+            _check_device("renderer", self.aabb, rays)
+        else:
+            _check_device("occupancy", occupancy.bitfield, rays)
+
     def _space(self, rays: Rays) -> SampledSpace:
-        _check_device("renderer", self.aabb, rays)
-        _check_device("occupancy", None if self.occupancy is None else self.occupancy.bitfield, rays)
         return SampledSpace.of(rays, self.aabb, self.occupancy, self.config, self._diagonal, self.step_size)
 
     def _streams(self, rays: Rays, light: Tensor | None) -> bool:
@@ -273,12 +341,12 @@ class VolumeRenderer(nn.Module):
     def _stream(self, request: RenderRequest) -> RaySums:
         field, rays = self.field, request.rays
         assert isinstance(field, HashGridField)
-        _check_device("field", field.table, rays)
         _check_device("light", request.light, rays)
         expected = self._expected_samples.get(len(rays))
         make = partial(self._streamed, field, expected)
         render: FieldRender | None
-        render = self._graphs.find(field, self.aabb, self.occupancy, self.config, request, expected, make)
+        box = self._box.read(self.aabb)
+        render = self._graphs.find(field, self.aabb, box, self.occupancy, self.config, request, expected, make)
         if render is None:
             render = make(request)
         try:

@@ -136,7 +136,7 @@ class StreamedRender:
     @property
     def guarded(self) -> tuple[Tensor | None, ...]:
         """What must not change between forward and backward, which marches and shades again."""
-        return self.rays.origins, self.rays.directions, self.rays.bitfield, self.head.light
+        return self.rays.origins, self.rays.directions, self.rays.aabb, self.rays.bitfield, self.head.light
 
     def forward(self, training: bool) -> Tensor:
         """The sums `[n_rays, N_SUMS]`, without a graph. With `training`, backward can follow.

@@ -162,10 +162,18 @@ def test_example_of_the_documentation_runs():
     assert results.failed == 0
 
 
-def test_any_field_of_the_package_can_be_exported(tmp_path, quick):
+@pytest.mark.parametrize("reach", [1.0, 1.5])
+def test_any_field_of_the_package_can_be_exported(tmp_path, quick, reach):
+    """Also a part of one, of a larger box than is asked for."""
     config = HashGridFieldConfig(levels=2, finest_resolution=16, log2_rows=8, hidden=8, backend="reference")
     summary = export_field(
-        HashGridField(config), BOX, tmp_path / "a.glb", resolution=12, threshold=1.0, target_faces=0, texture_size=32
+        HashGridField(config, (-reach,) * 3 + (reach,) * 3),
+        BOX,
+        tmp_path / "a.glb",
+        resolution=12,
+        threshold=1.0,
+        target_faces=0,
+        texture_size=32,
     )
     _document, _, attributes, faces, _ = read_glb(tmp_path / "a.glb")
     assert summary.faces == len(faces) > 50

@@ -335,10 +335,10 @@ def test_bad_arguments_are_named() -> None:
 @pytest.mark.parametrize("what", ["field", "renderer", "occupancy"])
 def test_another_device_than_the_rays_is_named(what: str) -> None:
     """The kernels are given addresses, which say nothing of the device."""
-    view = VolumeRenderer(make_field(), OccupancyGrid(resolution=4))
-    if what == "renderer":
-        view.aabb = view.aabb.to("meta")
+    if what == "renderer":  # its own is the box of a field without one
+        view = VolumeRenderer(lambda x: (x[:, 0].exp(), x.sigmoid())).to("meta")
     else:
+        view = VolumeRenderer(make_field(), OccupancyGrid(resolution=4))
         getattr(view, what).to("meta")
     with pytest.raises(ValueError, match=f"{what}: is on meta, want cpu, where the rays are"):
         view.render(make_rays())

@@ -13,22 +13,38 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dreamfusion_fast.ops._checks import FLOATS
 from dreamfusion_fast.rendering.rays import Rays
 
 # At this distance a ball of radius 1 just fits, with 5 % to spare, into a field of view of 40 degrees.
 _FITTING_DISTANCE = 1.05 / math.sin(math.radians(20.0))
+# What cameras may be, by the name of the argument.
+_LIMITS = {
+    "elevation_deg": (-90.0, 90.0),
+    "overhead_elevation_deg": (-90.0, 90.0),
+    "azimuth_deg": (-1e6, 1e6),
+    "start_deg": (-1e6, 1e6),
+    "distance": (1e-6, 1e9),
+    "fov_deg": (0.1, 179.0),
+    "position_jitter": (0.0, 1e6),
+    "look_at_jitter": (0.0, 1e6),
+    "up_jitter": (0.0, 1e6),
+    "overhead_fraction": (0.0, 1.0),
+}
 
 
 @dataclass(frozen=True)
 class Cameras:
-    """A batch of `B` pinhole cameras with square pixels. Angles in radians.
+    """A batch of `B` pinhole cameras with square pixels. Angles in radians; all of one device, float32 or float64.
+
+    Shapes and dtypes are checked, and on a CPU values, too (TypeError, ValueError): a GPU would be waited for.
 
     Attributes:
         camera_to_world: `[B, 3, 4]`, columns right, up, back, position.
-        fov_y: `[B]`, vertical field of view.
+        fov_y: `[B]`, vertical field of view, above 0 and below pi.
         azimuth: `[B]`, before any jitter of the position.
         elevation: `[B]`, likewise.
-        distance: `[B]` from the origin, likewise, scene units.
+        distance: `[B]` from the origin, likewise, scene units, above 0.
     """
 
     camera_to_world: Tensor
@@ -38,12 +54,32 @@ class Cameras:
     distance: Tensor
 
     def __post_init__(self) -> None:
-        batch = self.fov_y.shape[0] if self.fov_y.dim() == 1 else -1
-        if batch < 0 or self.camera_to_world.shape != (batch, 3, 4):
-            raise ValueError(
-                f"cameras: got camera_to_world {list(self.camera_to_world.shape)} and fov_y {list(self.fov_y.shape)}, "
-                "want [B, 3, 4] and [B]"
-            )
+        like = self.camera_to_world
+        if like.dim() != 3 or like.shape[1:] != (3, 4):
+            raise ValueError(f"cameras.camera_to_world: got shape {list(like.shape)}, want [B, 3, 4]")
+        if like.dtype not in FLOATS:
+            raise TypeError(f"cameras.camera_to_world: got {like.dtype}, want float32 or float64")
+        for name in ("fov_y", "azimuth", "elevation", "distance"):
+            value = getattr(self, name)
+            if value.shape != like.shape[:1]:
+                raise ValueError(f"cameras.{name}: got shape {list(value.shape)}, want {list(like.shape[:1])}")
+            if value.dtype != like.dtype or value.device != like.device:
+                raise ValueError(
+                    f"cameras.{name}: got {value.dtype} on {value.device}, want {like.dtype} on {like.device}, as "
+                    "camera_to_world is"
+                )
+        if like.device.type == "cpu":
+            self._check_values()
+
+    def _check_values(self) -> None:
+        for name in ("camera_to_world", "azimuth", "elevation"):
+            if not bool(getattr(self, name).isfinite().all()):
+                raise ValueError(f"cameras.{name}: got a value that is not finite")
+        for name, least, most in (("fov_y", 0.0, math.pi), ("distance", 0.0, math.inf)):
+            value = getattr(self, name)
+            good = (value > least) & (value < most)
+            if not bool(good.all()):
+                raise ValueError(f"cameras.{name}: got {float(value[~good][0])}, want above {least} and below {most}")
 
     def __len__(self) -> int:
         return self.fov_y.shape[0]
@@ -110,24 +146,15 @@ class CameraConfig:
     """Standard deviation of the up vector, per axis."""
 
     def __post_init__(self) -> None:
-        limits = {
-            "elevation_deg": (-90.0, 90.0),
-            "overhead_elevation_deg": (-90.0, 90.0),
-            "azimuth_deg": (-math.inf, math.inf),
-            "distance": (1e-6, math.inf),
-            "fov_deg": (0.1, 179.0),
-        }
-        for name, (least, most) in limits.items():
+        for name in ("elevation_deg", "overhead_elevation_deg", "azimuth_deg", "distance", "fov_deg"):
+            least, most = _LIMITS[name]
             low, high = getattr(self, name)
             if not least <= low <= high <= most:
                 raise ValueError(f"CameraConfig.{name}: got ({low}, {high}), want {least} <= low <= high <= {most}")
-        if not 0.0 <= self.overhead_fraction <= 1.0:
-            raise ValueError(f"CameraConfig.overhead_fraction: got {self.overhead_fraction}, want 0 to 1")
+        for name in ("overhead_fraction", "position_jitter", "look_at_jitter", "up_jitter"):
+            _check_number("CameraConfig.", name, getattr(self, name))
         if self.fov_sampling not in ("angle", "focal"):
             raise ValueError(f"CameraConfig.fov_sampling: got {self.fov_sampling!r}, want angle or focal")
-        for name in ("position_jitter", "look_at_jitter", "up_jitter"):
-            if not getattr(self, name) >= 0.0:
-                raise ValueError(f"CameraConfig.{name}: got {getattr(self, name)}, want at least 0")
 
     @classmethod
     def paper(cls) -> CameraConfig:
@@ -206,16 +233,37 @@ def orbit_cameras(
     start_deg: float = 0.0,
     device: torch.device | str = "cpu",
 ) -> Cameras:
-    """`count` cameras evenly around the object at one elevation, the first at azimuth `start_deg` (0 = front)."""
+    """`count` cameras evenly around the object at one elevation, the first at azimuth `start_deg` (0 = front).
+
+    Args:
+        count: how many, at least 1.
+        elevation_deg: -90 (from below) to 90.
+        distance: from the origin, scene units, 1e-6 to 1e9.
+        fov_deg: vertical field of view, 0.1 to 179.
+        start_deg: azimuth of the first one.
+        device: where the result lives.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
     if count < 1:
         raise ValueError(f"count: got {count}, want at least 1")
-    azimuth = math.radians(start_deg) + torch.arange(count, dtype=torch.float32) * (2.0 * math.pi / count)
+    arguments = {"elevation_deg": elevation_deg, "distance": distance, "fov_deg": fov_deg, "start_deg": start_deg}
+    for name, value in arguments.items():
+        _check_number("", name, value)
+    azimuth = math.radians(start_deg) + torch.arange(count, dtype=torch.get_default_dtype()) * (2.0 * math.pi / count)
     elevation = torch.full((count,), math.radians(elevation_deg))
     distances = torch.full((count,), float(distance))
     position = spherical_positions(azimuth, elevation, distances)
     zero = torch.zeros_like(position)
     fov_y = torch.full((count,), math.radians(fov_deg))
     return Cameras(_look_at(position, zero, zero, azimuth), fov_y, azimuth, elevation, distances).to(device)
+
+
+def _check_number(where: str, name: str, value: float) -> None:
+    least, most = _LIMITS[name]
+    if not least <= value <= most:
+        raise ValueError(f"{where}{name}: got {value}, want {least} to {most}")
 
 
 def spherical_positions(azimuth: Tensor, elevation: Tensor, distance: Tensor) -> Tensor:

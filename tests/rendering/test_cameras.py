@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
 from dreamfusion_fast.rendering import CameraConfig, orbit_cameras, sample_cameras, spherical_positions
+
+NO_NUMBERS = (math.nan, math.inf, -math.inf)
 
 
 def sample(config: CameraConfig, batch: int, seed: int = 0):
@@ -124,6 +127,13 @@ def test_seeds() -> None:
         ({"overhead_fraction": 1.5}, r"overhead_fraction: got 1.5"),
         ({"fov_sampling": "zoom"}, r"fov_sampling: got 'zoom'"),
         ({"up_jitter": -1.0}, r"up_jitter: got -1.0"),
+        ({"look_at_jitter": math.inf}, r"look_at_jitter: got inf"),
+        ({"position_jitter": math.nan}, r"position_jitter: got nan"),
+        ({"distance": (1.0, math.inf)}, r"distance: got \(1.0, inf\)"),
+        ({"distance": (-3.0, 1.0)}, r"distance: got \(-3.0, 1.0\)"),
+        ({"azimuth_deg": (-math.inf, 0.0)}, r"azimuth_deg: got \(-inf, 0.0\)"),
+        ({"fov_deg": (40.0, math.nan)}, r"fov_deg: got \(40.0, nan\)"),
+        ({"fov_deg": (40.0, 180.0)}, r"fov_deg: got \(40.0, 180.0\)"),
     ],
 )
 def test_bad_settings_are_named(change: dict, message: str) -> None:
@@ -131,8 +141,50 @@ def test_bad_settings_are_named(change: dict, message: str) -> None:
         CameraConfig(**change)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("distance", 0.0, "1e-06 to 1000000000.0"),
+        ("distance", -3.0, "1e-06 to 1000000000.0"),
+        ("fov_deg", 0.0, "0.1 to 179.0"),
+        ("fov_deg", 180.0, "0.1 to 179.0"),
+        ("elevation_deg", 91.0, "-90.0 to 90.0"),
+        *((name, value, "") for name in ("distance", "fov_deg", "elevation_deg", "start_deg") for value in NO_NUMBERS),
+    ],
+)
+def test_bad_orbits_are_named(name: str, value: float, wanted: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: got {value}, want {wanted}"):
+        orbit_cameras(3, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("camera_to_world", lambda pose: pose[:, :2], ValueError, r"got shape \[3, 2, 4\], want \[B, 3, 4\]"),
+        ("camera_to_world", lambda pose: pose.long(), TypeError, "got torch.int64, want float32 or float64"),
+        ("camera_to_world", lambda pose: pose / 0.0, ValueError, "got a value that is not finite"),
+        ("azimuth", lambda x: x[:2], ValueError, r"got shape \[2\], want \[3\]"),
+        ("elevation", lambda x: x.double(), ValueError, "got torch.float64 on cpu, want torch.float32 on cpu"),
+        ("elevation", lambda x: x + math.nan, ValueError, "got a value that is not finite"),
+        ("distance", lambda x: x.to("meta"), ValueError, "got torch.float32 on meta, want torch.float32 on cpu"),
+        ("distance", lambda x: x * 0.0, ValueError, "got 0.0, want above 0.0 and below inf"),
+        ("distance", lambda x: x + math.nan, ValueError, "got nan, want above 0.0"),
+        ("fov_y", lambda x: x * 0.0 + 4.0, ValueError, "got 4.0, want above 0.0 and below 3.14159"),
+        ("fov_y", lambda x: -x, ValueError, "got -0.69"),
+    ],
+)
+def test_bad_cameras_are_named(name: str, change: Callable, error: type[Exception], message: str) -> None:
+    cameras = orbit_cameras(3)
+    with pytest.raises(error, match=rf"cameras\.{name}: {message}"):
+        replace(cameras, **{name: change(getattr(cameras, name))})
+
+
 def test_bad_sizes_are_named() -> None:
     with pytest.raises(ValueError, match="batch: got 0"):
         sample(CameraConfig(), 0)
+    with pytest.raises(ValueError, match="count: got 0"):
+        orbit_cameras(0)
     with pytest.raises(ValueError, match="height, width: got 0, 4"):
         orbit_cameras(1).rays(0, 4)
+    with pytest.raises(ValueError, match="height, width: got 4, -1"):
+        orbit_cameras(1).rays(4, -1)

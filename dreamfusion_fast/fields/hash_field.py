@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +26,7 @@ from dreamfusion_fast.fields.base import (
     safe_normalize,
 )
 from dreamfusion_fast.fields.host_box import HostBox
+from dreamfusion_fast.ops._checks import FLOATS
 from dreamfusion_fast.ops.hash_grid import hash_grid, hash_grid_layout, hash_grid_position_gradient, hash_grid_reference
 from dreamfusion_fast.ops.hash_grid_tile import HashGridTileLayout
 from dreamfusion_fast.ops.stream import BLOB_CENTRE_EPS, MAX_EXPONENT, StreamHead
@@ -224,6 +226,16 @@ class HashGridField(Field):
         unit = self._unit(positions)
         logits, _ = self._network(self._hash_grid(unit, *self.grid()), outputs=1)
         return self._activate(logits[:, 0], positions - 0.5 * (self.aabb[:3] + self.aabb[3:]), unit)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HashGridField:
+        """What `.to`, `.half` and the like do to a module's tensors; here not to 16 bits, for which no op has code."""
+        dtype = fn(self.table.new_empty(0)).dtype
+        if dtype not in FLOATS:
+            raise TypeError(
+                f"HashGridField: got {dtype} for its parameters, want {' or '.join(map(str, FLOATS))}; "
+                "HashGridFieldConfig.mlp_dtype is the setting for half precision"
+            )
+        return super()._apply(fn, recurse)
 
     def _scale(self) -> Tensor:
         return 1.0 / (self.aabb[3:] - self.aabb[:3])

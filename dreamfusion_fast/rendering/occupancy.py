@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ class OccupancyGrid(nn.Module):
     For scenes larger than an object, several cascades of the grid: cascade c has as many cells and spans the box grown
     2^c times about its centre. A place is looked up in the first cascade whose box holds it, so the middle of the later
     ones is never used. The mean above is that of all cascades.
+
+    The buffers are float32 whatever the default dtype is, and stay so after `.double()`, `.half()` and the like.
 
     Args:
         aabb: scene box `[6]`; [-1, 1]^3 if None. Has to hold the field's: nothing is rendered outside the last
@@ -110,7 +113,7 @@ class OccupancyGrid(nn.Module):
         self._pack = occupancy_pack if native else occupancy_pack_reference
         self.register_buffer("aabb", box)
         shape = (resolution,) * 3 if cascades == 1 else (cascades, *(resolution,) * 3)
-        self.register_buffer("grid", torch.zeros(shape))
+        self.register_buffer("grid", torch.zeros(shape, dtype=torch.float32))
         self.register_buffer("bitfield", torch.full(((cascades * resolution**3 + 7) // 8,), 255, dtype=torch.uint8))
 
     @property
@@ -155,7 +158,8 @@ class OccupancyGrid(nn.Module):
         """Refresh the grid if `step` is due.
 
         Args:
-            field: anything with a density (see :func:`dreamfusion_fast.fields.query_density`).
+            field: anything with a density (see :func:`dreamfusion_fast.fields.query_density`). A module with float64
+                parameters is asked in float64, everything else in float32.
             step: training step, from 0.
 
         Returns:
@@ -167,7 +171,10 @@ class OccupancyGrid(nn.Module):
         generator.manual_seed((self.seed * 0x9E3779B1 + step) & 0x7FFFFFFFFFFFFFFF)
         everything = step < self.warmup_steps
         cells = self._choose_cells(generator, everything)
-        density = [query_density(field, self._points_in(part, generator)) for part in cells.split(_CELLS_PER_QUERY)]
+        dtype = _dtype_of(field)
+        density = [
+            query_density(field, self._points_in(part, generator).to(dtype)) for part in cells.split(_CELLS_PER_QUERY)
+        ]
         self._update(self.grid, None if everything else cells, torch.cat(density).float(), self.decay)
         self.bitfield.copy_(self._pack(self.grid, self.threshold))
         return True
@@ -179,6 +186,15 @@ class OccupancyGrid(nn.Module):
         self.grid.copy_(occupied.to(self.grid) * 2.0 * self.density_threshold)
         self.bitfield.copy_(self._pack(self.grid, 0.0))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OccupancyGrid:
+        """What `.to`, `.double` and the like do to a module's tensors; here, devices change and types do not."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(moved, recurse)
+
     def _choose_cells(self, generator: torch.Generator, everything: bool) -> Tensor:
         """Flat indices of the cells to update, without repetition, int64.
 
@@ -189,7 +205,7 @@ class OccupancyGrid(nn.Module):
         if everything:
             return torch.arange(count, device=device)
         occupied = self.occupied().flatten()
-        draws = torch.rand(2, count, generator=generator, device=device)
+        draws = torch.rand(2, count, generator=generator, device=device, dtype=torch.float32)
         wanted_share = _CHOSEN * count / occupied.sum().clamp(min=1)
         chosen = (draws[0] < _CHOSEN) | (occupied & (draws[1] < wanted_share))
         if self._update is occupancy_update and chosen.is_cuda:
@@ -200,7 +216,7 @@ class OccupancyGrid(nn.Module):
         """One uniformly random point in each cell, `[n, 3]`, scene units."""
         size = self.resolution
         corner = torch.stack([cells // (size * size) % size, cells // size % size, cells % size], dim=1)
-        inside = torch.rand(cells.shape[0], 3, generator=generator, device=cells.device)
+        inside = torch.rand(cells.shape[0], 3, generator=generator, device=cells.device, dtype=torch.float32)
         box = self._grown_box(1.0 if self.cascades == 1 else 2.0 ** (cells // size**3)[:, None])
         extent = (box[..., 3:] - box[..., :3]) / size
         return box[..., :3] + (corner + inside) * extent
@@ -209,6 +225,13 @@ class OccupancyGrid(nn.Module):
         """The scene box grown about its centre, `[6]`, or with times `[n, 1]`, `[n, 6]`."""
         margin = (times - 1.0) * 0.5 * (self.aabb[3:] - self.aabb[:3])
         return torch.cat([self.aabb[:3] - margin, self.aabb[3:] + margin], dim=-1)
+
+
+def _dtype_of(field: FieldLike) -> torch.dtype:
+    """What a field wants to be asked in. Modules with 16-bit parameters take float32 and convert it themselves."""
+    parameters = field.parameters() if isinstance(field, nn.Module) else ()
+    wide = any(parameter.dtype == torch.float64 for parameter in parameters)
+    return torch.float64 if wide else torch.float32
 
 
 def _most_chosen(count: int) -> int:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dreamfusion_fast.ops._checks import FLOATS
+
 # Directions off unit length by more than this would visibly scale distances, and with them opacity.
 _UNIT_TOLERANCE = 1e-3
 SQUARED_TOLERANCE = 2 * _UNIT_TOLERANCE  # of the squared length
@@ -21,8 +23,8 @@ class Rays:
     """A batch of rays.
 
     Attributes:
-        origins: `[n_rays, 3]`, scene units.
-        directions: `[n_rays, 3]`, unit length.
+        origins: `[n_rays, 3]`, scene units, float32 or float64.
+        directions: `[n_rays, 3]`, unit length, the same dtype.
     """
 
     origins: Tensor
@@ -31,9 +33,10 @@ class Rays:
     def __post_init__(self) -> None:
         for name in ("origins", "directions"):
             value = getattr(self, name)
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                given = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"rays.{name}: got {given}, want a floating-point tensor [n_rays, 3]")
+            given = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            # 16 bits place a sample no better than to a few thousandths of a scene unit.
+            if given not in FLOATS:
+                raise TypeError(f"rays.{name}: got {given}, want a tensor [n_rays, 3] of float32 or float64")
             if value.dim() != 2 or value.shape[1] != 3:
                 raise ValueError(f"rays.{name}: got shape {list(value.shape)}, want [n_rays, 3]")
         if self.origins.shape != self.directions.shape:

@@ -182,7 +182,8 @@ class VolumeRenderer(nn.Module):
         graph: there, rays are not checked, and `overflowed` has to be looked at.
 
         Args:
-            rays: `n_rays` rays with unit directions.
+            rays: `n_rays` rays with unit directions; for the built-in field of its parameters' dtype. All results are
+                of this dtype, and light and background are converted to it.
             background: colours `[3]` or `[n_rays, 3]`, or a callable from directions to colours; None is black.
             shading: albedo, lambertian or textureless; the latter two need a light and compute normals.
             light: point light `[3]` or `[n_rays, 3]`, scene units; it gets no gradient from the built-in field.
@@ -197,7 +198,9 @@ class VolumeRenderer(nn.Module):
 
         Raises:
             InvalidRaysError: a ray is not finite or its direction not of unit length.
-            ValueError: a wrong shape, an unknown shading, a missing light, or a count of something else.
+            TypeError: rays of another dtype than the built-in field.
+            ValueError: a wrong shape or device, an unknown shading, a missing light, a count of something else, or a
+                box that was changed such that the grid's leaves out a part of the field's.
             RuntimeError: more than 2^31 - 1 samples in one image of the built-in field; a count in a CUDA graph.
         """
         shading = Shading.parse(shading)
@@ -220,7 +223,7 @@ class VolumeRenderer(nn.Module):
         request = RenderRequest(
             rays,
             shading,
-            light if shading.needs_normals else None,
+            light.to(rays.origins.dtype) if light is not None and shading.needs_normals else None,
             ambient,
             diffuse,
             normals,
@@ -240,7 +243,7 @@ class VolumeRenderer(nn.Module):
         color = sums.color
         if background is not None:
             behind = background(rays.directions) if callable(background) else background
-            color = color + (1.0 - sums.opacity)[:, None] * behind
+            color = color + (1.0 - sums.opacity)[:, None] * behind.to(color.dtype)
         rays_or_one = max(n_rays, 1)
 
         def mean(loss: Tensor | None) -> Tensor | None:
@@ -328,12 +331,11 @@ class VolumeRenderer(nn.Module):
         return SampledSpace.of(rays, self.aabb, self.occupancy, self.config, self._diagonal, self.step_size)
 
     def _streams(self, rays: Rays, light: Tensor | None) -> bool:
-        """Whether the built-in field's own path serves: the native core, one dtype, no gradients to rays or light."""
+        """Whether the built-in field's own path serves: the native core, no gradients to rays or light."""
         field = self.field
         return (
             is_built_in(field)
             and field.config.backend == self.config.backend == "native"
-            and field.table.dtype == rays.origins.dtype
             and not (rays.origins.requires_grad or rays.directions.requires_grad)
             and not (light is not None and light.requires_grad)
         )

@@ -20,7 +20,7 @@ def occupancy_update(grid: Tensor, cells: Tensor | None, density: Tensor, decay:
     Args:
         grid: ``[R, R, R]`` or, with C cascades, ``[C, R, R, R]`` float32, contiguous; changed in place.
         cells: ``[n]`` int32 or int64, flat indices ``((c * R + x) * R + y) * R + z``; None = all cells in order.
-        density: ``[n]`` float32. A NaN in it is ignored.
+        density: ``[n]`` float32. A NaN in it is ignored. An infinite one never decays: clamp them first.
         decay: factor in [0, 1].
 
     Raises:

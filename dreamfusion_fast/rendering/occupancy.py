@@ -24,6 +24,9 @@ _CELLS_PER_QUERY = 1 << 17
 _CHOSEN = 0.25
 # The mean alone would empty a grid of equal densities, for which "above the mean" holds nowhere.
 _BELOW_MEAN = 0.99
+# Optical depth of a step through which no light comes that a float32 opacity could tell. Cells hold no higher density:
+# an infinite one would never decay, and a huge one takes as long as a run to do so.
+_OPAQUE_DEPTH = 17.0
 
 
 class OccupancyGrid(nn.Module):
@@ -55,7 +58,8 @@ class OccupancyGrid(nn.Module):
         cascades: number of grids C; `resolution` must be even if above 1.
 
     Attributes:
-        grid: `[R, R, R]`, or `[C, R, R, R]` with C > 1, float32 buffer, densities, index order x, y, z.
+        grid: `[R, R, R]`, or `[C, R, R, R]` with C > 1, float32 buffer, index order x, y, z: densities, those at which
+            a step is opaque and above as one value.
         bitfield: `[ceil(C R^3 / 8)]` uint8 buffer; bit i of byte b is cell 8 b + i.
     """
 
@@ -157,6 +161,8 @@ class OccupancyGrid(nn.Module):
     def update(self, field: FieldLike, step: int) -> bool:
         """Refresh the grid if `step` is due.
 
+        A density of NaN is left out; an infinite one counts as opaque.
+
         Args:
             field: anything with a density (see :func:`dreamfusion_fast.fields.query_density`). A module with float64
                 parameters is asked in float64, everything else in float32.
@@ -176,6 +182,8 @@ class OccupancyGrid(nn.Module):
             query_density(field, self._points_in(part, generator).to(dtype)) for part in cells.split(_CELLS_PER_QUERY)
         ]
         self._update(self.grid, None if everything else cells, torch.cat(density).float(), self.decay)
+        # All cells, also those that were loaded. What is not known is opaque, until it has decayed.
+        self.grid.nan_to_num_(nan=math.inf).clamp_(max=_OPAQUE_DEPTH / self.step_size)
         self.bitfield.copy_(self._pack(self.grid, self.threshold))
         return True
 

@@ -87,14 +87,14 @@ def test_an_update_on_a_gpu_does_not_wait(cascades: int, occupied: float) -> Non
         grid.set_occupied(torch.rand(grid.grid.shape, generator=torch.Generator().manual_seed(70)) < occupied)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            grid.update(lambda x: (torch.full((len(x),), 1e6, device=x.device), x), 1)
+            grid.update(lambda x: (torch.full((len(x),), 1e3, device=x.device), x), 1)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        changed[device] = int((grid.grid == 1e6).sum())
+        changed[device] = int((grid.grid == 1e3).sum())
     share = 0.25 + 0.75 * min(occupied, 0.25)
     for count in changed.values():
         assert abs(count - share * cells) < 5 * math.sqrt(cells * 0.25)
-    assert (grid.grid[grid.grid != 1e6] < 1e6).all()
+    assert (grid.grid[grid.grid != 1e3] < 1e3).all()
 
 
 @pytest.mark.parametrize("count", [1, 27, 64**3])
@@ -122,6 +122,34 @@ def test_decays_and_keeps_the_maximum() -> None:
     value["density"] = 3.0
     grid.update(field, 2)
     assert (grid.grid == 3).all()
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("value", [math.inf, 1e30, 1e300, math.nan, -math.inf])
+@pytest.mark.parametrize("decay", [0.5, 0.0])
+@pytest.mark.parametrize("warmup_steps", [100, 0])
+def test_what_is_infinite_decays_like_what_is_opaque(
+    backend: str, value: float, decay: float, warmup_steps: int
+) -> None:
+    """Whether a field gave it or a checkpoint holds it, and whichever cells are updated."""
+    grid = OccupancyGrid(resolution=5, decay=decay, every=1, warmup_steps=warmup_steps, backend=backend)
+
+    def field(positions: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.where(positions[:, 0] < 0.0, torch.tensor(given, dtype=torch.float64), 0.1), positions
+
+    opaque = 17.0 / grid.step_size
+    given = value
+    grid.update(field, 0)
+    if value == value:
+        assert float(grid.grid.max()) == pytest.approx(opaque if value > 0.0 else 0.1)
+    grid.grid[0, :2] = math.inf
+    grid.grid[0, 2:] = math.nan
+    given = 0.1
+    for step in range(1, 120):
+        grid.update(field, step)
+        assert (grid.grid <= opaque).all()
+    torch.testing.assert_close(grid.grid, torch.full_like(grid.grid, 0.1))
+    assert grid.occupied().all()
 
 
 def test_a_uniform_haze_stays_occupied_and_nothing_becomes_empty() -> None:
@@ -176,6 +204,8 @@ def test_set_occupied() -> None:
         ({"decay": 1.5}, "decay: got 1.5"),
         ({"alpha_threshold": 0.0}, "alpha_threshold: got 0.0"),
         ({"step_size": 0.0}, "step_size: got 0.0"),
+        ({"step_size": math.inf}, "step_size: got inf"),
+        ({"step_size": math.nan}, "step_size: got nan"),
         ({"backend": "gpu"}, "backend: got 'gpu'"),
     ],
 )

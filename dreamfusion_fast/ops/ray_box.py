@@ -16,6 +16,10 @@ def ray_box(
 ) -> tuple[Tensor, Tensor]:
     """Distances along rays between which they are inside a box (slab method, Kay and Kajiya 1986).
 
+    All six faces belong to the box here. The cells of `march` are half-open, so that each position lies in one: of two
+    boxes side by side, the upper one has the samples of a ray within the face between them. So a ray that lies exactly
+    in a lower face of the box is sampled, and one in an upper face is not.
+
     Args:
         origins: ``[n_rays, 3]``, float32 or float64.
         directions: ``[n_rays, 3]``, same dtype; distances are in units of their length.

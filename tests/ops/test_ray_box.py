@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.ops import ray_box, ray_box_reference
+from dreamfusion_fast.ops import march, march_reference, ray_box, ray_box_reference
 from dreamfusion_fast.ops.ray_box import _ray_box
 
 DTYPES = [torch.float32, torch.float64]
@@ -53,6 +53,34 @@ def test_known_distances(device: torch.device) -> None:
     directions = torch.tensor([ray[1] for ray in rays], device=device)
     t_near, t_far = ray_box(origins, directions, torch.tensor(BOXES[0], device=device))
     assert list(zip(t_near.tolist(), t_far.tolist(), strict=True)) == [ray[2] for ray in rays]
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("resolution", [1, 7, 16])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("box", BOXES)
+def test_rays_in_a_face_hit_it_and_are_sampled_in_a_lower_one(
+    native: bool, resolution: int, axis: int, box: tuple[float, ...], device: torch.device
+) -> None:
+    """Half-open cells: of two boxes side by side, one has the samples of the face between them."""
+    aabb = torch.tensor(box, device=device)
+    centre, extent = 0.5 * (aabb[:3] + aabb[3:]), aabb[3:] - aabb[:3]
+    along = (axis + 1) % 3
+    origins = centre.repeat(2, 1)
+    origins[0, axis], origins[1, axis] = aabb[axis], aabb[axis + 3]
+    directions = torch.zeros(2, 3, device=device)
+    directions[:, along] = 1.0
+    meet, sample = (ray_box, march) if native else (ray_box_reference, march_reference)
+    t_near, t_far = meet(origins, directions, aabb, near=-math.inf)
+    torch.testing.assert_close(t_far - t_near, extent[along].expand(2))
+    step = float(extent[along]) / 11.5
+    offsets, t, _ = sample(origins, directions, t_near, t_far, aabb, None, resolution, step)
+    assert offsets.tolist() == [0, 11, 11]
+    upper = aabb.clone()
+    upper[axis], upper[axis + 3] = aabb[axis + 3], aabb[axis + 3] + 1.0
+    offsets, next_t, _ = sample(origins, directions, t_near, t_far, upper, None, resolution, step)
+    assert offsets.tolist() == [0, 0, 11]
+    assert torch.equal(t, next_t)
 
 
 def test_ends_lie_on_the_box(device: torch.device) -> None:

@@ -35,11 +35,15 @@ from dreamfusion_fast.ops.stream import BLOB_CENTRE_EPS, MAX_EXPONENT, StreamHea
 class _TruncatedExp(torch.autograd.Function):
     """exp(min(x, 15)) whose gradient does not vanish above 15, so that a runaway density can come back."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.clamp(max=MAX_EXPONENT).exp()
-        ctx.save_for_backward(y)
-        return y
+    def forward(x: Tensor) -> Tensor:
+        return x.clamp(max=MAX_EXPONENT).exp()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

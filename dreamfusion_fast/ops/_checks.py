@@ -57,3 +57,28 @@ def check_same_length(op: str, name: str, tensor: Tensor, other_name: str, other
         raise ValueError(
             f"dreamfusion_fast.ops.{op}: {name} has {tensor.shape[0]} rows, {other_name} has {other.shape[0]}"
         )
+
+
+def check_transforms(op: str, *tensors: Tensor, vmap: bool = True) -> None:
+    """Raises RuntimeError where torch.func differentiates one of the tensors: the native ops' gradients are autograd's.
+
+    The twins are plain PyTorch, and take part.
+
+    Args:
+        op: name of the op, which is that of its twin without "_reference".
+        tensors: its differentiable arguments.
+        vmap: whether torch.vmap can run the op in a loop; it cannot if the op takes lists.
+    """
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    functorch = torch._C._functorch
+    for tensor in tensors:
+        while functorch.is_functorch_wrapped_tensor(tensor):
+            differentiated = functorch.is_gradtrackingtensor(tensor)
+            if differentiated or not vmap:
+                transform = "torch.func.grad, vjp, jvp and the like do" if differentiated else "torch.vmap does"
+                raise RuntimeError(
+                    f"dreamfusion_fast.ops.{op}: {transform} not go through the native op: use torch.autograd, one "
+                    f"batch, or the twin, {op}_reference"
+                )
+            tensor = functorch.get_unwrapped(tensor)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.ops._checks import check_same_length, check_tensor
+from dreamfusion_fast.ops._checks import check_same_length, check_tensor, check_transforms
 from dreamfusion_fast.ops._native import call, pointer
 
 # exp(-800) is zero in float32 and float64: a sample this thick is opaque, and an infinite density gives no inf - inf.
@@ -41,9 +41,10 @@ def composite(
         TypeError, ValueError: an argument of the wrong dtype, shape or device, or a step that is not positive. Offsets
             that do not rise from 0 to at most n_samples, and lengths that are not positive, are found on the CPU only:
             on a GPU the check would wait.
-        RuntimeError: the native core for this device was not built.
+        RuntimeError: the native core for this device was not built, or torch.func differentiates an argument.
     """
     _check("composite", density, values, t, step, offsets)
+    check_transforms("composite", density, values)
     lengths, step = (step.detach(), 0.0) if isinstance(step, Tensor) else (None, step)
     return _composite(density, values, t.detach(), lengths, step, offsets)
 

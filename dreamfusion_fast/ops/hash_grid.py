@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.ops._checks import check_tensor
+from dreamfusion_fast.ops._checks import check_tensor, check_transforms
 from dreamfusion_fast.ops._native import call, pointer
 
 PRIME_Y = 2654435761
@@ -44,9 +44,10 @@ def hash_grid(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or device. A level that does not lie inside the
             table is found on the CPU only; on a GPU, where the check would wait, its features are NaN.
-        RuntimeError: the native core for this device was not built.
+        RuntimeError: the native core for this device was not built, or torch.func differentiates an argument.
     """
     _check("hash_grid", positions, table, level_offsets, resolutions)
+    check_transforms("hash_grid", positions, table)
     return _forward(positions, table, level_offsets, resolutions, smoothstep)
 
 
@@ -77,6 +78,7 @@ def hash_grid_position_gradient(
     _check("hash_grid_position_gradient", positions, table, level_offsets, resolutions)
     shape = [positions.shape[0], resolutions.shape[0] * table.shape[1]]
     check_tensor("hash_grid_position_gradient", "grad_output", grad_output, shape, like=positions, same_dtype=True)
+    check_transforms("hash_grid", grad_output, positions, table)
     return _backward_positions(grad_output, positions, table, level_offsets, resolutions, smoothstep)
 
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamfusion_fast.ops import _mlp_launch, _mlp_torch
-from dreamfusion_fast.ops._checks import check_tensor
+from dreamfusion_fast.ops._checks import check_tensor, check_transforms
 from dreamfusion_fast.ops._triton import triton_reason, triton_serves
 
 __all__ = [
@@ -70,8 +70,10 @@ def mlp(
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or name.
+        RuntimeError: torch.func or torch.vmap transforms an argument.
     """
     _check("mlp", x, weights, biases, activation, precision)
+    check_transforms("mlp", x, *weights, *(biases or ()), vmap=False)
     return _forward(x, list(weights), list(biases or ()), activation, precision)
 
 
@@ -92,9 +94,10 @@ def mlp_with_input_gradient(
         is a first derivative already, and its gradient a second.
 
     Raises:
-        TypeError, ValueError: as `mlp`.
+        TypeError, ValueError, RuntimeError: as `mlp`.
     """
     _check("mlp_with_input_gradient", x, weights, biases, activation, precision)
+    check_transforms("mlp_with_input_gradient", x, *weights, *(biases or ()), vmap=False)
     return _forward_with_input_gradient(x, list(weights), list(biases or ()), activation, precision)
 
 

@@ -201,8 +201,14 @@ class VolumeRenderer(nn.Module):
             TypeError: rays of another dtype than the built-in field.
             ValueError: a wrong shape or device, an unknown shading, a missing light, a count of something else, or a
                 box that was changed such that the grid's leaves out a part of the field's.
-            RuntimeError: more than 2^31 - 1 samples in one image of the built-in field; a count in a CUDA graph.
+            RuntimeError: more than 2^31 - 1 samples in one image of the built-in field; a count in a CUDA graph; within
+                a transform of torch.func.
         """
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "VolumeRenderer.render: cannot be called within torch.func transforms (grad, vjp, jvp, vmap): use "
+                "torch.autograd, and one batch of rays"
+            )
         shading = Shading.parse(shading)
         n_rays = len(rays)
         _check_rows("light", light, n_rays)

@@ -253,3 +253,19 @@ def test_bad_positions_are_named() -> None:
 def test_bad_box_is_named() -> None:
     with pytest.raises(ValueError, match=r"aabb: got \[0.0, 0.0, 0.0, 1.0, 1.0, 0.0\]"):
         HashGridField(TINY, aabb=(0, 0, 0, 1, 1, 0))
+
+
+@pytest.mark.parametrize("activation", ["softplus", "exp"])
+def test_the_twin_takes_part_in_transforms_of_torch_func(activation: str) -> None:
+    field = make(replace(TINY, density_activation=activation, backend="reference"))
+    positions = 0.4 * torch.rand(7, 3, dtype=torch.float64)
+
+    def density(parameters: dict[str, Tensor], position: Tensor) -> Tensor:
+        return torch.func.functional_call(field, parameters, (position[None],)).density[0]
+
+    parameters = dict(field.named_parameters())
+    plain = {name: parameter.detach() for name, parameter in parameters.items()}
+    rows = torch.vmap(torch.func.grad(density), in_dims=(None, 0))(plain, positions)
+    expected = torch.autograd.grad(field(positions).density.sum(), parameters.values(), materialize_grads=True)
+    for name, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(rows[name].sum(dim=0), gradient, rtol=1e-10, atol=1e-12)

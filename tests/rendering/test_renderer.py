@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.fields import MlpBackground, SolidBackground
+from dreamfusion_fast.fields import HashGridField, HashGridFieldConfig, MlpBackground, SolidBackground
 from dreamfusion_fast.rendering import (
     InvalidRaysError,
     OccupancyGrid,
@@ -267,6 +267,31 @@ def test_non_contiguous_rays() -> None:
     both = torch.cat([rays.origins, rays.directions], dim=1)
     strided = Rays(both[:, :3], both[:, 3:])
     assert_same(VolumeRenderer(gaussian).render(strided), VolumeRenderer(gaussian).render(rays), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("built_in", [True, False])
+@pytest.mark.parametrize("chunk", [None, 17])
+def test_transforms_of_torch_func_are_refused_in_one_line(built_in: bool, chunk: int | None) -> None:
+    field = HashGridField(HashGridFieldConfig(levels=2, log2_rows=8, finest_resolution=32)) if built_in else gaussian
+    view = VolumeRenderer(field, config=RendererConfig(samples_across=20, max_samples_per_chunk=chunk))
+    rays = random_rays(8, torch.float32)
+    parameters = {name: value.detach() for name, value in view.named_parameters()}
+
+    def opacity(origins: Tensor, directions: Tensor = rays.directions) -> Tensor:
+        return view.render(Rays(origins, directions)).opacity.sum()
+
+    def of_parameters(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(view, parameters, (rays,)).opacity.sum()
+
+    for transform in (
+        lambda: torch.func.grad(opacity)(rays.origins),
+        lambda: torch.func.grad(of_parameters)(parameters),
+        lambda: torch.func.jvp(opacity, (rays.origins,), (rays.origins,)),
+        lambda: torch.vmap(opacity)(rays.origins.view(2, 4, 3), rays.directions.view(2, 4, 3)),
+    ):
+        with pytest.raises(RuntimeError, match=r"^VolumeRenderer.render: cannot be called within torch.func trans.*$"):
+            transform()
+    torch.testing.assert_close(of_parameters(parameters), opacity(rays.origins))
 
 
 def test_bad_input_is_named() -> None:

@@ -19,6 +19,7 @@ ORDER = (
     "gpu",
     "fields",
     "rendering",
+    "scene",
     "networks",
     "export",
     "guidance.prompts",

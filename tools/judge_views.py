@@ -10,9 +10,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from dreamfusion_fast.export import save_png
+from dreamfusion_fast.scene import Scene
 from dreamfusion_fast.training.generator import Generator
-from dreamfusion_fast.training.trainer import Trainer
+from dreamfusion_fast.training.scenes import make_scene
 
 SIZE, VIEWS, ELEVATION_DEG = 224, 8, 15.0
 AMBIENT, DIFFUSE = 0.55, 0.5  # of prior_data.judge
@@ -26,20 +29,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     for run in args.runs:
-        trainer = Generator.resume(run).trainer_for_rendering()
-        save_views(trainer, args.out / trainer.config.prompt.replace(" ", "_"))
+        generator = Generator.resume(run)
+        save_views(generator.scene(), args.out / generator.config.prompt.replace(" ", "_"))
     if args.untrained:
-        fresh = Trainer(trainer.config, trainer.device, trainer.guidance)
+        config = generator.config
+        fresh = make_scene(config, generator.device, torch.Generator().manual_seed(config.seed))
         fresh.occupancy.update(fresh.field, 0)
         save_views(fresh, args.out / "untrained_field")
 
 
-def save_views(trainer: Trainer, folder: Path) -> None:
+def save_views(scene: Scene, folder: Path) -> None:
     """Write `VIEWS` pictures around the object, the first from the front."""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(VIEWS):
         azimuth = 360.0 * index / VIEWS
-        image = trainer.render_view(azimuth, SIZE, ELEVATION_DEG, "lambertian", AMBIENT, DIFFUSE)
+        image = scene.render_view(azimuth, SIZE, ELEVATION_DEG, "lambertian", AMBIENT, DIFFUSE)
         save_png(folder / f"{index}.png", image)
     print(folder)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,8 +108,10 @@ class Preview(Callback):
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         if due(result, self._every, 0):
+            c = trainer.config.shading
+            look = partial(trainer.scene.render_view, size=PREVIEW_SIZE, ambient=c.ambient, diffuse=c.diffuse)
             images = [
-                to_uint8(trainer.render_view(360.0 * view / PREVIEW_VIEWS, PREVIEW_SIZE, shading=shading))
+                to_uint8(look(360.0 * view / PREVIEW_VIEWS, shading=shading))
                 for shading in (Shading.ALBEDO, Shading.TEXTURELESS)
                 for view in range(PREVIEW_VIEWS)
             ]
@@ -133,7 +136,7 @@ class Curves(Callback):
             for name, value in result.losses.items():
                 self._writer.add_scalar(f"loss/{name}", float(value), result.step)
             self._writer.add_scalar("render/samples", result.samples, result.step)
-            self._writer.add_scalar("render/occupied", trainer.occupancy.occupied_fraction(), result.step)
+            self._writer.add_scalar("render/occupied", trainer.scene.occupancy.occupied_fraction(), result.step)
 
     def on_end(self, trainer: Trainer) -> None:
         if self._writer is not None:

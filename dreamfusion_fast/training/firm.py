@@ -15,15 +15,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.errors import NonFiniteError
 from dreamfusion_fast.export.surface import sample_density
 from dreamfusion_fast.fields.base import query_density
 from dreamfusion_fast.fields.hash_field import HashGridField
 from dreamfusion_fast.rendering.cameras import sample_cameras
-from dreamfusion_fast.rendering.config import RendererConfig
-from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.rays import Rays
 from dreamfusion_fast.rendering.renderer import VolumeRenderer
+from dreamfusion_fast.scene import Scene
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.device import send
 from dreamfusion_fast.training.opaque import cross_entropy
@@ -37,21 +35,14 @@ _POINTS = 256
 _OPACITY_WEIGHT = 0.1
 
 
-def firm_field(
-    field: HashGridField,
-    occupancy: OccupancyGrid,
-    renderer_config: RendererConfig,
-    config: Config,
-    stop: Callable[[], bool] = lambda: False,
-) -> bool:
+def firm_field(scene: Scene, config: Config, stop: Callable[[], bool] = lambda: False) -> bool:
     """Fit a field to its own renders with each pixel opaque or empty, in place.
 
     The loss is the squared error of colours on a random background, the binary cross entropy of the opacity, and where
     rods are needed the -log of their opacity. On a CPU the result depends on the field and `config.seed` alone.
 
     Args:
-        field, occupancy: what is optimised, and where it is sampled. Both are changed.
-        renderer_config: of teacher and field.
+        scene: its field is optimised, and its grid follows.
         config: of the run; read are `firm`, `opaque`, `camera`, `optim`, `batch`, `schedule.render_size` and `seed`.
         stop: asked after each step; where it says so, field and grid are put back as they were.
 
@@ -61,11 +52,10 @@ def firm_field(
     Raises:
         NonFiniteError: a parameter became infinite or NaN; field and grid are put back as they were.
     """
-    device = field.table.device
+    field, occupancy, device = scene.field, scene.occupancy, scene.device
     c, batch, size = config.firm, config.batch_on(device), config.schedule.render_size
     teacher_field, teacher_occupancy = copy.deepcopy(field).requires_grad_(False), copy.deepcopy(occupancy)
-    teacher = VolumeRenderer(teacher_field, teacher_occupancy, renderer_config)
-    renderer = VolumeRenderer(field, occupancy, renderer_config)
+    teacher = VolumeRenderer(teacher_field, teacher_occupancy, scene.renderer.config)
     generator = torch.Generator().manual_seed(config.seed)
     rates = (c.lr_table, c.lr_mlp)
     groups = [{"params": [field.table]}, {"params": list(field.layers.parameters())}]
@@ -92,7 +82,7 @@ def firm_field(
                 if torn is not None:
                     opaque, color = _with_rods(*torn, rays, opaque, color)
                 wanted = torch.where(opaque[:, None], color, background)
-            output = renderer.render(rays, background, jitter=True, seed=seeds[1])
+            output = scene.renderer.render(rays, background, jitter=True, seed=seeds[1])
             loss = (output.color - wanted).square().mean() + _OPACITY_WEIGHT * cross_entropy(
                 output.opacity, opaque, 1e-4
             )
@@ -104,9 +94,7 @@ def firm_field(
             if stop():
                 break
         else:
-            for name, parameter in field.named_parameters():
-                if not math.isfinite(float(parameter.detach().double().sum())):
-                    raise NonFiniteError(f"the parameters field.{name} hold a NaN or an infinity after the last stage")
+            scene.check_parameters("after the last stage")
             done = True
     finally:
         optimizer.zero_grad(set_to_none=True)

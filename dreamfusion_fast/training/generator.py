@@ -24,12 +24,14 @@ from dreamfusion_fast.guidance.contract import Guidance
 from dreamfusion_fast.guidance.creation import create_guidance
 from dreamfusion_fast.io import RunFolder, default_run_folder, make_folder, open_run_folder, prepare_run_folder
 from dreamfusion_fast.rendering.cameras import orbit_cameras
+from dreamfusion_fast.scene import Scene
 from dreamfusion_fast.training.callbacks import Callback, Checkpoints, Curves, Preview, ProgressBar
 from dreamfusion_fast.training.checkpoint import Checkpoint, load_checkpoint
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.device import current, resolve_device
 from dreamfusion_fast.training.memory_plan import capped
 from dreamfusion_fast.training.profile import StepProfile, StepProfiler
+from dreamfusion_fast.training.scenes import scene_of
 from dreamfusion_fast.training.trainer import Trainer
 
 # Frames of the turntable that are drawn at a time: NumPy lets go of Python's lock, and more do not help.
@@ -103,6 +105,7 @@ class Generator:
         self._guidance = guidance
         self._checkpoint: Checkpoint | None = None
         self._folder: RunFolder | None = None
+        self._scene: Scene | None = None
 
     @classmethod
     def resume(
@@ -164,7 +167,8 @@ class Generator:
             if profile is not None:
                 print(profile.table())
         try:
-            return RunResult(folder.path, trainer.steps_done, self._export(trainer, folder), profile)
+            self._scene = trainer.scene
+            return RunResult(folder.path, trainer.steps_done, self._export(trainer.scene, folder), profile)
         except KeyboardInterrupt:
             print(f"stopped during the export; continue: {_resume_command(folder)}", file=sys.stderr)
             raise
@@ -240,22 +244,26 @@ class Generator:
             raise KeyboardInterrupt
 
     def export(self, out: str | Path | None = None) -> TexturedMesh:
-        """Make mesh, turntable and preview of a resumed run again, into `out` or its own folder."""
+        """Make mesh, turntable and preview of a finished or resumed run again, into `out` or its own folder."""
         if self._folder is None:
             raise UserError("there is nothing to export yet: run() first, or Generator.resume(folder)")
         folder = self._folder if out is None else RunFolder(make_folder(out))
         with current(self.device):
-            return self._export(self.trainer_for_rendering(), folder)
+            return self._export(self.scene(), folder)
 
-    def trainer_for_rendering(self) -> Trainer:
-        """The resumed run's field and renderer without any diffusion model: it renders, and cannot step."""
-        return self._trainer(_NoGuidance())
+    def scene(self) -> Scene:
+        """What was made: by `run`, or as a resumed run left it. No diffusion model is loaded."""
+        if self._scene is None:
+            if self._checkpoint is None:
+                raise UserError("there is no scene yet: run() first, or Generator.resume(folder)")
+            self._scene = scene_of(self._checkpoint, self.config, self.device)
+        return self._scene
 
-    def _export(self, trainer: Trainer, folder: RunFolder) -> TexturedMesh:
+    def _export(self, scene: Scene, folder: RunFolder) -> TexturedMesh:
         e = self.config.export
         mesh = export_field(
-            trainer.field,
-            trainer.field.aabb,
+            scene.field,
+            scene.field.aabb,
             folder.mesh,
             resolution=e.resolution,
             threshold=e.threshold,
@@ -263,7 +271,7 @@ class Generator:
             min_component=e.min_component,
             target_faces=e.target_faces,
             texture_size=e.texture_size,
-            renderer=trainer.renderer,
+            renderer=scene.renderer,
         )
 
         def picture(azimuth: float) -> NDArray[np.uint8]:
@@ -288,18 +296,6 @@ def _resume_command(folder: RunFolder) -> str:
 
 def _to_be_resumed(error: DoesNotFitError, folder: RunFolder) -> UserError:
     return UserError(f"{error}; with such settings added, continue: {_resume_command(folder)}")
-
-
-class _NoGuidance(Guidance):
-    """Stands in where nothing is optimised, so that an export loads no diffusion model."""
-
-    name, image_size = "none", 0
-
-    def embed(self, prompts: Any) -> Any:
-        return None
-
-    def sds_gradient(self, *args: Any, **options: Any) -> Any:
-        raise RuntimeError("this trainer was made for export and cannot step")
 
 
 @contextlib.contextmanager

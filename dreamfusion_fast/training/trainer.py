@@ -17,16 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.errors import DoesNotFitError, NonFiniteError, UserError
-from dreamfusion_fast.fields.background import MlpBackground
-from dreamfusion_fast.fields.hash_field import HashGridField
+from dreamfusion_fast.errors import DoesNotFitError, NonFiniteError
 from dreamfusion_fast.gpu.memory import is_out_of_memory, what_was_wanted
 from dreamfusion_fast.gpu.stages import stage
 from dreamfusion_fast.guidance.contract import Guidance
 from dreamfusion_fast.guidance.creation import create_guidance
-from dreamfusion_fast.rendering.cameras import orbit_cameras
-from dreamfusion_fast.rendering.occupancy import OccupancyGrid
-from dreamfusion_fast.rendering.renderer import RenderOutput, VolumeRenderer
+from dreamfusion_fast.rendering.renderer import RenderOutput
 from dreamfusion_fast.rendering.shading import Shading
 from dreamfusion_fast.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from dreamfusion_fast.training.config import Config
@@ -37,6 +33,7 @@ from dreamfusion_fast.training.opaque import cross_entropy
 from dreamfusion_fast.training.optimizer_step import CapturedStep
 from dreamfusion_fast.training.parts import sds_gradient_in_parts
 from dreamfusion_fast.training.profile import StepProfiler
+from dreamfusion_fast.training.scenes import does_not_fit, make_scene, restore_scene
 
 _LOSSES = ("opacity", "entropy", "binary", "sample_entropy", "orientation")  # those of LossConfig
 _OPACITY_EPS = 0.01  # under the root of the opacity loss (DreamFusion, appendix A.2)
@@ -94,16 +91,7 @@ class Trainer:
         self.profiler = profiler
         limit = MemoryLimit.of(config.memory, device)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.field = HashGridField(config.field, generator=self.generator).to(device)
-        self.background = MlpBackground(
-            config.background.frequencies, config.background.hidden, generator=self.generator
-        ).to(device)
-        o = config.occupancy
-        step_size = VolumeRenderer(self.field, None, config.renderer).step_size
-        self.occupancy = OccupancyGrid(
-            self.field.aabb, o.resolution, o.decay, o.every, o.warmup_steps, o.alpha_threshold, step_size, config.seed
-        ).to(device)
-        self.renderer = VolumeRenderer(self.field, self.occupancy, config.renderer)
+        self.scene = make_scene(config, device, self.generator)
         self.guidance = create_guidance(config.guidance, device) if guidance is None else guidance
         self._sampler = ViewSampler(config, device, self.generator)
         self.optimizer = self._make_optimizer()
@@ -126,9 +114,9 @@ class Trainer:
     def _make_optimizer(self) -> torch.optim.Adam:
         c = self.config.optim
         groups = [
-            {"params": [self.field.table], "peak": c.lr_table},
-            {"params": list(self.field.layers.parameters()), "peak": c.lr_mlp},
-            {"params": list(self.background.parameters()), "peak": c.lr_background},
+            {"params": [self.scene.field.table], "peak": c.lr_table},
+            {"params": list(self.scene.field.layers.parameters()), "peak": c.lr_mlp},
+            {"params": list(self.scene.background.parameters()), "peak": c.lr_background},
         ]
         return torch.optim.Adam(groups, lr=c.lr_mlp, betas=c.betas, eps=c.eps, fused=True)
 
@@ -142,9 +130,7 @@ class Trainer:
 
     def _set(self, plan: MemoryPlan) -> None:
         self.plan = plan
-        config = plan.renderer_config(self.config.renderer)
-        if config != self.renderer.config:  # a new one, since the old one may hold graphs
-            self.renderer = VolumeRenderer(self.field, self.occupancy, config)
+        self.scene.render_by(plan.renderer_config(self.config.renderer))
         self.guidance.set_recompute(plan.recompute)
         self.guidance.set_offload(plan.offload)
 
@@ -210,7 +196,7 @@ class Trainer:
         self._update_occupancy()
         weights = {name: getattr(config.loss, name).at(progress) for name in _LOSSES}
         with stage("cameras"):
-            drawn = self._sampler.draw(size, progress, self.renderer)
+            drawn = self._sampler.draw(size, progress, self.scene.renderer)
         with stage("render forward"):
             output = self._render_training(drawn, with_entropy=weights["sample_entropy"] != 0)
             images = output.color.view(self.batch, size, size, 3).permute(0, 3, 1, 2)
@@ -254,18 +240,18 @@ class Trainer:
         Raises:
             NonFiniteError: the field did not stay finite; it is left as it was.
         """
-        self.firmed = firm_field(self.field, self.occupancy, self.renderer.config, self.config, stop)
+        self.firmed = firm_field(self.scene, self.config, stop)
         return self.firmed
 
     def _update_occupancy(self) -> None:
         """Once per step, however often the step is repeated, and whole or not at all."""
-        occupancy = self.occupancy
+        occupancy = self.scene.occupancy
         if self.steps_done % occupancy.every or self._occupancy_is_of == self.steps_done:
             return
         with stage("occupancy"):
             before = occupancy.grid.clone(), occupancy.bitfield.clone()
             try:
-                occupancy.update(self.field, self.steps_done)
+                occupancy.update(self.scene.field, self.steps_done)
             except Exception:
                 occupancy.grid.copy_(before[0])
                 occupancy.bitfield.copy_(before[1])
@@ -284,14 +270,8 @@ class Trainer:
 
     def check_parameters(self) -> None:
         """Raise NonFiniteError if a parameter is not finite; waits for the GPU."""
-        for module_name, module in self._modules():
-            for name, parameter in module.named_parameters():
-                # The sum is not finite where one element is not, and needs no mask of the table's size.
-                if not math.isfinite(float(parameter.detach().double().sum())):
-                    raise NonFiniteError(
-                        f"the parameters {module_name}.{name} hold a NaN or an infinity after step {self.steps_done}: "
-                        "lower --optim.lr-table or a loss weight and resume from the last checkpoint"
-                    )
+        advice = "lower --optim.lr-table or a loss weight and resume from the last checkpoint"
+        self.scene.check_parameters(f"after step {self.steps_done}", f": {advice}")
 
     def _set_learning_rates(self, progress: float) -> None:
         c = self.config.optim
@@ -302,9 +282,9 @@ class Trainer:
             group["lr"] = group["peak"] * factor
 
     def _render_training(self, drawn: DrawnViews, with_entropy: bool) -> RenderOutput:
-        return self.renderer.render(
+        return self.scene.renderer.render(
             drawn.rays,
-            self.background if drawn.plain is None else drawn.plain,
+            self.scene.background if drawn.plain is None else drawn.plain,
             drawn.shading,
             drawn.light,
             jitter=True,
@@ -336,38 +316,9 @@ class Trainer:
             losses["orientation"] = output.orientation_loss
         return losses
 
-    @torch.no_grad()
-    def render_view(
-        self,
-        azimuth_deg: float,
-        size: int,
-        elevation_deg: float = 15.0,
-        shading: Shading | str = Shading.ALBEDO,
-        ambient: float | None = None,
-        diffuse: float | None = None,
-    ) -> Tensor:
-        """A picture `[size, size, 3]` on white, float32 in [0, 1]; light, where the shading asks for it, from above.
-
-        `ambient` and `diffuse` are the config's where they are None.
-        """
-        c = self.config.shading
-        camera = orbit_cameras(1, elevation_deg, start_deg=azimuth_deg, device=self.device)
-        light = camera.positions[0] + torch.tensor([0.5, 1.0, 0.0], device=self.device)
-        output = self.renderer.render(
-            camera.rays(size, size),
-            torch.ones(3, device=self.device),
-            shading,
-            light,
-            ambient=c.ambient if ambient is None else ambient,
-            diffuse=c.diffuse if diffuse is None else diffuse,
-        )
-        return output.color.view(size, size, 3)
-
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Tensors and JSON values from which `restore` continues this run exactly."""
-        tensors = {"generator": self.generator.get_state()}
-        for name, module in self._modules():
-            tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        tensors = {"generator": self.generator.get_state(), **self.scene.state()}
         moments, rest = flatten_optimizer(self.optimizer)
         meta: dict[str, object]
         meta = {"optimizer": rest, "guidance_revision": self.guidance.revision, "firmed": self.firmed}
@@ -379,16 +330,12 @@ class Trainer:
         Raises:
             UserError: it lacks something, or something in it has another shape.
         """
+        restore_scene(self.scene, checkpoint)
         try:
-            for name, module in self._modules():
-                module.load_state_dict(checkpoint.group(name))
             restore_optimizer(self.optimizer, checkpoint.tensors, checkpoint.meta["optimizer"])
             self.generator.set_state(checkpoint.tensors["generator"])
-        except (KeyError, RuntimeError) as error:  # load_state_dict raises the latter
-            raise UserError(f"the checkpoint does not fit this config: {' '.join(str(error).split())}") from error
+        except (KeyError, RuntimeError) as error:
+            raise does_not_fit(error) from error
         self.steps_done = checkpoint.step
         self.firmed = bool(checkpoint.meta.get("firmed", False))
         self._occupancy_is_of = -1
-
-    def _modules(self) -> list[tuple[str, torch.nn.Module]]:
-        return [("field", self.field), ("background", self.background), ("occupancy", self.occupancy)]

@@ -118,7 +118,7 @@ def test_a_checkpoint_with_nan_is_not_written(trainer, tmp_path):
     before = folder.checkpoint.read_bytes()
     result = trainer.step()
     with torch.no_grad():
-        trainer.field.table[0, 0] = float("inf")
+        trainer.scene.field.table[0, 0] = float("inf")
     with pytest.raises(NonFiniteError, match=r"field\.table"):
         checkpoints.on_step(trainer, result)
     assert folder.checkpoint.read_bytes() == before

@@ -21,14 +21,14 @@ def trainer_of(device=CPU, threshold=0.5, **firm):
     """A field as it begins: a blob that is dense inside and fades outwards over a third of its radius."""
     opaque = OpaqueThresholds(threshold, threshold)
     trainer = Trainer(small_config(firm=FirmConfig(**firm), opaque=opaque), device, BallGuidance())
-    trainer.occupancy.update(trainer.field, 0)
+    trainer.scene.occupancy.update(trainer.scene.field, 0)
     return trainer
 
 
 @torch.no_grad()
 def look(trainer):
     device = trainer.device
-    output = trainer.renderer.render(orbit_cameras(3, device=device).rays(32, 32))
+    output = trainer.scene.renderer.render(orbit_cameras(3, device=device).rays(32, 32))
     return output.opacity.cpu(), output.color.cpu()
 
 
@@ -56,7 +56,7 @@ def test_same_seed_same_bits_and_another_seed_others():
         trainer = trainer_of(steps=3)
         trainer.config = dataclasses.replace(trainer.config, seed=seed)
         trainer.firm()
-        tables.append(trainer.field.table.detach().clone())
+        tables.append(trainer.scene.field.table.detach().clone())
     assert torch.equal(tables[0], tables[1])
     assert not torch.equal(tables[0], tables[2])
 

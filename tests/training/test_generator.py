@@ -320,6 +320,17 @@ def test_export_again_with_other_settings(tmp_path):
         Generator(config).export()
 
 
+def test_export_after_a_run_is_of_what_was_made(tmp_path):
+    """And not of a field that was never optimised."""
+    generator = generator_of(tmp_path / "run", steps=4)
+    generator.run()
+    generator.export(tmp_path / "other")
+    assert (tmp_path / "other" / "mesh.glb").read_bytes() == (tmp_path / "run" / "mesh.glb").read_bytes()
+    resumed = Generator.resume(tmp_path / "run").scene()
+    for name, value in generator.scene().state().items():
+        assert torch.equal(value, resumed.state()[name]), name
+
+
 def test_nothing_to_see_is_one_clear_error(tmp_path):
     field = dataclasses.replace(small_config().field, blob_scale=0.0)
     export = dataclasses.replace(small_config().export, threshold=1e6)

@@ -76,11 +76,11 @@ def undisturbed():
 
 
 def break_occupancy_midway(trainer, patch, fault):
-    patch.setattr(trainer.occupancy, "_update", after(trainer.occupancy._update, fault))
+    patch.setattr(trainer.scene.occupancy, "_update", after(trainer.scene.occupancy._update, fault))
 
 
 def break_occupancy_after_its_pack(trainer, patch, fault):
-    patch.setattr(trainer.occupancy, "_pack", after(trainer.occupancy._pack, fault))
+    patch.setattr(trainer.scene.occupancy, "_pack", after(trainer.scene.occupancy._pack, fault))
 
 
 def break_render(trainer, patch, fault):
@@ -97,7 +97,7 @@ def break_losses(trainer, patch, fault):
 
 def break_backward_at_its_end(trainer, patch, fault):
     """When the first layer's gradient, the last but the table's, has been added to the parameter."""
-    trainer.field.layers[0].weight.register_post_accumulate_grad_hook(fault)
+    trainer.scene.field.layers[0].weight.register_post_accumulate_grad_hook(fault)
 
 
 def break_optimiser_before_its_update(trainer, patch, fault):
@@ -128,8 +128,8 @@ def test_the_run_is_as_if_nothing_had_happened(undisturbed, monkeypatch, capsys,
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert "(Tried to allocate 20.00 MiB); from here on a render workspace of 17 MB" in lines[0]
-    assert trainer.plan.render_budget == trainer.renderer.config.memory_budget == SMALL_BUDGET
-    assert not trainer.renderer.config.graphs
+    assert trainer.plan.render_budget == trainer.scene.renderer.config.memory_budget == SMALL_BUDGET
+    assert not trainer.scene.renderer.config.graphs
 
 
 def test_down_the_whole_ladder_in_one_step_and_in_several(undisturbed, monkeypatch, capsys):
@@ -179,7 +179,7 @@ def test_at_the_end_of_the_ladder_the_error_says_what_would_fit(monkeypatch):
         trainer.step()
     assert trainer.steps_done == 3
     assert_same_bits(state_of(trainer), saved)
-    assert all(parameter.grad is None for parameter in trainer.field.parameters())
+    assert all(parameter.grad is None for parameter in trainer.scene.field.parameters())
     # And when there is memory again, the run goes on.
     trainer.guidance.before = healthy
     other = trainer_of()

@@ -137,7 +137,7 @@ def torn(join):
     """A trainer whose field holds two balls with a gap of a tenth of the box between them."""
     firm = FirmConfig(steps=120, lr_table=0.03, lr_mlp=0.01, join=join)
     trainer = Trainer(small_config(firm=firm), torch.device("cpu"), BallGuidance())
-    field = trainer.field
+    field = trainer.scene.field
     optimizer = torch.optim.Adam(field.parameters(), lr=0.02)
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
@@ -150,12 +150,12 @@ def torn(join):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    trainer.occupancy.update(field, 0)
+    trainer.scene.occupancy.update(field, 0)
     return trainer
 
 
 def pieces(trainer):
-    density, _, _ = sample_density(lambda x: query_density(trainer.field, x), trainer.field.aabb, 64)
+    density, _, _ = sample_density(lambda x: query_density(trainer.scene.field, x), trainer.scene.field.aabb, 64)
     label, count = scipy.ndimage.label(density > 10)
     volume = np.bincount(label.ravel())[1:]
     return int((volume > 0.005 * volume.max()).sum()) if count else 0
@@ -169,7 +169,7 @@ def test_the_last_stage_joins_what_is_torn(join, expected):
     assert pieces(trainer) == expected
     if expected == 1:
         with torch.no_grad():
-            output = trainer.renderer.render(orbit_cameras(1, 0.0).rays(33, 33))
+            output = trainer.scene.renderer.render(orbit_cameras(1, 0.0).rays(33, 33))
         assert float(output.opacity.view(33, 33)[16, 16]) > 0.5
 
 

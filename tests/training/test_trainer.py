@@ -49,7 +49,7 @@ def assert_same_bits(first, second):
 
 def distance_to_target(trainer):
     """Mean absolute error of a view on white from what the guidance wants, and how opaque the middle's colour is."""
-    picture = trainer.render_view(0.0, 32).cpu()
+    picture = trainer.scene.render_view(0.0, 32).cpu()
     views = Views(torch.zeros(1), torch.zeros(1), torch.ones(1, 3))
     wanted = target(views, 32)[0].permute(1, 2, 0)
     return float((picture - wanted).abs().mean()), picture[12:20, 12:20].mean(dim=(0, 1))
@@ -79,7 +79,7 @@ def test_gradient_of_the_images_is_the_guidance_s(device, shading):
     assert call["views"].shading == shading.value
     assert call["images"].shape == (3, 3, 12, 12)
     torch.testing.assert_close(call["image_grad"], call["gradient"] / (3 * guidance.image_size**2))
-    assert float(trainer.field.table.grad.abs().sum()) > 0
+    assert float(trainer.scene.field.table.grad.abs().sum()) > 0
     assert ("orientation" in result.losses) == shading.needs_normals
     assert result.samples > 0
 
@@ -203,7 +203,7 @@ def test_weights_of_the_losses_follow_their_ramps(name):
         trainer = trainer_of(guidance=BallGuidance(strength=0.0), steps=8, loss=loss, shading=shading)
         trainer.steps_done = round(8 * progress)
         trainer.step()
-        return trainer.field.table.grad
+        return trainer.scene.field.table.grad
 
     ramp = Ramp(1.0, 5.0, 0.25, 0.75)
     one = gradient(ramp, 0.125)
@@ -253,7 +253,7 @@ def test_same_seed_same_bits_and_another_seed_others():
 def test_looking_at_a_run_does_not_change_it():
     watched, alone = trainer_of(), trainer_of()
     for _ in range(5):
-        watched.render_view(30.0, 8, shading=Shading.LAMBERTIAN)
+        watched.scene.render_view(30.0, 8, shading=Shading.LAMBERTIAN)
         watched.step()
         alone.step()
     assert_same_bits(parameters(watched), parameters(alone))
@@ -282,7 +282,7 @@ def test_nan_in_the_field_is_named():
     trainer = trainer_of()
     trainer.step()
     with torch.no_grad():
-        trainer.field.table[5:50] = float("nan")
+        trainer.scene.field.table[5:50] = float("nan")
     with pytest.raises(NonFiniteError, match="loss became nan at step 2"):
         trainer.step()
     with pytest.raises(NonFiniteError, match=r"the parameters field\.table hold a NaN"):
@@ -317,7 +317,7 @@ def test_latent_model_with_a_render_of_its_own_size():
     assert [result.size for result in results] == [16, 512]
     assert results[1].shading.needs_normals
     assert torch.isfinite(results[1].losses["sds"])
-    assert float(trainer.field.table.grad.abs().sum()) > 0
+    assert float(trainer.scene.field.table.grad.abs().sum()) > 0
 
 
 class Pull(BallGuidance):
@@ -358,14 +358,14 @@ def test_views_drawn_beside_the_last_step_are_those_drawn_in_line():
         if not aside:
             trainer._sampler._stream = None
         seen = []
-        render = trainer.renderer.render
+        render = trainer.scene.renderer.render
 
         def watched(rays, *arguments, render=render, seen=seen, **options):
             output = render(rays, *arguments, **options)
             seen.append((rays.origins.clone(), rays.directions.clone(), output.samples))
             return output
 
-        trainer.renderer.render = watched
+        trainer.scene.renderer.render = watched
         for _ in range(30):
             trainer.step()
         results.append(seen)
@@ -377,7 +377,7 @@ def test_views_drawn_beside_the_last_step_are_those_drawn_in_line():
 
 @pytest.mark.parametrize("shading", list(Shading))
 def test_render_view(device, shading):
-    picture = trainer_of(device).render_view(90.0, 24, shading=shading)
+    picture = trainer_of(device).scene.render_view(90.0, 24, shading=shading)
     assert picture.shape == (24, 24, 3)
     assert picture.dtype == torch.float32
     assert not picture.requires_grad

@@ -36,6 +36,7 @@ ORDER = (
     "guidance",
     "training.device",
     "training.opaque",
+    "training.losses",
     "training.struts",
     "training.sections",
     "training.presets",

@@ -28,15 +28,12 @@ from dreamfusion_fast.training.checkpoint import Checkpoint, flatten_optimizer, 
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.drawing import DrawnViews, ViewSampler
 from dreamfusion_fast.training.firm import firm_field
+from dreamfusion_fast.training.losses import LOSSES, RenderedViews, regularisers, render_options
 from dreamfusion_fast.training.memory_plan import MemoryLimit, MemoryPlan, MemoryPlanner
-from dreamfusion_fast.training.opaque import cross_entropy
 from dreamfusion_fast.training.optimizer_step import CapturedStep
 from dreamfusion_fast.training.parts import sds_gradient_in_parts
 from dreamfusion_fast.training.profile import StepProfiler
 from dreamfusion_fast.training.scenes import does_not_fit, make_scene, restore_scene
-
-_LOSSES = ("opacity", "entropy", "binary", "sample_entropy", "orientation")  # those of LossConfig
-_OPACITY_EPS = 0.01  # under the root of the opacity loss (DreamFusion, appendix A.2)
 
 
 @dataclass(frozen=True)
@@ -194,11 +191,11 @@ class Trainer:
         config, progress = self.config, self.steps_done / self.config.steps
         self._set_learning_rates(progress)
         self._update_occupancy()
-        weights = {name: getattr(config.loss, name).at(progress) for name in _LOSSES}
+        weights = {name: getattr(config.loss, name).at(progress) for name in LOSSES}
         with stage("cameras"):
             drawn = self._sampler.draw(size, progress, self.scene.renderer)
         with stage("render forward"):
-            output = self._render_training(drawn, with_entropy=weights["sample_entropy"] != 0)
+            output = self._render_training(drawn, render_options(weights))
             images = output.color.view(self.batch, size, size, 3).permute(0, 3, 1, 2)
         with stage("guidance"):
             pull = sds_gradient_in_parts(
@@ -212,11 +209,11 @@ class Trainer:
                 sds_share=config.schedule.sds_share.at(progress),
             )
 
-        regularisers = self._regularisers(output, weights, size)
-        losses = {"sds": pull.residual.mean()} | {name: value.detach() for name, value in regularisers.items()}
+        values = regularisers(RenderedViews(output, self.batch, size, config.opaque), weights)
+        losses = {"sds": pull.residual.mean()} | {name: value.detach() for name, value in values.items()}
         # The guidance's gradient is a sum over its pixels; per pixel it has one size whatever the model's resolution.
         per_pixel = 1.0 / (self.batch * self.guidance.image_size**2)
-        weighted = [weights[name] * value for name, value in regularisers.items() if weights[name]]
+        weighted = [weights[name] * value for name, value in values.items() if weights[name]]
         result = StepResult(self.steps_done + 1, losses, drawn.shading, size, output.samples)
         if self.device.type == "cpu":  # before the parameters are touched; on a GPU it would wait
             total = (images.detach() * pull.gradient).sum() * per_pixel + sum(term.detach() for term in weighted)
@@ -281,7 +278,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
 
-    def _render_training(self, drawn: DrawnViews, with_entropy: bool) -> RenderOutput:
+    def _render_training(self, drawn: DrawnViews, options: dict[str, bool]) -> RenderOutput:
         return self.scene.renderer.render(
             drawn.rays,
             self.scene.background if drawn.plain is None else drawn.plain,
@@ -289,32 +286,11 @@ class Trainer:
             drawn.light,
             jitter=True,
             seed=drawn.seed,
-            with_entropy=with_entropy,
             ambient=self.config.shading.ambient,
             diffuse=self.config.shading.diffuse,
             count=drawn.count,
+            **options,
         )
-
-    def _regularisers(self, output: RenderOutput, weights: dict[str, float], size: int) -> dict[str, Tensor]:
-        """Means over rays, with a graph where they have a weight.
-
-        The orientation loss exists in the steps whose shading has computed normals, the samples' entropy and the binary
-        loss in those in which they have a weight.
-        """
-        losses = {}
-        with torch.set_grad_enabled(weights["opacity"] != 0):
-            losses["opacity"] = (output.opacity.square() + _OPACITY_EPS).sqrt().mean()
-        with torch.set_grad_enabled(weights["entropy"] != 0):
-            opacity = output.opacity.clamp(1e-5, 1.0 - 1e-5)
-            losses["entropy"] = -(opacity * opacity.log() + (1 - opacity) * (1 - opacity).log()).mean()
-        if weights["binary"]:
-            wanted = self.config.opaque.wanted(output.opacity.view(self.batch, size, size))
-            losses["binary"] = cross_entropy(output.opacity, wanted.view(-1), 1e-5)
-        if output.entropy_loss is not None:
-            losses["sample_entropy"] = output.entropy_loss
-        if output.orientation_loss is not None:
-            losses["orientation"] = output.orientation_loss
-        return losses
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Tensors and JSON values from which `restore` continues this run exactly."""

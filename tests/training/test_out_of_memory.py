@@ -10,6 +10,7 @@ from noisy import NoisyGuidance
 from dreamfusion_fast.errors import DoesNotFitError, UserError
 from dreamfusion_fast.gpu.memory import is_out_of_memory, what_was_wanted
 from dreamfusion_fast.rendering.renderer import VolumeRenderer
+from dreamfusion_fast.training import trainer as module
 from dreamfusion_fast.training.memory_plan import SMALL_BUDGET
 from dreamfusion_fast.training.trainer import Trainer
 
@@ -92,7 +93,7 @@ def break_guidance(trainer, patch, fault):
 
 
 def break_losses(trainer, patch, fault):
-    patch.setattr(trainer, "_regularisers", before(trainer._regularisers, fault))
+    patch.setattr(module, "regularisers", before(module.regularisers, fault))
 
 
 def break_backward_at_its_end(trainer, patch, fault):

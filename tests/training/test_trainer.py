@@ -17,6 +17,7 @@ from dreamfusion_fast.rendering.shading import Shading
 from dreamfusion_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.device import send
+from dreamfusion_fast.training.losses import LOSSES
 from dreamfusion_fast.training.opaque import OpaqueThresholds
 from dreamfusion_fast.training.sections import (
     BackgroundConfig,
@@ -29,7 +30,7 @@ from dreamfusion_fast.training.sections import (
 from dreamfusion_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-NO_LOSS = LossConfig(*[Ramp()] * 5)
+NO_LOSS = LossConfig(**{name: Ramp() for name in LOSSES})
 QUICK = OptimConfig(lr_table=0.1, lr_mlp=0.02, lr_background=0.05, warmup_steps=5)
 
 
@@ -150,9 +151,13 @@ def test_learning_rates_warm_up_and_fall():
         assert rate == pytest.approx([rate[0], rate[0] / 10, rate[0] / 100])
 
 
-@pytest.mark.parametrize("name", ["opacity", "entropy", "binary", "sample_entropy"])
+def test_every_loss_has_a_weight_of_its_name():
+    assert set(LOSSES) == {field.name for field in dataclasses.fields(LossConfig)}
+
+
+@pytest.mark.parametrize("name", ["opacity", "entropy", "binary", "sample_entropy", "distortion"])
 def test_opacity_losses_do_what_they_say(name):
-    """Alone, the opacity loss empties the scene, the others make rays hit or miss, or samples absorb all or nothing."""
+    """Alone: the scene gets empty, rays hit or miss, samples absorb all or nothing, or few of a ray do."""
     loss = dataclasses.replace(NO_LOSS, **{name: Ramp(1.0, 1.0)})
     trainer = trainer_of(guidance=BallGuidance(strength=0.0), steps=25, optim=QUICK, loss=loss)
     values = [float(trainer.step().losses[name]) for _ in range(25)]
@@ -193,7 +198,7 @@ def test_views_per_step_are_those_that_the_device_makes_cheap():
     assert len(guidance.calls[0]["images"]) == 2
 
 
-@pytest.mark.parametrize("name", ["opacity", "entropy", "binary", "sample_entropy", "orientation"])
+@pytest.mark.parametrize("name", LOSSES)
 def test_weights_of_the_losses_follow_their_ramps(name):
     """With no pull from the guidance, the gradient is the weight at that time times the loss's own."""
 

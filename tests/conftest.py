@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -31,3 +32,16 @@ def seeded() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Called: the lines that the package has logged since the last call, as the command line shows them."""
+    caplog.set_level(logging.INFO, "dreamfusion_fast")
+
+    def lines() -> list[str]:
+        messages = [record.getMessage() for record in caplog.records if record.name.startswith("dreamfusion_fast")]
+        caplog.clear()
+        return messages
+
+    return lines

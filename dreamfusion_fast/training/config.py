@@ -7,7 +7,7 @@ the command line (`--optim.lr-table 0.01`), and the resolved tree is saved with 
 from __future__ import annotations
 
 import dataclasses
-import sys
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,8 @@ from dreamfusion_fast.training.sections import (
     ShadingConfig,
 )
 
+_log = logging.getLogger(__name__)
+
 _BATCH = {"cpu": 2}  # views per step on a device, where a config does not say
 
 
@@ -48,10 +50,10 @@ def _without_t_range(values: Any, source: str) -> Any:
     if not isinstance(guidance, Mapping) or "t_range" not in guidance:
         return values
     if guidance["t_range"] != list(T_RANGE):  # not just the old default
-        print(
-            f"{source}: guidance.t_range is ignored, as it always was in a run; "
+        _log.warning(
+            "%s: guidance.t_range is ignored, as it always was in a run; "
             "set schedule.t_min, schedule.t_max and schedule.t_max_end",
-            file=sys.stderr,
+            source,
         )
     return {**values, "guidance": {key: value for key, value in guidance.items() if key != "t_range"}}
 

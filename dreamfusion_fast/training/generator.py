@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import shlex
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +33,8 @@ from dreamfusion_fast.training.memory_plan import capped
 from dreamfusion_fast.training.profile import StepProfile, StepProfiler
 from dreamfusion_fast.training.scenes import scene_of
 from dreamfusion_fast.training.trainer import Trainer
+
+_log = logging.getLogger(__name__)
 
 # Frames of the turntable that are drawn at a time: NumPy lets go of Python's lock, and more do not help.
 _PICTURE_THREADS = 8
@@ -157,7 +159,7 @@ class Generator:
         if new:
             checkpoints.save(trainer)  # from here on the run can be resumed, whatever happens
         for line in trainer.planner.lines(trainer.plan):
-            print(line, file=sys.stderr)
+            _log.info(line)
         if config.guidance.name != "embedded":
             self._load(trainer, folder)
         try:
@@ -165,12 +167,12 @@ class Generator:
         finally:  # also on Ctrl-C
             profile = None if profiler is None else profiler.result()
             if profile is not None:
-                print(profile.table())
+                _log.info(profile.table())
         try:
             self._scene = trainer.scene
             return RunResult(folder.path, trainer.steps_done, self._export(trainer.scene, folder), profile)
         except KeyboardInterrupt:
-            print(f"stopped during the export; continue: {_resume_command(folder)}", file=sys.stderr)
+            _log.warning("stopped during the export; continue: %s", _resume_command(folder))
             raise
 
     def _resumed_guidance(self) -> Guidance | None:
@@ -182,7 +184,7 @@ class Generator:
             return None
         began, now = self._checkpoint.config.guidance, self.config.guidance
         if began.name != now.name:
-            print(f"this run was guided by {began.name}, and goes on with {now.name}", file=sys.stderr)
+            _log.warning("this run was guided by %s, and goes on with %s", began.name, now.name)
             return None
         revision = self._checkpoint.meta.get("guidance_revision")
         if revision is None or began.revision != now.revision:
@@ -199,13 +201,13 @@ class Generator:
         """Load the diffusion model, and say what of it takes time."""
         compiled = self.device.type != "cpu" and self.config.guidance.fused and not trainer.plan.offload
         later = "; its kernels are compiled and captured in the first step" if compiled else ""
-        print(f"loading {trainer.guidance.name}{later}", file=sys.stderr, flush=True)
+        _log.info("loading %s%s", trainer.guidance.name, later)
         try:
             trainer.load_guidance()
         except DoesNotFitError as error:
             raise _to_be_resumed(error, folder) from error
         except KeyboardInterrupt:
-            print(f"stopped before step {trainer.steps_done + 1}; continue: {_resume_command(folder)}", file=sys.stderr)
+            _log.warning("stopped before step %d; continue: %s", trainer.steps_done + 1, _resume_command(folder))
             raise
 
     def _train(self, trainer: Trainer, folder: RunFolder, checkpoints: Checkpoints) -> None:
@@ -239,8 +241,8 @@ class Generator:
             for callback in callbacks:
                 callback.on_end(trainer)
         if interrupted.is_set():
-            done = f"stopped after step {trainer.steps_done} of {steps}"
-            print(f"{done}; continue: {_resume_command(folder)}", file=sys.stderr)
+            resume = _resume_command(folder)
+            _log.warning("stopped after step %d of %d; continue: %s", trainer.steps_done, steps, resume)
             raise KeyboardInterrupt
 
     def export(self, out: str | Path | None = None) -> TexturedMesh:

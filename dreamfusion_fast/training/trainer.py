@@ -8,8 +8,8 @@ opacity and normals are added. Nothing here knows which diffusion model guides.
 from __future__ import annotations
 
 import gc
+import logging
 import math
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -34,6 +34,8 @@ from dreamfusion_fast.training.optimizer_step import CapturedStep
 from dreamfusion_fast.training.parts import sds_gradient_in_parts
 from dreamfusion_fast.training.profile import StepProfiler
 from dreamfusion_fast.training.scenes import does_not_fit, make_scene, restore_scene
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Trainer:
     Everything random comes from one CPU generator seeded by `config.seed`, so the same seed gives the same numbers on
     every device up to rounding, and on a CPU the same mesh.
 
-    Where a step runs out of memory, the trainer says so on stderr, takes the next rung down of `planner.ladder`, and
+    Where a step runs out of memory, the trainer logs it, takes the next rung down of `planner.ladder`, and
     repeats the step with the same random numbers: the run goes on as if nothing had happened, up to rounding.
 
     Raises:
@@ -184,7 +186,7 @@ class Trainer:
                 f"out of memory {when} ({reason}), and nothing is left to save: {self.planner.advice(self.plan)}"
             )
         saved = ", ".join(plan.savings(self.batch, self.plan))
-        print(f"out of memory {when} ({reason}); from here on {saved}", file=sys.stderr, flush=True)
+        _log.warning("out of memory %s (%s); from here on %s", when, reason, saved)
         self.follow(plan)
 
     def _step(self, size: int) -> StepResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,14 @@ def trainer_of(guidance: NoisyGuidance) -> Trainer:
     return Trainer(small_config(steps=3, batch=2), torch.device("cpu"), guidance)
 
 
-def test_straight_to_the_rung_with_fewer_weights(capsys: pytest.CaptureFixture[str]) -> None:
+def test_straight_to_the_rung_with_fewer_weights(said: Callable[[], list[str]]) -> None:
     guidance = HeavyGuidance()
     trainer = trainer_of(guidance)
     before = trainer.generator.get_state()
     trainer.load_guidance()
     assert (guidance.loads, trainer.plan) == (2, trainer.planner.ladder[-1])
     assert guidance.offloaded
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = said()
     assert line.startswith(f"out of memory while the weights of guidance {guidance.name!r} were loaded (Tried to")
     assert line.endswith("the guidance's weights brought from main memory in each step")
     assert torch.equal(trainer.generator.get_state(), before)
@@ -80,19 +81,19 @@ def generator_of(folder: Path, guidance: NoisyGuidance) -> Generator:
 
 
 @pytest.mark.parametrize(
-    ("error", "raised", "said"),
+    ("error", "raised", "message"),
     [
         (torch.OutOfMemoryError(ERROR), UserError, "nothing is left to save"),
         (KeyboardInterrupt(), KeyboardInterrupt, None),
     ],
 )
 def test_the_run_can_be_continued(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: BaseException, raised: Any, said: str | None
+    tmp_path: Path, said: Callable[[], list[str]], error: BaseException, raised: Any, message: str | None
 ) -> None:
     folder = tmp_path / "run"
-    with pytest.raises(raised, match=said) as caught:
+    with pytest.raises(raised, match=message) as caught:
         generator_of(folder, HeavyGuidance(offloadable=0, error=error)).run()
-    printed = capsys.readouterr().err
+    printed = "\n".join(said())
     assert "loading ball" in printed
     assert f"continue: dreamfusion-fast generate --resume {folder}" in printed + str(caught.value)
     assert Generator.resume(folder, guidance=NoisyGuidance()).run().steps == 3
@@ -134,12 +135,12 @@ def test_a_resumed_run_goes_on_with_the_weights_it_began_with(tmp_path: Path, br
     assert branch.asked == [name, "first", "first", "third"]
 
 
-def test_another_model_is_said(tmp_path: Path, branch: Branch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_model_is_said(tmp_path: Path, branch: Branch, said: Callable[[], list[str]]) -> None:
     folder = tmp_path / "run"
     config = small_config(steps=3, out=str(folder), guidance=GuidanceConfig(name="owner/name"))
     Generator(config).run()
-    assert "goes on with" not in capsys.readouterr().err
+    assert not any("goes on with" in line for line in said())
     other = dataclasses.replace(config, steps=4, guidance=GuidanceConfig(name="owner/other"))
     Generator.resume(folder, other).run()
-    assert "this run was guided by owner/name, and goes on with owner/other" in capsys.readouterr().err
+    assert "this run was guided by owner/name, and goes on with owner/other" in said()
     assert branch.asked == [None, None]

@@ -121,19 +121,19 @@ BREAKS += [
 
 
 @pytest.mark.parametrize(("break_at", "at"), BREAKS, ids=lambda value: getattr(value, "__name__", value))
-def test_the_run_is_as_if_nothing_had_happened(undisturbed, monkeypatch, capsys, break_at, at):
+def test_the_run_is_as_if_nothing_had_happened(undisturbed, monkeypatch, said, break_at, at):
     trainer, fault = trainer_of(), Fault(at)
     break_at(trainer, monkeypatch, fault)
     assert_same_bits(run(trainer), undisturbed)
     assert fault.count > at
-    lines = capsys.readouterr().err.splitlines()
+    lines = said()
     assert len(lines) == 1
     assert "(Tried to allocate 20.00 MiB); from here on a render workspace of 17 MB" in lines[0]
     assert trainer.plan.render_budget == trainer.scene.renderer.config.memory_budget == SMALL_BUDGET
     assert not trainer.scene.renderer.config.graphs
 
 
-def test_down_the_whole_ladder_in_one_step_and_in_several(undisturbed, monkeypatch, capsys):
+def test_down_the_whole_ladder_in_one_step_and_in_several(undisturbed, monkeypatch, said):
     trainer = trainer_of()
     # Calls 2 and 3 are of step 3, tried twice. From call 4 on a step has two, and 11 is the second one of step 6.
     break_guidance(trainer, monkeypatch, Fault(2, 3, 11))
@@ -144,15 +144,14 @@ def test_down_the_whole_ladder_in_one_step_and_in_several(undisturbed, monkeypat
     assert trainer.plan.views_per_call == 1
     assert trainer.plan.recompute
     assert trainer.guidance.recompute
-    said = [line.split("; from here on ")[1] for line in capsys.readouterr().err.splitlines()]
-    assert said == [
+    assert [line.split("; from here on ")[1] for line in said()] == [
         "a render workspace of 17 MB, kept for no later render",
         "1 of 2 views at a time through the guidance",
         "the encoding recomputed in its backward",
     ]
 
 
-def test_a_step_whose_clean_up_fails_after_it_ran_out_of_memory_is_repeated(undisturbed, capsys):
+def test_a_step_whose_clean_up_fails_after_it_ran_out_of_memory_is_repeated(undisturbed, said):
     """Leaving a CUDA graph capture raises an error of its own, and hides the first one."""
     trainer, fault = trainer_of(), Fault(3)
 
@@ -165,7 +164,7 @@ def test_a_step_whose_clean_up_fails_after_it_ran_out_of_memory_is_repeated(undi
 
     trainer.guidance.before = captured
     assert_same_bits(run(trainer), undisturbed)
-    assert capsys.readouterr().err.startswith("out of memory in step 4 (Tried to allocate 20.00 MiB); from here on ")
+    assert said()[0].startswith("out of memory in step 4 (Tried to allocate 20.00 MiB); from here on ")
 
 
 def test_at_the_end_of_the_ladder_the_error_says_what_would_fit(monkeypatch):

@@ -157,8 +157,12 @@ def _optional() -> list[Check]:
     return checks
 
 
+# As `guidance.models.embedded.text_encoder` has it, which cannot be imported where something is missing.
+_WEIGHTS = "guidance/models/embedded/weights"
+
+
 def _prior() -> list[Check]:
-    folder = Path(__file__).parent / "guidance" / "prior" / "weights"
+    folder = Path(__file__).parent / _WEIGHTS
     files = sorted(folder.glob("*.safetensors.gz"))
     parts: dict[str, list[Path]] = {"text encoder": [], "image model": []}
     for file in files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,12 +75,19 @@ def test_missing_cpu_core_is_fatal_unless_the_gpu_takes_over(complete, monkeypat
     assert not by_name(doctor.examine())["CPU core"].fatal
 
 
+def test_the_weights_are_found_where_the_prior_reads_them():
+    from dreamfusion_fast.guidance.models.embedded.text_encoder import WEIGHTS
+
+    assert Path(doctor.__file__).parent / doctor._WEIGHTS == WEIGHTS
+    assert doctor._prior()[0].status == "ok"
+
+
 def test_missing_weights_are_fatal(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
     (check,) = doctor._prior()
     assert check.fatal
     assert check.text == "no text encoder and no image model in the package"
-    weights = tmp_path / "guidance" / "prior" / "weights"
+    weights = tmp_path / doctor._WEIGHTS
     weights.mkdir(parents=True)
     (weights / "text_encoder.safetensors.gz").write_bytes(b"x")
     assert doctor._prior()[0].text == "no image model in the package"

@@ -28,7 +28,7 @@ from prior_data.probe import SHEET_PROMPTS
 
 # Loading, probe, samples and files after the last step of a call take about this long.
 _RESERVE_SECONDS = 25.0
-PACKAGE_WEIGHTS = Path(__file__).parents[1] / "dreamfusion_fast" / "guidance" / "prior" / "weights"
+PACKAGE_WEIGHTS = Path(__file__).parents[1] / "dreamfusion_fast" / "guidance" / "models" / "embedded" / "weights"
 
 
 def train(args: argparse.Namespace) -> None:

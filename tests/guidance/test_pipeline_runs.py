@@ -51,13 +51,13 @@ class StopAfter(Callback):
 
 @pytest.mark.parametrize("kind", ["latent", "pixel", "sdxl"])
 def test_a_run_that_was_stopped_goes_on_where_it_was(
-    pipeline: Pipelines, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pipeline: Pipelines, kind: str, tmp_path: Path, said: Callable[[], list[str]]
 ) -> None:
     """To the bit, optimiser and random numbers included; and it says what it loads."""
     torch.set_num_threads(1)
     config = config_for(pipeline(kind), log=LogConfig(0, 2, False, progress_bar=False))
     whole = Generator(config, out=str(tmp_path / "whole")).run()
-    assert f"loading {pipeline(kind)}" in capsys.readouterr().err
+    assert f"loading {pipeline(kind)}" in said()
     assert whole.mesh.faces > 0
     with pytest.raises(KeyboardInterrupt):
         Generator(config, out=str(tmp_path / "parts"), callbacks=[StopAfter(4)]).run()

@@ -61,11 +61,13 @@ def firm_field(scene: Scene, config: Config, stop: Callable[[], bool] = lambda: 
     groups = [{"params": [field.table]}, {"params": list(field.layers.parameters())}]
     optimizer = torch.optim.Adam(groups, lr=c.lr_table, betas=config.optim.betas, eps=config.optim.eps, fused=True)
     torn: tuple[Struts, Tensor] | None = None
+    rods: Struts | None = None
     done = False
     try:
         for step in range(c.steps):
             if step == round(_JOINED_AFTER * c.steps) and c.join > 0:
                 torn = _torn(field, c.join)
+                rods = None if torn is None else torn[0].to(device)  # once: a copy would wait in each step
             factor = 0.55 + 0.45 * math.cos(math.pi * step / c.steps)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
@@ -79,8 +81,8 @@ def firm_field(scene: Scene, config: Config, stop: Callable[[], bool] = lambda: 
                 shown = teacher.render(rays, jitter=True, seed=seeds[0])
                 opaque = config.opaque.wanted(shown.opacity.view(batch, size, size)).view(-1)
                 color = shown.color / shown.opacity.clamp(min=1e-3)[:, None]
-                if torn is not None:
-                    opaque, color = _with_rods(*torn, rays, opaque, color)
+                if torn is not None and rods is not None:
+                    opaque, color = _with_rods(rods, torn[1], rays, opaque, color)
                 wanted = torch.where(opaque[:, None], color, background)
             output = scene.renderer.render(rays, background, jitter=True, seed=seeds[1])
             loss = (output.color - wanted).square().mean() + _OPACITY_WEIGHT * cross_entropy(
@@ -119,7 +121,7 @@ def _torn(field: HashGridField, longest: float) -> tuple[Struts, Tensor] | None:
 
 def _with_rods(struts: Struts, ends: Tensor, rays: Rays, opaque: Tensor, color: Tensor) -> tuple[Tensor, Tensor]:
     """Rods where pixels are empty: opaque, in a colour between those of their ends `[2, k, 3]`."""
-    rod, share = struts.to(color.device).hit(rays)
+    rod, share = struts.hit(rays)
     new = (rod >= 0) & ~opaque
     first, last = ends[:, rod.clamp(min=0)]
     return opaque | new, torch.where(new[:, None], torch.lerp(first, last, share[:, None]), color)

@@ -1,7 +1,7 @@
 """The U-Net of the embedded prior: diffusers' `UNet2DConditionModel` of one architecture, in plain torch.
 
 Parameters have diffusers' names, so its weights fit, and a test holds the two together. The prior does without the
-library because importing it takes longer than a quarter of a whole run on a GPU.
+library because importing it takes seconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a field is: density and colour as functions of position.
+"""The field interface: density and colour as functions of position.
 
 The renderer needs no particular class. Any callable that maps positions `[m, 3]` to `(density [m], colour [m, 3])` will
 do; :func:`evaluate` and :func:`query_density` hide the differences. :class:`Field` is the base of our own.
@@ -29,7 +29,7 @@ _SHORTEST_DENSITY_GRADIENT = 1e-15
 
 
 class FieldOutput(NamedTuple):
-    """What a field says about `m` positions."""
+    """A field's answer for `m` positions."""
 
     density: Tensor  # [m], per scene unit, >= 0
     albedo: Tensor  # [m, 3] in [0, 1]

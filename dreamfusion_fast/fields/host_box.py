@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class HostBox:
-    """What a box `[6]` on any device holds, read again only when it was changed: then a GPU is waited for."""
+    """The numbers of a box `[6]` on any device, read again only when it was changed: then a GPU is waited for."""
 
     def __init__(self) -> None:
         self._of: Tensor | None = None

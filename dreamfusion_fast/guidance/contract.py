@@ -124,7 +124,7 @@ class SDSOutput(NamedTuple):
 
 
 class UsesMemory:
-    """What a model, and the guidance around it, can say about memory and do to need less. The defaults: nothing.
+    """Memory needs of a model and of the guidance around it, and ways to need less. The defaults do nothing.
 
     `dreamfusion_fast.training.memory_plan` asks.
     """

@@ -42,7 +42,7 @@ class Prompt(NamedTuple):
 
     @property
     def ending(self) -> str:
-        """What the direction adds: ", side view", or nothing."""
+        """The words that the direction adds: ", side view", or nothing."""
         return "" if self.view is None else f", {self.view} view"
 
     def __str__(self) -> str:

@@ -236,7 +236,7 @@ class OccupancyGrid(nn.Module):
 
 
 def _dtype_of(field: FieldLike) -> torch.dtype:
-    """What a field wants to be asked in. Modules with 16-bit parameters take float32 and convert it themselves."""
+    """The dtype of a field's positions. Modules with 16-bit parameters take float32 and convert it themselves."""
     parameters = field.parameters() if isinstance(field, nn.Module) else ()
     wide = any(parameter.dtype == torch.float64 for parameter in parameters)
     return torch.float64 if wide else torch.float32

@@ -40,7 +40,7 @@ _BOX_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class RenderOutput:
-    """What a render gives back.
+    """The result of a render.
 
     Attributes:
         color: `[n_rays, 3]`, background included.
@@ -374,7 +374,7 @@ class VolumeRenderer(nn.Module):
 
 
 def _check_device(name: str, tensor: Tensor | None, rays: Rays) -> None:
-    """What the kernels are given addresses of has to be where the rays are."""
+    """Raise unless a tensor whose address kernels get is where the rays are."""
     if tensor is not None and tensor.device != rays.origins.device:
         raise ValueError(f"{name}: is on {tensor.device}, want {rays.origins.device}, where the rays are")
 

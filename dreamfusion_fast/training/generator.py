@@ -254,7 +254,7 @@ class Generator:
             return self._export(self.scene(), folder)
 
     def scene(self) -> Scene:
-        """What was made: by `run`, or as a resumed run left it. No diffusion model is loaded."""
+        """The scene that `run` made, or as a resumed run left it. No diffusion model is loaded."""
         if self._scene is None:
             if self._checkpoint is None:
                 raise UserError("there is no scene yet: run() first, or Generator.resume(folder)")

@@ -16,7 +16,7 @@ _OPACITY_EPS = 0.01  # under the root of the opacity loss (DreamFusion, appendix
 
 @dataclass(frozen=True, eq=False)
 class RenderedViews:
-    """What a loss is computed of.
+    """A render and its layout, from which losses are computed.
 
     Attributes:
         output: of the render, for `batch * size * size` rays, views one after another.

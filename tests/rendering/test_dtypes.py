@@ -1,4 +1,4 @@
-"""What dtypes go where: the grid is float32 always, rays are float32 or float64, results are of the rays' dtype."""
+"""Which dtypes go where: the grid is float32 always, rays are float32 or float64, results are of the rays' dtype."""
 
 from __future__ import annotations
 

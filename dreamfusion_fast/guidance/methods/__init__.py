@@ -1,4 +1,4 @@
-"""What is made of a model's predictions: the pull on its input."""
+"""Distillation methods: from a model's predictions to the pull on its input."""
 
 from dreamfusion_fast.guidance.methods.csd import ClassifierScoreDistillation
 from dreamfusion_fast.guidance.methods.method import Method, Predictions

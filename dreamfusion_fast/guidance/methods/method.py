@@ -47,7 +47,7 @@ class Predictions:
 
 
 class Method(ABC):
-    """What pull follows from predictions.
+    """A rule that turns predictions into a pull.
 
     Attributes:
         conditions: what the model is asked under: "null" (the negative prompt), "text" (the prompt with the direction

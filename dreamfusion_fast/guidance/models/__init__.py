@@ -1,1 +1,1 @@
-"""What predicts: the embedded prior and diffusers pipelines, with their noise schedules."""
+"""Diffusion models: the embedded prior and diffusers pipelines, with their noise schedules."""

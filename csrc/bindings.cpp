@@ -20,7 +20,7 @@
 #include "bindings/march.h"
 #include "bindings/occupancy.h"
 #include "bindings/ray_box.h"
-#include "bindings/stream.h"
+#include "bindings/ray_sums.h"
 
 #if defined(DFF_CUDA_ARCHS)
 #define DFF_MODULE _core_cuda
@@ -42,7 +42,7 @@ PYBIND11_MODULE(DFF_MODULE, module) {
   dff::bindings::bind_march(module);
   dff::bindings::bind_occupancy(module);
   dff::bindings::bind_ray_box(module);
-  dff::bindings::bind_stream(module);
+  dff::bindings::bind_ray_sums(module);
 #if DFF_HAS_TILES
   dff::bindings::bind_hash_grid_tile(module);
 #else

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dreamfusion_fast.ops.stream import SHORTEST_SLOPE
+from dreamfusion_fast.ops.tiles.ray_sums import SHORTEST_SLOPE
 
 Backend = Literal["native", "reference"]
 BACKENDS: tuple[Backend, ...] = ("native", "reference")

@@ -28,8 +28,8 @@ from dreamfusion_fast.fields.base import (
 from dreamfusion_fast.fields.host_box import HostBox
 from dreamfusion_fast.ops._checks import FLOATS
 from dreamfusion_fast.ops.hash_grid import hash_grid, hash_grid_layout, hash_grid_position_gradient, hash_grid_reference
-from dreamfusion_fast.ops.hash_grid_tile import HashGridTileLayout
-from dreamfusion_fast.ops.stream import BLOB_CENTRE_EPS, MAX_EXPONENT, StreamHead
+from dreamfusion_fast.ops.tiles.hash_grid import HashGridTileLayout
+from dreamfusion_fast.ops.tiles.ray_sums import BLOB_CENTRE_EPS, MAX_EXPONENT, SampleHead
 
 
 class _TruncatedExp(torch.autograd.Function):
@@ -275,10 +275,10 @@ class HashGridField(Field):
         """The scene box on the host, six numbers; a GPU is waited for only when it was changed."""
         return self._box.read(self.aabb)
 
-    def head(self) -> StreamHead:
+    def head(self) -> SampleHead:
         """How density and normals come from the MLP's outputs."""
         c, low, high = self.config, self.box[:3], self.box[3:]
-        return StreamHead(
+        return SampleHead(
             centre=tuple(0.5 * (a + b) for a, b in zip(low, high, strict=True)),  # type: ignore[arg-type]
             extent=tuple(b - a for a, b in zip(low, high, strict=True)),  # type: ignore[arg-type]
             activation=c.density_activation,

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.ops._checks import check_same_length, check_tensor
-from dreamfusion_fast.ops._marched_rays import MarchedRays, count_samples, occupied_blocks
 from dreamfusion_fast.ops._native import call, pointer
 from dreamfusion_fast.ops.occupancy import occupancy_unpack
 from dreamfusion_fast.ops.ray_box import ray_box_reference
+from dreamfusion_fast.ops.tiles.march import MarchedRays, count_samples, occupied_blocks
 
 MAX_STEPS = 1 << 24  # steps of one ray; up to here float32 counts them exactly (kMaxSteps in march.h)
 MAX_SAMPLES = 2**31 - 1  # offsets are int32

@@ -18,7 +18,7 @@ from torch import Tensor
 from dreamfusion_fast.fields.base import FieldLike, evaluate, query_density
 from dreamfusion_fast.ops.composite import composite, composite_reference
 from dreamfusion_fast.ops.march import march, march_lattice, march_lattice_reference, march_reference
-from dreamfusion_fast.ops.stream import ENTROPY_EPS
+from dreamfusion_fast.ops.tiles.ray_sums import ENTROPY_EPS
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.rays import Rays
 from dreamfusion_fast.rendering.recompute import Recomputation

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dreamfusion_fast.fields.base import FieldLike, box_tensor, speaks_for_call
 from dreamfusion_fast.fields.hash_field import HashGridField, is_built_in
 from dreamfusion_fast.fields.host_box import HostBox
-from dreamfusion_fast.ops._marched_rays import count_samples
+from dreamfusion_fast.ops.tiles.march import count_samples
 from dreamfusion_fast.rendering.chunked import ChunkedRender
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.differentiable import FieldRender, differentiable_sums

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.ops._marched_rays import MarchedRays
 from dreamfusion_fast.ops.march import MAX_SAMPLES
-from dreamfusion_fast.ops.march_tile import march_totals
+from dreamfusion_fast.ops.tiles.march import MarchedRays, march_totals
 from dreamfusion_fast.rendering.rays import SQUARED_TOLERANCE, InvalidRaysError, Rays
 
 

@@ -22,18 +22,17 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.fields.hash_field import HashGridField
-from dreamfusion_fast.ops import hash_grid_tile
-from dreamfusion_fast.ops._marched_rays import MarchedRays, count_samples
-from dreamfusion_fast.ops.march_tile import march_tile, tile_table
 from dreamfusion_fast.ops.mlp import MlpGradients, prepared_backward
-from dreamfusion_fast.ops.stream import (
+from dreamfusion_fast.ops.tiles import hash_grid as hash_grid_tile
+from dreamfusion_fast.ops.tiles.march import MarchedRays, count_samples, march_tile, tile_table
+from dreamfusion_fast.ops.tiles.ray_sums import (
     N_PREFIX,
     N_SUMS,
-    StreamHead,
-    StreamTile,
-    stream_backward,
-    stream_forward,
-    stream_visible,
+    SampleHead,
+    SampleTile,
+    ray_sums_backward,
+    ray_sums_forward,
+    ray_sums_visible,
 )
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.request import RenderRequest
@@ -69,7 +68,7 @@ class StreamedRender:
 
     source: StreamingField
     rays: MarchedRays
-    head: StreamHead
+    head: SampleHead
     normals: bool
     distortion: bool
     entropy: bool
@@ -209,7 +208,7 @@ class StreamedRender:
                 if workspace is None or keep:
                     workspace = self._workspace()
                 tile = self._evaluate(k, table, workspace)
-                stream_forward(self.head, tile, sums, self.prefix[k], self.distortion, self.entropy)
+                ray_sums_forward(self.head, tile, sums, self.prefix[k], self.distortion, self.entropy)
                 if keep:
                     self.kept.append(workspace)
             done = n_tiles
@@ -248,7 +247,7 @@ class StreamedRender:
             tile = self._tile(k, workspace) if kept else self._evaluate(k, table, workspace)
             cuts = (self.prefix[k], suffix[k + 1], suffix[k])
             losses = (self.distortion, self.entropy)
-            stream_backward(self.head, tile, sums, grad_sums, *cuts, to_logits, to_slopes, *losses)
+            ray_sums_backward(self.head, tile, sums, grad_sums, *cuts, to_logits, to_slopes, *losses)
             positions, count = workspace.positions, self.tiles[k][1]
             second: tuple[Tensor | None, Tensor | None] = (None, None)
             if to_slopes is not None and to_gradient is not None and workspace.input_gradient is not None:
@@ -324,9 +323,9 @@ class StreamedRender:
     def _workspace(self) -> Workspace:
         return Workspace(self.size, self.source, self.normals, self.rays.distances is not None)
 
-    def _tile(self, k: int, workspace: Workspace) -> StreamTile:
+    def _tile(self, k: int, workspace: Workspace) -> SampleTile:
         assert self.offsets is not None
-        return StreamTile(
+        return SampleTile(
             self.offsets,
             self.tiles[k][0],
             self.rays.directions,
@@ -339,7 +338,7 @@ class StreamedRender:
             self.rays.step,
         )
 
-    def _evaluate(self, k: int, table: Tensor, workspace: Workspace) -> StreamTile:
+    def _evaluate(self, k: int, table: Tensor, workspace: Workspace) -> SampleTile:
         """March and ask the field: fills the workspace."""
         source, tile = self.source, self._tile(k, workspace)
         count = self.tiles[k][1]
@@ -376,7 +375,7 @@ class StreamedRender:
             workspace = density._workspace()
             for k in range(n_tiles):
                 tile = density._evaluate(k, table, workspace)
-                stream_visible(self.head, tile, depths, visible, -math.log(self.early_stop))
+                ray_sums_visible(self.head, tile, depths, visible, -math.log(self.early_stop))
         except torch.OutOfMemoryError:
             self.size = density.size  # what `_shrink` halves
             raise

@@ -23,7 +23,7 @@ from streaming_cases import (
 )
 from torch import Tensor
 
-from dreamfusion_fast.ops.stream import StreamHead, StreamTile
+from dreamfusion_fast.ops.tiles.ray_sums import SampleHead, SampleTile
 from dreamfusion_fast.rendering import OccupancyGrid, RendererConfig, VolumeRenderer, streaming
 
 ALL = {"shading": "lambertian", **EVERYTHING}
@@ -184,7 +184,7 @@ class _Ladder:
         self.refused: list[int] = []
         original = getattr(streaming, name)
 
-        def limited(head: StreamHead, tile: StreamTile, *rest: Any) -> None:
+        def limited(head: SampleHead, tile: SampleTile, *rest: Any) -> None:
             size = tile.t.shape[0]
             if size > most:
                 self.refused.append(size)
@@ -196,11 +196,11 @@ class _Ladder:
 
 @pytest.mark.parametrize("budget", [20 << 20, PLENTY], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("early_stop", [0.0, 0.3])
-@pytest.mark.parametrize("name", ["stream_forward", "stream_backward", "stream_visible"])
+@pytest.mark.parametrize("name", ["ray_sums_forward", "ray_sums_backward", "ray_sums_visible"])
 def test_smaller_tiles_are_tried_when_memory_ends(
     monkeypatch: pytest.MonkeyPatch, name: str, early_stop: float, budget: int
 ) -> None:
-    if name == "stream_visible" and early_stop == 0.0:
+    if name == "ray_sums_visible" and early_stop == 0.0:
         early_stop = 1e-9  # it takes a density pass, which drops next to nothing
     rays = make_rays()
     config = {"step": 0.002, "early_stop": early_stop, "memory_budget": budget}
@@ -213,7 +213,7 @@ def test_smaller_tiles_are_tried_when_memory_ends(
     assert_equal(given, wanted, 1e-12)
 
 
-@pytest.mark.parametrize("name", ["stream_forward", "stream_backward", "stream_visible"])
+@pytest.mark.parametrize("name", ["ray_sums_forward", "ray_sums_backward", "ray_sums_visible"])
 def test_an_error_remains_one_when_even_the_smallest_tile_does_not_fit(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -294,7 +294,7 @@ def _check_scatter(
     channels = layout.levels * grad_table.shape[1]
     _check_channels(op, "grad_features", grad_features, positions, channels)
     if (direction is None) != (grad_of_features is None):
-        raise ValueError(f"dreamfusion_fast.ops.hash_grid_tile.{op}: direction and grad_of_features go together")
+        raise ValueError(f"dreamfusion_fast.ops.tiles.hash_grid.{op}: direction and grad_of_features go together")
     if direction is not None and grad_of_features is not None:
         _check_vectors(op, "direction", direction, positions)
         _check_channels(op, "grad_of_features", grad_of_features, positions, channels)

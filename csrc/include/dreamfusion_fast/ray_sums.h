@@ -34,18 +34,18 @@ constexpr int kSums = 11;
 constexpr int kPrefix = 2;  // optical depth and sum w t in front of it
 
 enum class DensityActivation : int32_t { kSoftplus = 0, kExp = 1 };
-enum class StreamShading : int32_t { kAlbedo = 0, kLambertian = 1, kTextureless = 2 };
+enum class SampleShading : int32_t { kAlbedo = 0, kLambertian = 1, kTextureless = 2 };
 
 // How the network's outputs become density, colour and normal; the same for all samples of a render.
 template <typename T>
-struct StreamHead {
+struct SampleHead {
   T centre[3];  // of the scene box
   T extent[3];  // of the scene box
   DensityActivation activation;
   T blob_scale;  // height of the density blob; 0: none
   T blob_width;  // its standard deviation (exp) or the radius where it is zero (softplus)
   bool ball;     // density lives in the inscribed ball, not in the whole box
-  StreamShading shading;
+  SampleShading shading;
   T ambient;
   T diffuse;
   const T* light;        // [3] or [n_rays, 3]; unused with albedo shading
@@ -53,7 +53,7 @@ struct StreamHead {
 };
 
 template <typename T>
-struct StreamTile {
+struct SampleTile {
   const int32_t* offsets;    // [n_rays + 1], first sample of each ray
   const int32_t* ray_range;  // [2], the rays with samples in this tile: first, and one past the last
   const T* directions;       // [n_rays, 3]
@@ -69,9 +69,9 @@ struct StreamTile {
 };
 
 template <typename T>
-struct StreamForward {
-  StreamHead<T> head;
-  StreamTile<T> tile;
+struct RaySumsForward {
+  SampleHead<T> head;
+  SampleTile<T> tile;
   T* sums;          // [n_rays, kSums], zero before the first tile
   T* prefix;        // [kPrefix], out, for the cut at `first` if a ray crosses it
   bool distortion;  // whether to compute it; it takes a scan of its own
@@ -79,9 +79,9 @@ struct StreamForward {
 };
 
 template <typename T>
-struct StreamBackward {
-  StreamHead<T> head;
-  StreamTile<T> tile;
+struct RaySumsBackward {
+  SampleHead<T> head;
+  SampleTile<T> tile;
   const T* sums;          // [n_rays, kSums], after the last tile
   const T* grad_sums;     // [n_rays, kSums]
   const T* prefix;        // [kPrefix]
@@ -95,9 +95,9 @@ struct StreamBackward {
 
 // How many samples of each ray come before less than exp(-limit) of the light is left: a prefix of the ray.
 template <typename T>
-struct StreamVisible {
-  StreamHead<T> head;
-  StreamTile<T> tile;  // of `logits` only the density is read, slopes are not
+struct RaySumsVisible {
+  SampleHead<T> head;
+  SampleTile<T> tile;  // of `logits` only the density is read, slopes are not
   T* depths;           // [n_rays], optical depth so far, zero before the first tile
   int32_t* counts;     // [n_rays], visible samples so far, zero before the first tile
   T limit;
@@ -120,7 +120,7 @@ DFF_HD T sigmoid(T x) {
 
 // One sample: what the network says, and what of it backward needs.
 template <typename T>
-struct StreamSample {
+struct SampleState {
   T density;
   T density_slope;  // d density / d logit
   T albedo[3];
@@ -135,7 +135,7 @@ struct StreamSample {
 };
 
 template <typename T>
-DFF_HD T stream_density(const StreamHead<T>& head, T logit, const T (&unit)[3], T (&offset)[3], T* blob, T* slope) {
+DFF_HD T sample_density(const SampleHead<T>& head, T logit, const T (&unit)[3], T (&offset)[3], T* blob, T* slope) {
   T squared = 0, centred_squared = 0;
   bool inside = true;
   for (int axis = 0; axis < 3; ++axis) {
@@ -169,11 +169,11 @@ DFF_HD T stream_density(const StreamHead<T>& head, T logit, const T (&unit)[3], 
 }
 
 template <typename T>
-DFF_HD StreamSample<T> stream_sample(const StreamHead<T>& head, const StreamTile<T>& tile, int64_t place, int64_t ray) {
-  StreamSample<T> s;
+DFF_HD SampleState<T> sample_state(const SampleHead<T>& head, const SampleTile<T>& tile, int64_t place, int64_t ray) {
+  SampleState<T> s;
   const T unit[3] = {tile.positions(place, 0), tile.positions(place, 1), tile.positions(place, 2)};
   T offset[3], blob;
-  s.density = stream_density(head, tile.logits(place, 0), unit, offset, &blob, &s.density_slope);
+  s.density = sample_density(head, tile.logits(place, 0), unit, offset, &blob, &s.density_slope);
   for (int c = 0; c < 3; ++c) {
     s.albedo[c] = sigmoid(tile.logits(place, 1 + c));
     s.color[c] = s.albedo[c];
@@ -205,7 +205,7 @@ DFF_HD StreamSample<T> stream_sample(const StreamHead<T>& head, const StreamTile
   s.straight = squared >= shortest;
   s.inverse_length = T(1) / std::sqrt(squared < shortest ? shortest : squared);
   for (int axis = 0; axis < 3; ++axis) s.normal[axis] = -s.gradient[axis] * s.inverse_length;
-  if (head.shading == StreamShading::kAlbedo) return s;
+  if (head.shading == SampleShading::kAlbedo) return s;
 
   const T* light = head.light + ray * head.light_stride;
   T distance = 0;
@@ -223,24 +223,24 @@ DFF_HD StreamSample<T> stream_sample(const StreamHead<T>& head, const StreamTile
   s.facing = cosine > T(0);
   s.lit = head.ambient + head.diffuse * (cosine > T(0) || cosine != cosine ? cosine : T(0));
   for (int c = 0; c < 3; ++c) {
-    s.color[c] = head.shading == StreamShading::kTextureless ? s.lit : s.albedo[c] * s.lit;
+    s.color[c] = head.shading == SampleShading::kTextureless ? s.lit : s.albedo[c] * s.lit;
   }
   return s;
 }
 
 // The gradients of colour and normal to the logits of the albedo and to the slopes.
 template <typename T>
-DFF_HD void stream_sample_backward(const StreamHead<T>& head, const StreamSample<T>& s, const T (&grad_color)[3],
-                                   const T (&grad_normal)[3], T (&grad_albedo_logits)[3], T (&grad_slopes)[3]) {
+DFF_HD void sample_state_backward(const SampleHead<T>& head, const SampleState<T>& s, const T (&grad_color)[3],
+                                  const T (&grad_normal)[3], T (&grad_albedo_logits)[3], T (&grad_slopes)[3]) {
   T normal[3] = {grad_normal[0], grad_normal[1], grad_normal[2]};
-  const bool textureless = head.shading == StreamShading::kTextureless;
+  const bool textureless = head.shading == SampleShading::kTextureless;
   T to_lit = 0;
   for (int c = 0; c < 3; ++c) {
     const T to_albedo = textureless ? T(0) : grad_color[c] * s.lit;
     grad_albedo_logits[c] = to_albedo * s.albedo[c] * (T(1) - s.albedo[c]);
     to_lit += textureless ? grad_color[c] : grad_color[c] * s.albedo[c];
   }
-  if (head.shading != StreamShading::kAlbedo && s.facing) {
+  if (head.shading != SampleShading::kAlbedo && s.facing) {
     for (int axis = 0; axis < 3; ++axis) normal[axis] += to_lit * head.diffuse * s.towards[axis];
   }
   // normal = -G / |G|: its gradient is what is left of -g / |G| across the normal.
@@ -252,33 +252,33 @@ DFF_HD void stream_sample_backward(const StreamHead<T>& head, const StreamSample
 }
 
 template <typename T>
-DFF_HD T stream_entropy(T weight) {
+DFF_HD T sample_entropy(T weight) {
   const T low = T(kEntropyEps), high = T(1.0 - kEntropyEps);
   const T w = weight < low ? low : weight > high ? high : weight;
   return -(w * std::log(w) + (T(1) - w) * std::log1p(-w));
 }
 
 template <typename T>
-DFF_HD T stream_entropy_slope(T weight) {
+DFF_HD T sample_entropy_slope(T weight) {
   const bool clamped = weight < T(kEntropyEps) || weight > T(1.0 - kEntropyEps);
   return clamped ? T(0) : std::log1p(-weight) - std::log(weight);
 }
 
 template <typename T>
-DFF_HD T stream_length(const StreamTile<T>& tile, int64_t place) {
+DFF_HD T sample_length(const SampleTile<T>& tile, int64_t place) {
   return tile.lengths != nullptr ? tile.lengths[place] : tile.step;
 }
 
 // max(0, normal . direction): how far a sample's normal points away from the camera.
 template <typename T>
-DFF_HD T stream_facing_away(const StreamSample<T>& s, const T* direction) {
+DFF_HD T facing_away(const SampleState<T>& s, const T* direction) {
   const T cosine = s.normal[0] * direction[0] + s.normal[1] * direction[1] + s.normal[2] * direction[2];
   return cosine > T(0) || cosine != cosine ? cosine : T(0);
 }
 
 template <typename T, typename Group>
-DFF_HD void stream_forward_ray(const StreamForward<T>& p, int64_t ray, const Group& group) {
-  const StreamTile<T>& tile = p.tile;
+DFF_HD void ray_sums_forward_ray(const RaySumsForward<T>& p, int64_t ray, const Group& group) {
+  const SampleTile<T>& tile = p.tile;
   const int64_t begin = tile.offsets[ray], stop = tile.first + tile.capacity;
   const int64_t low = begin > tile.first ? begin : tile.first;
   const int64_t high = tile.offsets[ray + 1] < stop ? tile.offsets[ray + 1] : stop;
@@ -300,8 +300,8 @@ DFF_HD void stream_forward_ray(const StreamForward<T>& p, int64_t ray, const Gro
     const int64_t i = chunk + group.lane();
     const bool active = i < high;
     const int64_t place = (active ? i : high - 1) - tile.first;
-    const StreamSample<T> s = stream_sample(p.head, tile, place, ray);
-    const T length = stream_length(tile, place);
+    const SampleState<T> s = sample_state(p.head, tile, place, ray);
+    const T length = sample_length(tile, place);
     const T tau = active ? s.density * length : T(0);
     T total;
     const T before = passed + group.exclusive_sum(tau, &total);
@@ -316,11 +316,11 @@ DFF_HD void stream_forward_ray(const StreamForward<T>& p, int64_t ray, const Gro
     }
     if (!active) continue;
     added[kDepth] += weight * t;
-    if (p.entropy) added[kEntropy] += stream_entropy(weight);
+    if (p.entropy) added[kEntropy] += sample_entropy(weight);
     for (int c = 0; c < 3; ++c) added[kColor + c] += weight * s.color[c];
     if (normals) {
       for (int c = 0; c < 3; ++c) added[kNormal + c] += weight * s.normal[c];
-      const T away = stream_facing_away(s, tile.directions + 3 * ray);
+      const T away = facing_away(s, tile.directions + 3 * ray);
       added[kOrientation] += weight * away * away;
     }
   }
@@ -332,8 +332,8 @@ DFF_HD void stream_forward_ray(const StreamForward<T>& p, int64_t ray, const Gro
 }
 
 template <typename T, typename Group>
-DFF_HD void stream_backward_ray(const StreamBackward<T>& p, int64_t ray, const Group& group) {
-  const StreamTile<T>& tile = p.tile;
+DFF_HD void ray_sums_backward_ray(const RaySumsBackward<T>& p, int64_t ray, const Group& group) {
+  const SampleTile<T>& tile = p.tile;
   const int64_t begin = tile.offsets[ray], end = tile.offsets[ray + 1], stop = tile.first + tile.capacity;
   const int64_t low = begin > tile.first ? begin : tile.first;
   const int64_t high = end < stop ? end : stop;
@@ -352,8 +352,8 @@ DFF_HD void stream_backward_ray(const StreamBackward<T>& p, int64_t ray, const G
     const int64_t place = (active ? i : high - 1) - tile.first;
     const T unit[3] = {tile.positions(place, 0), tile.positions(place, 1), tile.positions(place, 2)};
     T offset[3], blob, slope;
-    const T density = stream_density(p.head, tile.logits(place, 0), unit, offset, &blob, &slope);
-    const T tau = active ? density * stream_length(tile, place) : T(0);
+    const T density = sample_density(p.head, tile.logits(place, 0), unit, offset, &blob, &slope);
+    const T tau = active ? density * sample_length(tile, place) : T(0);
     T total;
     const T before = passed + group.exclusive_sum(tau, &total);
     passed += total;
@@ -374,13 +374,13 @@ DFF_HD void stream_backward_ray(const StreamBackward<T>& p, int64_t ray, const G
     const int64_t i = chunk - 1 - group.lane();
     const bool active = i >= low;
     const int64_t place = (active ? i : low) - tile.first;
-    const StreamSample<T> s = stream_sample(p.head, tile, place, ray);
-    const T length = stream_length(tile, place), t = tile.t[place];
+    const SampleState<T> s = sample_state(p.head, tile, place, ray);
+    const T length = sample_length(tile, place), t = tile.t[place];
     const T tau = s.density * length;
     const T before = p.grad_logits(place, 0);
     const T weight = std::exp(-before) * -std::expm1(-tau);
     T to_weight = grad[kDepth] * t;
-    if (p.entropy) to_weight += grad[kEntropy] * stream_entropy_slope(weight);
+    if (p.entropy) to_weight += grad[kEntropy] * sample_entropy_slope(weight);
     T to_color[3], to_normal[3] = {};
     for (int c = 0; c < 3; ++c) {
       to_weight += grad[kColor + c] * s.color[c];
@@ -388,7 +388,7 @@ DFF_HD void stream_backward_ray(const StreamBackward<T>& p, int64_t ray, const G
     }
     if (normals) {
       // The orientation loss takes the weight as given: it turns normals and moves no density.
-      const T away = T(2) * grad[kOrientation] * weight * stream_facing_away(s, direction);
+      const T away = T(2) * grad[kOrientation] * weight * facing_away(s, direction);
       for (int c = 0; c < 3; ++c) {
         to_weight += grad[kNormal + c] * s.normal[c];
         to_normal[c] = grad[kNormal + c] * weight + away * direction[c];
@@ -406,7 +406,7 @@ DFF_HD void stream_backward_ray(const StreamBackward<T>& p, int64_t ray, const G
     if (!active) continue;
     const T to_tau = std::exp(-(before + tau)) * to_weight - after + grad[kOpticalDepth];
     T to_albedo[3], to_slopes[3];
-    stream_sample_backward(p.head, s, to_color, to_normal, to_albedo, to_slopes);
+    sample_state_backward(p.head, s, to_color, to_normal, to_albedo, to_slopes);
     p.grad_logits(place, 0) = to_tau * length * s.density_slope;
     for (int c = 0; c < 3; ++c) p.grad_logits(place, 1 + c) = to_albedo[c];
     if (normals) {
@@ -417,8 +417,8 @@ DFF_HD void stream_backward_ray(const StreamBackward<T>& p, int64_t ray, const G
 }
 
 template <typename T, typename Group>
-DFF_HD void stream_visible_ray(const StreamVisible<T>& p, int64_t ray, const Group& group) {
-  const StreamTile<T>& tile = p.tile;
+DFF_HD void ray_sums_visible_ray(const RaySumsVisible<T>& p, int64_t ray, const Group& group) {
+  const SampleTile<T>& tile = p.tile;
   const int64_t begin = tile.offsets[ray], stop = tile.first + tile.capacity;
   const int64_t low = begin > tile.first ? begin : tile.first;
   const int64_t high = tile.offsets[ray + 1] < stop ? tile.offsets[ray + 1] : stop;
@@ -431,9 +431,9 @@ DFF_HD void stream_visible_ray(const StreamVisible<T>& p, int64_t ray, const Gro
     const int64_t place = (active ? i : high - 1) - tile.first;
     const T unit[3] = {tile.positions(place, 0), tile.positions(place, 1), tile.positions(place, 2)};
     T offset[3], blob, slope;
-    const T density = stream_density(p.head, tile.logits(place, 0), unit, offset, &blob, &slope);
+    const T density = sample_density(p.head, tile.logits(place, 0), unit, offset, &blob, &slope);
     T total;
-    const T before = passed + group.exclusive_sum(active ? density * stream_length(tile, place) : T(0), &total);
+    const T before = passed + group.exclusive_sum(active ? density * sample_length(tile, place) : T(0), &total);
     passed += total;
     // Not "greater": a NaN stays visible, so that it is seen.
     if (active && !(before > p.limit)) ++visible;
@@ -445,8 +445,8 @@ DFF_HD void stream_visible_ray(const StreamVisible<T>& p, int64_t ray, const Gro
   }
 }
 
-DFF_LAUNCHER(template <typename T> Status stream_forward(const StreamForward<T>& op, const Launch& launch);
-             template <typename T> Status stream_backward(const StreamBackward<T>& op, const Launch& launch);
-             template <typename T> Status stream_visible(const StreamVisible<T>& op, const Launch& launch);)
+DFF_LAUNCHER(template <typename T> Status ray_sums_forward(const RaySumsForward<T>& op, const Launch& launch);
+             template <typename T> Status ray_sums_backward(const RaySumsBackward<T>& op, const Launch& launch);
+             template <typename T> Status ray_sums_visible(const RaySumsVisible<T>& op, const Launch& launch);)
 
 }  // namespace dff

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.ops import hash_grid_layout, hash_grid_reference, hash_grid_tile
-from dreamfusion_fast.ops.hash_grid_tile import (
+from dreamfusion_fast.ops import hash_grid_layout, hash_grid_reference
+from dreamfusion_fast.ops.tiles import hash_grid as hash_grid_tile
+from dreamfusion_fast.ops.tiles.hash_grid import (
     HashGridTileLayout,
     along,
     along_before_scatter,

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.ops.stream import (
+from dreamfusion_fast.ops.tiles.ray_sums import (
     N_PREFIX,
     N_SUMS,
     OPTICAL_DEPTH,
-    StreamHead,
-    StreamTile,
-    stream_backward,
-    stream_forward,
-    stream_reference,
-    stream_visible,
+    SampleHead,
+    SampleTile,
+    ray_sums_backward,
+    ray_sums_forward,
+    ray_sums_reference,
+    ray_sums_visible,
 )
 
 STEP = 0.07
@@ -41,7 +41,7 @@ def scene(
     light = draw(n_rays, 3, scale=2.0) if lights else draw(3, scale=2.0)
     settings = dict(activation="softplus", blob_scale=3.0, blob_width=0.6, ball=True) | options
     return {
-        "head": StreamHead(
+        "head": SampleHead(
             centre=(0.1, -0.2, 0.3),
             extent=(2.0, 1.5, 2.5),
             shading=shading,
@@ -58,7 +58,7 @@ def scene(
     }
 
 
-def tiles(s: dict, size: int, planes: bool) -> list[StreamTile]:
+def tiles(s: dict, size: int, planes: bool) -> list[SampleTile]:
     """The samples cut into tiles, each with buffers of its own, poisoned beyond its samples."""
     offsets, n = s["offsets"].cpu(), s["t"].shape[0]
     result = []
@@ -75,7 +75,7 @@ def tiles(s: dict, size: int, planes: bool) -> list[StreamTile]:
             return whole.t().contiguous().t() if planes and whole.dim() == 2 else whole
 
         result.append(
-            StreamTile(
+            SampleTile(
                 s["offsets"],
                 torch.tensor([low, high], dtype=torch.int32, device=s["t"].device),
                 s["directions"],
@@ -98,12 +98,12 @@ def streamed(s: dict, size: int, grad_sums: Tensor, distortion: bool, planes: bo
     prefix = s["t"].new_full((len(parts), N_PREFIX), math.nan)
     suffix = s["t"].new_full((len(parts) + 1, 1), math.nan)
     for tile, cut in zip(parts, prefix, strict=True):
-        stream_forward(s["head"], tile, sums, cut, distortion)
+        ray_sums_forward(s["head"], tile, sums, cut, distortion)
     gradients = []
     for k in reversed(range(len(parts))):
         to_logits = torch.full_like(parts[k].logits, math.nan)
         to_slopes = None if parts[k].slopes is None else torch.full_like(parts[k].slopes, math.nan)
-        stream_backward(
+        ray_sums_backward(
             s["head"], parts[k], sums, grad_sums, prefix[k], suffix[k + 1], suffix[k], to_logits, to_slopes, distortion
         )
         gradients.append((to_logits, to_slopes))
@@ -119,7 +119,7 @@ def twin(s: dict, grad_sums: Tensor, distortion: bool) -> tuple[Tensor, ...]:
     if head.light is not None:
         s["head"] = replace(head, light=head.light.double())
     leaves = [x.requires_grad_() for x in (s["logits"], s["slopes"]) if x is not None]
-    sums = stream_reference(**s, distortion=distortion)
+    sums = ray_sums_reference(**s, distortion=distortion)
     gradients = torch.autograd.grad(sums, leaves, grad_sums.double())
     return sums, *gradients, *([None] if s["slopes"] is None else [])
 
@@ -201,7 +201,7 @@ def test_visible_samples_are_a_prefix_of_each_ray(size: int, device: torch.devic
     counts = torch.zeros(len(COUNTS), dtype=torch.int32, device=device)
     limit = 1.5
     for tile in tiles(s, size, planes=False):
-        stream_visible(s["head"], tile, depths, counts, limit)
+        ray_sums_visible(s["head"], tile, depths, counts, limit)
     everything = twin(s, s["t"].new_ones(len(COUNTS), N_SUMS), False)[0]
     torch.testing.assert_close(depths, everything[:, OPTICAL_DEPTH].detach())
     seen = []
@@ -215,7 +215,7 @@ def test_visible_samples_are_a_prefix_of_each_ray(size: int, device: torch.devic
         }
         taus = [
             float(
-                stream_reference(
+                ray_sums_reference(
                     offsets=torch.tensor([0, n], dtype=torch.int32, device=device),
                     **{k: v[:n] if k in ("t", "lengths", "positions", "logits") else v for k, v in part.items()},
                     distortion=False,

@@ -1,7 +1,7 @@
 """From what a network says of samples to per-ray sums and back: the compositing of the streaming renderer.
 
-The three native functions work in place on one tile of samples after another; `stream_reference` is the same map of all
-samples at once, in plain PyTorch. csrc/include/dreamfusion_fast/stream.h has the equations with their sources.
+The three native functions work in place on one tile of samples after another; `ray_sums_reference` is the same map of
+all samples at once, in plain PyTorch. csrc/include/dreamfusion_fast/ray_sums.h has the equations with their sources.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from dreamfusion_fast.ops._native import call, pointer, strided
 from dreamfusion_fast.ops.composite import composite_reference
 
-# Columns of the sums; the constants of stream.h.
+# Columns of the sums; the constants of ray_sums.h.
 OPTICAL_DEPTH = 0
 COLOR = slice(1, 4)
 DEPTH = 4
@@ -32,7 +32,7 @@ N_PREFIX = 2
 
 _ACTIVATIONS = {"softplus": 0, "exp": 1}
 _SHADINGS = {"albedo": 0, "lambertian": 1, "textureless": 2}
-# The constants of stream.h, which has their reasons.
+# The constants of ray_sums.h, which has their reasons.
 ENTROPY_EPS = 1e-5
 SHORTEST_SLOPE = 1e-4
 BLOB_CENTRE_EPS = 1e-10
@@ -40,7 +40,7 @@ MAX_EXPONENT = 15.0
 
 
 @dataclass(frozen=True, eq=False)
-class StreamHead:
+class SampleHead:
     """How a network's outputs become density, colour and normal.
 
     Attributes:
@@ -85,7 +85,7 @@ class StreamHead:
 
 
 @dataclass(frozen=True, eq=False)
-class StreamTile:
+class SampleTile:
     """One window of the packed samples, `first <= i < first + capacity`. The last tile may have fewer.
 
     Attributes:
@@ -130,8 +130,8 @@ class StreamTile:
         )
 
 
-def stream_forward(
-    head: StreamHead, tile: StreamTile, sums: Tensor, prefix: Tensor, distortion: bool, entropy: bool = True
+def ray_sums_forward(
+    head: SampleHead, tile: SampleTile, sums: Tensor, prefix: Tensor, distortion: bool, entropy: bool = True
 ) -> None:
     """Add a tile's samples to the sums. Tiles have to come in order.
 
@@ -139,16 +139,16 @@ def stream_forward(
         head: what becomes of the network's outputs.
         tile: the samples.
         sums: `[n_rays, N_SUMS]`, contiguous, zero before the first tile.
-        prefix: `[N_PREFIX]`, written: what `stream_backward` wants to know of the cut before this tile.
+        prefix: `[N_PREFIX]`, written: what `ray_sums_backward` wants to know of the cut before this tile.
         distortion, entropy: whether to compute those columns.
     """
     arguments = (head.arguments, tile.arguments(), pointer(sums), pointer(prefix), distortion, entropy)
-    call("stream_forward", sums, *arguments)
+    call("ray_sums_forward", sums, *arguments)
 
 
-def stream_backward(
-    head: StreamHead,
-    tile: StreamTile,
+def ray_sums_backward(
+    head: SampleHead,
+    tile: SampleTile,
     sums: Tensor,
     grad_sums: Tensor,
     prefix: Tensor,
@@ -162,17 +162,17 @@ def stream_backward(
     """The gradient of a tile's samples. Tiles have to come in the opposite order.
 
     Args:
-        head, tile, distortion, entropy: as in `stream_forward`.
+        head, tile, distortion, entropy: as in `ray_sums_forward`.
         sums: after the last tile.
         grad_sums: `[n_rays, N_SUMS]`, contiguous.
-        prefix: what `stream_forward` wrote for this tile.
+        prefix: what `ray_sums_forward` wrote for this tile.
         suffix_after: `[1]`, the `suffix` of the tile after this one; of the last tile, anything.
         suffix: `[1]`, written.
         grad_logits: `[capacity, 4]`, written as far as there are samples.
         grad_slopes: `[capacity, 3]`, written likewise, or None without normals.
     """
     call(
-        "stream_backward",
+        "ray_sums_backward",
         sums,
         head.arguments,
         tile.arguments(),
@@ -188,20 +188,20 @@ def stream_backward(
     )
 
 
-def stream_visible(head: StreamHead, tile: StreamTile, depths: Tensor, counts: Tensor, limit: float) -> None:
+def ray_sums_visible(head: SampleHead, tile: SampleTile, depths: Tensor, counts: Tensor, limit: float) -> None:
     """Count, in the tiles' order, the samples in front of which the optical depth is at most `limit`.
 
     Args:
-        head, tile: as in `stream_forward`; only the density is read.
+        head, tile: as in `ray_sums_forward`; only the density is read.
         depths: `[n_rays]`, zero before the first tile: optical depth so far.
         counts: int32 `[n_rays]`, zero before the first tile: such samples so far, the first ones of their ray.
         limit: -log of the share of light below which a sample does not count.
     """
-    call("stream_visible", depths, head.arguments, tile.arguments(), pointer(depths), pointer(counts), limit)
+    call("ray_sums_visible", depths, head.arguments, tile.arguments(), pointer(depths), pointer(counts), limit)
 
 
 def head_reference(
-    head: StreamHead, positions: Tensor, logits: Tensor, slopes: Tensor | None, light: Tensor | None
+    head: SampleHead, positions: Tensor, logits: Tensor, slopes: Tensor | None, light: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Density `[n]`, colour `[n, 3]` and normal `[n, 3]` (zero without slopes) of samples; light `[3]` or `[n, 3]`."""
     centre, extent = logits.new_tensor(head.centre), logits.new_tensor(head.extent)
@@ -237,8 +237,8 @@ def head_reference(
     return density, lit.expand_as(albedo) if head.shading == "textureless" else albedo * lit, normal
 
 
-def stream_reference(
-    head: StreamHead,
+def ray_sums_reference(
+    head: SampleHead,
     offsets: Tensor,
     directions: Tensor,
     t: Tensor,
@@ -255,7 +255,7 @@ def stream_reference(
         offsets: int32 `[n_rays + 1]`.
         directions: `[n_rays, 3]`.
         t, lengths: `[n_samples]`.
-        positions, logits, slopes: as in `StreamTile`, of all samples.
+        positions, logits, slopes: as in `SampleTile`, of all samples.
         distortion: whether to compute that column; it compares all pairs of samples.
     """
     n_rays, n = offsets.shape[0] - 1, t.shape[0]

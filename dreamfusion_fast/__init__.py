@@ -22,10 +22,10 @@ _EXPORTS = {
     "HashGridFieldConfig": "fields.hash_field",
     "OccupancyGrid": "rendering.occupancy",
     "Rays": "rendering.rays",
-    "RenderOutput": "rendering.renderer",
-    "RendererConfig": "rendering.renderer",
+    "RenderOutput": "rendering.volume.renderer",
+    "RendererConfig": "rendering.volume.renderer",
     "UserError": "errors",
-    "VolumeRenderer": "rendering.renderer",
+    "VolumeRenderer": "rendering.volume.renderer",
     "create_guidance": "guidance",
 }
 __all__ = ["__version__", *_EXPORTS]

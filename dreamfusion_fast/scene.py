@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from dreamfusion_fast.errors import NonFiniteError
-from dreamfusion_fast.fields.background import MlpBackground
-from dreamfusion_fast.fields.hash_field import HashGridField
-from dreamfusion_fast.rendering.cameras import orbit_cameras
+from dreamfusion_fast.fields.background import MlpBackground, per_view
+from dreamfusion_fast.fields.base import Field
+from dreamfusion_fast.rendering.cameras import Cameras
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
-from dreamfusion_fast.rendering.renderer import VolumeRenderer
 from dreamfusion_fast.rendering.shading import Shading
+from dreamfusion_fast.rendering.volume.renderer import VolumeRenderer
 
 
 class Scene:
@@ -29,7 +29,7 @@ class Scene:
     """
 
     def __init__(
-        self, field: HashGridField, occupancy: OccupancyGrid, background: MlpBackground, config: RendererConfig
+        self, field: Field, occupancy: OccupancyGrid, background: MlpBackground, config: RendererConfig
     ) -> None:
         self.field, self.occupancy, self.background = field, occupancy, background
         self.renderer = VolumeRenderer(field, occupancy, config)
@@ -47,6 +47,10 @@ class Scene:
     def modules(self) -> dict[str, nn.Module]:
         """The parts that have state, by name."""
         return {"field": self.field, "background": self.background, "occupancy": self.occupancy}
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters by the kind of learning rate that they take."""
+        return {**self.field.parameter_groups(), "background": list(self.background.parameters())}
 
     def state(self) -> dict[str, Tensor]:
         """All tensors, as "part.name"."""
@@ -81,18 +85,20 @@ class Scene:
                     raise NonFiniteError(f"the parameters {part}.{name} hold a NaN or an infinity {when}{advice}")
 
     @torch.no_grad()
-    def render_view(
+    def render(
         self,
-        azimuth_deg: float,
+        cameras: Cameras,
         size: int,
-        elevation_deg: float = 15.0,
         shading: Shading | str = Shading.ALBEDO,
         ambient: float = 0.3,
         diffuse: float = 0.7,
     ) -> Tensor:
-        """A picture `[size, size, 3]` on white, float32 in [0, 1]; light, where the shading asks for it, from above."""
-        camera = orbit_cameras(1, elevation_deg, start_deg=azimuth_deg, device=self.device)
-        light = camera.positions[0] + torch.tensor([0.5, 1.0, 0.0], device=self.device)
+        """Pictures `[B, size, size, 3]` on white, float32 in [0, 1]; what light a shading asks for is from above."""
+        cameras = cameras.to(self.device)
+        lights = cameras.positions + torch.tensor([0.5, 1.0, 0.0], device=self.device)
         white = torch.ones(3, device=self.device)
-        output = self.renderer.render(camera.rays(size, size), white, shading, light, ambient=ambient, diffuse=diffuse)
-        return output.color.view(size, size, 3)
+        rays = self.renderer.prepare(cameras, size)
+        output = self.renderer.render(
+            rays, white, shading, per_view(lights, size * size), ambient=ambient, diffuse=diffuse
+        )
+        return output.color.view(-1, size, size, 3)

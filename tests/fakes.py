@@ -13,7 +13,7 @@ from torch import Tensor
 from dreamfusion_fast.fields.hash_field import HashGridFieldConfig
 from dreamfusion_fast.guidance.contract import T_RANGE, Guidance, PromptEmbeddings, SDSOutput, Views
 from dreamfusion_fast.guidance.memory import BatchPart
-from dreamfusion_fast.rendering.renderer import RendererConfig
+from dreamfusion_fast.rendering.volume.renderer import RendererConfig
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.sections import (
     BackgroundConfig,

@@ -38,9 +38,9 @@ ORDER = (
     "training.opaque",
     "training.losses",
     "training.struts",
+    "training.config_io",
     "training.sections",
     "training.presets",
-    "training.config_io",
     "training.memory_plan",
     "training.config",
     "training",
@@ -107,5 +107,7 @@ def test_the_order_names_what_there_is() -> None:
 
 
 def test_an_upward_import_would_be_found() -> None:
-    assert place("ops.march") < place("rendering.renderer") < place("guidance.creation") < place("training.trainer")
+    assert (
+        place("ops.march") < place("rendering.volume.renderer") < place("guidance.creation") < place("training.trainer")
+    )
     assert place("guidance.models.schedule") < place("guidance.contract") < place("guidance.models.embedded.guide")

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from dreamfusion_fast.export import save_png
+from dreamfusion_fast.rendering import orbit_cameras
 from dreamfusion_fast.scene import Scene
 from dreamfusion_fast.training.generator import Generator
 from dreamfusion_fast.training.scenes import make_scene
@@ -41,9 +42,8 @@ def main() -> None:
 def save_views(scene: Scene, folder: Path) -> None:
     """Write `VIEWS` pictures around the object, the first from the front."""
     folder.mkdir(parents=True, exist_ok=True)
-    for index in range(VIEWS):
-        azimuth = 360.0 * index / VIEWS
-        image = scene.render_view(azimuth, SIZE, ELEVATION_DEG, "lambertian", AMBIENT, DIFFUSE)
+    cameras = orbit_cameras(VIEWS, ELEVATION_DEG)
+    for index, image in enumerate(scene.render(cameras, SIZE, "lambertian", AMBIENT, DIFFUSE)):
         save_png(folder / f"{index}.png", image)
     print(folder)
 

@@ -13,7 +13,7 @@ from dreamfusion_fast.export.raster import rasterize_view
 from dreamfusion_fast.export.seen import OPAQUE
 from dreamfusion_fast.export.texture import UnwrappedMesh
 from dreamfusion_fast.export.views import one, rings
-from dreamfusion_fast.rendering.renderer import VolumeRenderer
+from dreamfusion_fast.rendering.volume.renderer import VolumeRenderer
 
 # Elevation in degrees and number of the 32 views, and their height and width. None of them is one of the views that
 # `seen_distance` makes the surface from.

@@ -16,7 +16,7 @@ from dreamfusion_fast.export.surface import extract_from_grid, sample_density
 from dreamfusion_fast.export.texture import LOOK_INTO, UnwrappedMesh, bake, save_glb, seen_colors, unwrap
 from dreamfusion_fast.fields.base import FieldLike, evaluate, query_density
 from dreamfusion_fast.rendering.config import RendererConfig
-from dreamfusion_fast.rendering.renderer import VolumeRenderer
+from dreamfusion_fast.rendering.volume.renderer import VolumeRenderer
 
 
 @dataclass(frozen=True, eq=False)

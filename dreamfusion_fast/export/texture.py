@@ -21,7 +21,7 @@ from dreamfusion_fast.export.raster import rasterize_texture
 from dreamfusion_fast.fields.base import evaluate
 from dreamfusion_fast.io import write_bytes
 from dreamfusion_fast.rendering.rays import Rays
-from dreamfusion_fast.rendering.renderer import VolumeRenderer
+from dreamfusion_fast.rendering.volume.renderer import VolumeRenderer
 
 SurfaceColorFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

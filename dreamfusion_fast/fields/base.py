@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
+from functools import lru_cache
 from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dreamfusion_fast.fields.tile_source import TileSource
 from dreamfusion_fast.ops.tiles.ray_sums import SHORTEST_SLOPE
 
 Backend = Literal["native", "reference"]
@@ -69,13 +71,13 @@ def check_positions(positions: Tensor) -> None:
 def box_tensor(aabb: Tensor | tuple[float, ...] | None) -> Tensor:
     """Check a scene box and return it as a float32 tensor `[6]` = (xmin, ymin, zmin, xmax, ymax, zmax).
 
-    `None` is the unit box [-1, 1]^3. Raises ValueError for a wrong shape or an empty box.
+    `None` is the unit box [-1, 1]^3. Raises ValueError for a wrong shape, an empty or an infinite box.
     """
     box = torch.as_tensor(UNIT_BOX if aabb is None else aabb, dtype=torch.float32).detach().clone()
     if box.shape != (6,):
         raise ValueError(f"aabb: got shape {list(box.shape)}, want [6] = (xmin, ymin, zmin, xmax, ymax, zmax)")
-    if not bool((box[3:] > box[:3]).all()):
-        raise ValueError(f"aabb: got {box.tolist()}, want every maximum above its minimum")
+    if not bool(box.isfinite().all() & (box[3:] > box[:3]).all()):
+        raise ValueError(f"aabb: got {box.tolist()}, want finite numbers, every maximum above its minimum")
     return box
 
 
@@ -99,6 +101,19 @@ class Field(nn.Module):
     def density(self, positions: Tensor) -> Tensor:
         """Density `[m]` at `positions` `[m, 3]`; cheaper than `forward` where colour is not needed."""
         return self.forward(positions).density
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters by the kind of learning rate that they take; `OptimConfig` has one for each kind."""
+        return {"mlp": list(self.parameters())}
+
+    def tile_source(self) -> TileSource | None:
+        """The field as kernels read it, which then stand in for a call, or None: it is called.
+
+        It says what `forward` and `density` do. The renderer does not ask it of a subclass that overrides these, or
+        anything else but :meth:`parameter_groups` and `__init__`, and not of a field with hooks
+        (:func:`tile_source_of`).
+        """
+        return None
 
 
 def evaluate(field: FieldLike, positions: Tensor, with_normal: bool = False) -> FieldOutput:
@@ -174,6 +189,26 @@ def speaks_for_call(field: FieldLike) -> bool:
             "which renders ask: want both, or neither"
         )
     return is_as_declared(field, {"density"})
+
+
+def tile_source_of(field: FieldLike) -> TileSource | None:
+    """The source of a field that has one, as long as nothing overrides what the source's class says of a call."""
+    if not isinstance(field, Field):
+        return None
+    classes = type(field).__mro__
+    owner = next(i for i, cls in enumerate(classes) if "tile_source" in vars(cls))
+    asked = _asked_of(classes[owner])
+    overridden = any(not asked.isdisjoint(vars(cls)) for cls in classes[:owner])
+    return field.tile_source() if not overridden and is_as_declared(field, asked) else None
+
+
+@lru_cache
+def _asked_of(cls: type) -> frozenset[str]:
+    """The methods and properties of a class of fields that decide what a call returns."""
+    names = {"__call__"}
+    for base in cls.__mro__[: cls.__mro__.index(Field) + 1]:
+        names |= {name for name, value in vars(base).items() if isinstance(value, FunctionType | property)}
+    return frozenset(names - {"__init__", "parameter_groups"})
 
 
 def is_as_declared(field: FieldLike, names: Set[str]) -> bool:

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from types import FunctionType
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +16,14 @@ from torch import Tensor, nn
 from dreamfusion_fast.fields.base import (
     Backend,
     Field,
-    FieldLike,
     FieldOutput,
     check_backend,
     check_positions,
     differentiable,
-    is_as_declared,
     safe_normalize,
 )
-from dreamfusion_fast.fields.host_box import HostBox
+from dreamfusion_fast.fields.revision import HostBox
+from dreamfusion_fast.fields.tile_source import TileSource
 from dreamfusion_fast.ops._checks import FLOATS
 from dreamfusion_fast.ops.hash_grid import hash_grid, hash_grid_layout, hash_grid_position_gradient, hash_grid_reference
 from dreamfusion_fast.ops.tiles.hash_grid import HashGridTileLayout
@@ -69,6 +67,8 @@ def _position_gradient_reference(grad_output: Tensor, positions: Tensor, *grid: 
 class HashGridFieldConfig:
     """Settings of :class:`HashGridField`; the defaults are those of stable-dreamfusion and Magic3D."""
 
+    kind: Literal["hash_grid"] = "hash_grid"
+    """Tells the configs of fields apart."""
     levels: int = 16
     """Resolution levels of the grid."""
     features: int = 2
@@ -127,6 +127,12 @@ class HashGridFieldConfig:
             )
         check_backend(self.backend)
 
+    def build(
+        self, aabb: Tensor | tuple[float, ...] | None = None, generator: torch.Generator | None = None
+    ) -> HashGridField:
+        """The field; arguments as of :class:`HashGridField`."""
+        return HashGridField(self, aabb, generator)
+
 
 class HashGridField(Field):
     """Density and albedo from a hash grid (Mueller et al. 2022) and one MLP, with a density blob at the box's centre.
@@ -162,12 +168,10 @@ class HashGridField(Field):
         level_offsets, resolutions = hash_grid_layout(c.levels, c.base_resolution, c.finest_resolution, c.log2_rows)
         self.register_buffer("level_offsets", level_offsets, persistent=False)
         self.register_buffer("resolutions", resolutions, persistent=False)
-        self._level_rows: list[int] = level_offsets.tolist()
-        self._active_levels = c.levels
-        self._layout: tuple[tuple[int, int], HashGridTileLayout] | None = None
+        self._layout: HashGridTileLayout | None = None
         self._box = HostBox()
         self.table = nn.Parameter(
-            torch.empty(self._level_rows[-1], c.features).uniform_(-1e-4, 1e-4, generator=generator)
+            torch.empty(int(level_offsets[-1]), c.features).uniform_(-1e-4, 1e-4, generator=generator)
         )
         widths = [c.levels * c.features] + [c.hidden] * c.hidden_layers + [4]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
@@ -184,20 +188,6 @@ class HashGridField(Field):
             c.blob_scale if c.blob_scale is not None else {"exp": 5.0, "softplus": 10.0}[c.density_activation]
         )
 
-    @property
-    def active_levels(self) -> int:
-        """How many levels, from the coarsest, are read."""
-        return self._active_levels
-
-    def set_active_levels(self, count: int) -> None:
-        """Read only the `count` coarsest levels (coarse to fine training); the finer ones count as zero.
-
-        Inactive levels cost nothing and receive no gradient. Raises ValueError unless 1 <= count <= levels.
-        """
-        if not 1 <= count <= self.config.levels:
-            raise ValueError(f"count: got {count}, want 1 to {self.config.levels} levels")
-        self._active_levels = count
-
     def forward(self, positions: Tensor, with_normal: bool = False) -> FieldOutput:
         """Density, albedo and normals.
 
@@ -212,8 +202,8 @@ class HashGridField(Field):
         Returns:
             density `[m]` (0 outside the bound), albedo `[m, 3]` in (0, 1), normal `[m, 3]` or None.
         """
-        check_positions(positions)
-        unit, grid = self._unit(positions), self.grid()
+        self._check(positions)
+        unit, grid = self._unit(positions), self._grid()
         logits, hidden = self._network(self._hash_grid(unit, *grid), outputs=4)
         offsets = positions - 0.5 * (self.aabb[:3] + self.aabb[3:])
         density = self._activate(logits[:, 0], offsets, unit)
@@ -226,13 +216,13 @@ class HashGridField(Field):
 
     def density(self, positions: Tensor) -> Tensor:
         """Density `[m]` at `positions` `[m, 3]`, without the albedo's share of the work."""
-        check_positions(positions)
+        self._check(positions)
         unit = self._unit(positions)
-        logits, _ = self._network(self._hash_grid(unit, *self.grid()), outputs=1)
+        logits, _ = self._network(self._hash_grid(unit, *self._grid()), outputs=1)
         return self._activate(logits[:, 0], positions - 0.5 * (self.aabb[:3] + self.aabb[3:]), unit)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HashGridField:
-        """What `.to`, `.half` and the like do to a module's tensors; here not to 16 bits, for which no op has code."""
+        """Refuse 16 bits, for which no op has code, in `.to`, `.half` and the like."""
         dtype = fn(self.table.new_empty(0)).dtype
         if dtype not in FLOATS:
             raise TypeError(
@@ -241,6 +231,11 @@ class HashGridField(Field):
             )
         return super()._apply(fn, recurse)
 
+    def _check(self, positions: Tensor) -> None:
+        check_positions(positions)
+        if positions.dtype != self.table.dtype:
+            raise TypeError(f"positions: got {positions.dtype}, want {self.table.dtype}, the field's")
+
     def _scale(self) -> Tensor:
         return 1.0 / (self.aabb[3:] - self.aabb[:3])
 
@@ -248,36 +243,41 @@ class HashGridField(Field):
         """Scene box to [0, 1]^3; the hash grid clamps what lies outside."""
         return (positions - self.aabb[:3]) * self._scale()
 
-    def grid(self) -> tuple[Tensor, Tensor, Tensor, bool]:
-        """The active part of the hash grid: table `[n_rows, features]`, level_offsets, resolutions, smoothstep."""
-        levels = self._active_levels
-        table = self.table if levels == self.config.levels else self.table[: self._level_rows[levels]]
-        return table, self.level_offsets[: levels + 1], self.resolutions[:levels], self.config.smoothstep
+    def _grid(self) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """The arguments of the hash grid's ops behind the positions."""
+        return self.table, self.level_offsets, self.resolutions, self.config.smoothstep
 
-    def tile_layout(self) -> HashGridTileLayout:
-        """The active levels as the streaming renderer's kernels read them; the same object until something changes."""
-        state = (self._active_levels, self.level_offsets.data_ptr())
-        if self._layout is None or self._layout[0] != state:
-            _, level_offsets, resolutions, smoothstep = self.grid()
-            self._layout = (state, HashGridTileLayout(level_offsets, resolutions, smoothstep))
-        return self._layout[1]
+    def _layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight `[out, in]` and bias `[out]` of each layer."""
+        return [(layer.weight, layer.bias) for layer in self.layers if isinstance(layer, nn.Linear)]
 
-    def active_layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Weight `[out, in]` and bias `[out]` of each layer, the first one's without the columns of inactive levels."""
-        layers: list[tuple[Tensor, Tensor]]
-        layers = [(layer.weight, layer.bias) for layer in self.layers if isinstance(layer, nn.Linear)]
-        if self._active_levels < self.config.levels:
-            layers[0] = (layers[0][0][:, : self._active_levels * self.config.features], layers[0][1])
-        return layers
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The table, and the MLP's parameters."""
+        return {"table": [self.table], "mlp": list(self.layers.parameters())}
 
-    @property
-    def box(self) -> tuple[float, ...]:
-        """The scene box on the host, six numbers; a GPU is waited for only when it was changed."""
-        return self._box.read(self.aabb)
+    def tile_source(self) -> TileSource | None:
+        """Table, MLP and what becomes of its outputs; None with the reference backend."""
+        if self.config.backend != "native":
+            return None
+        if self._layout is None or self._layout.level_offsets is not self.level_offsets:
+            self._layout = HashGridTileLayout(self.level_offsets, self.resolutions, self.config.smoothstep)
+        # float64 has no 16-bit mode, and a CPU none that would be faster.
+        narrow = self.table.dtype == torch.float32 and self.table.is_cuda
+        weights, biases = zip(*self._layers(), strict=True)
+        return TileSource(
+            self.table,
+            self._layout,
+            list(weights),
+            list(biases),
+            self._head(),
+            self.precision if narrow else "float32",
+            self._box.read(self.aabb),
+        )
 
-    def head(self) -> SampleHead:
+    def _head(self) -> SampleHead:
         """How density and normals come from the MLP's outputs."""
-        c, low, high = self.config, self.box[:3], self.box[3:]
+        c, box = self.config, self._box.read(self.aabb)
+        low, high = box[:3], box[3:]
         return SampleHead(
             centre=tuple(0.5 * (a + b) for a, b in zip(low, high, strict=True)),  # type: ignore[arg-type]
             extent=tuple(b - a for a, b in zip(low, high, strict=True)),  # type: ignore[arg-type]
@@ -289,7 +289,7 @@ class HashGridField(Field):
 
     def _network(self, features: Tensor, outputs: int) -> tuple[Tensor, list[Tensor]]:
         """The first `outputs` of (density logit, albedo logits), `[m, outputs]`, and the MLP's hidden activations."""
-        *inner, (weight, bias) = self.active_layers()
+        *inner, (weight, bias) = self._layers()
         hidden: list[Tensor] = []
         with self._autocast(features.device.type):
             x = features
@@ -304,7 +304,7 @@ class HashGridField(Field):
 
         ReLU has no second derivative, so its masks are constants, and autograd does the rest for the weights.
         """
-        *inner, (last_weight, _), (weight, _) = self.active_layers()
+        *inner, (last_weight, _), (weight, _) = self._layers()
         # Of what passed a ReLU, the sign is its mask, as numbers in the type that the products below want.
         *masks, last_mask = (activation.detach().sign() for activation in hidden)
         with self._autocast(last_mask.device.type):
@@ -349,24 +349,3 @@ class HashGridField(Field):
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(device_type, dtype=getattr(torch, self.precision))
-
-
-_OWN = {
-    name: value
-    for name, value in vars(HashGridField).items()
-    if isinstance(value, FunctionType | property) and name != "__init__"
-}
-
-
-def is_built_in(field: FieldLike) -> TypeGuard[HashGridField]:
-    """Whether kernels that do what :class:`HashGridField` does may stand in for a call of `field`.
-
-    They may for a subclass, too, as long as neither it nor the instance overrides a method or property other than
-    `__init__`, and no hooks are registered.
-    """
-    return (
-        isinstance(field, HashGridField)
-        and all(getattr(type(field), name) is value for name, value in _OWN.items())
-        and type(field).__call__ is nn.Module.__call__
-        and is_as_declared(field, _OWN.keys())
-    )

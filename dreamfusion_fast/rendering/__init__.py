@@ -4,20 +4,20 @@ from dreamfusion_fast.rendering.cameras import CameraConfig, Cameras, orbit_came
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.rays import InvalidRaysError, Rays
-from dreamfusion_fast.rendering.renderer import RenderOutput, VolumeRenderer
-from dreamfusion_fast.rendering.sample_total import SampleCount
-from dreamfusion_fast.rendering.sampling import cone_distances
 from dreamfusion_fast.rendering.shading import Shading, sample_lights, shade
+from dreamfusion_fast.rendering.volume.prepared import PreparedRays
+from dreamfusion_fast.rendering.volume.renderer import RenderOutput, VolumeRenderer
+from dreamfusion_fast.rendering.volume.sampling import cone_distances
 
 __all__ = [
     "CameraConfig",
     "Cameras",
     "InvalidRaysError",
     "OccupancyGrid",
+    "PreparedRays",
     "Rays",
     "RenderOutput",
     "RendererConfig",
-    "SampleCount",
     "Shading",
     "VolumeRenderer",
     "cone_distances",

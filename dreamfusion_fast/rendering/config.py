@@ -34,8 +34,8 @@ class RendererConfig:
     memory_budget: int | None = None
     """Bytes of workspace for a render of the built-in field; None: an eighth of what is free, at most 128 MB."""
     graphs: bool = True
-    """Run small renders of the built-in field on a GPU as CUDA graphs once they repeat; see `rendering.graphs`. Off: no
-    memory is kept between renders."""
+    """Run small renders of the built-in field on a GPU as CUDA graphs once they repeat; see `rendering.volume.graphs`.
+    Off: no memory is kept between renders."""
     backend: Backend = "native"
     """March and composite by the native core or by the pure-PyTorch twins (the field has a setting of its own)."""
 

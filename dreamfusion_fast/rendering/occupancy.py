@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor, nn
 
 from dreamfusion_fast.fields.base import Backend, FieldLike, box_tensor, check_backend, query_density
+from dreamfusion_fast.fields.revision import revision_of
 from dreamfusion_fast.ops.occupancy import (
     occupancy_pack,
     occupancy_pack_reference,
@@ -135,6 +136,11 @@ class OccupancyGrid(nn.Module):
         """Density above which a cell is occupied, 0-dim."""
         return (_BELOW_MEAN * self.grid.mean()).clamp(max=self.density_threshold)
 
+    @property
+    def revision(self) -> Hashable:
+        """Equal to an earlier one as long as the same cells in the same box are occupied."""
+        return revision_of(self.bitfield), revision_of(self.aabb), self.cascades
+
     def occupied(self) -> Tensor:
         """The bitfield as booleans, `[R, R, R]`, or `[C, R, R, R]` with C > 1."""
         return occupancy_unpack(self.bitfield, self.resolution, self.cascades)
@@ -195,7 +201,7 @@ class OccupancyGrid(nn.Module):
         self.bitfield.copy_(self._pack(self.grid, 0.0))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OccupancyGrid:
-        """What `.to`, `.double` and the like do to a module's tensors; here, devices change and types do not."""
+        """Change devices, and no types, in `.to`, `.double` and the like."""
 
         def moved(tensor: Tensor) -> Tensor:
             result = fn(tensor)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from rich.text import Text
 from dreamfusion_fast.export import save_png, tile
 from dreamfusion_fast.export.turntable import to_uint8
 from dreamfusion_fast.io import RunFolder
+from dreamfusion_fast.rendering.cameras import orbit_cameras
 from dreamfusion_fast.rendering.shading import Shading
 from dreamfusion_fast.training.checkpoint import save_checkpoint
 from dreamfusion_fast.training.trainer import StepResult, Trainer
@@ -109,11 +109,11 @@ class Preview(Callback):
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         if due(result, self._every, 0):
             c = trainer.config.shading
-            look = partial(trainer.scene.render_view, size=PREVIEW_SIZE, ambient=c.ambient, diffuse=c.diffuse)
+            cameras = orbit_cameras(PREVIEW_VIEWS)
             images = [
-                to_uint8(look(360.0 * view / PREVIEW_VIEWS, shading=shading))
+                to_uint8(image)
                 for shading in (Shading.ALBEDO, Shading.TEXTURELESS)
-                for view in range(PREVIEW_VIEWS)
+                for image in trainer.scene.render(cameras, PREVIEW_SIZE, shading, c.ambient, c.diffuse)
             ]
             save_png(self._path, tile(images, PREVIEW_VIEWS))
 

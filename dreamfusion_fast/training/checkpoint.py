@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.io import atomic_path
 from dreamfusion_fast.training.config import Config
-from dreamfusion_fast.training.config_io import differences
+from dreamfusion_fast.training.config_io import architecture, differences
 
 FORMAT = "dreamfusion_fast checkpoint"
 VERSION = 1
@@ -117,7 +117,7 @@ def load_checkpoint(path: str | Path, expected_config: Config | None = None) -> 
 
 def check_same_architecture(saved: Config, expected: Config, path: str | Path) -> None:
     """Raise UserError naming every difference between the configs that decides names or shapes of parameters."""
-    different = differences(saved.architecture(), expected.architecture())
+    different = differences(architecture(saved), architecture(expected))
     if different:
         raise UserError(
             f"checkpoint {path} is of another config ({'; '.join(different)}); use its own or another folder"

@@ -80,7 +80,7 @@ class Config:
     """Print at the end how long each stage of a step takes and how much memory."""
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
     camera: CameraConfig = dataclasses.field(default_factory=CameraConfig)
-    field: HashGridFieldConfig = dataclasses.field(default_factory=lambda: SMALL_FIELD)
+    field: HashGridFieldConfig = dataclasses.field(default_factory=lambda: SMALL_FIELD, metadata=config_io.ARCHITECTURE)
     renderer: RendererConfig = dataclasses.field(default_factory=lambda: RendererConfig(samples_across=128))
     occupancy: OccupancyConfig = dataclasses.field(default_factory=OccupancyConfig)
     background: BackgroundConfig = dataclasses.field(default_factory=BackgroundConfig)
@@ -153,12 +153,3 @@ class Config:
     def load(cls, path: str | Path, *, guidance: str | None = None) -> Config:
         """Read a tree from a YAML file; as from_dict, and UserError where the file cannot be read."""
         return cls.from_dict(config_io.load_yaml(path), source=str(path), guidance=guidance)
-
-    def architecture(self) -> dict[str, Any]:
-        """The part that decides names and shapes of the parameters: a checkpoint fits where this is the same."""
-        background = {"frequencies": self.background.frequencies, "hidden": self.background.hidden}
-        return {
-            "field": config_io.to_dict(self.field),
-            "background": background,
-            "occupancy": {"resolution": self.occupancy.resolution},
-        }

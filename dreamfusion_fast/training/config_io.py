@@ -1,7 +1,7 @@
 """Trees of dataclasses as plain values and YAML, with errors that name the key.
 
 Knows nothing of what is configured: any dataclass whose fields are plain values, tuples, lists, dicts, enums, paths or
-other such dataclasses will do.
+other such dataclasses will do. In a union of dataclasses, each has a field `kind` with a default of its own.
 """
 
 from __future__ import annotations
@@ -93,20 +93,36 @@ def differences(first: Any, second: Any, prefix: str = "") -> list[str]:
     return [] if first == second else [f"{prefix}: {first}, here {second}"]
 
 
+# Of dataclass fields that decide the names, shapes or meaning of parameters.
+ARCHITECTURE = {"architecture": True}
+
+
+def architecture(config: Any) -> dict[str, Any]:
+    """The fields marked by `ARCHITECTURE`, at any depth, as nested dicts of plain values."""
+    result = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.metadata.get("architecture"):
+            result[field.name] = to_dict(value)
+        elif dataclasses.is_dataclass(value) and (below := architecture(value)):
+            result[field.name] = below
+    return result
+
+
 def _dataclass_from(cls: Any, values: Any, source: str, prefix: str, base: Any) -> Any:
     where = f"{source}: {prefix}" if prefix else source
     if not isinstance(values, Mapping):
         raise UserError(f"{where} has to be a mapping of names to values, not {_shown(values)}")
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     hints = get_type_hints(cls)
-    arguments = {} if base is None else {name: getattr(base, name) for name in fields}
+    arguments = {name: getattr(base, name) for name in fields} if type(base) is cls else {}
     for key, value in values.items():
         name = f"{prefix}.{key}" if prefix else str(key)
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(fields)}"
             raise UserError(f"{source}: unknown key {name}; {hint}")
-        below = getattr(base, key) if base is not None else _default(fields[key])
+        below = arguments[key] if key in arguments else _default(fields[key])
         arguments[key] = _convert(hints[key], value, source, name, below)
     try:
         return cls(**arguments)
@@ -125,7 +141,7 @@ def _convert(hint: Any, value: Any, source: str, name: str, below: Any) -> Any:
     if hasattr(hint, "__metadata__"):  # Annotated
         return _convert(arguments[0], value, source, name, below)
     if dataclasses.is_dataclass(hint):
-        return _dataclass_from(hint, value, source, name, below if type(below) is hint else None)
+        return _dataclass_from(hint, value, source, name, below)
     if origin in (Union, types.UnionType):
         return _convert_union(arguments, value, source, name, below)
     if origin is Literal:
@@ -150,6 +166,8 @@ def _convert_union(choices: tuple[Any, ...], value: Any, source: str, name: str,
     if value is None and type(None) in choices:
         return None
     kinds = [choice for choice in choices if choice is not type(None)]
+    if all(dataclasses.is_dataclass(kind) for kind in kinds):
+        return _dataclass_from(_of_kind(kinds, value, source, name, below), value, source, name, below)
     errors = []
     for kind in kinds:
         try:
@@ -159,6 +177,17 @@ def _convert_union(choices: tuple[Any, ...], value: Any, source: str, name: str,
     if all(kind in _WORDS for kind in kinds):
         raise _wrong(source, name, " or ".join(_WORDS[kind] for kind in kinds), value)
     raise errors[0]
+
+
+def _of_kind(choices: list[Any], value: Any, source: str, name: str, below: Any) -> Any:
+    """The dataclass whose default `kind` is that of `value`, or of what is below it."""
+    by_kind = {choice.kind: choice for choice in choices}
+    kind = getattr(below, "kind", None)
+    if isinstance(value, Mapping):
+        kind = value.get("kind", kind)
+    if kind not in by_kind:
+        raise UserError(f"{source}: {name}.kind has to be one of {', '.join(by_kind)}, not {_shown(kind)}")
+    return by_kind[kind]
 
 
 def _convert_sequence(origin: Any, arguments: tuple[Any, ...], value: Any, source: str, name: str) -> Any:

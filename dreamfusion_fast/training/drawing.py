@@ -8,7 +8,7 @@ waits for a step to end, and the GPU always finds the next launch waiting.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,10 +18,9 @@ from torch import Tensor
 from dreamfusion_fast.fields.background import per_view, random_colors
 from dreamfusion_fast.guidance.contract import Views
 from dreamfusion_fast.rendering.cameras import Cameras, sample_cameras
-from dreamfusion_fast.rendering.rays import Rays
-from dreamfusion_fast.rendering.renderer import VolumeRenderer
-from dreamfusion_fast.rendering.sample_total import SampleCount
 from dreamfusion_fast.rendering.shading import Shading, sample_lights
+from dreamfusion_fast.rendering.volume.prepared import PreparedRays
+from dreamfusion_fast.rendering.volume.renderer import VolumeRenderer
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.device import send
 
@@ -37,21 +36,17 @@ class DrawnViews:
         size: height and width, pixels.
         shading: of all views.
         views: what the guidance is told.
-        rays: `B * size * size`, views one after another.
+        prepared: the rays, `B * size * size`, views one after another.
         light: positions `[B * size * size, 3]` for shadings that read them, else None.
         plain: background colours `[B * size * size, 3]`, or None for the learned background.
-        seed: of the samples' jitter.
-        count: of the samples along the rays, on a GPU.
     """
 
     size: int
     shading: Shading
     views: Views
-    rays: Rays
+    prepared: PreparedRays
     light: Tensor | None
     plain: Tensor | None
-    seed: int
-    count: SampleCount | None
 
 
 class ViewSampler:
@@ -68,7 +63,7 @@ class ViewSampler:
         self._batch = config.batch_on(device)
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._steps: deque[torch.cuda.Event] = deque()
-        self._grid_version: tuple[int, int] | None = None
+        self._grid_revision: Hashable = None
 
     def draw(self, size: int, progress: float, renderer: VolumeRenderer) -> DrawnViews:
         """All of a step's random numbers but the guidance's. They are drawn on the CPU and sent at once.
@@ -90,20 +85,18 @@ class ViewSampler:
             pose, fov_y, azimuth, elevation, distance, lights, *rest = send(
                 self._device, *values, *([] if plain is None else [plain])
             )
-            rays = Cameras(pose, fov_y, azimuth, elevation, distance).rays(size, size)
+            prepared = renderer.prepare(Cameras(pose, fov_y, azimuth, elevation, distance), size, True, seed)
             drawn = DrawnViews(
                 size,
                 shading,
                 Views(azimuth, elevation, rest[0] if rest else None, shading.value),
-                rays,
+                prepared,
                 per_view(lights, size * size) if shading.needs_normals else None,
                 per_view(rest[0], size * size) if rest else None,
-                seed,
-                None if self._stream is None else renderer.count_samples(rays, True, seed),
             )
         if self._stream is not None:
             stream = torch.cuda.current_stream(self._device)
-            for tensor in (azimuth, rays.origins, rays.directions, drawn.light, drawn.plain):
+            for tensor in (azimuth, prepared.rays.origins, prepared.rays.directions, drawn.light, drawn.plain):
                 if tensor is not None:  # all that was sent is one block, so azimuth stands for it
                     tensor.record_stream(stream)
         return drawn
@@ -134,11 +127,10 @@ class ViewSampler:
         self._steps.append(current.record_event())
         if len(self._steps) > _AHEAD:
             self._steps.popleft().synchronize()
-        # The only thing that is read here and written by steps. Its version counts the writes.
-        grid = renderer.occupancy.bitfield if renderer.occupancy is not None else None
-        version = None if grid is None else (grid.data_ptr(), grid._version)
-        if version != self._grid_version:
-            self._grid_version = version
+        # The only thing that is read here and written by steps.
+        revision = None if renderer.occupancy is None else renderer.occupancy.revision
+        if revision != self._grid_revision:
+            self._grid_revision = revision
             self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             yield

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.export.surface import sample_density
-from dreamfusion_fast.fields.base import query_density
-from dreamfusion_fast.fields.hash_field import HashGridField
+from dreamfusion_fast.fields.base import Field, query_density
 from dreamfusion_fast.rendering.cameras import sample_cameras
 from dreamfusion_fast.rendering.rays import Rays
-from dreamfusion_fast.rendering.renderer import VolumeRenderer
+from dreamfusion_fast.rendering.volume.renderer import VolumeRenderer
 from dreamfusion_fast.scene import Scene
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.device import send
@@ -57,9 +56,11 @@ def firm_field(scene: Scene, config: Config, stop: Callable[[], bool] = lambda: 
     teacher_field, teacher_occupancy = copy.deepcopy(field).requires_grad_(False), copy.deepcopy(occupancy)
     teacher = VolumeRenderer(teacher_field, teacher_occupancy, scene.renderer.config)
     generator = torch.Generator().manual_seed(config.seed)
-    rates = (c.lr_table, c.lr_mlp)
-    groups = [{"params": [field.table]}, {"params": list(field.layers.parameters())}]
-    optimizer = torch.optim.Adam(groups, lr=c.lr_table, betas=config.optim.betas, eps=config.optim.eps, fused=True)
+    groups = field.parameter_groups()
+    rates = [getattr(c, f"lr_{kind}") for kind in groups]
+    optimizer = torch.optim.Adam(
+        [{"params": group} for group in groups.values()], betas=config.optim.betas, eps=config.optim.eps, fused=True
+    )
     torn: tuple[Struts, Tensor] | None = None
     rods: Struts | None = None
     done = False
@@ -108,7 +109,7 @@ def firm_field(scene: Scene, config: Config, stop: Callable[[], bool] = lambda: 
     return done
 
 
-def _torn(field: HashGridField, longest: float) -> tuple[Struts, Tensor] | None:
+def _torn(field: Field, longest: float) -> tuple[Struts, Tensor] | None:
     """The rods that a field needs to be in one piece, and the colours of their ends `[2, k, 3]`."""
     density = sample_density(lambda positions: query_density(field, positions), field.aabb, _RESOLUTION)
     struts = find_struts(*density, longest)
@@ -127,7 +128,7 @@ def _with_rods(struts: Struts, ends: Tensor, rays: Rays, opaque: Tensor, color: 
     return opaque | new, torch.where(new[:, None], torch.lerp(first, last, share[:, None]), color)
 
 
-def _fill_loss(field: HashGridField, struts: Struts, generator: torch.Generator) -> Tensor:
+def _fill_loss(field: Field, struts: Struts, generator: torch.Generator) -> Tensor:
     """Mean over points in rods of -log(opacity) of a way as long as the rod is thick."""
     points, radius = send(field.aabb.device, *struts.points(_POINTS, generator))
     opacity = -torch.expm1(-2.0 * radius * query_density(field, points))

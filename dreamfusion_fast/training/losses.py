@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.rendering.renderer import RenderOutput
+from dreamfusion_fast.rendering.volume.renderer import RenderOutput
 from dreamfusion_fast.training.opaque import OpaqueThresholds, cross_entropy
 
 _OPACITY_EPS = 0.01  # under the root of the opacity loss (DreamFusion, appendix A.2)
@@ -65,7 +65,7 @@ LOSSES: Mapping[str, Loss] = {
     "opacity": Loss(_opacity, shown=True),
     "entropy": Loss(_ray_entropy, shown=True),
     "binary": Loss(_binary),
-    "sample_entropy": Loss(lambda views: views.output.entropy_loss, option="with_entropy"),
+    "sample_entropy": Loss(lambda views: views.output.sample_entropy_loss, option="with_sample_entropy"),
     "distortion": Loss(lambda views: views.output.distortion_loss, option="with_distortion"),
     # Of the normals, in steps whose shading has computed them.
     "orientation": Loss(lambda views: views.output.orientation_loss, shown=True),

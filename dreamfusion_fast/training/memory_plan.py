@@ -18,7 +18,7 @@ from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.gpu.memory import free_bytes, limit_fraction, set_limit_fraction
 from dreamfusion_fast.guidance.contract import Guidance
 from dreamfusion_fast.rendering.config import RendererConfig
-from dreamfusion_fast.rendering.workspace import default_budget
+from dreamfusion_fast.rendering.volume.workspace import default_budget
 
 _UNITS = {"": 1, "B": 1} | {f"{letter}B": 1000**k for k, letter in enumerate("KMGT", 1)}
 _UNITS |= {f"{letter}IB": 1024**k for k, letter in enumerate("KMGT", 1)}

@@ -6,9 +6,8 @@ import torch
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.fields.background import MlpBackground
-from dreamfusion_fast.fields.hash_field import HashGridField
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
-from dreamfusion_fast.rendering.renderer import VolumeRenderer
+from dreamfusion_fast.rendering.volume.renderer import VolumeRenderer
 from dreamfusion_fast.scene import Scene
 from dreamfusion_fast.training.checkpoint import Checkpoint
 from dreamfusion_fast.training.config import Config
@@ -22,12 +21,20 @@ def make_scene(config: Config, device: torch.device, generator: torch.Generator)
         device: where it is to be.
         generator: on the CPU, source of the random parameters.
     """
-    field = HashGridField(config.field, generator=generator).to(device)
+    field = config.field.build(generator=generator).to(device)
     b, o = config.background, config.occupancy
     background = MlpBackground(b.frequencies, b.hidden, generator=generator).to(device)
     step_size = VolumeRenderer(field, None, config.renderer).step_size
     occupancy = OccupancyGrid(
-        field.aabb, o.resolution, o.decay, o.every, o.warmup_steps, o.alpha_threshold, step_size, config.seed
+        field.aabb,
+        o.resolution,
+        o.decay,
+        o.every,
+        o.warmup_steps,
+        o.alpha_threshold,
+        step_size,
+        config.seed,
+        config.renderer.backend,
     ).to(device)
     return Scene(field, occupancy, background, config.renderer)
 

@@ -5,9 +5,11 @@ Fractions are of the whole run, so a run of other length keeps its shape.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from dreamfusion_fast.fields.hash_field import HashGridFieldConfig
+from dreamfusion_fast.training.config_io import ARCHITECTURE
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class FirmConfig:
 class OccupancyConfig:
     """The grid that tells the renderer which space is empty."""
 
-    resolution: int = 64
+    resolution: int = dataclasses.field(default=64, metadata=ARCHITECTURE)
     """Cells per side of the scene box."""
     every: int = 16
     """Steps between two updates."""
@@ -140,9 +142,9 @@ class BackgroundConfig:
     """Probability that a step's views have plain backgrounds; the others show the learned one (DreamFusion: 0)."""
     white: float = 0.4
     """Share of the plain backgrounds that are white; the others are random colours."""
-    frequencies: int = 4
+    frequencies: int = dataclasses.field(default=4, metadata=ARCHITECTURE)
     """Octaves of the learned background's direction encoding."""
-    hidden: int = 32
+    hidden: int = dataclasses.field(default=32, metadata=ARCHITECTURE)
     """Width of the learned background's network."""
 
     def __post_init__(self) -> None:

@@ -22,8 +22,8 @@ from dreamfusion_fast.gpu.memory import is_out_of_memory, what_was_wanted
 from dreamfusion_fast.gpu.stages import stage
 from dreamfusion_fast.guidance.contract import Guidance
 from dreamfusion_fast.guidance.creation import create_guidance
-from dreamfusion_fast.rendering.renderer import RenderOutput
 from dreamfusion_fast.rendering.shading import Shading
+from dreamfusion_fast.rendering.volume.renderer import RenderOutput
 from dreamfusion_fast.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.drawing import DrawnViews, ViewSampler
@@ -113,9 +113,8 @@ class Trainer:
     def _make_optimizer(self) -> torch.optim.Adam:
         c = self.config.optim
         groups = [
-            {"params": [self.scene.field.table], "peak": c.lr_table},
-            {"params": list(self.scene.field.layers.parameters()), "peak": c.lr_mlp},
-            {"params": list(self.scene.background.parameters()), "peak": c.lr_background},
+            {"params": parameters, "peak": getattr(c, f"lr_{kind}")}
+            for kind, parameters in self.scene.parameter_groups().items()
         ]
         return torch.optim.Adam(groups, lr=c.lr_mlp, betas=c.betas, eps=c.eps, fused=True)
 
@@ -282,15 +281,12 @@ class Trainer:
 
     def _render_training(self, drawn: DrawnViews, options: dict[str, bool]) -> RenderOutput:
         return self.scene.renderer.render(
-            drawn.rays,
+            drawn.prepared,
             self.scene.background if drawn.plain is None else drawn.plain,
             drawn.shading,
             drawn.light,
-            jitter=True,
-            seed=drawn.seed,
             ambient=self.config.shading.ambient,
             diffuse=self.config.shading.diffuse,
-            count=drawn.count,
             **options,
         )
 

@@ -15,7 +15,7 @@ from dreamfusion_fast.export import Agreement, Mesh, UnwrappedMesh, agreement, m
 from dreamfusion_fast.export.seen import occupied_space
 from dreamfusion_fast.export.surface import sample_density
 from dreamfusion_fast.rendering.config import RendererConfig
-from dreamfusion_fast.rendering.renderer import VolumeRenderer
+from dreamfusion_fast.rendering.volume.renderer import VolumeRenderer
 
 BOX = torch.tensor([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0])
 HARD = 400.0  # density of what nobody looks through

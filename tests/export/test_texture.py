@@ -15,7 +15,7 @@ from dreamfusion_fast.export.mesh import Mesh
 from dreamfusion_fast.export.surface import extract_mesh
 from dreamfusion_fast.export.texture import LOOK_INTO, bake, save_glb, seen_colors, unwrap
 from dreamfusion_fast.rendering.config import RendererConfig
-from dreamfusion_fast.rendering.renderer import VolumeRenderer
+from dreamfusion_fast.rendering.volume.renderer import VolumeRenderer
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -170,25 +170,6 @@ def test_without_gradients_nothing_is_recorded(with_normal: bool) -> None:
     torch.testing.assert_close(output.density, field(points(5)).density)
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_inactive_levels_count_as_zero_and_get_no_gradient(backend: str) -> None:
-    field, cut = make(replace(TINY, backend=backend)), make(replace(TINY, backend=backend))
-    first_inactive = int(cut.level_offsets[2])
-    with torch.no_grad():
-        cut.table[first_inactive:] = 0
-    field.set_active_levels(2)
-    assert field.active_levels == 2
-    output, expected = field(points(113), with_normal=True), cut(points(113), with_normal=True)
-    for given, wanted in zip(output, expected, strict=True):
-        torch.testing.assert_close(given, wanted)
-    output.density.sum().backward()
-    assert (field.table.grad[first_inactive:] == 0).all()
-    assert (field.table.grad[:first_inactive] != 0).any()
-    for wrong in (0, 4):
-        with pytest.raises(ValueError, match=rf"count: got {wrong}, want 1 to 3"):
-            field.set_active_levels(wrong)
-
-
 def test_generator_makes_the_parameters_reproducible() -> None:
     first, second = (HashGridField(TINY, generator=torch.Generator().manual_seed(7)) for _ in range(2))
     other = HashGridField(TINY, generator=torch.Generator().manual_seed(8))

@@ -109,7 +109,13 @@ def test_other_architecture_is_named(saved):
     changed = dataclasses.replace(config, field=dataclasses.replace(config.field, levels=config.field.levels + 1))
     with pytest.raises(UserError, match=rf"field\.levels: {config.field.levels}, here {config.field.levels + 1}"):
         load_checkpoint(path, changed)
-    load_checkpoint(path, dataclasses.replace(config, steps=9, prompt="other"))
+    for part, name in (("background", "hidden"), ("background", "frequencies"), ("occupancy", "resolution")):
+        number = getattr(getattr(config, part), name)
+        other = dataclasses.replace(getattr(config, part), **{name: 2 * number})
+        with pytest.raises(UserError, match=rf"config \({part}\.{name}: {number}, here {2 * number}\)"):
+            load_checkpoint(path, dataclasses.replace(config, **{part: other}))
+    white = dataclasses.replace(config.background, white=0.0)
+    load_checkpoint(path, dataclasses.replace(config, steps=9, prompt="other", background=white))
 
 
 def _train(model, optimizer, steps):

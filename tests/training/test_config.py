@@ -144,6 +144,36 @@ def test_base_is_kept_where_nothing_is_given():
     assert config_io.from_dict(Kinds, {"mode": "slow"}, base=Kinds(sizes=(9,))) == Kinds(mode="slow", sizes=(9,))
 
 
+@dataclasses.dataclass(frozen=True)
+class Ball:
+    kind: Literal["ball"] = "ball"
+    radius: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Box:
+    kind: Literal["box"] = "box"
+    side: float = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    shape: Ball | Box = Ball(radius=3.0)
+
+
+def test_configs_of_several_kinds_are_told_apart():
+    for shape in (Ball(), Box(side=5.0)):
+        assert config_io.from_dict(Shape, config_io.to_dict(Shape(shape))) == Shape(shape)
+    # What is below of the same kind is kept, and nothing of another kind's.
+    assert config_io.from_dict(Shape, {"shape": {}}) == Shape()
+    assert config_io.from_dict(Shape, {"shape": {"kind": "box"}}) == Shape(Box())
+    assert config_io.from_dict(Shape, {"shape": {"side": 4.0}}, base=Shape(Box())) == Shape(Box(side=4.0))
+    with pytest.raises(UserError, match=r"shape\.kind has to be one of ball, box, not 'cone'"):
+        config_io.from_dict(Shape, {"shape": {"kind": "cone"}})
+    with pytest.raises(UserError, match=r"unknown key shape\.side"):
+        config_io.from_dict(Shape, {"shape": {"kind": "ball", "side": 1.0}})
+
+
 def test_differences():
     assert config_io.differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3, "d": 4}}) == [
         "a.c: 2, here 3",

@@ -9,7 +9,7 @@ from noisy import NoisyGuidance
 
 from dreamfusion_fast.errors import DoesNotFitError, UserError
 from dreamfusion_fast.gpu.memory import is_out_of_memory, what_was_wanted
-from dreamfusion_fast.rendering.renderer import VolumeRenderer
+from dreamfusion_fast.rendering.volume.renderer import VolumeRenderer
 from dreamfusion_fast.training import trainer as module
 from dreamfusion_fast.training.memory_plan import SMALL_BUDGET
 from dreamfusion_fast.training.trainer import Trainer

@@ -13,6 +13,7 @@ from dreamfusion_fast.errors import NonFiniteError, UserError
 from dreamfusion_fast.guidance.config import GuidanceConfig
 from dreamfusion_fast.guidance.contract import SDSOutput, Views
 from dreamfusion_fast.guidance.distillation import ScoreDistillation
+from dreamfusion_fast.rendering import orbit_cameras
 from dreamfusion_fast.rendering.shading import Shading
 from dreamfusion_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dreamfusion_fast.training.config import Config
@@ -50,7 +51,7 @@ def assert_same_bits(first, second):
 
 def distance_to_target(trainer):
     """Mean absolute error of a view on white from what the guidance wants, and how opaque the middle's colour is."""
-    picture = trainer.scene.render_view(0.0, 32).cpu()
+    picture = trainer.scene.render(orbit_cameras(1), 32)[0].cpu()
     views = Views(torch.zeros(1), torch.zeros(1), torch.ones(1, 3))
     wanted = target(views, 32)[0].permute(1, 2, 0)
     return float((picture - wanted).abs().mean()), picture[12:20, 12:20].mean(dim=(0, 1))
@@ -258,7 +259,7 @@ def test_same_seed_same_bits_and_another_seed_others():
 def test_looking_at_a_run_does_not_change_it():
     watched, alone = trainer_of(), trainer_of()
     for _ in range(5):
-        watched.scene.render_view(30.0, 8, shading=Shading.LAMBERTIAN)
+        watched.scene.render(orbit_cameras(2), 8, Shading.LAMBERTIAN)
         watched.step()
         alone.step()
     assert_same_bits(parameters(watched), parameters(alone))
@@ -381,9 +382,10 @@ def test_views_drawn_beside_the_last_step_are_those_drawn_in_line():
 
 
 @pytest.mark.parametrize("shading", list(Shading))
-def test_render_view(device, shading):
-    picture = trainer_of(device).scene.render_view(90.0, 24, shading=shading)
-    assert picture.shape == (24, 24, 3)
+def test_pictures_of_the_scene(device, shading):
+    pictures = trainer_of(device).scene.render(orbit_cameras(2, start_deg=90.0), 24, shading)
+    assert pictures.shape == (2, 24, 24, 3)
+    picture = pictures[0]
     assert picture.dtype == torch.float32
     assert not picture.requires_grad
     assert float(picture.min()) >= 0.0

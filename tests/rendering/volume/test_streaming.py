@@ -43,12 +43,9 @@ class Case:
     config: dict[str, Any] = member(default_factory=dict)
     render: dict[str, Any] = member(default_factory=dict)
     occupied: float | None = None
-    active_levels: int | None = None
 
     def view(self, backend: str, **config: Any) -> VolumeRenderer:
         source = make_field(backend, **self.field)
-        if self.active_levels is not None:
-            source.set_active_levels(self.active_levels)
         occupancy = None if self.occupied is None else make_occupancy(self.occupied)
         settings = {"step": STEP, "backend": backend} | self.config | config
         return VolumeRenderer(source, occupancy, RendererConfig(**settings))
@@ -63,7 +60,7 @@ CASES = [
     Case("textureless", render={"shading": "textureless"}),
     Case("normals", render={"with_normals": True}),
     Case("distortion", render={"with_distortion": True}),
-    Case("entropy", render={"with_entropy": True}),
+    Case("entropy", render={"with_sample_entropy": True}),
     Case("all losses", render=ALL),
     Case("all losses of textureless", render=ALL | {"shading": "textureless"}),
     Case("jitter", render={"jitter": True, "seed": 7} | ALL),
@@ -78,8 +75,7 @@ CASES = [
     Case("two hidden layers", field={"hidden_layers": 2}, render=ALL),
     Case("three hidden layers", field={"hidden_layers": 3, "hidden": 16}, render=ALL),
     Case("four features", field={"features": 4}, render=ALL),
-    Case("fewer levels", active_levels=2, render=ALL),
-    Case("one level", active_levels=1),
+    Case("one level", field={"levels": 1}),
     Case("a light per ray", render={**ALL, "light": LIGHTS}),
     Case("strengths", render={**LIT, "ambient": 0.4, "diffuse": 0.3}),
     Case("near and far", config={"near": 2.3, "far": 3.1}, render=ALL),
@@ -101,16 +97,6 @@ def test_agrees_with_autograd_in_chunks(case: Case) -> None:
     assert wanted[0].samples > 300
     for name, gradient in wanted[1].items():
         assert float(gradient.abs().max()) > 1e-4, name
-
-
-def test_inactive_levels_get_no_gradient() -> None:
-    view = Case("", active_levels=2, render=ALL).view("native")
-    _, gradients = render_with_gradients(view, make_rays(), **ALL)
-    rows = int(view.field.level_offsets[2])
-    assert int(gradients["table"][rows:].count_nonzero()) == 0
-    assert int(gradients["layers.0.weight"][:, 4:].count_nonzero()) == 0
-    assert int(gradients["table"][:rows].count_nonzero()) > 0
-    assert int(gradients["layers.0.weight"][:, :4].count_nonzero()) > 0
 
 
 def test_early_stop_changes_what_it_should() -> None:
@@ -286,7 +272,7 @@ def test_finite_differences_of_the_whole_render(hidden_layers: int) -> None:
         output = torch.func.functional_call(view, dict(zip(names, parameters, strict=True)), (rays,), EVERYTHING)
         assert streamed(output)
         assert output.samples > 10
-        return tuple(getattr(output, name) for name in (*PER_RAY, "distortion_loss", "entropy_loss"))
+        return tuple(getattr(output, name) for name in (*PER_RAY, "distortion_loss", "sample_entropy_loss"))
 
     parameters = [parameter.detach().clone().requires_grad_() for parameter in source.parameters()]
     assert torch.autograd.gradcheck(render, parameters, eps=1e-6, atol=1e-8, rtol=1e-6)

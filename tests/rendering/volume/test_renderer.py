@@ -18,10 +18,9 @@ from dreamfusion_fast.rendering import (
     RendererConfig,
     RenderOutput,
     VolumeRenderer,
-    chunked,
     orbit_cameras,
-    renderer,
 )
+from dreamfusion_fast.rendering.volume import chunked, renderer
 
 COARSE = RendererConfig(samples_across=96, backend="reference")
 

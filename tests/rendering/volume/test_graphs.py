@@ -21,8 +21,8 @@ from dreamfusion_fast.rendering import (
     RenderOutput,
     VolumeRenderer,
 )
-from dreamfusion_fast.rendering import graphs as module
-from dreamfusion_fast.rendering.streaming import StreamedRender
+from dreamfusion_fast.rendering.volume import graphs as module
+from dreamfusion_fast.rendering.volume.streaming import StreamedRender
 
 gpu = pytest.mark.gpu
 LIT = {"shading": "lambertian"}

@@ -21,10 +21,10 @@ from dreamfusion_fast.ops.march import march, march_lattice, march_lattice_refer
 from dreamfusion_fast.ops.tiles.ray_sums import ENTROPY_EPS
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.rays import Rays
-from dreamfusion_fast.rendering.recompute import Recomputation
-from dreamfusion_fast.rendering.request import RaySums, RenderRequest
-from dreamfusion_fast.rendering.sampling import SampledSpace
 from dreamfusion_fast.rendering.shading import shade
+from dreamfusion_fast.rendering.volume.prepared import RaySums, RenderRequest
+from dreamfusion_fast.rendering.volume.recompute import Recomputation
+from dreamfusion_fast.rendering.volume.sampling import SampledSpace
 
 # Rays marched at a time. It bounds the distances held without gradients, keeps sample counts far from int32's limit,
 # and is no setting, because jitter depends on it in images of more rays than this.

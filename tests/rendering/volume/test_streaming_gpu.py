@@ -160,7 +160,7 @@ class Training:
     def step(self) -> tuple[RenderOutput, Tensor]:
         output = self.view.render(self.rays, self.background, light=self.light, jitter=True, seed=3, **ALL)
         loss = (output.color - self.target).square().sum()
-        loss = loss + output.orientation_loss + output.distortion_loss + 0.01 * output.entropy_loss
+        loss = loss + output.orientation_loss + output.distortion_loss + 0.01 * output.sample_entropy_loss
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

@@ -1,13 +1,13 @@
 """The volume renderer: rays in, colours out, exact gradients, bounded memory.
 
-The built-in field on its own path streams (`streaming`); every other field, and gradients to the rays, go through
+A field with a tile source streams (`streaming`); every other field, and gradients to rays and light, go through
 autograd in chunks (`chunked`). Both give the same image.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,22 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreamfusion_fast.fields.base import FieldLike, box_tensor, speaks_for_call
-from dreamfusion_fast.fields.hash_field import HashGridField, is_built_in
-from dreamfusion_fast.fields.host_box import HostBox
+from dreamfusion_fast.fields.base import Field, FieldLike, box_tensor, speaks_for_call, tile_source_of
+from dreamfusion_fast.fields.revision import HostBox, revision_of
+from dreamfusion_fast.fields.tile_source import TileSource
 from dreamfusion_fast.ops.tiles.march import count_samples
-from dreamfusion_fast.rendering.chunked import ChunkedRender
+from dreamfusion_fast.rendering.cameras import Cameras
 from dreamfusion_fast.rendering.config import RendererConfig
-from dreamfusion_fast.rendering.differentiable import FieldRender, differentiable_sums
-from dreamfusion_fast.rendering.graphs import RenderGraphs
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.rays import InvalidRaysError, Rays
-from dreamfusion_fast.rendering.request import RaySums, RenderRequest
-from dreamfusion_fast.rendering.sample_total import SampleCount, SampleTotal
-from dreamfusion_fast.rendering.sampling import SampledSpace
 from dreamfusion_fast.rendering.shading import AMBIENT, DIFFUSE, Shading
-from dreamfusion_fast.rendering.streaming import StreamedRender
-from dreamfusion_fast.rendering.workspace import default_budget
+from dreamfusion_fast.rendering.volume.chunked import ChunkedRender
+from dreamfusion_fast.rendering.volume.differentiable import FieldRender, differentiable_sums
+from dreamfusion_fast.rendering.volume.graphs import RenderGraphs
+from dreamfusion_fast.rendering.volume.prepared import PreparedRays, RaySums, RenderRequest
+from dreamfusion_fast.rendering.volume.sample_count import SampleCount
+from dreamfusion_fast.rendering.volume.sampling import SampledSpace
+from dreamfusion_fast.rendering.volume.streaming import StreamedRender
+from dreamfusion_fast.rendering.volume.workspace import default_budget
 
 Background = Tensor | Callable[[Tensor], Tensor] | None
 
@@ -52,9 +53,9 @@ class RenderOutput:
         samples: how many samples were evaluated; in a CUDA graph a 0-dim int64 tensor.
         distortion_loss: 0-dim, mean over rays of sum_ij w_i w_j |t_i - t_j| + 1/3 sum w_i^2 length_i in scene units
             (mip-NeRF 360, equation 15), or None.
-        entropy_loss: 0-dim, mean over rays of the sum of the samples' binary entropies -w log w - (1 - w) log(1 - w),
-            w clamped to [1e-5, 1 - 1e-5], or None.
-        overflowed: in a CUDA graph of the built-in field, bool 0-dim: there were more samples than the graph was
+        sample_entropy_loss: 0-dim, mean over rays of the sum of the samples' binary entropies
+            -w log w - (1 - w) log(1 - w), w clamped to [1e-5, 1 - 1e-5], or None.
+        overflowed: in a CUDA graph of a streamed render, bool 0-dim: there were more samples than the graph was
             captured for, and everything else is NaN: capture again, and render again. None elsewhere.
     """
 
@@ -65,7 +66,7 @@ class RenderOutput:
     orientation_loss: Tensor | None
     samples: int | Tensor
     distortion_loss: Tensor | None = None
-    entropy_loss: Tensor | None = None
+    sample_entropy_loss: Tensor | None = None
     overflowed: Tensor | None = None
 
 
@@ -161,9 +162,52 @@ class VolumeRenderer(nn.Module):
         """The same as :meth:`render`."""
         return self.render(rays, **options)  # type: ignore[arg-type]
 
+    def prepare(
+        self,
+        views: Cameras | Rays,
+        size: int | tuple[int, int] | None = None,
+        jitter: bool = False,
+        seed: int | Tensor = 0,
+    ) -> PreparedRays:
+        """Make the rays of a render to come, and begin to count their samples.
+
+        Counting reads rays and occupancy grid, and nothing of the field. So a training loop can prepare a step on a
+        CUDA stream of its own, beside the step before, and no render waits for the number of its samples: the GPU
+        always has work ahead. Like all else on such a stream, the rays have to stay until it is done with them
+        (`torch.Tensor.record_stream`). If rays, grid or box are changed before the render, it counts again. Only
+        streamed renders on a GPU are counted ahead, and none in a CUDA graph.
+
+        Args:
+            views: `B` cameras, or rays.
+            size: of the cameras' images, pixels: a side, or height and width. The rays are `B * height * width`, views
+                one after another, rows from the top.
+            jitter, seed: as in :meth:`render`.
+
+        Raises:
+            ValueError: a size without cameras or cameras without a size; the rays are not where the renderer is.
+            TypeError: rays of another dtype than a streamed field.
+        """
+        if isinstance(views, Cameras) != (size is not None):
+            raise ValueError(f"size: got {size} with {type(views).__name__}, want one for cameras, None for rays")
+        if isinstance(views, Cameras):
+            height, width = size if isinstance(size, tuple) else (size, size)
+            rays = views.rays(height, width)  # type: ignore[arg-type]
+        else:
+            rays = views
+        self._check_seed(seed, rays)
+        self._check_device(rays)
+        source = self._source(rays, None)
+        if source is None or not rays.origins.is_cuda or torch.cuda.is_current_stream_capturing():
+            return PreparedRays(rays, jitter, seed)
+        self._settle()
+        with torch.no_grad():
+            marched = self._space(rays).marched(rays, jitter, seed)
+            count = SampleCount(marched, count_samples(marched)[0])
+        return PreparedRays(rays, jitter, seed, count, self._revision(rays))
+
     def render(
         self,
-        rays: Rays,
+        rays: Rays | PreparedRays,
         background: Background = None,
         shading: Shading | str = Shading.ALBEDO,
         light: Tensor | None = None,
@@ -171,38 +215,36 @@ class VolumeRenderer(nn.Module):
         seed: int | Tensor = 0,
         with_normals: bool = False,
         with_distortion: bool = False,
-        with_entropy: bool = False,
+        with_sample_entropy: bool = False,
         ambient: float = AMBIENT,
         diffuse: float = DIFFUSE,
-        count: SampleCount | None = None,
     ) -> RenderOutput:
         """Render rays.
 
-        The built-in field on a GPU renders without a wait for it (but for what `streaming` says), also inside a CUDA
-        graph: there, rays are not checked, and `overflowed` has to be looked at.
+        A field with a tile source renders on a GPU without a wait for it (but for what `streaming` says), also inside a
+        CUDA graph: there, rays are not checked, and `overflowed` has to be looked at.
 
         Args:
-            rays: `n_rays` rays with unit directions; for the built-in field of its parameters' dtype. All results are
-                of this dtype, and light and background are converted to it.
+            rays: `n_rays` rays with unit directions; for a field with a tile source of its parameters' dtype. All
+                results are of this dtype, and light and background are converted to it. Or what :meth:`prepare` gave.
             background: colours `[3]` or `[n_rays, 3]`, or a callable from directions to colours; None is black.
             shading: albedo, lambertian or textureless; the latter two need a light and compute normals.
-            light: point light `[3]` or `[n_rays, 3]`, scene units; it gets no gradient from the built-in field.
+            light: point light `[3]` or `[n_rays, 3]`, scene units. A light that requires gradients gets them; no render
+                streams then.
             jitter: shift the samples of each ray by a random part of a step.
             seed: of the jitter; a CUDA graph reads an int64 tensor `[]` on the device anew at each replay.
             with_normals: compute normals, their image and the orientation loss with albedo shading, too.
             with_distortion: compute the distortion loss.
-            with_entropy: compute the entropy loss.
+            with_sample_entropy: compute the entropy loss.
             ambient: strength of the light from everywhere.
             diffuse: strength of the point light.
-            count: what `count_samples` gave for these rays, this jitter and seed, with nothing changed since.
 
         Raises:
             InvalidRaysError: a ray is not finite or its direction not of unit length.
-            TypeError: rays of another dtype than the built-in field.
-            ValueError: a wrong shape or device, an unknown shading, a missing light, a count of something else, or a
-                box that was changed such that the grid's leaves out a part of the field's.
-            RuntimeError: more than 2^31 - 1 samples in one image of the built-in field; a count in a CUDA graph; within
-                a transform of torch.func.
+            TypeError: rays of another dtype than a streamed field.
+            ValueError: a wrong shape or device, an unknown shading, a missing light, jitter or seed for prepared rays,
+                which have theirs, or a box that was changed such that the grid's leaves out a part of the field's.
+            RuntimeError: more than 2^31 - 1 samples in one streamed image; within a transform of torch.func.
         """
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
@@ -210,39 +252,38 @@ class VolumeRenderer(nn.Module):
                 "torch.autograd, and one batch of rays"
             )
         shading = Shading.parse(shading)
+        if isinstance(rays, PreparedRays):
+            if jitter or isinstance(seed, Tensor) or seed != 0:
+                raise ValueError("jitter, seed: got values for prepared rays, want them in prepare")
+            prepared, rays = rays, rays.rays
+        else:
+            self._check_seed(seed, rays)
+            prepared = PreparedRays(rays, jitter, seed)
         n_rays = len(rays)
         _check_rows("light", light, n_rays)
         if not callable(background):
             _check_rows("background", background, n_rays)
-        if not isinstance(seed, Tensor) and not 0 <= seed < 2**63:
-            raise ValueError(f"seed: got {seed}, want 0 <= seed < 2^63")
-        if isinstance(seed, Tensor) and (seed.dtype != torch.int64 or seed.dim() or seed.device != rays.origins.device):
-            raise ValueError(
-                f"seed: got {seed.dtype} {list(seed.shape)} on {seed.device}, want a number or an int64 tensor [] on "
-                f"{rays.origins.device}, where the rays are"
-            )
         if shading.needs_normals and light is None:
             raise ValueError(f"light: got None, want a position [3] or [n_rays, 3] for {shading.value} shading")
-        if count is not None:
-            count.check(rays, jitter, seed)
-        normals = with_normals or shading.needs_normals
-        request = RenderRequest(
-            rays,
-            shading,
-            light.to(rays.origins.dtype) if light is not None and shading.needs_normals else None,
-            ambient,
-            diffuse,
-            normals,
-            with_distortion,
-            with_entropy,
-            jitter,
-            seed,
-            None if count is None else count.total,
-        )
-        self._check_rays(rays)
+        light = light.to(rays.origins.dtype) if light is not None and shading.needs_normals else None
+        self._check_device(rays)
+        source = self._source(rays, light)
         self._settle()
-        if self._streams(rays, request.light):
-            sums = self._stream(request)
+        request = RenderRequest(
+            rays=rays,
+            jitter=prepared.jitter,
+            seed=prepared.seed,
+            count=self._usable_count(prepared),
+            shading=shading,
+            light=light,
+            ambient=ambient,
+            diffuse=diffuse,
+            normals=with_normals or shading.needs_normals,
+            distortion=with_distortion,
+            entropy=with_sample_entropy,
+        )
+        if source is not None:
+            sums = self._stream(source, request)
         else:
             rays.validate()
             sums = ChunkedRender(self.field, self.config, request).sums(self._space(rays))
@@ -267,32 +308,17 @@ class VolumeRenderer(nn.Module):
             sums.overflowed,
         )
 
-    @torch.no_grad()
-    def count_samples(self, rays: Rays, jitter: bool = False, seed: int = 0) -> SampleCount | None:
-        """Count the samples of a render to come, which then need not wait for their number: give it as `count`.
-
-        Counting reads rays and occupancy grid, and nothing of the field. So a training loop can do it on a stream of
-        its own, beside the step before, and no step ends with a wait: the GPU always has work ahead. Like all else on
-        such a stream, the rays have to stay until it is done with them (`torch.Tensor.record_stream`).
-
-        Args:
-            rays, jitter, seed: of the render.
-
-        Returns:
-            The count, or None for a render that would not use it: of any but the built-in field on its own path.
-
-        Raises:
-            ValueError: the rays are not where the renderer is.
-            RuntimeError: within the capture of a CUDA graph, whose replays nobody could tell the number.
-        """
-        if rays.origins.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("count_samples: cannot be captured in a CUDA graph, as the host reads its result")
-        if not self._streams(rays, None):
+    def _usable_count(self, prepared: PreparedRays) -> SampleCount | None:
+        """The count of prepared rays, unless something was changed since, or replays of a graph may change it."""
+        count, rays = prepared.count, prepared.rays
+        if count is None or torch.cuda.is_current_stream_capturing() or prepared.revision != self._revision(rays):
             return None
-        self._check_rays(rays)
-        self._settle()
-        marched = self._space(rays).marched(rays, jitter, seed)
-        return SampleCount(rays, jitter, seed, SampleTotal(marched, count_samples(marched)[0]))
+        return count
+
+    def _revision(self, rays: Rays) -> Hashable:
+        """Of all that a count of samples depends on."""
+        grid = None if self.occupancy is None else self.occupancy.revision
+        return self.config, self._settled, grid, revision_of(rays.origins), revision_of(rays.directions)
 
     def _settle(self) -> None:
         """Make sure that boxes, step and grid go together: again only where a box was changed, as by `load_state_dict`,
@@ -319,42 +345,48 @@ class VolumeRenderer(nn.Module):
                     f"field's, {list(inner)}, as OccupancyGrid(field.aabb) does"
                 )
 
-    def _check_rays(self, rays: Rays) -> None:
-        field, occupancy = self.field, self.occupancy
-        if isinstance(field, HashGridField):
-            table = field.table
-            _check_device("field", table, rays)
-            if table.dtype != rays.origins.dtype:
-                raise TypeError(
-                    f"rays: got {rays.origins.dtype}, want {table.dtype}, the field's: rays.to(dtype={table.dtype})"
-                )
-        if occupancy is None:
+    def _check_device(self, rays: Rays) -> None:
+        if isinstance(self.field, Field):
+            _check_device("field", self.field.aabb, rays)
+        if self.occupancy is None:
             _check_device("renderer", self.aabb, rays)
         else:
-            _check_device("occupancy", occupancy.bitfield, rays)
+            _check_device("occupancy", self.occupancy.bitfield, rays)
+
+    @staticmethod
+    def _check_seed(seed: int | Tensor, rays: Rays) -> None:
+        if not isinstance(seed, Tensor):
+            if not 0 <= seed < 2**63:
+                raise ValueError(f"seed: got {seed}, want 0 <= seed < 2^63")
+        elif seed.dtype != torch.int64 or seed.dim() or seed.device != rays.origins.device:
+            raise ValueError(
+                f"seed: got {seed.dtype} {list(seed.shape)} on {seed.device}, want a number or an int64 tensor [] on "
+                f"{rays.origins.device}, where the rays are"
+            )
 
     def _space(self, rays: Rays) -> SampledSpace:
         return SampledSpace.of(rays, self.aabb, self.occupancy, self.config, self._diagonal, self.step_size)
 
-    def _streams(self, rays: Rays, light: Tensor | None) -> bool:
-        """Whether the built-in field's own path serves: the native core, no gradients to rays or light."""
-        field = self.field
-        return (
-            is_built_in(field)
-            and field.config.backend == self.config.backend == "native"
-            and not (rays.origins.requires_grad or rays.directions.requires_grad)
-            and not (light is not None and light.requires_grad)
-        )
+    def _source(self, rays: Rays, light: Tensor | None) -> TileSource | None:
+        """What is streamed, or None: the field has no tile source, or something of it, or of rays or light, asks for
+        autograd."""
+        tensors = (rays.origins, rays.directions, light)
+        if self.config.backend != "native" or any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            return None
+        source = tile_source_of(self.field)
+        if source is not None and source.table.dtype != rays.origins.dtype:
+            dtype = source.table.dtype
+            raise TypeError(f"rays: got {rays.origins.dtype}, want {dtype}, the field's: rays.to(dtype={dtype})")
+        return source
 
-    def _stream(self, request: RenderRequest) -> RaySums:
-        field, rays = self.field, request.rays
-        assert isinstance(field, HashGridField)
+    def _stream(self, source: TileSource, request: RenderRequest) -> RaySums:
+        rays = request.rays
         _check_device("light", request.light, rays)
         expected = self._expected_samples.get(len(rays))
-        make = partial(self._streamed, field, expected)
+        make = partial(self._streamed, source, expected)
         render: FieldRender | None
         box = self._box.read(self.aabb)
-        render = self._graphs.find(field, self.aabb, box, self.occupancy, self.config, request, expected, make)
+        render = self._graphs.find(source, self.aabb, box, self.occupancy, self.config, request, expected, make)
         if render is None:
             render = make(request)
         try:
@@ -366,11 +398,11 @@ class VolumeRenderer(nn.Module):
             self._expected_samples[len(rays)] = sums.samples
         return sums
 
-    def _streamed(self, field: HashGridField, expected: int | None, request: RenderRequest) -> StreamedRender:
+    def _streamed(self, source: TileSource, expected: int | None, request: RenderRequest) -> StreamedRender:
         rays = request.rays
         if self._budget is None:
             self._budget = self.config.memory_budget or default_budget(rays.origins.device)
-        return StreamedRender.of(field, request, self._space(rays), self.config, self._budget, expected)
+        return StreamedRender.of(source, request, self._space(rays), self.config, self._budget, expected)
 
 
 def _check_device(name: str, tensor: Tensor | None, rays: Rays) -> None:

@@ -1,4 +1,4 @@
-"""Renders of the built-in field as one differentiable function, whichever way forward and backward are run."""
+"""Streamed renders as one differentiable function, whichever way forward and backward are run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.autograd.function import once_differentiable
 
 from dreamfusion_fast.ops.mlp import MlpGradients
 from dreamfusion_fast.ops.tiles.ray_sums import COLOR, DEPTH, LOSSES, NORMAL, OPTICAL_DEPTH
-from dreamfusion_fast.rendering.request import RaySums
+from dreamfusion_fast.rendering.volume.prepared import RaySums
 
 
 class FieldRender(Protocol):
-    """One render of the built-in field: `StreamedRender` says what its members are."""
+    """One render: `StreamedRender` says what its members are."""
 
     normals: bool
     distortion: bool

@@ -1,21 +1,42 @@
-"""What one render asks for and what comes back before backgrounds: the same for every way to render."""
+"""A render from what it is made of to what comes back before backgrounds: the same for every way to render."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from dreamfusion_fast.rendering.rays import Rays
-from dreamfusion_fast.rendering.sample_total import SampleTotal
 from dreamfusion_fast.rendering.shading import Shading
+from dreamfusion_fast.rendering.volume.sample_count import SampleCount
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class PreparedRays:
+    """The rays of a render to come; :meth:`VolumeRenderer.prepare` makes them.
+
+    Attributes:
+        rays, jitter, seed: as in :meth:`VolumeRenderer.render`.
+        count: of the samples along the rays, if they were counted ahead.
+        revision: of all that the count depends on.
+    """
+
+    rays: Rays
+    jitter: bool
+    seed: int | Tensor
+    count: SampleCount | None = None
+    revision: Hashable = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RenderRequest:
     """Checked arguments of :meth:`VolumeRenderer.render`; see there."""
 
     rays: Rays
+    jitter: bool
+    seed: int | Tensor
+    count: SampleCount | None
     shading: Shading
     light: Tensor | None
     ambient: float
@@ -23,12 +44,9 @@ class RenderRequest:
     normals: bool
     distortion: bool
     entropy: bool
-    jitter: bool
-    seed: int | Tensor
-    counted: SampleTotal | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RaySums:
     """Sums over the samples of each ray, and over all rays for the losses.
 

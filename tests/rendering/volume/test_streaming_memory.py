@@ -24,7 +24,8 @@ from streaming_cases import (
 from torch import Tensor
 
 from dreamfusion_fast.ops.tiles.ray_sums import SampleHead, SampleTile
-from dreamfusion_fast.rendering import OccupancyGrid, RendererConfig, VolumeRenderer, streaming
+from dreamfusion_fast.rendering import OccupancyGrid, RendererConfig, VolumeRenderer
+from dreamfusion_fast.rendering.volume import streaming
 
 ALL = {"shading": "lambertian", **EVERYTHING}
 SMALLEST = 1024  # samples of a tile below which no renderer goes, however small the budget

@@ -16,8 +16,8 @@ BOX = (-1.0, -1.0, -1.0, 1.0, 1.0, 1.0)
 LIGHT = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
 STEP = 0.05
 PER_RAY = ("color", "opacity", "depth", "normal")
-LOSSES = ("orientation_loss", "distortion_loss", "entropy_loss")
-EVERYTHING = {"with_normals": True, "with_distortion": True, "with_entropy": True}
+LOSSES = ("orientation_loss", "distortion_loss", "sample_entropy_loss")
+EVERYTHING = {"with_normals": True, "with_distortion": True, "with_sample_entropy": True}
 # For comparisons of precisions. Rounding a position moves it by a part of a cell that grows with the resolution, and
 # without smoothstep normals jump from cell to cell: with few cells and no jumps, what is left is the renderer's own.
 SMOOTH = {"levels": 4, "log2_rows": 12, "base_resolution": 4, "finest_resolution": 16, "hidden": 32}

@@ -1,4 +1,4 @@
-"""Small renders of the built-in field as CUDA graphs, for training steps that are not captured themselves.
+"""Small streamed renders as CUDA graphs, for training steps that are not captured themselves.
 
 A 64^2 image is a third of a millisecond of work for a GPU, in some thirty launches, for which Python takes two. When a
 render like the last ones comes again, it is captured, forward and backward: from then on each is one launch. What
@@ -21,15 +21,14 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.cuda_graphs import capturing
-from dreamfusion_fast.fields.hash_field import HashGridField
+from dreamfusion_fast.fields.tile_source import TileSource
 from dreamfusion_fast.gpu.memory import is_out_of_memory
 from dreamfusion_fast.ops.mlp import MlpGradients
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.rays import Rays
-from dreamfusion_fast.rendering.request import RenderRequest
-from dreamfusion_fast.rendering.streaming import StreamedRender
-from dreamfusion_fast.rendering.workspace import trainable_parts
+from dreamfusion_fast.rendering.volume.prepared import RenderRequest
+from dreamfusion_fast.rendering.volume.streaming import StreamedRender
 
 # Larger renders keep the GPU busy for as long as Python takes for their launches.
 MAX_SAMPLES = 1 << 17
@@ -52,7 +51,7 @@ class RenderGraphs:
 
     def find(
         self,
-        field: HashGridField,
+        source: TileSource,
         aabb: Tensor,
         box: tuple[float, ...],
         occupancy: OccupancyGrid | None,
@@ -64,18 +63,18 @@ class RenderGraphs:
         """A render by graphs, if there are any for it or it is time to capture them.
 
         Args:
-            field, aabb, box, occupancy, config, request: what is rendered, `aabb` the renderer's box, and `box` what it
-                holds.
+            source, occupancy, config, request: of the render.
+            aabb, box: the renderer's box, and what it holds.
             expected: samples of the last render like this one; None: there was none.
             make: a render of a request as it is.
         """
         if expected is None or expected > MAX_SAMPLES or not self._apply(occupancy, config, request):
             return None
-        parameters = trainable_parts(field)
+        parameters = source.parameters
         wanted = [parameter.requires_grad for parameter in parameters]
         if not any(wanted):
             return None
-        kind = _kind(field, parameters, aabb, box, occupancy, config, request)
+        kind = _kind(source, parameters, aabb, box, occupancy, config, request)
         if kind not in self._graphs:
             self._seen[kind] = self._seen.pop(kind, 0) + 1
             if len(self._seen) > _REMEMBERED:
@@ -118,7 +117,7 @@ class RenderGraphs:
 
 
 def _kind(
-    field: HashGridField,
+    source: TileSource,
     parameters: list[Tensor],
     aabb: Tensor,
     box: tuple[float, ...],
@@ -140,10 +139,10 @@ def _kind(
         request.entropy,
         request.jitter,
         config,
-        field.config,
-        field.precision,
-        field.active_levels,
-        field.box,
+        source.head.arguments,
+        source.layout,
+        source.precision,
+        source.box,
         tuple((parameter.data_ptr(), parameter.requires_grad) for parameter in parameters),
         aabb.data_ptr(),
         box,
@@ -168,7 +167,7 @@ class _Graphs:
         self._rays = [_room_for(rays.origins), _room_for(rays.directions)]
         self._light = None if light is None else _room_for(light)
         self._seed = torch.zeros((), dtype=torch.int64, device=rays.origins.device)
-        captured = replace(request, rays=Rays(*self._rays), light=self._light, seed=self._seed, counted=None)
+        captured = replace(request, rays=Rays(*self._rays), light=self._light, seed=self._seed, count=None)
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle()
         device = rays.origins.device
@@ -210,8 +209,8 @@ class _Graphs:
         self.run += 1
         self._user = weakref.ref(user)
         self._forward.replay()
-        if request.counted is not None:
-            return request.counted.read()
+        if request.count is not None:
+            return request.count.read()
         assert self.render.total is not None
         self.render.total.send()
         return self.render.total.read()

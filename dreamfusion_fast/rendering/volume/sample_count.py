@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from dreamfusion_fast.ops.march import MAX_SAMPLES
 from dreamfusion_fast.ops.tiles.march import MarchedRays, march_totals
-from dreamfusion_fast.rendering.rays import SQUARED_TOLERANCE, InvalidRaysError, Rays
+from dreamfusion_fast.rendering.rays import SQUARED_TOLERANCE, InvalidRaysError
 
 
-class SampleTotal:
+class SampleCount:
     """The number of samples, and of invalid rays, on their way to the host."""
 
     def __init__(self, rays: MarchedRays, counts: Tensor) -> None:
@@ -46,25 +44,3 @@ class SampleTotal:
         if number > MAX_SAMPLES:
             raise RuntimeError(f"rays: {number} samples, more than 2^31 - 1: render fewer rays at once")
         return number
-
-
-@dataclass(frozen=True, eq=False)
-class SampleCount:
-    """How many samples a render will take, counted ahead of it by :meth:`VolumeRenderer.count_samples`.
-
-    Attributes:
-        rays, jitter, seed: of the render that it is for.
-        total: the number, on its way.
-    """
-
-    rays: Rays
-    jitter: bool
-    seed: int
-    total: SampleTotal
-
-    def check(self, rays: Rays, jitter: bool, seed: int | Tensor) -> None:
-        """Raise ValueError unless it is of these, and RuntimeError in a capture, for whose replays it says nothing."""
-        if rays.origins.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("count: cannot be given in a CUDA graph, whose replays render other rays")
-        if self.rays is not rays or self.jitter != jitter or isinstance(seed, Tensor) or self.seed != seed:
-            raise ValueError("count: was counted for other rays, or with another jitter or seed, than are rendered")

@@ -1,4 +1,4 @@
-"""The streaming renderer of the built-in field: exact gradients, nothing held per sample, no wait for a GPU.
+"""The streaming renderer of fields with a tile source: exact gradients, nothing held per sample, no wait for a GPU.
 
 Rays are marched once to count their samples. Then, tile by tile of the packed samples: march again -> encode -> MLP
 (and its input gradient, for normals) -> shade and composite into per-ray sums. Backward goes through the tiles in the
@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.fields.hash_field import HashGridField
+from dreamfusion_fast.fields.tile_source import TileSource
 from dreamfusion_fast.ops.mlp import MlpGradients, prepared_backward
 from dreamfusion_fast.ops.tiles import hash_grid as hash_grid_tile
 from dreamfusion_fast.ops.tiles.march import MarchedRays, count_samples, march_tile, tile_table
@@ -35,10 +35,10 @@ from dreamfusion_fast.ops.tiles.ray_sums import (
     ray_sums_visible,
 )
 from dreamfusion_fast.rendering.config import RendererConfig
-from dreamfusion_fast.rendering.request import RenderRequest
-from dreamfusion_fast.rendering.sample_total import SampleTotal
-from dreamfusion_fast.rendering.sampling import SampledSpace
-from dreamfusion_fast.rendering.workspace import SMALLEST_TILE, StreamingField, Workspace, tile_size
+from dreamfusion_fast.rendering.volume.prepared import RenderRequest
+from dreamfusion_fast.rendering.volume.sample_count import SampleCount
+from dreamfusion_fast.rendering.volume.sampling import SampledSpace
+from dreamfusion_fast.rendering.volume.workspace import SMALLEST_TILE, Workspace, tile_size
 
 # Tiles are enqueued for so many samples beyond what the last render had, before the true number is known.
 _RESERVE = 1.25
@@ -66,7 +66,7 @@ class StreamedRender:
         overflowed: bool `[]`, in a CUDA graph: more samples than tiles were captured for. None elsewhere.
     """
 
-    source: StreamingField
+    source: TileSource
     rays: MarchedRays
     head: SampleHead
     normals: bool
@@ -75,14 +75,14 @@ class StreamedRender:
     diagonal: float
     budget: int
     expected: int | None
-    counted: SampleTotal | None = None
+    counted: SampleCount | None = None
     early_stop: float = 0.0
     max_tile: int | None = None
     samples: int | Tensor = 0
     overflowed: Tensor | None = None
     # What forward leaves for backward, and what is found out on the way.
     size: int = 0
-    total: SampleTotal | None = None
+    total: SampleCount | None = None
     firsts: Tensor | None = None
     offsets: Tensor | None = None
     tiles: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -93,7 +93,7 @@ class StreamedRender:
     @classmethod
     def of(
         cls,
-        source: HashGridField,
+        source: TileSource,
         request: RenderRequest,
         space: SampledSpace,
         config: RendererConfig,
@@ -106,14 +106,14 @@ class StreamedRender:
         if request.light is not None and request.shading.needs_normals:
             light = request.light.detach().to(rays.origins.dtype).contiguous()
         head = replace(
-            source.head(),
+            source.head,
             shading=request.shading.value,
             ambient=request.ambient,
             diffuse=request.diffuse,
             light=light,
         )
         return cls(
-            StreamingField.of(source),
+            source,
             rays,
             head,
             request.normals,
@@ -122,19 +122,19 @@ class StreamedRender:
             space.diagonal,
             budget,
             expected,
-            request.counted,
+            request.count,
             config.early_stop,
             config.max_samples_per_chunk,
         )
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What gradients are for: the table, then weights, then biases of the MLP."""
-        return [self.source.table, *self.source.parameters]
+        """The tensors that gradients are for: the table, then weights, then biases of the MLP."""
+        return self.source.parameters
 
     @property
     def guarded(self) -> tuple[Tensor | None, ...]:
-        """What must not change between forward and backward, which marches and shades again."""
+        """The tensors that must not change between forward and backward, which marches and shades again."""
         return self.rays.origins, self.rays.directions, self.rays.aabb, self.rays.bitfield, self.head.light
 
     def forward(self, training: bool) -> Tensor:
@@ -191,10 +191,10 @@ class StreamedRender:
         rays, source = self.rays, self.source
         counts, self.firsts = count_samples(rays)
         table = source.readable_table()
-        total = SampleTotal(rays, counts) if self.counted is None else self.counted
+        total = SampleCount(rays, counts) if self.counted is None else self.counted
         if self.early_stop > 0.0:
             counts = self._visible_counts(table, counts, total)
-            total = SampleTotal(rays, counts)
+            total = SampleCount(rays, counts)
         self.total = total
         planned = self._planned(total)
         n_tiles = self._lay_out(counts, planned, training)
@@ -231,7 +231,7 @@ class StreamedRender:
         source = self.source
         scatter = None
         table = source.readable_table() if self.kept_table is None else self.kept_table
-        gradients = MlpGradients(source.weights, source.biases) if needs[1] else None
+        gradients = MlpGradients(*source.plain) if needs[1] else None
         n_tiles = len(self.prefix) if isinstance(self.samples, Tensor) else -(-self.samples // self.size)
         suffix = sums.new_zeros(n_tiles + 1, 1).unbind()
         workspace = self.kept[0] if 0 < n_tiles <= len(self.kept) else self._workspace()
@@ -262,8 +262,7 @@ class StreamedRender:
             if mlp_backward is None or kept:
                 mlp_backward = prepared_backward(
                     workspace.features,
-                    source.weights,
-                    source.biases,
+                    *source.plain,
                     "relu",
                     source.precision,
                     to_logits,
@@ -286,7 +285,7 @@ class StreamedRender:
                 scatter(grad_table)
         return gradients, scatter
 
-    def _planned(self, total: SampleTotal) -> int:
+    def _planned(self, total: SampleCount) -> int:
         """Samples to enqueue tiles for."""
         if total is self.counted:
             return total.read()
@@ -363,7 +362,7 @@ class StreamedRender:
             )
         return tile
 
-    def _visible_counts(self, table: Tensor, counts: Tensor, total: SampleTotal) -> Tensor:
+    def _visible_counts(self, table: Tensor, counts: Tensor, total: SampleCount) -> Tensor:
         """Samples of each ray that more than `early_stop` of the light reaches, by a density pass of its own.
 
         It looks at all samples, so it has to know how many there are, and outside a CUDA graph it asks.

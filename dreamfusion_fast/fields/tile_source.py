@@ -1,0 +1,74 @@
+"""A field as the kernels of the streaming renderer read it, tile by tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dreamfusion_fast.ops.tiles.hash_grid import HashGridTileLayout
+from dreamfusion_fast.ops.tiles.ray_sums import SampleHead
+
+
+@dataclass(frozen=True, eq=False)
+class TileSource:
+    """A hash grid, one MLP on its features, and what becomes of the MLP's four outputs.
+
+    Attributes:
+        table: `[n_rows, features]`, float32 or float64.
+        layout: of the levels.
+        weights: `[out, in]` of each layer of the MLP, with ReLU in between; the last one has four rows.
+        biases: `[out]` of each layer.
+        head: how density, albedo and normal come from the outputs.
+        precision: of the MLP's operands: "float32" for the table's own type, or "float16" or "bfloat16" on a GPU with a
+            float32 table. With float16 the table is read so, too.
+        box: six numbers, the scene box.
+    """
+
+    table: Tensor
+    layout: HashGridTileLayout
+    weights: list[Tensor]
+    biases: list[Tensor]
+    head: SampleHead
+    precision: str
+    box: tuple[float, ...]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All that gradients are for: the table, then weights, then biases."""
+        return [self.table, *self.weights, *self.biases]
+
+    @cached_property
+    def plain(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and biases without their graph, contiguous."""
+        weights = [weight.detach().contiguous() for weight in self.weights]
+        return weights, [bias.detach().contiguous() for bias in self.biases]
+
+    @property
+    def n_features(self) -> int:
+        """Of the encoding."""
+        return self.weights[0].shape[1]
+
+    @property
+    def feature_dtype(self) -> torch.dtype:
+        """Of the encoding and of the input gradient: the operands' own."""
+        return self.table.dtype if self.precision == "float32" else getattr(torch, self.precision)
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """Of gradients by the encoding: a float16 underflows at the size that score distillation gradients have."""
+        return self.table.dtype if self.precision == "float32" else torch.bfloat16
+
+    def readable_table(self) -> Tensor:
+        """The table in the type that the kernels read."""
+        return self.table.detach().to(torch.float16 if self.precision == "float16" else self.table.dtype)
+
+    def bytes_per_sample(self, normals: bool, backward: bool) -> int:
+        """Of a tile's workspace."""
+        real = self.table.element_size()
+        wide = self.n_features * self.feature_dtype.itemsize
+        narrow = self.n_features * self.gradient_dtype.itemsize
+        size = (4 + 4) * real + wide + normals * (3 * real + wide)
+        return size + backward * (4 * real + narrow + normals * (3 * real + narrow))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from tyro.conf import Positional, arg
+from tyro.conf import AvoidSubcommands, Positional, arg
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.fields.hash_field import HashGridFieldConfig
@@ -80,7 +80,9 @@ class Config:
     """Print at the end how long each stage of a step takes and how much memory."""
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
     camera: CameraConfig = dataclasses.field(default_factory=CameraConfig)
-    field: HashGridFieldConfig = dataclasses.field(default_factory=lambda: SMALL_FIELD, metadata=config_io.ARCHITECTURE)
+    field: Annotated[HashGridFieldConfig, AvoidSubcommands] = dataclasses.field(
+        default_factory=lambda: SMALL_FIELD, metadata=config_io.ARCHITECTURE
+    )
     renderer: RendererConfig = dataclasses.field(default_factory=lambda: RendererConfig(samples_across=128))
     occupancy: OccupancyConfig = dataclasses.field(default_factory=OccupancyConfig)
     background: BackgroundConfig = dataclasses.field(default_factory=BackgroundConfig)

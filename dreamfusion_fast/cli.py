@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 from dreamfusion_fast import __version__
 from dreamfusion_fast.errors import UserError, missing_package
+from dreamfusion_fast.settings import SettingError, settings_in, unchecked
 
 if TYPE_CHECKING:
     from dreamfusion_fast.export import Agreement
@@ -122,14 +123,20 @@ def _parse(kind: type[T], arguments: list[str], command: str, description: str, 
     options: dict[str, Any] = {} if default is None else {"default": default}
     printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(printed):
-            return tyro.cli(kind, args=arguments, prog=f"{PROG} {command}", description=description, **options)
-    except ValueError as error:  # a config's own check of its values
-        raise UserError(str(error)) from error
+        with contextlib.redirect_stderr(printed), unchecked():
+            parsed = tyro.cli(kind, args=arguments, prog=f"{PROG} {command}", description=description, **options)
     except SystemExit as stop:
         if stop.code:
             raise UserError(f"{_sentence(printed.getvalue())}; see {PROG} {command} --help") from None
         raise
+    for prefix, settings in settings_in(parsed):
+        try:
+            settings.check_values()
+        except SettingError as error:
+            before = prefix.removeprefix("settings.")  # export's, whose options have no prefix
+            names = ", ".join(f"--{before}{name}".replace("_", "-") for name in error.name.split(", "))
+            raise UserError(f"{names}: {error.problem}") from error
+    return parsed
 
 
 def _sentence(box: str) -> str:

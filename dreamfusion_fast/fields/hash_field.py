@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from dreamfusion_fast.fields.base import (
     Backend,
     Field,
     FieldOutput,
-    check_backend,
     check_positions,
     differentiable,
     safe_normalize,
@@ -28,6 +27,7 @@ from dreamfusion_fast.ops._checks import FLOATS
 from dreamfusion_fast.ops.hash_grid import hash_grid, hash_grid_layout, hash_grid_position_gradient, hash_grid_reference
 from dreamfusion_fast.ops.tiles.hash_grid import HashGridTileLayout
 from dreamfusion_fast.ops.tiles.ray_sums import BLOB_CENTRE_EPS, MAX_EXPONENT, SampleHead
+from dreamfusion_fast.settings import Range, Settings
 
 
 class _TruncatedExp(torch.autograd.Function):
@@ -64,34 +64,34 @@ def _position_gradient_reference(grad_output: Tensor, positions: Tensor, *grid: 
 
 
 @dataclass(frozen=True)
-class HashGridFieldConfig:
+class HashGridFieldConfig(Settings):
     """Settings of :class:`HashGridField`; the defaults are those of stable-dreamfusion and Magic3D."""
 
     kind: Literal["hash_grid"] = "hash_grid"
     """Tells the configs of fields apart."""
-    levels: int = 16
+    levels: Annotated[int, Range(1, 64)] = 16
     """Resolution levels of the grid."""
-    features: int = 2
+    features: Literal[1, 2, 4, 8] = 2
     """Features per table row and level: 1, 2, 4 or 8."""
-    log2_rows: int = 19
+    log2_rows: Annotated[int, Range(1, 30)] = 19
     """Base-2 logarithm of the most table rows a level may have."""
-    base_resolution: int = 16
+    base_resolution: Annotated[int, Range(1, 2**20)] = 16
     """Cells per side of the coarsest level."""
-    finest_resolution: int = 2048
+    finest_resolution: Annotated[int, Range(1, 2**20)] = 2048
     """Cells per side of the finest level."""
     smoothstep: bool = False
     """Interpolate with smoothstep weights: continuous normals, slightly blurrier."""
-    hidden: int = 64
+    hidden: Annotated[int, Range(1, 4096)] = 64
     """Width of the MLP."""
-    hidden_layers: int = 1
+    hidden_layers: Annotated[int, Range(1, 64)] = 1
     """Hidden layers of the MLP."""
     density_activation: Literal["softplus", "exp"] = "softplus"
     """exp with the blob of DreamFusion (appendix A.2), or softplus with the blob of Magic3D (section 3)."""
-    blob_scale: float | None = None
+    blob_scale: Annotated[float | None, Range(-1e6, 1e6)] = None
     """Height of the initial density blob; None: 5 with exp, 10 with softplus; 0: no blob."""
-    blob_std: float = 0.2
+    blob_std: Annotated[float, Range(0, open="low")] = 0.2
     """Standard deviation of the exp blob, in scene units."""
-    blob_radius: float = 0.5
+    blob_radius: Annotated[float, Range(0, open="low")] = 0.5
     """Radius at which the softplus blob crosses zero, in scene units."""
     bound: Literal["ball", "box"] = "ball"
     """Where density may be: the ball (ellipsoid) inscribed in the scene box, or the whole box."""
@@ -101,31 +101,9 @@ class HashGridFieldConfig:
     backend: Backend = "native"
     """Hash grid by the native core or by its pure-PyTorch twin."""
 
-    def __post_init__(self) -> None:
-        for name in ("levels", "features", "log2_rows", "base_resolution", "hidden", "hidden_layers"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"HashGridFieldConfig.{name}: got {value}, want at least 1")
+    def check_together(self) -> None:
         if self.finest_resolution < self.base_resolution:
-            raise ValueError(
-                f"HashGridFieldConfig.finest_resolution: got {self.finest_resolution}, want at least base_resolution = "
-                f"{self.base_resolution}"
-            )
-        if self.density_activation not in ("softplus", "exp"):
-            raise ValueError(
-                f"HashGridFieldConfig.density_activation: got {self.density_activation!r}, want softplus or exp"
-            )
-        if self.bound not in ("ball", "box"):
-            raise ValueError(f"HashGridFieldConfig.bound: got {self.bound!r}, want ball or box")
-        if self.mlp_dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(
-                f"HashGridFieldConfig.mlp_dtype: got {self.mlp_dtype!r}, want auto, float32, bfloat16 or float16"
-            )
-        if self.blob_std <= 0 or self.blob_radius <= 0:
-            raise ValueError(
-                f"HashGridFieldConfig.blob_std, blob_radius: got {self.blob_std}, {self.blob_radius}, want both above 0"
-            )
-        check_backend(self.backend)
+            self.refuse("finest_resolution", want=f"at least base_resolution = {self.base_resolution}")
 
     def build(
         self, aabb: Tensor | tuple[float, ...] | None = None, generator: torch.Generator | None = None

@@ -8,29 +8,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from dreamfusion_fast.ops._checks import FLOATS
 from dreamfusion_fast.rendering.rays import Rays
+from dreamfusion_fast.settings import Range, Settings
 
 # At this distance a ball of radius 1 just fits, with 5 % to spare, into a field of view of 40 degrees.
 _FITTING_DISTANCE = 1.05 / math.sin(math.radians(20.0))
 # What cameras may be, by the name of the argument.
-_LIMITS = {
-    "elevation_deg": (-90.0, 90.0),
-    "overhead_elevation_deg": (-90.0, 90.0),
-    "azimuth_deg": (-1e6, 1e6),
-    "start_deg": (-1e6, 1e6),
-    "distance": (1e-6, 1e9),
-    "fov_deg": (0.1, 179.0),
-    "position_jitter": (0.0, 1e6),
-    "look_at_jitter": (0.0, 1e6),
-    "up_jitter": (0.0, 1e6),
-    "overhead_fraction": (0.0, 1.0),
-}
+_ELEVATION_DEG = Range(-90, 90)
+_AZIMUTH_DEG = Range(-1e6, 1e6)
+_DISTANCE = Range(1e-6, 1e9)
+_FOV_DEG = Range(0.1, 179)
+_JITTER = Range(0, 1e6)
 
 
 @dataclass(frozen=True)
@@ -115,46 +109,41 @@ class Cameras:
 
 
 @dataclass(frozen=True)
-class CameraConfig:
+class CameraConfig(Settings):
     """How training cameras are drawn.
 
     The defaults frame the unit ball as the embedded prior's training views do: 40 degrees, distances 3.07 to 3.53,
     elevations -10 to 60 degrees and an eighth of the views overhead. :meth:`paper` gives DreamFusion's.
     """
 
-    elevation_deg: tuple[float, float] = (-10.0, 60.0)
+    elevation_deg: Annotated[tuple[float, float], _ELEVATION_DEG] = (-10.0, 60.0)
     """Elevation range; half of the views are uniform in angle, half uniform in area (DreamFusion, appendix A.2)."""
-    overhead_fraction: float = 0.125
+    overhead_fraction: Annotated[float, Range(0, 1)] = 0.125
     """Share of the views drawn from overhead_elevation_deg instead."""
-    overhead_elevation_deg: tuple[float, float] = (60.0, 85.0)
+    overhead_elevation_deg: Annotated[tuple[float, float], _ELEVATION_DEG] = (60.0, 85.0)
     """Elevation range of the overhead views."""
-    azimuth_deg: tuple[float, float] = (-180.0, 180.0)
+    azimuth_deg: Annotated[tuple[float, float], _AZIMUTH_DEG] = (-180.0, 180.0)
     """Azimuth range; 0 is the front."""
     spread_azimuth: bool = True
     """Give each view of a batch its own equal part of the azimuth range, in random order."""
-    distance: tuple[float, float] = (_FITTING_DISTANCE, 1.15 * _FITTING_DISTANCE)
+    distance: Annotated[tuple[float, float], _DISTANCE] = (_FITTING_DISTANCE, 1.15 * _FITTING_DISTANCE)
     """Range of the distance from the origin, scene units."""
-    fov_deg: tuple[float, float] = (40.0, 40.0)
+    fov_deg: Annotated[tuple[float, float], _FOV_DEG] = (40.0, 40.0)
     """Range of the vertical field of view."""
     fov_sampling: Literal["angle", "focal"] = "angle"
     """Whether the angle or the focal length is uniform over the range."""
-    position_jitter: float = 0.0
+    position_jitter: Annotated[float, _JITTER] = 0.0
     """Half-width of a uniform offset of the position, per axis."""
-    look_at_jitter: float = 0.0
+    look_at_jitter: Annotated[float, _JITTER] = 0.0
     """Standard deviation of the point looked at, per axis."""
-    up_jitter: float = 0.0
+    up_jitter: Annotated[float, _JITTER] = 0.0
     """Standard deviation of the up vector, per axis."""
 
-    def __post_init__(self) -> None:
+    def check_together(self) -> None:
         for name in ("elevation_deg", "overhead_elevation_deg", "azimuth_deg", "distance", "fov_deg"):
-            least, most = _LIMITS[name]
             low, high = getattr(self, name)
-            if not least <= low <= high <= most:
-                raise ValueError(f"CameraConfig.{name}: got ({low}, {high}), want {least} <= low <= high <= {most}")
-        for name in ("overhead_fraction", "position_jitter", "look_at_jitter", "up_jitter"):
-            _check_number("CameraConfig.", name, getattr(self, name))
-        if self.fov_sampling not in ("angle", "focal"):
-            raise ValueError(f"CameraConfig.fov_sampling: got {self.fov_sampling!r}, want angle or focal")
+            if low > high:
+                self.refuse(name, want="the lower end first")
 
     @classmethod
     def paper(cls) -> CameraConfig:
@@ -248,9 +237,14 @@ def orbit_cameras(
     """
     if count < 1:
         raise ValueError(f"count: got {count}, want at least 1")
-    arguments = {"elevation_deg": elevation_deg, "distance": distance, "fov_deg": fov_deg, "start_deg": start_deg}
-    for name, value in arguments.items():
-        _check_number("", name, value)
+    for name, value, limits in (
+        ("elevation_deg", elevation_deg, _ELEVATION_DEG),
+        ("distance", distance, _DISTANCE),
+        ("fov_deg", fov_deg, _FOV_DEG),
+        ("start_deg", start_deg, _AZIMUTH_DEG),
+    ):
+        if value not in limits:
+            raise ValueError(f"{name}: got {value}, want {limits}")
     azimuth = math.radians(start_deg) + torch.arange(count, dtype=torch.get_default_dtype()) * (2.0 * math.pi / count)
     elevation = torch.full((count,), math.radians(elevation_deg))
     distances = torch.full((count,), float(distance))
@@ -258,12 +252,6 @@ def orbit_cameras(
     zero = torch.zeros_like(position)
     fov_y = torch.full((count,), math.radians(fov_deg))
     return Cameras(_look_at(position, zero, zero, azimuth), fov_y, azimuth, elevation, distances).to(device)
-
-
-def _check_number(where: str, name: str, value: float) -> None:
-    least, most = _LIMITS[name]
-    if not least <= value <= most:
-        raise ValueError(f"{where}{name}: got {value}, want {least} to {most}")
 
 
 def spherical_positions(azimuth: Tensor, elevation: Tensor, distance: Tensor) -> Tensor:

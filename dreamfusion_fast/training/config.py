@@ -22,6 +22,7 @@ from dreamfusion_fast.guidance.config import GuidanceConfig
 from dreamfusion_fast.guidance.contract import T_RANGE
 from dreamfusion_fast.rendering.cameras import CameraConfig
 from dreamfusion_fast.rendering.config import RendererConfig
+from dreamfusion_fast.settings import Range, Settings
 from dreamfusion_fast.training import config_io
 from dreamfusion_fast.training.memory_plan import parse_memory
 from dreamfusion_fast.training.opaque import OpaqueThresholds
@@ -59,20 +60,20 @@ def _without_t_range(values: Any, source: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """One run, from a prompt to a mesh."""
 
     prompt: Annotated[Positional[str], arg(metavar="PROMPT")] = ""
     """The object to make."""
     out: str = ""
     """Folder for everything the run writes; by default out/ and the prompt. A folder that holds a run is refused."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     """Seeds everything random. On a CPU the same seed gives the same mesh."""
     device: str = "auto"
     """auto (the GPU if there is one), cpu, cuda or cuda:1."""
-    steps: int = 1000
+    steps: Annotated[int, Range(1)] = 1000
     """Optimiser steps."""
-    batch: int | None = None
+    batch: Annotated[int | None, Range(1)] = None
     """Views per step; by default 8 on a GPU, where they cost little more than 2, and 2 on a CPU."""
     memory: str | int | None = None
     """Memory the run may use, such as 16GB, 16GiB, 16000MB or bytes; by default what the GPU has free."""
@@ -103,10 +104,6 @@ class Config:
         """Raise UserError for what no run can start with, such as an empty prompt."""
         if not self.prompt.strip():
             raise UserError('the prompt is empty; say what to make, such as "an armchair"')
-        for name in ("steps", "batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} has to be at least 1, not {value}")
         if self.memory is not None:
             parse_memory(self.memory)
 

@@ -12,17 +12,15 @@ import enum
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.io import write_text
+from dreamfusion_fast.settings import SettingError, WrongValueError, convert, shown
 
 T = TypeVar("T")
-
-# What a message calls a value of these types.
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def to_dict(value: Any) -> Any:
@@ -112,9 +110,9 @@ def architecture(config: Any) -> dict[str, Any]:
 def _dataclass_from(cls: Any, values: Any, source: str, prefix: str, base: Any) -> Any:
     where = f"{source}: {prefix}" if prefix else source
     if not isinstance(values, Mapping):
-        raise UserError(f"{where} has to be a mapping of names to values, not {_shown(values)}")
+        raise UserError(f"{where}: got {shown(values)}, want a mapping of names to values")
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     arguments = {name: getattr(base, name) for name in fields} if type(base) is cls else {}
     for key, value in values.items():
         name = f"{prefix}.{key}" if prefix else str(key)
@@ -126,6 +124,9 @@ def _dataclass_from(cls: Any, values: Any, source: str, prefix: str, base: Any) 
         arguments[key] = _convert(hints[key], value, source, name, below)
     try:
         return cls(**arguments)
+    except SettingError as error:
+        name = f"{prefix}.{error.name}" if prefix and error.kind is cls else error.name
+        raise UserError(f"{source}: {name}: {error.problem}") from error
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}") from error
 
@@ -137,113 +138,30 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _convert(hint: Any, value: Any, source: str, name: str, below: Any) -> Any:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hasattr(hint, "__metadata__"):  # Annotated
-        return _convert(arguments[0], value, source, name, below)
-    if dataclasses.is_dataclass(hint):
-        return _dataclass_from(hint, value, source, name, below)
-    if origin in (Union, types.UnionType):
-        return _convert_union(arguments, value, source, name, below)
-    if origin is Literal:
-        if value not in arguments:
-            near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
-            hint_text = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(
-                f"{source}: {name} has to be one of {', '.join(map(str, arguments))}, not {_shown(value)}{hint_text}"
-            )
-        return value
-    if origin in (tuple, list):
-        return _convert_sequence(origin, arguments, value, source, name)
-    if origin is dict or hint is dict:
-        if isinstance(value, Mapping):
-            kind = arguments[1] if arguments else Any
-            return {key: _convert(kind, item, source, f"{name}.{key}", None) for key, item in value.items()}
-        raise _wrong(source, name, "a mapping", value)
-    return _convert_plain(hint, value, source, name)
-
-
-def _convert_union(choices: tuple[Any, ...], value: Any, source: str, name: str, below: Any) -> Any:
-    if value is None and type(None) in choices:
-        return None
-    kinds = [choice for choice in choices if choice is not type(None)]
-    if all(dataclasses.is_dataclass(kind) for kind in kinds):
+    while hasattr(hint, "__metadata__") and _dataclasses_of(hint.__origin__):
+        hint = hint.__origin__
+    if kinds := _dataclasses_of(hint):
         return _dataclass_from(_of_kind(kinds, value, source, name, below), value, source, name, below)
-    errors = []
-    for kind in kinds:
-        try:
-            return _convert(kind, value, source, name, below)
-        except UserError as error:
-            errors.append(error)
-    if all(kind in _WORDS for kind in kinds):
-        raise _wrong(source, name, " or ".join(_WORDS[kind] for kind in kinds), value)
-    raise errors[0]
+    try:
+        return convert(hint, value, from_file=True)
+    except WrongValueError as error:
+        raise UserError(f"{source}: {name}{error.where}: {error.problem}") from None
+
+
+def _dataclasses_of(hint: Any) -> list[Any]:
+    """The dataclass that `hint` is, or those that it is a union of."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return list(kinds) if all(dataclasses.is_dataclass(kind) for kind in kinds) else []
 
 
 def _of_kind(choices: list[Any], value: Any, source: str, name: str, below: Any) -> Any:
     """The dataclass whose default `kind` is that of `value`, or of what is below it."""
+    if len(choices) == 1:
+        return choices[0]
     by_kind = {choice.kind: choice for choice in choices}
     kind = getattr(below, "kind", None)
     if isinstance(value, Mapping):
         kind = value.get("kind", kind)
     if kind not in by_kind:
-        raise UserError(f"{source}: {name}.kind has to be one of {', '.join(by_kind)}, not {_shown(kind)}")
+        raise UserError(f"{source}: {name}.kind: got {shown(kind)}, want one of {', '.join(by_kind)}")
     return by_kind[kind]
-
-
-def _convert_sequence(origin: Any, arguments: tuple[Any, ...], value: Any, source: str, name: str) -> Any:
-    if not isinstance(value, (list, tuple)):
-        raise _wrong(source, name, "a list", value)
-    if origin is tuple and not (len(arguments) == 2 and arguments[1] is Ellipsis):
-        if len(value) != len(arguments):
-            raise _wrong(source, name, f"a list of {len(arguments)} values", value)
-        kinds = arguments
-    else:
-        kinds = (arguments[0],) * len(value)
-    return origin(
-        _convert(kind, item, source, f"{name}[{i}]", None)
-        for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
-    )
-
-
-def _convert_plain(hint: Any, value: Any, source: str, name: str) -> Any:
-    if hint is Any:
-        return value
-    if hint is bool:
-        if isinstance(value, bool):
-            return value
-        raise _wrong(source, name, _WORDS[bool], value)
-    if hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        raise _wrong(source, name, _WORDS[int], value)
-    if hint is float:
-        # YAML 1.1 reads 1e-3 (no point) as text.
-        try:
-            if not isinstance(value, bool) and isinstance(value, (int, float, str)):
-                return float(value)
-        except ValueError:
-            pass
-        raise _wrong(source, name, _WORDS[float], value)
-    if hint is str:
-        if isinstance(value, str):
-            return value
-        raise _wrong(source, name, _WORDS[str], value)
-    if isinstance(hint, type) and issubclass(hint, Path):
-        if isinstance(value, str):
-            return hint(value)
-        raise _wrong(source, name, "a path", value)
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        try:
-            return hint(value)
-        except ValueError:
-            raise _wrong(source, name, "one of " + ", ".join(str(item.value) for item in hint), value) from None
-    raise TypeError(f"config field {name} has type {hint}, which cannot be read from a file")
-
-
-def _wrong(source: str, name: str, wanted: str, value: Any) -> UserError:
-    return UserError(f"{source}: {name} has to be {wanted}, not {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

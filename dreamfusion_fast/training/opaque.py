@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from dreamfusion_fast.settings import Range, Settings
 
 # A structure is thin if nothing of it is left where pictures are opened by a square of this share of their height.
 _THIN = 0.1
 
 
 @dataclass(frozen=True)
-class OpaqueThresholds:
+class OpaqueThresholds(Settings):
     """Opacities from which on a pixel is to be opaque; below, it is to be empty."""
 
-    wide: float = 0.4
+    wide: Annotated[float, Range(0, 1, open="both")] = 0.4
     """Of a pixel anywhere. Far below a half, soft edges become part of the object, and it swells."""
-    thin: float = 0.25
+    thin: Annotated[float, Range(0, 1, open="both")] = 0.25
     """Of a pixel on something thin, such as a leg, a stem or a branch. Those have no core that is dense, since score
     distillation only half believes in them, and they would be lost with the other threshold."""
 
-    def __post_init__(self) -> None:
-        if not 0 < self.thin <= self.wide < 1:
-            raise ValueError(f"0 < thin <= wide < 1 has to hold, not thin={self.thin}, wide={self.wide}")
+    def check_together(self) -> None:
+        if self.thin > self.wide:
+            self.refuse("thin", "wide", want="thin <= wide")
 
     def wanted(self, opacity: Tensor) -> Tensor:
         """Which pixels are to be opaque, bool `[B, H, W]`, of opacities `[B, H, W]`.

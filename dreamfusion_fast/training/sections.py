@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from dreamfusion_fast.fields.hash_field import HashGridFieldConfig
+from dreamfusion_fast.settings import Range, Settings
 from dreamfusion_fast.training.config_io import ARCHITECTURE
 
 
 @dataclass(frozen=True)
-class Ramp:
+class Ramp(Settings):
     """A weight that goes linearly from `start` to `end` between two fractions of the run, constant outside."""
 
-    start: float = 0.0
-    end: float = 0.0
-    begin: float = 0.0
-    until: float = 1.0
+    start: Annotated[float, Range(0)] = 0.0
+    end: Annotated[float, Range(0)] = 0.0
+    begin: Annotated[float, Range(0, 1)] = 0.0
+    until: Annotated[float, Range(0, 1)] = 1.0
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.begin <= self.until <= 1:
-            raise ValueError(f"a ramp needs 0 <= begin <= until <= 1, not begin={self.begin}, until={self.until}")
+    def check_together(self) -> None:
+        if self.begin > self.until:
+            self.refuse("begin", "until", want="begin <= until")
 
     def at(self, progress: float) -> float:
         """The weight at `progress`, the fraction of the run that is done."""
@@ -35,52 +37,51 @@ class Ramp:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Settings):
     """Adam, with one learning rate per kind of parameter, a linear warm-up and a cosine to `final_lr_factor`."""
 
-    lr_table: float = 0.03
+    lr_table: Annotated[float, Range(0)] = 0.03
     """Learning rate of the hash table."""
-    lr_mlp: float = 0.005
+    lr_mlp: Annotated[float, Range(0)] = 0.005
     """Learning rate of the field's networks."""
-    lr_background: float = 0.001
+    lr_background: Annotated[float, Range(0)] = 0.001
     """Learning rate of the background."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: Annotated[tuple[float, float], Range(0, 1, open="high")] = (0.9, 0.99)
     """Decay of Adam's two moments."""
-    eps: float = 1e-15
+    eps: Annotated[float, Range(0, open="low")] = 1e-15
     """Adam's epsilon; small, since most rows of a hash table see tiny gradients."""
-    warmup_steps: int = 50
+    warmup_steps: Annotated[int, Range(0)] = 50
     """Steps over which the learning rates rise from zero."""
-    final_lr_factor: float = 0.1
+    final_lr_factor: Annotated[float, Range(0, 1)] = 0.1
     """The learning rates at the end, as a fraction of the ones above."""
 
 
 @dataclass(frozen=True)
-class ShadingConfig:
+class ShadingConfig(Settings):
     """Which shading a step renders with. DreamFusion, section 3.1."""
 
-    albedo_steps: float = 0.2
+    albedo_steps: Annotated[float, Range(0, 1)] = 0.2
     """Fraction of the run, at its beginning, that renders albedo only."""
-    albedo_probability: float = 0.25
+    albedo_probability: Annotated[float, Range(0, 1)] = 0.25
     """After that: probability of a step without shading."""
-    textureless_probability: float = 0.375
+    textureless_probability: Annotated[float, Range(0, 1)] = 0.375
     """After that: probability of a step with shading on white. The rest is shaded albedo."""
-    ambient: float = 0.3
+    ambient: Annotated[float, Range(0)] = 0.3
     """Ambient light of shaded steps."""
-    diffuse: float = 0.7
+    diffuse: Annotated[float, Range(0)] = 0.7
     """Diffuse light of shaded steps."""
-    light_distance: tuple[float, float] = (2.5, 4.0)
+    light_distance: Annotated[tuple[float, float], Range(0, open="low")] = (2.5, 4.0)
     """Range of the light's distance from the origin, scene units."""
 
-    def __post_init__(self) -> None:
-        total = self.albedo_probability + self.textureless_probability
-        if min(self.albedo_probability, self.textureless_probability) < 0 or total > 1:
-            raise ValueError(
-                "albedo_probability and textureless_probability have to be at least 0 and sum to at most 1"
-            )
+    def check_together(self) -> None:
+        if self.albedo_probability + self.textureless_probability > 1:
+            self.refuse("albedo_probability", "textureless_probability", want="a sum of at most 1")
+        if self.light_distance[0] > self.light_distance[1]:
+            self.refuse("light_distance", want="the lower end first")
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Settings):
     """Weights of the regularisers beside the score distillation gradient, which has weight 1."""
 
     orientation: Ramp = Ramp(0.01, 0.1, 0.0, 0.5)
@@ -99,90 +100,74 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class FirmConfig:
+class FirmConfig(Settings):
     """The last stage: the field is fitted to its own renders, with each pixel opaque or empty. See `training.firm`."""
 
-    steps: int = 200
+    steps: Annotated[int, Range(0)] = 200
     """Optimiser steps, without the diffusion model; 0 leaves the field as score distillation made it."""
-    lr_table: float = 0.01
+    lr_table: Annotated[float, Range(0)] = 0.01
     """Learning rate of the hash table; it falls to a tenth."""
-    lr_mlp: float = 0.002
+    lr_mlp: Annotated[float, Range(0)] = 0.002
     """Learning rate of the field's networks; it falls to a tenth."""
-    join: float = 0.15
+    join: Annotated[float, Range(0, 1)] = 0.15
     """Gap that is bridged between pieces of the object at most, share of the box's longest side; 0 joins nothing."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.join <= 1:
-            raise ValueError(f"join has to be between 0 and 1, not {self.join}")
-        if self.steps < 0:
-            raise ValueError(f"steps has to be at least 0, not {self.steps}")
 
 
 @dataclass(frozen=True)
-class OccupancyConfig:
+class OccupancyConfig(Settings):
     """The grid that tells the renderer which space is empty."""
 
-    resolution: int = dataclasses.field(default=64, metadata=ARCHITECTURE)
+    resolution: Annotated[int, Range(1, 1024)] = dataclasses.field(default=64, metadata=ARCHITECTURE)
     """Cells per side of the scene box."""
-    every: int = 16
+    every: Annotated[int, Range(1)] = 16
     """Steps between two updates."""
-    warmup_steps: int = 96
+    warmup_steps: Annotated[int, Range(0)] = 96
     """Steps during which an update visits every cell."""
-    decay: float = 0.8
+    decay: Annotated[float, Range(0, 1)] = 0.8
     """Decay of a cell's density per update."""
-    alpha_threshold: float = 0.01
+    alpha_threshold: Annotated[float, Range(0, 1, open="both")] = 0.01
     """A cell is empty below this opacity of one render step."""
 
 
 @dataclass(frozen=True)
-class BackgroundConfig:
+class BackgroundConfig(Settings):
     """The background behind the object: a plain colour per view, or a learned background around the scene."""
 
-    plain: float = 1.0
+    plain: Annotated[float, Range(0, 1)] = 1.0
     """Probability that a step's views have plain backgrounds; the others show the learned one (DreamFusion: 0)."""
-    white: float = 0.4
+    white: Annotated[float, Range(0, 1)] = 0.4
     """Share of the plain backgrounds that are white; the others are random colours."""
-    frequencies: int = dataclasses.field(default=4, metadata=ARCHITECTURE)
+    frequencies: Annotated[int, Range(1, 32)] = dataclasses.field(default=4, metadata=ARCHITECTURE)
     """Octaves of the learned background's direction encoding."""
-    hidden: int = dataclasses.field(default=32, metadata=ARCHITECTURE)
+    hidden: Annotated[int, Range(1, 4096)] = dataclasses.field(default=32, metadata=ARCHITECTURE)
     """Width of the learned background's network."""
-
-    def __post_init__(self) -> None:
-        for name in ("plain", "white"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} has to be between 0 and 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Settings):
     """Settings that change in the course of a run."""
 
-    t_min: float = 0.02
+    t_min: Annotated[float, Range(0, 1)] = 0.02
     """Smallest diffusion time."""
-    t_max: float = 0.98
+    t_max: Annotated[float, Range(0, 1)] = 0.98
     """Largest diffusion time at the beginning."""
-    t_max_end: float = 0.3
+    t_max_end: Annotated[float, Range(0, 1)] = 0.3
     """Largest diffusion time at the end; equal to t_max for no annealing (DreamFusion)."""
-    t_anneal: str = "linear"
+    t_anneal: Literal["linear", "sqrt", "none"] = "linear"
     """How t_max goes to t_max_end: linear, sqrt (HiFA: fast at first), or none."""
-    render_size_start: int = 32
+    render_size_start: Annotated[int, Range(1, 4096)] = 32
     """Height and width rendered at the beginning, pixels; scaled up to what the guidance wants."""
-    render_size: int = 64
+    render_size: Annotated[int, Range(1, 4096)] = 64
     """Height and width rendered after `render_size_until`, pixels."""
-    render_size_until: float = 0.4
+    render_size_until: Annotated[float, Range(0, 1)] = 0.4
     """Fraction of the run rendered at render_size_start."""
     sds_share: Ramp = Ramp(1.0, 0.4, 0.3, 0.6)
     """Share of score distillation in the pull; the rest is classifier score distillation, which shows more detail and
     firmer edges once there is an object."""
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.t_min < self.t_max_end <= self.t_max <= 1:
-            raise ValueError(
-                f"0 <= t_min < t_max_end <= t_max <= 1 has to hold, not t_min={self.t_min}, "
-                f"t_max_end={self.t_max_end}, t_max={self.t_max}"
-            )
-        if self.t_anneal not in ("linear", "sqrt", "none"):
-            raise ValueError(f"t_anneal has to be linear, sqrt or none, not {self.t_anneal!r}")
+    def check_together(self) -> None:
+        if not self.t_min < self.t_max_end <= self.t_max:
+            self.refuse("t_min", "t_max_end", "t_max", want="t_min < t_max_end <= t_max")
 
     def t_range(self, progress: float) -> tuple[float, float]:
         """Smallest and largest diffusion time at `progress`, the fraction of the run that is done."""
@@ -199,65 +184,47 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class LogConfig:
+class LogConfig(Settings):
     """The files and messages that a run writes on its way. A step count of 0 turns the item off."""
 
-    preview_every: int = 100
+    preview_every: Annotated[int, Range(0)] = 100
     """Steps between two refreshes of preview.png."""
-    checkpoint_every: int = 250
+    checkpoint_every: Annotated[int, Range(0)] = 250
     """Steps between two checkpoints; one is always written at the end and on Ctrl-C."""
     tensorboard: bool = True
     """Write TensorBoard scalars to RUN/tensorboard."""
-    log_every: int = 10
+    log_every: Annotated[int, Range(0)] = 10
     """Steps between two points of the curves."""
     progress_bar: bool = True
     """Show a progress bar."""
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(Settings):
     """The mesh and the pictures made from a field."""
 
-    resolution: int = 128
+    resolution: Annotated[int, Range(8, 1024)] = 128
     """Marching cubes cells along the longest side of the scene box."""
-    threshold: float | None = None
+    threshold: Annotated[float | None, Range(0, open="low")] = None
     """Density at the surface, per scene unit; by default the surface is the one that the renders show."""
-    smooth_iterations: int = 5
+    smooth_iterations: Annotated[int, Range(0, 1000)] = 5
     """Taubin smoothing steps; 0 leaves the marching cubes as they are."""
-    min_component: float = 0.005
+    min_component: Annotated[float, Range(0, 1)] = 0.005
     """Separate pieces smaller than this fraction of the largest are dropped."""
-    target_faces: int = 20_000
+    target_faces: Annotated[int, Range(0)] = 20_000
     """Faces after decimation; 0 keeps all."""
-    texture_size: int = 1024
+    texture_size: Annotated[int, Range(16, 16384)] = 1024
     """Height and width of the texture, texels."""
-    turntable_frames: int = 60
+    turntable_frames: Annotated[int, Range(0, 10_000)] = 60
     """Frames of turntable.mp4; 0 for no video."""
-    turntable_size: int = 256
+    turntable_size: Annotated[int, Range(16, 4096)] = 256
     """Height and width of the video, pixels."""
-    turntable_fps: int = 24
+    turntable_fps: Annotated[int, Range(1, 1000)] = 24
     """Frames a second."""
-    elevation_deg: float = 15.0
+    elevation_deg: Annotated[float, Range(-90, 90)] = 15.0
     """Camera elevation of the turntable and the preview, degrees."""
-    preview_views: int = 8
+    preview_views: Annotated[int, Range(1, 64)] = 8
     """Views in preview.png."""
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("resolution", 8),
-            ("smooth_iterations", 0),
-            ("target_faces", 0),
-            ("texture_size", 16),
-            ("turntable_frames", 0),
-            ("turntable_size", 16),
-            ("turntable_fps", 1),
-            ("preview_views", 1),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} has to be at least {least}, not {getattr(self, name)}")
-        if self.threshold is not None and self.threshold <= 0:
-            raise ValueError(f"threshold has to be above 0, not {self.threshold}")
-        if not 0 <= self.min_component <= 1:
-            raise ValueError(f"min_component has to be between 0 and 1, not {self.min_component}")
 
 
 # Guidance of 64 pixels shows nothing finer than 1/32 of the box, so a run's field and step stop at a quarter of that.

@@ -215,7 +215,7 @@ def test_truncated_exp() -> None:
         ({"bound": "cone"}, r"bound: got 'cone'"),
         ({"mlp_dtype": "int8"}, r"mlp_dtype: got 'int8'"),
         ({"backend": "magic"}, r"backend: got 'magic', want one of native, reference"),
-        ({"blob_std": 0.0}, r"blob_std, blob_radius: got 0.0"),
+        ({"blob_std": 0.0}, r"blob_std: got 0.0, want above 0"),
     ],
 )
 def test_bad_settings_are_named(change: dict, message: str) -> None:

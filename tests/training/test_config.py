@@ -54,21 +54,21 @@ def test_partial_file_keeps_a_nested_default_that_is_not_the_class_default():
         ("stepz: 3", r"unknown key stepz; did you mean steps\?"),
         ("optim: {lr_tabel: 3}", r"unknown key optim\.lr_tabel; did you mean lr_table"),
         ("qqqqqqqq: 3", r"unknown key qqqqqqqq; known: prompt, out"),
-        ("steps: many", r"steps has to be a whole number, not 'many'"),
-        ("steps: 1.5", r"steps has to be a whole number, not 1\.5"),
-        ("steps: true", r"steps has to be a whole number, not True"),
-        ("optim: {lr_table: fast}", r"optim\.lr_table has to be a number, not 'fast'"),
-        ("optim: 3", r"optim has to be a mapping"),
-        ("optim: {betas: [0.9]}", r"optim\.betas has to be a list of 2 values"),
-        ("optim: {betas: [0.9, x]}", r"optim\.betas\[1\] has to be a number"),
-        ("prompt: 3", r"prompt has to be text, not 3"),
-        ("memory: true", r"memory has to be text or a whole number, not True"),
-        ("memory: 1.5", r"memory has to be text or a whole number, not 1\.5"),
-        ("memory: [1]", r"memory has to be text or a whole number, not \[1\]"),
-        ("log: {tensorboard: 1}", r"log\.tensorboard has to be true or false, not 1"),
-        ("export: {threshold: no}", r"export\.threshold has to be a number, not False"),
-        ("export: {resolution: 2}", r"export: resolution has to be at least 8, not 2"),
-        ("- a", r"has to be a mapping"),
+        ("steps: many", r"steps: got 'many', want a whole number"),
+        ("steps: 1.5", r"steps: got 1\.5, want a whole number"),
+        ("steps: true", r"steps: got True, want a whole number"),
+        ("optim: {lr_table: fast}", r"optim\.lr_table: got 'fast', want a number"),
+        ("optim: 3", r"optim: got 3, want a mapping"),
+        ("optim: {betas: [0.9]}", r"optim\.betas: got .*, want a list of 2 values"),
+        ("optim: {betas: [0.9, x]}", r"optim\.betas\[1\]: got .*, want a number"),
+        ("prompt: 3", r"prompt: got 3, want text"),
+        ("memory: true", r"memory: got True, want text or a whole number"),
+        ("memory: 1.5", r"memory: got 1\.5, want text or a whole number"),
+        ("memory: [1]", r"memory: got \[1\], want text or a whole number"),
+        ("log: {tensorboard: 1}", r"log\.tensorboard: got 1, want true or false"),
+        ("export: {threshold: no}", r"export\.threshold: got False, want a number"),
+        ("export: {resolution: 2}", r"export\.resolution: got 2, want 8 to 1024"),
+        ("- a", r"want a mapping"),
         ("a: [", r"no valid YAML"),
     ],
 )
@@ -126,13 +126,13 @@ def test_every_kind_of_field_round_trips():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"mode": "slwo"}, r"mode has to be one of fast, slow, not 'slwo'; did you mean slow\?"),
-        ({"colour": "blue"}, "colour has to be one of red"),
-        ({"path": 1}, "path has to be a path"),
-        ({"sizes": [1, "a"]}, r"sizes\[1\] has to be a whole number"),
-        ({"table": {"x": "y"}}, r"table\.x has to be a number"),
-        ({"table": 1}, "table has to be a mapping"),
-        ({"maybe": [1]}, "maybe has to be a list of 2 values"),
+        ({"mode": "slwo"}, r"mode: got 'slwo', want one of fast, slow; did you mean slow\?"),
+        ({"colour": "blue"}, "colour: got .*, want one of red"),
+        ({"path": 1}, "path: got 1, want a path"),
+        ({"sizes": [1, "a"]}, r"sizes\[1\]: got .a., want a whole number"),
+        ({"table": {"x": "y"}}, r"table\.x: got .y., want a number"),
+        ({"table": 1}, "table: got 1, want a mapping"),
+        ({"maybe": [1]}, "maybe: got .*, want a list of 2 values"),
     ],
 )
 def test_every_kind_of_field_is_checked(values, message):
@@ -168,7 +168,7 @@ def test_configs_of_several_kinds_are_told_apart():
     assert config_io.from_dict(Shape, {"shape": {}}) == Shape()
     assert config_io.from_dict(Shape, {"shape": {"kind": "box"}}) == Shape(Box())
     assert config_io.from_dict(Shape, {"shape": {"side": 4.0}}, base=Shape(Box())) == Shape(Box(side=4.0))
-    with pytest.raises(UserError, match=r"shape\.kind has to be one of ball, box, not 'cone'"):
+    with pytest.raises(UserError, match=r"shape\.kind: got 'cone', want one of ball, box"):
         config_io.from_dict(Shape, {"shape": {"kind": "cone"}})
     with pytest.raises(UserError, match=r"unknown key shape\.side"):
         config_io.from_dict(Shape, {"shape": {"kind": "ball", "side": 1.0}})
@@ -196,7 +196,7 @@ def test_memory_is_a_size_or_a_number_of_bytes(text, memory):
 
 @pytest.mark.parametrize("memory", [0, -1, True, "0", "-1"])
 def test_memory_that_is_none_is_refused(memory):
-    with pytest.raises(UserError, match=f"memory has to be a size such as 16GB, .* above 0, not {memory!r}"):
+    with pytest.raises(UserError, match=f"memory has to be a size .*, not {memory!r}|memory: got True, want text or"):
         Config(prompt="x", memory=memory).check()
 
 
@@ -204,7 +204,7 @@ def test_check_refuses_what_cannot_run():
     Config(prompt="a chair").check()
     with pytest.raises(UserError, match="the prompt is empty"):
         Config(prompt="  ").check()
-    with pytest.raises(UserError, match="steps has to be at least 1"):
+    with pytest.raises(UserError, match="steps: got 0, want at least 1"):
         Config(prompt="x", steps=0).check()
 
 
@@ -232,7 +232,7 @@ def test_schedule():
 def test_impossible_values_are_refused():
     with pytest.raises(ValueError, match="t_min < t_max_end"):
         ScheduleConfig(t_min=0.9, t_max_end=0.5)
-    with pytest.raises(ValueError, match="t_anneal has to be"):
+    with pytest.raises(ValueError, match="t_anneal: got 'cubic', want one of"):
         ScheduleConfig(t_anneal="cubic")
-    with pytest.raises(ValueError, match="sum to at most 1"):
+    with pytest.raises(ValueError, match="sum of at most 1"):
         ShadingConfig(albedo_probability=0.7, textureless_probability=0.4)

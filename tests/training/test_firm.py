@@ -94,5 +94,5 @@ def test_a_step_of_training_undoes_that_it_is_firm():
 
 
 def test_wrong_settings_are_named():
-    with pytest.raises(ValueError, match="steps has to be at least 0, not -1"):
+    with pytest.raises(ValueError, match="steps: got -1, want at least 0"):
         FirmConfig(steps=-1)

@@ -397,5 +397,5 @@ def test_pictures_of_the_scene(device, shading):
 def test_wrong_configs_are_refused_before_anything_is_made():
     with pytest.raises(UserError, match="the prompt is empty"):
         trainer_of(prompt="  ")
-    with pytest.raises(UserError, match="batch has to be at least 1"):
+    with pytest.raises(UserError, match="batch: got 0, want at least 1"):
         trainer_of(batch=0)

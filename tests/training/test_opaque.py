@@ -62,5 +62,6 @@ def test_no_gradient_flows():
 
 @pytest.mark.parametrize(("wide", "thin"), [(0.4, 0.5), (1.0, 0.1), (0.4, 0.0)])
 def test_impossible_thresholds_are_refused(wide, thin):
-    with pytest.raises(ValueError, match=r"thin, wide: got 0\.5, 0.4, want thin <= wide|got .*, want above 0 and below 1"):
+    message = r"thin, wide: got 0\.5, 0\.4, want thin <= wide|got .*, want above 0 and below 1"
+    with pytest.raises(ValueError, match=message):
         OpaqueThresholds(wide, thin)

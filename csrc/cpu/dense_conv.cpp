@@ -4,8 +4,7 @@
 #include "dense.h"
 #include "parallel.h"
 
-namespace dff {
-namespace cpu {
+namespace dff::cpu {
 
 #if DFF_DENSE
 namespace {
@@ -159,5 +158,4 @@ Status dense_conv(const DenseConv& op, const Launch& launch) {
 Status dense_conv(const DenseConv&, const Launch&) { return "this core was not compiled for it (dense_serves)"; }
 #endif
 
-}  // namespace cpu
-}  // namespace dff
+}  // namespace dff::cpu

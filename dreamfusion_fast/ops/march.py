@@ -11,9 +11,8 @@ from dreamfusion_fast.ops._checks import check_same_length, check_tensor
 from dreamfusion_fast.ops._native import call, pointer
 from dreamfusion_fast.ops.occupancy import occupancy_unpack
 from dreamfusion_fast.ops.ray_box import ray_box_reference
-from dreamfusion_fast.ops.tiles.march import MarchedRays, count_samples, occupied_blocks
+from dreamfusion_fast.ops.tiles.march import MAX_STEPS, MarchedRays, count_samples, occupied_blocks
 
-MAX_STEPS = 1 << 24  # steps of one ray; up to here float32 counts them exactly (kMaxSteps in march.h)
 MAX_SAMPLES = 2**31 - 1  # offsets are int32
 _MAX_CASCADES = 16
 
@@ -251,7 +250,7 @@ def _run(
     offsets = totals.to(torch.int32)
     if n_rays > 0 and size > 0:
         outputs = (pointer(t), 0 if distances is None else pointer(lengths), pointer(ray_indices), size)
-        call("march_write", origins, *marched.arguments, pointer(firsts), pointer(offsets), *outputs)
+        call("march_write", origins, marched.arguments, pointer(firsts), pointer(offsets), *outputs)
     return offsets, t, ray_indices, lengths
 
 

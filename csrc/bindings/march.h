@@ -15,7 +15,7 @@ struct FromPython<MarchRays<T>> {
   using Type = typename Members::Type;
   static void read(const Type& values, Rays& rays) {
     Members::read(values, rays);
-    rays.follow_everywhere();
+    rays.take_whole_grid();
   }
 };
 

@@ -243,7 +243,7 @@ def _run(
         t, ray_indices = origins.new_empty(size), counts.new_empty(size)
     else:
         size = capacity
-        # A count past int32 must not become a negative place to write to.
+        # A count past int32 must not become a negative index to write to.
         totals = totals.clamp(max=MAX_SAMPLES)
         t, ray_indices = origins.new_zeros(size), counts.new_full((size,), max(n_rays - 1, 0))
     lengths = origins.new_empty(0) if distances is None else torch.zeros_like(t)
@@ -399,13 +399,13 @@ def _occupied_reference(
     """Whether the samples at t ``[n_rays, n_steps]`` are in an occupied cell of the first cascade that holds them."""
     low, high = aabb[:3], aabb[3:]
     half = 0.5 * resolution
-    place = (origins[:, None] + t[..., None] * directions[:, None] - low) * (
+    position = (origins[:, None] + t[..., None] * directions[:, None] - low) * (
         origins.new_full((), resolution) / (high - low)
     )
     occupied = torch.zeros_like(t, dtype=torch.bool)
     outside = torch.ones_like(occupied)
     for cascade in range(cascades):
-        own = place if cascade == 0 else (place - half) * 0.5**cascade + half
+        own = position if cascade == 0 else (position - half) * 0.5**cascade + half
         here = outside & ((own >= 0) & (own < resolution)).all(dim=-1)
         outside = outside & ~here
         if bitfield is None:

@@ -58,7 +58,8 @@ struct MarchRays {
   const int64_t* seed_offset;  // [1] added to the seed, for CUDA graphs, where numbers are fixed; nullptr: 0
   int64_t n_rays;
 
-  DFF_HD void follow_everywhere() {
+  // Sets low and high.
+  void take_whole_grid() {
     for (int axis = 0; axis < 3; ++axis) {
       low[axis] = 0;
       high[axis] = resolution;

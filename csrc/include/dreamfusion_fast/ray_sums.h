@@ -6,9 +6,10 @@
 // (`prefix`, from forward) and the sum of gradient times weight behind it (`suffix`).
 //
 // Per sample (DreamFusion, section 3.1): density = activation(logit + blob) inside the bound, albedo = sigmoid(logits),
-// normal = -G / |G| with G the gradient of (logit + blob) by the position, colour by the shading; in Python these formulas
-// are in dreamfusion_fast/ops/sample_head.py, and tests/ops/tiles/test_ray_sums_tile.py compares. Per ray, with weights
-// w as in composite.h:
+// normal = -G / |G| with G the gradient of (logit + blob) by the position, colour by the shading. In Python these are
+// in dreamfusion_fast/ops/sample_head.py, and tests/ops/tiles/test_ray_sums_tile.py compares.
+//
+// Per ray, with weights w as in composite.h:
 //   optical depth, sum w colour, sum w t, sum w normal,
 //   orientation  sum sg(w) max(0, normal . direction)^2               (Ref-NeRF, Verbin et al. 2022, eq. 11)
 //   distortion   sum_ij w_i w_j |t_i - t_j| + 1/3 sum w_i^2 length_i  (mip-NeRF 360, Barron et al. 2022, eq. 15)

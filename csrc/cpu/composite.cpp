@@ -2,8 +2,7 @@
 
 #include "parallel.h"
 
-namespace dff {
-namespace cpu {
+namespace dff::cpu {
 
 namespace {
 
@@ -34,10 +33,7 @@ Status composite_backward(const CompositeBackward<Scalar>& op, const Launch& lau
   return op.lengths != nullptr ? backward<true>(op, launch) : backward<false>(op, launch);
 }
 
-template Status composite_forward(const CompositeForward<float>&, const Launch&);
-template Status composite_forward(const CompositeForward<double>&, const Launch&);
-template Status composite_backward(const CompositeBackward<float>&, const Launch&);
-template Status composite_backward(const CompositeBackward<double>&, const Launch&);
+DFF_FOR_FLOATS(composite_forward, CompositeForward);
+DFF_FOR_FLOATS(composite_backward, CompositeBackward);
 
-}  // namespace cpu
-}  // namespace dff
+}  // namespace dff::cpu

@@ -10,8 +10,7 @@
 #if defined(__GNUC__) && defined(__AVX2__) && defined(__FMA__)
 #define DFF_DENSE 1
 
-namespace dff {
-namespace cpu {
+namespace dff::cpu {
 
 constexpr int kLanes = 8;
 typedef float Lanes __attribute__((vector_size(32)));
@@ -63,8 +62,7 @@ void multiply_all(const float* a, int64_t stride, const float* panel, int64_t de
   for (; row < rows; ++row) multiply_and_store<1>(a, stride, panel, depth, row, store);
 }
 
-}  // namespace cpu
-}  // namespace dff
+}  // namespace dff::cpu
 #else
 #define DFF_DENSE 0
 #endif

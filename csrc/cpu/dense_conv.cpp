@@ -4,8 +4,7 @@
 #include "dense.h"
 #include "parallel.h"
 
-namespace dff {
-namespace cpu {
+namespace dff::cpu {
 
 #if DFF_DENSE
 namespace {
@@ -34,11 +33,11 @@ DFF_HD void output_transform(const Lanes (&m)[4], Lanes (&y)[2]) {
   y[1] = m[1] - m[2] - m[3];
 }
 
-struct Place {
-  int64_t image, y, x;  // of a tile's first output
+struct TileOrigin {
+  int64_t image, y, x;  // of the first output
 };
 
-DFF_HD Place place_of(const DenseConv& op, int64_t tile) {
+DFF_HD TileOrigin origin_of(const DenseConv& op, int64_t tile) {
   const int64_t columns = op.width / kTile;
   const int64_t rows = op.height / kTile;
   return {tile / (rows * columns), tile / columns % rows * kTile, tile % columns * kTile};
@@ -46,14 +45,14 @@ DFF_HD Place place_of(const DenseConv& op, int64_t tile) {
 
 // values [16, block, in]: the tile's patch, transformed.
 void load_tile(const DenseConv& op, int64_t tile, const float* zeros, float* values, int64_t plane) {
-  const Place place = place_of(op, tile);
+  const TileOrigin origin = origin_of(op, tile);
   const float* pixels[kPatch][kPatch];
   for (int64_t i = 0; i < kPatch; ++i) {
     for (int64_t j = 0; j < kPatch; ++j) {
-      const int64_t y = place.y + i - 1;
-      const int64_t x = place.x + j - 1;
+      const int64_t y = origin.y + i - 1;
+      const int64_t x = origin.x + j - 1;
       const bool inside = y >= 0 && y < op.height && x >= 0 && x < op.width;
-      pixels[i][j] = inside ? op.input + ((place.image * op.height + y) * op.width + x) * op.in : zeros;
+      pixels[i][j] = inside ? op.input + ((origin.image * op.height + y) * op.width + x) * op.in : zeros;
     }
   }
   for (int64_t c = 0; c < op.in; c += kLanes) {
@@ -79,7 +78,8 @@ void load_tile(const DenseConv& op, int64_t tile, const float* zeros, float* val
 }
 
 // Eight channels of a tile's four outputs; products [16, block, 16].
-DFF_HD void store_tile(const DenseConv& op, const Place& place, const float* products, int64_t plane, int64_t channel) {
+DFF_HD void store_tile(const DenseConv& op, const TileOrigin& origin, const float* products, int64_t plane,
+                       int64_t channel) {
   Lanes half[kTile][kPatch];
   DFF_UNROLL
   for (int i = 0; i < kPatch; ++i) {
@@ -98,7 +98,7 @@ DFF_HD void store_tile(const DenseConv& op, const Place& place, const float* pro
     output_transform(half[j], y);
     DFF_UNROLL
     for (int i = 0; i < kTile; ++i) {
-      const int64_t at = ((place.image * op.height + place.y + i) * op.width + place.x + j) * op.out + channel;
+      const int64_t at = ((origin.image * op.height + origin.y + i) * op.width + origin.x + j) * op.out + channel;
       Lanes value = y[i] + bias;
       if (op.residual != nullptr) value += load_lanes(op.residual + at);
       store_lanes(op.output + at, value);
@@ -122,9 +122,9 @@ void convolve_block(const DenseConv& op, int64_t first, int64_t count, const flo
                    });
     }
     for (int64_t i = 0; i < count; ++i) {
-      const Place place = place_of(op, first + i);
-      store_tile(op, place, products + i * kDensePanel, product_plane, channel);
-      store_tile(op, place, products + i * kDensePanel + kLanes, product_plane, channel + kLanes);
+      const TileOrigin origin = origin_of(op, first + i);
+      store_tile(op, origin, products + i * kDensePanel, product_plane, channel);
+      store_tile(op, origin, products + i * kDensePanel + kLanes, product_plane, channel + kLanes);
     }
   }
 }
@@ -159,5 +159,4 @@ Status dense_conv(const DenseConv& op, const Launch& launch) {
 Status dense_conv(const DenseConv&, const Launch&) { return "this core was not compiled for it (dense_serves)"; }
 #endif
 
-}  // namespace cpu
-}  // namespace dff
+}  // namespace dff::cpu

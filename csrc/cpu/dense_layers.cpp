@@ -5,8 +5,7 @@
 #include "dense.h"
 #include "parallel.h"
 
-namespace dff {
-namespace cpu {
+namespace dff::cpu {
 
 bool dense_serves() { return DFF_DENSE == 1; }
 
@@ -146,5 +145,4 @@ Status dense_group_norm(const DenseGroupNorm&, const Launch&) {
 }
 #endif
 
-}  // namespace cpu
-}  // namespace dff
+}  // namespace dff::cpu

@@ -5,8 +5,7 @@
 
 #include "parallel.h"
 
-namespace dff {
-namespace cpu {
+namespace dff::cpu {
 
 namespace {
 
@@ -54,7 +53,7 @@ DFF_HD void axes_of(const Block<Scalar>& block, uint32_t resolution, int i, Hash
   axes[2] = hash_grid_axis<kSmoothstep>(block.position[2][i], resolution);
 }
 
-enum class Stage { kRows, kRowsAndWeights, kRowsAndWeightsAlong };
+enum class Stage { kRows, kRowsAndWeights, kRowsAndDerivatives };
 
 template <Stage kStage, bool kSmoothstep, RowKind kKind, typename Scalar>
 void stage_as(const HashGridLevel& level_in, Block<Scalar>& block) {
@@ -72,7 +71,7 @@ void stage_as(const HashGridLevel& level_in, Block<Scalar>& block) {
       hash_grid_weights(axes, weights);
     } else {
       const Scalar direction[3] = {block.direction[0][i], block.direction[1][i], block.direction[2][i]};
-      hash_grid_weights_along(axes, direction, weights);
+      hash_grid_weight_derivatives(axes, direction, weights);
     }
     DFF_UNROLL
     for (int corner = 0; corner < kCorners; ++corner) block.weights[corner][i] = weights[corner];
@@ -94,6 +93,13 @@ void stage(const HashGridLevel& level, bool smoothstep, Block<Scalar>& block) {
     }
   };
   smoothstep ? run(std::true_type()) : run(std::false_type());
+}
+
+// Fills block.rows, and block.weights for the encoding or, with a direction, for its directional derivative.
+template <typename Scalar>
+void stage_weights(const HashGridLevel& level, bool smoothstep, bool derivative, Block<Scalar>& block) {
+  derivative ? stage<Stage::kRowsAndDerivatives>(level, smoothstep, block)
+             : stage<Stage::kRowsAndWeights>(level, smoothstep, block);
 }
 
 // A level beyond this size does not stay in L2: fetching the rows a dozen samples ahead then saves a quarter to a third
@@ -187,7 +193,7 @@ void scatter(const Block<Scalar>& block, const RowRange& owned, Scalar* grad_tab
   }
 }
 
-// Adds the first (or, along a direction, the second) derivative of sum_c W_c v_c to block.gradient.
+// Adds the gradient of sum_c W_c v_c, or its Hessian times the direction, to block.gradient.
 template <bool kSecond, bool kSmoothstep, typename Scalar>
 void add_gradient_as(uint32_t resolution, Block<Scalar>& block) {
   for (int i = 0; i < kBlock; ++i) {
@@ -199,7 +205,7 @@ void add_gradient_as(uint32_t resolution, Block<Scalar>& block) {
     Scalar gradient[3];
     if (kSecond) {
       const Scalar direction[3] = {block.direction[0][i], block.direction[1][i], block.direction[2][i]};
-      hash_grid_hessian_along(axes, values, direction, gradient);
+      hash_grid_hessian_product(axes, values, direction, gradient);
     } else {
       hash_grid_gradient(axes, values, gradient);
     }
@@ -227,98 +233,6 @@ void store_gradient(const Block<Scalar>& block, Scalar* out) {
   }
 }
 
-// Adds the table's gradient, of the encoding or (with a direction) of its derivative along the direction.
-//
-// No atomics and no copies of the table: a thread owns levels, or, with more threads than levels, parts of the rows of
-// a level, and goes through all samples. So each row receives its terms in the order of the samples, and the sum does
-// not depend on the number of threads. A thread takes its levels block by block, because the gradients of two
-// neighbouring levels of a sample share a cache line.
-template <typename Scalar>
-Status add_table_gradient(const HashGridLevels& levels, const Scalar* direction, const Scalar* grad_output,
-                          const Scalar* positions, Scalar* grad_table, const Launch& launch) {
-  const int64_t stride = static_cast<int64_t>(levels.n_levels) * levels.n_features;
-  const int threads = std::max(launch.threads, 1);
-  const int parts = (threads + levels.n_levels - 1) / levels.n_levels;
-  const int shares = levels.n_levels * parts;  // share s: level s % n_levels, part s / n_levels of its rows
-  const int owners = std::min(threads, shares);
-  const auto own = [&](int owner) {
-    for_each_block(positions, 0, levels.n_samples, [&](Block<Scalar>& block) {
-      if (direction != nullptr) load_vectors(direction, block.first, block.count, block.direction);
-      for (int share = owner; share < shares; share += owners) {
-        const int index = share % levels.n_levels;
-        const HashGridLevel level = hash_grid_level(levels, index);
-        const uint32_t part_rows = (level.rows + parts - 1) / parts;
-        const RowRange owned = {static_cast<uint32_t>(share / levels.n_levels) * part_rows, part_rows, parts == 1};
-        if (direction != nullptr) {
-          stage<Stage::kRowsAndWeightsAlong>(level, levels.smoothstep, block);
-        } else {
-          stage<Stage::kRowsAndWeights>(level, levels.smoothstep, block);
-        }
-        with_features<Scalar>(levels.n_features, level, [&](auto features, auto prefetch) {
-          constexpr int kFeatures = decltype(features)::value;
-          constexpr bool kPrefetch = decltype(prefetch)::value;
-          scatter<kFeatures, kPrefetch>(block, owned, grad_table + level.first_row * kFeatures,
-                                        grad_output + block.first * stride + index * kFeatures, stride);
-        });
-      }
-    });
-  };
-  return for_each(owners, launch, [&](int64_t owner) { own(static_cast<int>(owner)); }, 1);
-}
-
-// The sum over levels of the first or second derivative, by sample.
-template <bool kSecond, typename Scalar>
-Status positions_gradient(const HashGridLevels& levels, const Scalar* direction, const Scalar* grad_output,
-                          const Scalar* positions, const Scalar* table, Scalar* out, const Launch& launch) {
-  const int64_t stride = static_cast<int64_t>(levels.n_levels) * levels.n_features;
-  parallel_ranges(levels.n_samples, launch.threads, kSamplesPerPiece, [&](int64_t begin, int64_t end) {
-    for_each_block(positions, begin, end, [&](Block<Scalar>& block) {
-      if (kSecond) load_vectors(direction, block.first, block.count, block.direction);
-      clear_gradient(block);
-      for (int index = 0; index < levels.n_levels; ++index) {
-        const HashGridLevel level = hash_grid_level(levels, index);
-        stage<Stage::kRows>(level, levels.smoothstep, block);
-        with_features<Scalar>(levels.n_features, level, [&](auto features, auto prefetch) {
-          constexpr int kFeatures = decltype(features)::value;
-          constexpr bool kPrefetch = decltype(prefetch)::value;
-          corner_values<kFeatures, kPrefetch>(block, table + level.first_row * kFeatures,
-                                              grad_output + block.first * stride + index * kFeatures, stride);
-        });
-        add_gradient<kSecond>(level, levels.smoothstep, block);
-      }
-      store_gradient(block, out);
-    });
-  });
-  return nullptr;
-}
-
-// The encoding, or (with a direction) its derivative along the direction.
-template <typename Scalar>
-Status encode(const HashGridLevels& levels, const Scalar* direction, const Scalar* positions, const Scalar* table,
-              Scalar* output, const Launch& launch) {
-  const int64_t stride = static_cast<int64_t>(levels.n_levels) * levels.n_features;
-  parallel_ranges(levels.n_samples, launch.threads, kSamplesPerPiece, [&](int64_t begin, int64_t end) {
-    for_each_block(positions, begin, end, [&](Block<Scalar>& block) {
-      if (direction != nullptr) load_vectors(direction, block.first, block.count, block.direction);
-      for (int index = 0; index < levels.n_levels; ++index) {
-        const HashGridLevel level = hash_grid_level(levels, index);
-        if (direction != nullptr) {
-          stage<Stage::kRowsAndWeightsAlong>(level, levels.smoothstep, block);
-        } else {
-          stage<Stage::kRowsAndWeights>(level, levels.smoothstep, block);
-        }
-        with_features<Scalar>(levels.n_features, level, [&](auto features, auto prefetch) {
-          constexpr int kFeatures = decltype(features)::value;
-          constexpr bool kPrefetch = decltype(prefetch)::value;
-          interpolate<kFeatures, kPrefetch>(block, table + level.first_row * kFeatures,
-                                            output + block.first * stride + index * kFeatures, stride);
-        });
-      }
-    });
-  });
-  return nullptr;
-}
-
 // The ops check it with a better message; this keeps a caller from elsewhere out of foreign memory.
 Status levels_status(const HashGridLevels& levels) {
   for (int index = 0; index < levels.n_levels; ++index) {
@@ -327,51 +241,98 @@ Status levels_status(const HashGridLevels& levels) {
   return nullptr;
 }
 
-}  // namespace
-
-template <typename Scalar>
-Status hash_grid_forward(const HashGridForward<Scalar>& op, const Launch& launch) {
-  if (const Status status = levels_status(op.levels)) return status;
-  return encode<Scalar>(op.levels, nullptr, op.positions, op.table, op.output, launch);
-}
-
-template <typename Scalar>
-Status hash_grid_backward_table(const HashGridBackwardTable<Scalar>& op, const Launch& launch) {
-  if (const Status status = levels_status(op.levels)) return status;
-  return add_table_gradient<Scalar>(op.levels, nullptr, op.grad_output, op.positions, op.grad_table, launch);
-}
-
-template <typename Scalar>
-Status hash_grid_backward_positions(const HashGridBackwardPositions<Scalar>& op, const Launch& launch) {
-  if (const Status status = levels_status(op.levels)) return status;
-  return positions_gradient<false, Scalar>(op.levels, nullptr, op.grad_output, op.positions, op.table,
-                                           op.grad_positions, launch);
-}
-
-template <typename Scalar>
-Status hash_grid_backward_backward(const HashGridBackwardBackward<Scalar>& op, const Launch& launch) {
-  if (const Status status = levels_status(op.levels)) return status;
-  if (op.grad_grad_output != nullptr) {
-    encode<Scalar>(op.levels, op.direction, op.positions, op.table, op.grad_grad_output, launch);
-  }
-  if (op.grad_table != nullptr) {
-    add_table_gradient<Scalar>(op.levels, op.direction, op.grad_output, op.positions, op.grad_table, launch);
-  }
-  if (op.grad_positions != nullptr) {
-    positions_gradient<true, Scalar>(op.levels, op.direction, op.grad_output, op.positions, op.table, op.grad_positions,
-                                     launch);
-  }
+template <bool kSecond, typename Scalar>
+Status position_gradient(const HashGridPositionGradient<Scalar>& op, const Launch& launch) {
+  const HashGridLevels& levels = op.levels;
+  const int64_t stride = static_cast<int64_t>(levels.n_levels) * levels.n_features;
+  parallel_ranges(levels.n_samples, launch.threads, kSamplesPerPiece, [&](int64_t begin, int64_t end) {
+    for_each_block(op.positions, begin, end, [&](Block<Scalar>& block) {
+      if (kSecond) load_vectors(op.direction, block.first, block.count, block.direction);
+      clear_gradient(block);
+      for (int index = 0; index < levels.n_levels; ++index) {
+        const HashGridLevel level = hash_grid_level(levels, index);
+        stage<Stage::kRows>(level, levels.smoothstep, block);
+        with_features<Scalar>(levels.n_features, level, [&](auto features, auto prefetch) {
+          constexpr int kFeatures = decltype(features)::value;
+          constexpr bool kPrefetch = decltype(prefetch)::value;
+          corner_values<kFeatures, kPrefetch>(block, op.table + level.first_row * kFeatures,
+                                              op.grad_output + block.first * stride + index * kFeatures, stride);
+        });
+        add_gradient<kSecond>(level, levels.smoothstep, block);
+      }
+      store_gradient(block, op.gradient);
+    });
+  });
   return nullptr;
 }
 
-template Status hash_grid_forward(const HashGridForward<float>&, const Launch&);
-template Status hash_grid_forward(const HashGridForward<double>&, const Launch&);
-template Status hash_grid_backward_table(const HashGridBackwardTable<float>&, const Launch&);
-template Status hash_grid_backward_table(const HashGridBackwardTable<double>&, const Launch&);
-template Status hash_grid_backward_positions(const HashGridBackwardPositions<float>&, const Launch&);
-template Status hash_grid_backward_positions(const HashGridBackwardPositions<double>&, const Launch&);
-template Status hash_grid_backward_backward(const HashGridBackwardBackward<float>&, const Launch&);
-template Status hash_grid_backward_backward(const HashGridBackwardBackward<double>&, const Launch&);
+}  // namespace
 
-}  // namespace cpu
-}  // namespace dff
+template <typename Scalar>
+Status hash_grid_encode(const HashGridEncode<Scalar>& op, const Launch& launch) {
+  const HashGridLevels& levels = op.levels;
+  if (const Status status = levels_status(levels)) return status;
+  const int64_t stride = static_cast<int64_t>(levels.n_levels) * levels.n_features;
+  parallel_ranges(levels.n_samples, launch.threads, kSamplesPerPiece, [&](int64_t begin, int64_t end) {
+    for_each_block(op.positions, begin, end, [&](Block<Scalar>& block) {
+      if (op.direction != nullptr) load_vectors(op.direction, block.first, block.count, block.direction);
+      for (int index = 0; index < levels.n_levels; ++index) {
+        const HashGridLevel level = hash_grid_level(levels, index);
+        stage_weights(level, levels.smoothstep, op.direction != nullptr, block);
+        with_features<Scalar>(levels.n_features, level, [&](auto features, auto prefetch) {
+          constexpr int kFeatures = decltype(features)::value;
+          constexpr bool kPrefetch = decltype(prefetch)::value;
+          interpolate<kFeatures, kPrefetch>(block, op.table + level.first_row * kFeatures,
+                                            op.output + block.first * stride + index * kFeatures, stride);
+        });
+      }
+    });
+  });
+  return nullptr;
+}
+
+// No atomics and no copies of the table: a thread owns levels, or, with more threads than levels, parts of the rows of
+// a level, and goes through all samples. So each row receives its terms in the order of the samples, and the sum does
+// not depend on the number of threads. A thread takes its levels block by block, because the gradients of two
+// neighbouring levels of a sample share a cache line.
+template <typename Scalar>
+Status hash_grid_table_gradient(const HashGridTableGradient<Scalar>& op, const Launch& launch) {
+  const HashGridLevels& levels = op.levels;
+  if (const Status status = levels_status(levels)) return status;
+  const int64_t stride = static_cast<int64_t>(levels.n_levels) * levels.n_features;
+  const int threads = std::max(launch.threads, 1);
+  const int parts = (threads + levels.n_levels - 1) / levels.n_levels;
+  const int shares = levels.n_levels * parts;  // share s: level s % n_levels, part s / n_levels of its rows
+  const int owners = std::min(threads, shares);
+  const auto own = [&](int64_t owner) {
+    for_each_block(op.positions, 0, levels.n_samples, [&](Block<Scalar>& block) {
+      if (op.direction != nullptr) load_vectors(op.direction, block.first, block.count, block.direction);
+      for (int share = static_cast<int>(owner); share < shares; share += owners) {
+        const int index = share % levels.n_levels;
+        const HashGridLevel level = hash_grid_level(levels, index);
+        const uint32_t part_rows = (level.rows + parts - 1) / parts;
+        const RowRange owned = {static_cast<uint32_t>(share / levels.n_levels) * part_rows, part_rows, parts == 1};
+        stage_weights(level, levels.smoothstep, op.direction != nullptr, block);
+        with_features<Scalar>(levels.n_features, level, [&](auto features, auto prefetch) {
+          constexpr int kFeatures = decltype(features)::value;
+          constexpr bool kPrefetch = decltype(prefetch)::value;
+          scatter<kFeatures, kPrefetch>(block, owned, op.grad_table + level.first_row * kFeatures,
+                                        op.grad_output + block.first * stride + index * kFeatures, stride);
+        });
+      }
+    });
+  };
+  return for_each(owners, launch, own, 1);
+}
+
+template <typename Scalar>
+Status hash_grid_position_gradient(const HashGridPositionGradient<Scalar>& op, const Launch& launch) {
+  if (const Status status = levels_status(op.levels)) return status;
+  return op.direction != nullptr ? position_gradient<true>(op, launch) : position_gradient<false>(op, launch);
+}
+
+DFF_FOR_FLOATS(hash_grid_encode, HashGridEncode);
+DFF_FOR_FLOATS(hash_grid_table_gradient, HashGridTableGradient);
+DFF_FOR_FLOATS(hash_grid_position_gradient, HashGridPositionGradient);
+
+}  // namespace dff::cpu

@@ -1,13 +1,11 @@
-#include "dreamfusion_fast/march.h"
-
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "dreamfusion_fast/march_tile.h"
 #include "parallel.h"
 
-namespace dff {
-namespace cpu {
+namespace dff::cpu {
 
 constexpr int64_t kRaysPerPiece = 32;  // a few microseconds each
 
@@ -32,14 +30,14 @@ void shrink(MarchRays<T>& rays) {
     int32_t high[3] = {0, 0, 0};
     for (int32_t block = 0; block < n * n * n; ++block) {
       if (!rays.blocks[cascade * n * n * n + block]) continue;
-      const int32_t place[3] = {block / (n * n), block / n % n, block % n};
+      const int32_t index[3] = {block / (n * n), block / n % n, block % n};
       for (int axis = 0; axis < 3; ++axis) {
-        low[axis] = std::min(low[axis], place[axis]);
-        high[axis] = std::max(high[axis], place[axis] + 1);
+        low[axis] = std::min(low[axis], index[axis]);
+        high[axis] = std::max(high[axis], index[axis] + 1);
       }
     }
     if (low[0] >= high[0]) continue;  // nothing is occupied
-    // In cells of the last cascade, and for the others one more on each side, as places are rounded.
+    // In cells of the last cascade, and for the others one more on each side, as positions are rounded.
     const double shrinks = 1.0 / (1 << (rays.cascades - 1 - cascade));
     const int32_t margin = cascade < rays.cascades - 1 ? 1 : 0;
     for (int axis = 0; axis < 3; ++axis) {
@@ -51,40 +49,30 @@ void shrink(MarchRays<T>& rays) {
   }
 }
 
+// The op on rays [first, end).
 template <typename Op>
-Status march_each(Op op, const Launch& launch) {
+Status march_each(Op op, int64_t first, int64_t end, const Launch& launch) {
   shrink(op.rays);
-  const int64_t n = op.rays.n_rays;
-  return op.rays.wide() ? for_each(n, launch, MarchEach<Op, true>{op}, kRaysPerPiece)
-                        : for_each(n, launch, MarchEach<Op, false>{op}, kRaysPerPiece);
+  const auto run = [&](auto wide) {
+    const auto march = [&](int64_t i) { op.template march<decltype(wide)::value>(first + i); };
+    return for_each(end - first, launch, march, kRaysPerPiece);
+  };
+  return op.rays.wide() ? run(std::true_type()) : run(std::false_type());
 }
 
 template <typename T>
 Status march_count(const MarchCount<T>& op, const Launch& launch) {
-  return march_each(op, launch);
+  return march_each(op, 0, op.rays.n_rays, launch);
 }
 
 template <typename T>
 Status march_write(const MarchWrite<T>& op, const Launch& launch) {
-  return march_each(op, launch);
+  return march_each(op, 0, op.rays.n_rays, launch);
 }
 
 template <typename T>
 Status march_tile(const MarchTile<T>& op, const Launch& launch) {
-  MarchTile<T> shrunk = op;
-  shrink(shrunk.rays);
-  const int64_t first = op.ray_range[0];
-  const bool wide = op.rays.wide();
-  return for_each(
-      op.ray_range[1] - first, launch,
-      [&](int64_t i) {
-        if (wide) {
-          shrunk.template march<true>(first + i);
-        } else {
-          shrunk.template march<false>(first + i);
-        }
-      },
-      kRaysPerPiece);
+  return march_each(op, op.ray_range[0], op.ray_range[1], launch);
 }
 
 template <typename T>
@@ -96,19 +84,11 @@ Status march_totals(const MarchTotals<T>& op, const Launch&) {
   return nullptr;
 }
 
-template Status march_totals(const MarchTotals<float>&, const Launch&);
-template Status march_totals(const MarchTotals<double>&, const Launch&);
+Status tile_table(const TileTable& op, const Launch& launch) { return for_each(op.n_tiles, launch, op, kRaysPerPiece); }
 
-Status tile_table(const TileTable& op, int64_t n_tiles, const Launch& launch) {
-  return for_each(n_tiles, launch, op, kRaysPerPiece);
-}
+DFF_FOR_FLOATS(march_count, MarchCount);
+DFF_FOR_FLOATS(march_write, MarchWrite);
+DFF_FOR_FLOATS(march_tile, MarchTile);
+DFF_FOR_FLOATS(march_totals, MarchTotals);
 
-template Status march_count(const MarchCount<float>&, const Launch&);
-template Status march_count(const MarchCount<double>&, const Launch&);
-template Status march_write(const MarchWrite<float>&, const Launch&);
-template Status march_write(const MarchWrite<double>&, const Launch&);
-template Status march_tile(const MarchTile<float>&, const Launch&);
-template Status march_tile(const MarchTile<double>&, const Launch&);
-
-}  // namespace cpu
-}  // namespace dff
+}  // namespace dff::cpu

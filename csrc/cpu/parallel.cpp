@@ -24,8 +24,7 @@ extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned threads,
 #define DFF_OPENMP false
 #endif
 
-namespace dff {
-namespace cpu {
+namespace dff::cpu {
 namespace {
 
 // One piece of work, shared by the threads that help with it.
@@ -164,5 +163,4 @@ void parallel_ranges(int64_t n, int threads, int64_t grain, const std::function<
   body(0, n);
 }
 
-}  // namespace cpu
-}  // namespace dff
+}  // namespace dff::cpu

@@ -8,8 +8,7 @@
 
 #include "dreamfusion_fast/common.h"
 
-namespace dff {
-namespace cpu {
+namespace dff::cpu {
 
 // Calls body(begin, end) over pieces of [0, n) of about `grain` each, on up to `threads` threads, the calling one
 // among them, and returns when all are done. Which thread takes which piece is not fixed: pieces must not write the
@@ -27,5 +26,4 @@ Status for_each(int64_t n, const Launch& launch, const Op& op, int64_t grain = 1
   return nullptr;
 }
 
-}  // namespace cpu
-}  // namespace dff
+}  // namespace dff::cpu

@@ -2,16 +2,13 @@
 
 #include "parallel.h"
 
-namespace dff {
-namespace cpu {
+namespace dff::cpu {
 
 template <typename T>
 Status ray_box(const RayBox<T>& op, const Launch& launch) {
   return for_each(op.n_rays, launch, op);
 }
 
-template Status ray_box(const RayBox<float>&, const Launch&);
-template Status ray_box(const RayBox<double>&, const Launch&);
+DFF_FOR_FLOATS(ray_box, RayBox);
 
-}  // namespace cpu
-}  // namespace dff
+}  // namespace dff::cpu

@@ -2,8 +2,7 @@
 
 #include "parallel.h"
 
-namespace dff {
-namespace cpu {
+namespace dff::cpu {
 
 namespace {
 
@@ -32,12 +31,8 @@ Status ray_sums_visible(const RaySumsVisible<T>& op, const Launch& launch) {
   return for_each_ray(op.tile, launch, [&](int64_t ray) { ray_sums_visible_ray(op, ray, SingleLane()); });
 }
 
-template Status ray_sums_forward(const RaySumsForward<float>&, const Launch&);
-template Status ray_sums_forward(const RaySumsForward<double>&, const Launch&);
-template Status ray_sums_backward(const RaySumsBackward<float>&, const Launch&);
-template Status ray_sums_backward(const RaySumsBackward<double>&, const Launch&);
-template Status ray_sums_visible(const RaySumsVisible<float>&, const Launch&);
-template Status ray_sums_visible(const RaySumsVisible<double>&, const Launch&);
+DFF_FOR_FLOATS(ray_sums_forward, RaySumsForward);
+DFF_FOR_FLOATS(ray_sums_backward, RaySumsBackward);
+DFF_FOR_FLOATS(ray_sums_visible, RaySumsVisible);
 
-}  // namespace cpu
-}  // namespace dff
+}  // namespace dff::cpu

@@ -5,8 +5,7 @@
 #include "dreamfusion_fast/hash_grid.h"
 #include "dreamfusion_fast/hash_grid_tile.h"
 
-namespace dff {
-namespace cuda {
+namespace dff::cuda {
 
 namespace {
 
@@ -21,14 +20,14 @@ constexpr ElementType kType = std::is_same_v<Scalar, double> ? ElementType::kFlo
 
 // The rows from `first` on of [n_samples, columns].
 template <typename Scalar>
-TileArray rows_from(const Scalar* data, int64_t first, int columns) {
-  TileArray array;
-  if (data == nullptr) return array;
-  array.data = const_cast<Scalar*>(data + first * columns);
-  array.sample_stride = static_cast<uint32_t>(columns);
-  array.channel_stride = 1;
-  array.type = kType<Scalar>;
-  return array;
+AnyView rows_from(const Scalar* data, int64_t first, int columns) {
+  AnyView view;
+  if (data == nullptr) return view;
+  view.data = const_cast<Scalar*>(data + first * columns);
+  view.sample_stride = static_cast<uint32_t>(columns);
+  view.channel_stride = 1;
+  view.type = kType<Scalar>;
+  return view;
 }
 
 // Calls start(tile, its first sample, columns of the encoding) for tiles as large as they may be.
@@ -46,94 +45,53 @@ Status for_each_tile(const HashGridLevels& levels, const Scalar* positions, cons
   return nullptr;
 }
 
-template <typename Scalar>
-Status encode(const HashGridLevels& levels, const Scalar* direction, const Scalar* positions, const Scalar* table,
-              Scalar* output, const Launch& launch) {
-  return for_each_tile(levels, positions, [&](const HashGridTile& tile, int64_t first, int columns) {
-    HashGridTileEncode op;
-    op.tile = tile;
-    op.table = table;
-    op.table_type = kType<Scalar>;
-    op.direction = rows_from(direction, first, 3);
-    op.output = rows_from(output, first, columns);
-    op.levels_per_thread = kLevelsPerThread;
-    return hash_grid_tile_encode(op, launch);
-  });
-}
-
-template <typename Scalar>
-Status positions_gradient(const HashGridLevels& levels, const Scalar* direction, const Scalar* grad_output,
-                          const Scalar* positions, const Scalar* table, Scalar* gradient, const Launch& launch) {
-  return for_each_tile(levels, positions, [&](const HashGridTile& tile, int64_t first, int columns) {
-    HashGridTilePositionGradient op;
-    op.tile = tile;
-    op.table = table;
-    op.table_type = kType<Scalar>;
-    op.direction = rows_from(direction, first, 3);
-    op.grad_features = rows_from(grad_output, first, columns);
-    op.gradient = rows_from(gradient, first, 3);
-    op.levels_per_launch = tile.levels.n_samples < kSmallLaunch ? kMaxLevelsPerThread : kLevelsPerThread;
-    return hash_grid_tile_position_gradient(op, launch);
-  });
-}
-
-// The table's gradient from the encoding, or (with a direction) from its derivative along the direction.
-template <typename Scalar>
-Status add_table_gradient(const HashGridLevels& levels, const Scalar* direction, const Scalar* grad_output,
-                          const Scalar* positions, Scalar* grad_table, const Launch& launch) {
-  return for_each_tile(levels, positions, [&](const HashGridTile& tile, int64_t first, int columns) {
-    HashGridTileScatter op;
-    op.tile = tile;
-    op.direction = rows_from(direction, first, 3);
-    (direction == nullptr ? op.grad_features : op.grad_of_along) = rows_from(grad_output, first, columns);
-    op.grad_table = grad_table;
-    op.samples_per_thread = kSamplesPerThread;
-    return hash_grid_tile_scatter(op, launch);
-  });
-}
-
 }  // namespace
 
 template <typename Scalar>
-Status hash_grid_forward(const HashGridForward<Scalar>& op, const Launch& launch) {
-  return encode<Scalar>(op.levels, nullptr, op.positions, op.table, op.output, launch);
+Status hash_grid_encode(const HashGridEncode<Scalar>& op, const Launch& launch) {
+  return for_each_tile(op.levels, op.positions, [&](const HashGridTile& tile, int64_t first, int columns) {
+    HashGridTileEncode part;
+    part.tile = tile;
+    part.table = op.table;
+    part.table_type = kType<Scalar>;
+    part.direction = rows_from(op.direction, first, 3);
+    part.output = rows_from(op.output, first, columns);
+    part.levels_per_thread = kLevelsPerThread;
+    return hash_grid_tile_encode(part, launch);
+  });
 }
 
 template <typename Scalar>
-Status hash_grid_backward_table(const HashGridBackwardTable<Scalar>& op, const Launch& launch) {
-  return add_table_gradient<Scalar>(op.levels, nullptr, op.grad_output, op.positions, op.grad_table, launch);
+Status hash_grid_table_gradient(const HashGridTableGradient<Scalar>& op, const Launch& launch) {
+  return for_each_tile(op.levels, op.positions, [&](const HashGridTile& tile, int64_t first, int columns) {
+    HashGridTileScatter part;
+    part.tile = tile;
+    part.direction = rows_from(op.direction, first, 3);
+    AnyView& grad = op.direction == nullptr ? part.grad_features : part.grad_derivative;
+    grad = rows_from(op.grad_output, first, columns);
+    part.grad_table = op.grad_table;
+    part.samples_per_thread = kSamplesPerThread;
+    return hash_grid_tile_scatter(part, launch);
+  });
 }
 
 template <typename Scalar>
-Status hash_grid_backward_positions(const HashGridBackwardPositions<Scalar>& op, const Launch& launch) {
-  return positions_gradient<Scalar>(op.levels, nullptr, op.grad_output, op.positions, op.table, op.grad_positions,
-                                    launch);
+Status hash_grid_position_gradient(const HashGridPositionGradient<Scalar>& op, const Launch& launch) {
+  return for_each_tile(op.levels, op.positions, [&](const HashGridTile& tile, int64_t first, int columns) {
+    HashGridTilePositionGradient part;
+    part.tile = tile;
+    part.table = op.table;
+    part.table_type = kType<Scalar>;
+    part.direction = rows_from(op.direction, first, 3);
+    part.grad_features = rows_from(op.grad_output, first, columns);
+    part.gradient = rows_from(op.gradient, first, 3);
+    part.levels_per_launch = tile.levels.n_samples < kSmallLaunch ? kMaxLevelsPerThread : kLevelsPerThread;
+    return hash_grid_tile_position_gradient(part, launch);
+  });
 }
 
-template <typename Scalar>
-Status hash_grid_backward_backward(const HashGridBackwardBackward<Scalar>& op, const Launch& launch) {
-  Status status = nullptr;
-  if (op.grad_grad_output != nullptr) {
-    status = encode(op.levels, op.direction, op.positions, op.table, op.grad_grad_output, launch);
-  }
-  if (status == nullptr && op.grad_table != nullptr) {
-    status = add_table_gradient(op.levels, op.direction, op.grad_output, op.positions, op.grad_table, launch);
-  }
-  if (status == nullptr && op.grad_positions != nullptr) {
-    status =
-        positions_gradient(op.levels, op.direction, op.grad_output, op.positions, op.table, op.grad_positions, launch);
-  }
-  return status;
-}
+DFF_FOR_FLOATS(hash_grid_encode, HashGridEncode);
+DFF_FOR_FLOATS(hash_grid_table_gradient, HashGridTableGradient);
+DFF_FOR_FLOATS(hash_grid_position_gradient, HashGridPositionGradient);
 
-template Status hash_grid_forward(const HashGridForward<float>&, const Launch&);
-template Status hash_grid_forward(const HashGridForward<double>&, const Launch&);
-template Status hash_grid_backward_table(const HashGridBackwardTable<float>&, const Launch&);
-template Status hash_grid_backward_table(const HashGridBackwardTable<double>&, const Launch&);
-template Status hash_grid_backward_positions(const HashGridBackwardPositions<float>&, const Launch&);
-template Status hash_grid_backward_positions(const HashGridBackwardPositions<double>&, const Launch&);
-template Status hash_grid_backward_backward(const HashGridBackwardBackward<float>&, const Launch&);
-template Status hash_grid_backward_backward(const HashGridBackwardBackward<double>&, const Launch&);
-
-}  // namespace cuda
-}  // namespace dff
+}  // namespace dff::cuda

@@ -9,13 +9,12 @@
 #include "parallel.cuh"
 #include "row.cuh"
 
-namespace dff {
-namespace cuda {
+namespace dff::cuda {
 
 // Whether the corners x and x + 1 of a cell come in one load where their rows are neighbours in an aligned pair, as
 // they are for every other x. Their addresses share a sector either way; what is saved is a quarter of the addresses
 // that L1 looks up, against one more instruction for each pair. On an H100, 2^19 samples, 16 levels: the position's
-// gradient takes 143 us with pairs and 134 without, the derivative along a direction 130 and 126, the encoding 126 and
+// gradient takes 143 us with pairs and 134 without, the directional derivative 130 and 126, the encoding 126 and
 // 126.
 constexpr bool kPairedLoads = false;
 // The same for atomics, where the pair saves a quarter of the packets that go to L2: 657 us with, 859 without.
@@ -161,5 +160,4 @@ Status with_features(int n_features, const Start& start) {
   return launch_status();
 }
 
-}  // namespace cuda
-}  // namespace dff
+}  // namespace dff::cuda

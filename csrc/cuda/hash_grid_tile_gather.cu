@@ -1,11 +1,10 @@
-// Encoding of a tile, its derivative along a direction, and its gradient by the positions: what reads the table.
+// Encoding of a tile, its directional derivative, and its gradient by the positions: what reads the table.
 #include <limits>
 
+#include "any_view.cuh"
 #include "hash_grid_cell.cuh"
-#include "tile_array.cuh"
 
-namespace dff {
-namespace cuda {
+namespace dff::cuda {
 
 namespace {
 
@@ -36,7 +35,7 @@ __device__ __forceinline__ void read_levels(const HashGridLevels& levels, int be
   __syncthreads();
 }
 
-template <typename Table, int kFeatures, bool kAlong>
+template <typename Table, int kFeatures, bool kDerivative>
 __global__ void __launch_bounds__(kThreads, kBlocks<Table, kFeatures>)
     encode_kernel(const HashGridTileEncode op, bool row) {
   using Scalar = ScalarOf<Table>;
@@ -50,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Table, kFeatures>)
 
   Scalar position[3], direction[3];
   load_vector(op.tile.positions, sample, position);
-  if (kAlong) load_vector(op.direction, sample, direction);
+  if (kDerivative) load_vector(op.direction, sample, direction);
   for (int index = begin; index < end; ++index) {
     const HashGridLevel level = levels[index - begin];
     Scalar output[kFeatures] = {};
@@ -64,8 +63,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Table, kFeatures>)
       Row<Table, kFeatures> corners[kCorners];
       load_corners(static_cast<const Table*>(op.table), level, rows, corners);
       Scalar weights[kCorners];
-      if constexpr (kAlong) {
-        hash_grid_weights_along(axes, direction, weights);
+      if constexpr (kDerivative) {
+        hash_grid_weight_derivatives(axes, direction, weights);
       } else {
         hash_grid_weights(axes, weights);
       }
@@ -80,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Table, kFeatures>)
 }
 
 // Writes the sum over the levels [begin, end), or adds it to what is there.
-template <typename Table, int kFeatures, bool kAlong>
+template <typename Table, int kFeatures, bool kDerivative>
 __global__ void __launch_bounds__(kThreads, kBlocks<Table, kFeatures>)
     position_gradient_kernel(const HashGridTilePositionGradient op, bool row, int begin, int end, bool add) {
   using Scalar = ScalarOf<Table>;
@@ -92,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Table, kFeatures>)
 
   Scalar position[3], direction[3], sum[3] = {};
   load_vector(op.tile.positions, sample, position);
-  if (kAlong) load_vector(op.direction, sample, direction);
+  if (kDerivative) load_vector(op.direction, sample, direction);
   if (add) load_vector(op.gradient, sample, sum);
   for (int index = begin; index < end; ++index) {
     const HashGridLevel level = levels[index - begin];
@@ -112,8 +111,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Table, kFeatures>)
       for (int f = 0; f < kFeatures; ++f) values[i] += grad[f] * to_scalar(corners[i].values[f]);
     }
     Scalar gradient[3];
-    if constexpr (kAlong) {
-      hash_grid_hessian_along(axes, values, direction, gradient);
+    if constexpr (kDerivative) {
+      hash_grid_hessian_product(axes, values, direction, gradient);
     } else {
       hash_grid_gradient(axes, values, gradient);
     }
@@ -190,5 +189,4 @@ Status hash_grid_tile_position_gradient(const HashGridTilePositionGradient& op, 
   });
 }
 
-}  // namespace cuda
-}  // namespace dff
+}  // namespace dff::cuda

@@ -1,9 +1,8 @@
 // The table's gradient from a tile, of first and second order at once: what writes to the table.
+#include "any_view.cuh"
 #include "hash_grid_cell.cuh"
-#include "tile_array.cuh"
 
-namespace dff {
-namespace cuda {
+namespace dff::cuda {
 
 namespace {
 
@@ -26,19 +25,19 @@ constexpr int kColumnsAtOnce = std::min(kFeatures, std::is_same_v<Scalar, float>
 
 // A channel of samples [first, first + kCount), as far as they lie before `end`.
 template <typename Scalar, int kCount>
-__device__ __forceinline__ void load_chunk(const TileArray& array, bool fours, uint32_t first, uint32_t end,
+__device__ __forceinline__ void load_chunk(const AnyView& view, bool fours, uint32_t first, uint32_t end,
                                            uint32_t channel, Scalar (&values)[kCount]) {
   if constexpr (std::is_same_v<Scalar, double>) {
     static_assert(kCount == 1);
-    values[0] = load_element<double>(array, first, channel);
+    values[0] = load_element<double>(view, first, channel);
   } else if (fours) {
-    load_four(array, first, channel, values);
+    load_four(view, first, channel, values);
   } else {
     uint32_t bits[kCount];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) bits[i] = first + i < end ? load_bits(array, first + i, channel) : 0;
+    for (int i = 0; i < kCount; ++i) bits[i] = first + i < end ? load_bits(view, first + i, channel) : 0;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] = decode(array.type, bits[i]);
+    for (int i = 0; i < kCount; ++i) values[i] = decode(view.type, bits[i]);
   }
 }
 
@@ -113,13 +112,13 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(const HashGridTileSca
   const uint32_t capacity = static_cast<uint32_t>(op.tile.levels.n_samples);
   const int column = kColumns == kFeatures ? 0 : static_cast<int>(blockIdx.z) * kColumns;
   Scalar* grad_table = static_cast<Scalar*>(op.grad_table);
-  const bool has_first = op.grad_features.data != nullptr, has_second = op.grad_of_along.data != nullptr;
+  const bool has_first = op.grad_features.data != nullptr, has_second = op.grad_derivative.data != nullptr;
 
   Run<kColumns, Scalar> run;
   for (uint32_t first = begin; first < end; first += kCount) {
     const bool wide = fours && first + kCount <= capacity;
     Scalar positions[3][kCount], directions[3][kCount] = {};
-    Scalar grads[kColumns][kCount] = {}, along_grads[kColumns][kCount] = {};
+    Scalar grads[kColumns][kCount] = {}, second_grads[kColumns][kCount] = {};
 #pragma unroll
     for (int axis = 0; axis < 3; ++axis) {
       load_chunk(of_scalar<Scalar>(op.tile.positions), wide, first, end, axis, positions[axis]);
@@ -129,17 +128,17 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(const HashGridTileSca
     for (int f = 0; f < kColumns; ++f) {
       const uint32_t channel = index * kFeatures + column + f;
       if (has_first) load_chunk(op.grad_features, wide, first, end, channel, grads[f]);
-      if (has_second) load_chunk(op.grad_of_along, wide, first, end, channel, along_grads[f]);
+      if (has_second) load_chunk(op.grad_derivative, wide, first, end, channel, second_grads[f]);
     }
 #pragma unroll 1
     for (int i = 0; i < kCount; ++i) {
       if (first + i >= end) break;
-      Scalar position[3], direction[3], grad[kColumns], along_grad[kColumns];
+      Scalar position[3], direction[3], grad[kColumns], second_grad[kColumns];
       take(positions, position);
       take(directions, direction);
       take(grads, grad);
-      take(along_grads, along_grad);
-      const bool second = any(along_grad) && any(direction);
+      take(second_grads, second_grad);
+      const bool second = any(second_grad) && any(direction);
       if (!second && !any(grad)) continue;  // an empty sample beyond a surface, say: it costs no atomics
       HashGridAxis<Scalar> axes[3];
       cell_axes(level, op.tile.levels.smoothstep, position, axes);
@@ -151,8 +150,8 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(const HashGridTileSca
       hash_grid_weights(axes, weights);
       run.add(weights, grad);
       if (second) {
-        hash_grid_weights_along(axes, direction, weights);
-        run.add(weights, along_grad);
+        hash_grid_weight_derivatives(axes, direction, weights);
+        run.add(weights, second_grad);
       }
     }
   }
@@ -175,7 +174,7 @@ Status hash_grid_tile_scatter(const HashGridTileScatter& op, const Launch& launc
   };
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
   const bool fours = has_fours(op.tile.positions) && has_fours(op.direction) && has_fours(op.grad_features) &&
-                     has_fours(op.grad_of_along);
+                     has_fours(op.grad_derivative);
   return with_features(levels.n_features, [&](auto features) {
     constexpr int kFeatures = decltype(features)::value;
     if (op.tile.positions.type == ElementType::kFloat64) {
@@ -188,5 +187,4 @@ Status hash_grid_tile_scatter(const HashGridTileScatter& op, const Launch& launc
   });
 }
 
-}  // namespace cuda
-}  // namespace dff
+}  // namespace dff::cuda

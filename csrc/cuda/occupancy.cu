@@ -1,8 +1,7 @@
 #include "dreamfusion_fast/occupancy.h"
 #include "parallel.cuh"
 
-namespace dff {
-namespace cuda {
+namespace dff::cuda {
 namespace {
 
 // The bits of floats without a sign are ordered as signed integers are, those with one as unsigned integers the other
@@ -16,28 +15,25 @@ __device__ __forceinline__ void atomic_max(float* target, float value) {
 }
 
 struct OccupancyMerge {
-  float* grid;
-  OccupancyDecay decay;
+  OccupancyUpdate update;
 
   __device__ void operator()(int64_t i) const {
-    const int64_t cell = decay.cells[i];
-    if (cell >= 0 && cell < decay.n_cells) atomic_max(&grid[cell], decay.decayed[i]);
+    const int64_t cell = update.cells[i];
+    if (cell >= 0 && cell < update.n_cells) atomic_max(&update.grid[cell], update.decayed[i]);
   }
 };
 
 }  // namespace
 
-Status occupancy_update(float* grid, const OccupancyDecay& decay, const Launch& launch) {
-  Status status = for_each(decay.n, launch, decay);
-  if (status != nullptr || decay.cells == nullptr) return status;
-  status = for_each(decay.n, launch, OccupancyClear{grid, decay.cells, decay.n_cells});
-  if (status != nullptr) return status;
-  return for_each(decay.n, launch, OccupancyMerge{grid, decay});
+Status occupancy_update(const OccupancyUpdate& op, const Launch& launch) {
+  Status status = for_each(op.n, launch, op);
+  if (status != nullptr || op.cells == nullptr) return status;
+  status = for_each(op.n, launch, OccupancyClear{op});
+  return status != nullptr ? status : for_each(op.n, launch, OccupancyMerge{op});
 }
 
 Status occupancy_pack(const OccupancyPack& op, const Launch& launch) {
   return for_each((op.n_cells + 7) / 8, launch, op);
 }
 
-}  // namespace cuda
-}  // namespace dff
+}  // namespace dff::cuda

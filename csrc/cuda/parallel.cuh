@@ -7,13 +7,21 @@
 
 #include "dreamfusion_fast/common.h"
 
-namespace dff {
-namespace cuda {
+namespace dff::cuda {
 
 // What the launch just made reports; to be called right after each.
 inline Status launch_status() {
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Launches kernel(arguments...) on the launch's stream, whose parameters are copied into it.
+template <typename... Parameters, typename... Arguments>
+Status launch_kernel(void (*kernel)(Parameters...), dim3 blocks, int threads, const Launch& launch,
+                     const Arguments&... arguments) {
+  if (blocks.x == 0) return nullptr;
+  kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(launch.stream)>>>(arguments...);
+  return launch_status();
 }
 
 template <int kThreads, typename Op>
@@ -27,10 +35,7 @@ template <int kThreads = 128, typename Op>
 Status for_each(int64_t n, const Launch& launch, const Op& op) {
   if (n <= 0) return nullptr;
   const int64_t blocks = std::min<int64_t>((n + kThreads - 1) / kThreads, 0x7fffffff);
-  for_each_kernel<kThreads>
-      <<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(n, op);
-  return launch_status();
+  return launch_kernel(&for_each_kernel<kThreads, Op>, static_cast<unsigned>(blocks), kThreads, launch, n, op);
 }
 
-}  // namespace cuda
-}  // namespace dff
+}  // namespace dff::cuda

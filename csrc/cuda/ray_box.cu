@@ -1,16 +1,13 @@
 #include "dreamfusion_fast/ray_box.h"
 #include "parallel.cuh"
 
-namespace dff {
-namespace cuda {
+namespace dff::cuda {
 
 template <typename T>
 Status ray_box(const RayBox<T>& op, const Launch& launch) {
   return for_each(op.n_rays, launch, op);
 }
 
-template Status ray_box(const RayBox<float>&, const Launch&);
-template Status ray_box(const RayBox<double>&, const Launch&);
+DFF_FOR_FLOATS(ray_box, RayBox);
 
-}  // namespace cuda
-}  // namespace dff
+}  // namespace dff::cuda

@@ -5,8 +5,7 @@
 
 #include <type_traits>
 
-namespace dff {
-namespace cuda {
+namespace dff::cuda {
 
 template <typename Element, int kFeatures>
 struct alignas(sizeof(Element) * kFeatures < 16 ? sizeof(Element) * kFeatures : 16) Row {
@@ -31,5 +30,4 @@ __device__ __forceinline__ T load_wide(const T* from) {
   return both.value;
 }
 
-}  // namespace cuda
-}  // namespace dff
+}  // namespace dff::cuda

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamfusion_fast.fields.tile_source import TileSource
-from dreamfusion_fast.ops.tiles.ray_sums import SHORTEST_SLOPE
+from dreamfusion_fast.ops.sample_head import safe_normalize
 
 Backend = Literal["native", "reference"]
 BACKENDS: tuple[Backend, ...] = ("native", "reference")
@@ -40,17 +40,6 @@ class FieldOutput(NamedTuple):
 
 # positions [m, 3] -> FieldOutput or (density [m], colour [m, 3])
 FieldLike = Callable[..., Any]
-
-
-def safe_normalize(vectors: Tensor, shortest: float = SHORTEST_SLOPE) -> Tensor:
-    """Scale vectors to unit length, with finite values and gradients everywhere.
-
-    Args:
-        vectors: `[..., 3]`.
-        shortest: vectors shorter than this are divided by it instead, so zero stays zero.
-    """
-    squared = vectors.square().sum(dim=-1, keepdim=True)
-    return vectors * torch.rsqrt(squared.clamp(min=shortest * shortest))
 
 
 def check_backend(backend: str) -> None:

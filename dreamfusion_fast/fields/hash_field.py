@@ -19,39 +19,14 @@ from dreamfusion_fast.fields.base import (
     FieldOutput,
     check_positions,
     differentiable,
-    safe_normalize,
 )
 from dreamfusion_fast.fields.revision import HostBox
 from dreamfusion_fast.fields.tile_source import TileSource
 from dreamfusion_fast.ops._checks import FLOATS
 from dreamfusion_fast.ops.hash_grid import hash_grid, hash_grid_layout, hash_grid_position_gradient, hash_grid_reference
+from dreamfusion_fast.ops.sample_head import DensityHead, SampleHead, safe_normalize
 from dreamfusion_fast.ops.tiles.hash_grid import HashGridTileLayout
-from dreamfusion_fast.ops.tiles.ray_sums import BLOB_CENTRE_EPS, MAX_EXPONENT, SampleHead
 from dreamfusion_fast.settings import Range, Settings
-
-
-class _TruncatedExp(torch.autograd.Function):
-    """exp(min(x, 15)) whose gradient does not vanish above 15, so that a runaway density can come back."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.clamp(max=MAX_EXPONENT).exp()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return grad * y
-
-
-def truncated_exp(x: Tensor) -> Tensor:
-    """exp(x), saturated at x = 15 with the gradient of the saturation point above it. Any shape."""
-    return _TruncatedExp.apply(x)
 
 
 def _position_gradient_reference(grad_output: Tensor, positions: Tensor, *grid: Any) -> Tensor:
@@ -162,8 +137,12 @@ class HashGridField(Field):
         native = c.backend == "native"
         self._hash_grid = hash_grid if native else hash_grid_reference
         self._position_gradient = hash_grid_position_gradient if native else _position_gradient_reference
-        self._blob_scale = (
-            c.blob_scale if c.blob_scale is not None else {"exp": 5.0, "softplus": 10.0}[c.density_activation]
+        exponential = c.density_activation == "exp"
+        self._density_head = DensityHead(
+            activation=c.density_activation,
+            blob_scale=c.blob_scale if c.blob_scale is not None else 5.0 if exponential else 10.0,
+            blob_width=c.blob_std if exponential else c.blob_radius,
+            ball=c.bound == "ball",
         )
 
     def forward(self, positions: Tensor, with_normal: bool = False) -> FieldOutput:
@@ -189,7 +168,7 @@ class HashGridField(Field):
         if not with_normal:
             return FieldOutput(density, albedo)
         gradient = self._position_gradient(self._feature_gradient(hidden), unit, *grid)
-        gradient = gradient * self._scale() + self._blob_gradient(offsets)
+        gradient = gradient * self._scale() + self._density_head.blob_gradient(offsets)
         return FieldOutput(density, albedo, -safe_normalize(gradient))
 
     def density(self, positions: Tensor) -> Tensor:
@@ -254,15 +233,12 @@ class HashGridField(Field):
 
     def _head(self) -> SampleHead:
         """How density and normals come from the MLP's outputs."""
-        c, box = self.config, self._box.read(self.aabb)
+        box = self._box.read(self.aabb)
         low, high = box[:3], box[3:]
         return SampleHead(
             centre=tuple(0.5 * (a + b) for a, b in zip(low, high, strict=True)),  # type: ignore[arg-type]
             extent=tuple(b - a for a, b in zip(low, high, strict=True)),  # type: ignore[arg-type]
-            activation=c.density_activation,
-            blob_scale=self._blob_scale,
-            blob_width=c.blob_std if c.density_activation == "exp" else c.blob_radius,
-            ball=c.bound == "ball",
+            **vars(self._density_head),
         )
 
     def _network(self, features: Tensor, outputs: int) -> tuple[Tensor, list[Tensor]]:
@@ -292,29 +268,9 @@ class HashGridField(Field):
                 gradient = (gradient * mask) @ inner_weight
         return gradient.to(self.table.dtype)
 
-    def _inside(self, unit: Tensor) -> Tensor:
-        centred = 2.0 * unit - 1.0
-        if self.config.bound == "ball":
-            return centred.square().sum(dim=1) <= 1.0
-        return (centred.abs() <= 1.0).all(dim=1)
-
-    def _blob(self, offsets: Tensor) -> Tensor:
-        squared = offsets.square().sum(dim=1)
-        if self.config.density_activation == "exp":
-            return self._blob_scale * torch.exp(squared * (-0.5 / self.config.blob_std**2))
-        return self._blob_scale * (1.0 - torch.sqrt(squared + BLOB_CENTRE_EPS) * (1.0 / self.config.blob_radius))
-
-    def _blob_gradient(self, offsets: Tensor) -> Tensor:
-        if self.config.density_activation == "exp":
-            return offsets * (self._blob(offsets) * (-1.0 / self.config.blob_std**2))[:, None]
-        length = torch.sqrt(offsets.square().sum(dim=1, keepdim=True) + BLOB_CENTRE_EPS)
-        return offsets * (-self._blob_scale / self.config.blob_radius) / length
-
     def _activate(self, logit: Tensor, offsets: Tensor, unit: Tensor) -> Tensor:
         """Density from its logit without the blob; zero outside the bound."""
-        raw = logit + self._blob(offsets) if self._blob_scale != 0.0 else logit
-        density = truncated_exp(raw) if self.config.density_activation == "exp" else F.softplus(raw)
-        return torch.where(self._inside(unit.detach()), density, torch.zeros_like(density))
+        return self._density_head.density(logit, offsets, unit)
 
     @property
     def precision(self) -> str:

@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dreamfusion_fast.ops.sample_head import SampleHead
 from dreamfusion_fast.ops.tiles.hash_grid import HashGridTileLayout
-from dreamfusion_fast.ops.tiles.ray_sums import SampleHead
 
 
 @dataclass(frozen=True, eq=False)

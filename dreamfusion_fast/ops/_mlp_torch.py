@@ -2,7 +2,8 @@
 
 The formulas are those of `dreamfusion_fast.ops.mlp`, whose notation this has; a row of x is a sample. In 16-bit
 precision the forward products are rounded as torch rounds them, and products with a gradient are float32: a CPU or an
-older GPU has no faster type that small gradients fit into.
+older GPU has no faster type that small gradients fit into. `_mlp_triton` has the same passes as kernels, and
+tests/ops/test_mlp.py holds both to the twin.
 """
 
 from __future__ import annotations

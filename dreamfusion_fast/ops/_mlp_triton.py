@@ -7,7 +7,8 @@ row of a matrix here, so that a layer is ``h @ W^T`` and its transpose ``g @ W``
 Operands of forward products have the type OPERAND, those of products with a gradient GRADIENT; accumulators are
 float32. A layer's weights are named by their number, the last layer's end in ``_last``; layers that the network does
 not have are None. What is kept of a hidden layer, ``kept``, is what its activation's derivatives are computed from: a
-ReLU's output, or a smooth activation's argument.
+ReLU's output, or a smooth activation's argument. `_mlp_torch` has the same passes as torch products, and
+tests/ops/test_mlp.py holds both to the twin.
 """
 
 # Compile-time constants are capitals, as everywhere in Triton, whose language has no types to annotate.

@@ -2,7 +2,7 @@
 
 Both modules, `_core` (CPU) and `_core_cuda`, offer the same functions (`csrc/bindings.cpp` names the exceptions):
 addresses, sizes, and last the thread count or the CUDA stream. An op calls them as
-``call("march_count", origins, pointer(origins), ..., n_rays)``.
+``call("ray_box", origins, pointer(origins), ..., n_rays)``.
 """
 
 from __future__ import annotations

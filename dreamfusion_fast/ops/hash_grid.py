@@ -150,7 +150,7 @@ def _aligned(tensor: Tensor) -> Tensor:
 def _levels(
     level_offsets: Tensor, resolutions: Tensor, n_rows: int, n_samples: int, n_features: int, smoothstep: bool
 ) -> tuple[int, ...]:
-    """The last arguments of every native function."""
+    """The first argument of every native function."""
     sizes = (n_rows, n_samples, resolutions.shape[0], n_features, smoothstep)
     return pointer(level_offsets), pointer(resolutions), *sizes
 
@@ -163,7 +163,7 @@ def _forward(positions: Tensor, table: Tensor, level_offsets: Tensor, resolution
     level_offsets, resolutions = level_offsets.contiguous(), resolutions.contiguous()
     output = positions.new_empty(n_samples, resolutions.shape[0] * n_features)
     levels = _levels(level_offsets, resolutions, n_rows, n_samples, n_features, smoothstep)
-    call("hash_grid_forward", positions, pointer(positions), pointer(table), pointer(output), *levels)
+    call("hash_grid_encode", positions, levels, 0, pointer(positions), pointer(table), pointer(output))
     return output
 
 
@@ -183,7 +183,7 @@ def _backward_table(
     grad_table = positions.new_zeros(n_rows, n_features)
     tensors = (pointer(grad_output), pointer(positions), pointer(grad_table))
     levels = _levels(level_offsets, resolutions, n_rows, n_samples, n_features, smoothstep)
-    call("hash_grid_backward_table", positions, *tensors, *levels)
+    call("hash_grid_table_gradient", positions, levels, 0, *tensors)
     return grad_table
 
 
@@ -211,7 +211,7 @@ def _backward_positions(
     grad_positions = positions.new_empty(positions.shape)
     tensors = (pointer(grad_output), pointer(positions), pointer(table), pointer(grad_positions))
     levels = _levels(level_offsets, resolutions, n_rows, n_samples, n_features, smoothstep)
-    call("hash_grid_backward_positions", positions, *tensors, *levels)
+    call("hash_grid_position_gradient", positions, levels, 0, *tensors)
     return grad_positions
 
 
@@ -246,12 +246,14 @@ def _backward_backward(
     level_offsets, resolutions = level_offsets.contiguous(), resolutions.contiguous()
     to_output, to_table, to_positions = _empty_where_not(needs, grad_output, table, positions)
     to_table.zero_()
-    inputs = (pointer(direction), pointer(grad_output), pointer(positions), pointer(table))
-    outputs = (
-        pointer(out) if need else 0 for out, need in zip((to_output, to_table, to_positions), needs, strict=True)
-    )
     levels = _levels(level_offsets, resolutions, n_rows, n_samples, n_features, smoothstep)
-    call("hash_grid_backward_backward", positions, *inputs, *outputs, *levels)
+    d, g, p, w = pointer(direction), pointer(grad_output), pointer(positions), pointer(table)
+    if needs[0]:
+        call("hash_grid_encode", positions, levels, d, p, w, pointer(to_output))
+    if needs[1]:
+        call("hash_grid_table_gradient", positions, levels, d, g, p, pointer(to_table))
+    if needs[2]:
+        call("hash_grid_position_gradient", positions, levels, d, g, p, w, pointer(to_positions))
     return to_output, to_table, to_positions
 
 

@@ -11,9 +11,8 @@ from dreamfusion_fast.ops._checks import check_same_length, check_tensor
 from dreamfusion_fast.ops._native import call, pointer
 from dreamfusion_fast.ops.occupancy import occupancy_unpack
 from dreamfusion_fast.ops.ray_box import ray_box_reference
-from dreamfusion_fast.ops.tiles.march import MarchedRays, count_samples, occupied_blocks
+from dreamfusion_fast.ops.tiles.march import MAX_STEPS, MarchedRays, count_samples, occupied_blocks
 
-MAX_STEPS = 1 << 24  # steps of one ray; up to here float32 counts them exactly (kMaxSteps in march.h)
 MAX_SAMPLES = 2**31 - 1  # offsets are int32
 _MAX_CASCADES = 16
 
@@ -244,14 +243,14 @@ def _run(
         t, ray_indices = origins.new_empty(size), counts.new_empty(size)
     else:
         size = capacity
-        # A count past int32 must not become a negative place to write to.
+        # A count past int32 must not become a negative index to write to.
         totals = totals.clamp(max=MAX_SAMPLES)
         t, ray_indices = origins.new_zeros(size), counts.new_full((size,), max(n_rays - 1, 0))
     lengths = origins.new_empty(0) if distances is None else torch.zeros_like(t)
     offsets = totals.to(torch.int32)
     if n_rays > 0 and size > 0:
         outputs = (pointer(t), 0 if distances is None else pointer(lengths), pointer(ray_indices), size)
-        call("march_write", origins, *marched.arguments, pointer(firsts), pointer(offsets), *outputs)
+        call("march_write", origins, marched.arguments, pointer(firsts), pointer(offsets), *outputs)
     return offsets, t, ray_indices, lengths
 
 
@@ -400,13 +399,13 @@ def _occupied_reference(
     """Whether the samples at t ``[n_rays, n_steps]`` are in an occupied cell of the first cascade that holds them."""
     low, high = aabb[:3], aabb[3:]
     half = 0.5 * resolution
-    place = (origins[:, None] + t[..., None] * directions[:, None] - low) * (
+    position = (origins[:, None] + t[..., None] * directions[:, None] - low) * (
         origins.new_full((), resolution) / (high - low)
     )
     occupied = torch.zeros_like(t, dtype=torch.bool)
     outside = torch.ones_like(occupied)
     for cascade in range(cascades):
-        own = place if cascade == 0 else (place - half) * 0.5**cascade + half
+        own = position if cascade == 0 else (position - half) * 0.5**cascade + half
         here = outside & ((own >= 0) & (own < resolution)).all(dim=-1)
         outside = outside & ~here
         if bitfield is None:

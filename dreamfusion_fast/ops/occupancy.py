@@ -142,8 +142,8 @@ def occupancy_pack_reference(grid: Tensor, threshold: float | Tensor) -> Tensor:
     """The PyTorch twin of `occupancy_pack`: float32 or float64, any device."""
     above = (grid > _check_pack("occupancy_pack_reference", grid, threshold)).reshape(-1)
     above = torch.nn.functional.pad(above, (0, -above.numel() % 8)).view(-1, 8)
-    place = 2 ** torch.arange(8, device=grid.device)
-    return (above * place).sum(dim=-1).to(torch.uint8)
+    bit_values = 2 ** torch.arange(8, device=grid.device)
+    return (above * bit_values).sum(dim=-1).to(torch.uint8)
 
 
 def occupancy_unpack(bitfield: Tensor, resolution: int, cascades: int = 1) -> Tensor:

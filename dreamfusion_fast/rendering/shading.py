@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dreamfusion_fast.ops.sample_head import lit_color
+
 AMBIENT = 0.1
 DIFFUSE = 0.9
 
@@ -64,9 +66,7 @@ def shade(
         return albedo
     if normal is None or light is None:
         raise ValueError(f"shading {shading.value}: got no {'normal' if normal is None else 'light'}, want both")
-    towards = torch.nn.functional.normalize(light - positions, dim=-1)
-    lit = ambient + diffuse * (normal * towards).sum(dim=-1, keepdim=True).clamp(min=0.0)
-    return lit.expand_as(albedo) if shading is Shading.TEXTURELESS else albedo * lit
+    return lit_color(albedo, normal, positions, light, shading is Shading.TEXTURELESS, ambient, diffuse)
 
 
 def sample_lights(

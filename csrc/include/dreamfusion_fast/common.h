@@ -33,6 +33,11 @@
   __VA_ARGS__             \
   }
 
+// Defines that launcher, a template over the scalar type, for float and double.
+#define DFF_FOR_FLOATS(name, Op)                         \
+  template Status name(const Op<float>&, const Launch&); \
+  template Status name(const Op<double>&, const Launch&)
+
 namespace dff {
 
 // Where an op runs. A driver reads the field that is its own.

@@ -1,5 +1,6 @@
-// Multiresolution hash grid encoding (Mueller et al. 2022, section 3): forward, backward to the table and to the
-// positions, and the backward of the latter, which training on normals needs.
+// Multiresolution hash grid encoding (Mueller et al. 2022, section 3), its gradients by the table and by the positions,
+// and the same of its directional derivative, which the backward of the latter gradient needs, and so training on
+// normals.
 //
 // Written per level and per sample. A sample lies in a cell with 8 corners; corner c is the upper one along axis d
 // where bit d of c is set. The encoding is sum_c W_c(position) table[row_c]; everything below is a derivative of that
@@ -27,42 +28,38 @@ struct HashGridLevels {
   bool smoothstep;
 };
 
+// Each op below takes a direction or none. With one, the encoding's directional derivative (its Jacobian by the
+// position times the direction) takes the place of the encoding.
+
+// The encoding, or its directional derivative.
 template <typename Scalar>
-struct HashGridForward {
+struct HashGridEncode {
   HashGridLevels levels;
+  const Scalar* direction;  // [n_samples, 3], or null
   const Scalar* positions;  // [n_samples, 3], clamped to [0, 1]
   const Scalar* table;      // [n_rows, n_features]
   Scalar* output;           // [n_samples, n_levels * n_features], out
 };
 
+// The gradient of sum(grad_output * output) by the table.
 template <typename Scalar>
-struct HashGridBackwardTable {
+struct HashGridTableGradient {
   HashGridLevels levels;
+  const Scalar* direction;    // [n_samples, 3], or null
   const Scalar* grad_output;  // [n_samples, n_levels * n_features]
   const Scalar* positions;    // [n_samples, 3]
   Scalar* grad_table;         // [n_rows, n_features], added to
 };
 
+// The gradient of sum(grad_output * output) by the positions.
 template <typename Scalar>
-struct HashGridBackwardPositions {
+struct HashGridPositionGradient {
   HashGridLevels levels;
+  const Scalar* direction;    // [n_samples, 3], or null
   const Scalar* grad_output;  // [n_samples, n_levels * n_features]
   const Scalar* positions;    // [n_samples, 3]
   const Scalar* table;        // [n_rows, n_features]
-  Scalar* grad_positions;     // [n_samples, 3], out
-};
-
-// The backward of HashGridBackwardPositions. Each output may be null: then it is not wanted.
-template <typename Scalar>
-struct HashGridBackwardBackward {
-  HashGridLevels levels;
-  const Scalar* direction;    // [n_samples, 3], the gradient with respect to grad_positions
-  const Scalar* grad_output;  // [n_samples, n_levels * n_features]
-  const Scalar* positions;    // [n_samples, 3]
-  const Scalar* table;        // [n_rows, n_features]
-  Scalar* grad_grad_output;   // [n_samples, n_levels * n_features], out
-  Scalar* grad_table;         // [n_rows, n_features], added to
-  Scalar* grad_positions;     // [n_samples, 3], out
+  Scalar* gradient;           // [n_samples, 3], out
 };
 
 // How the vertices of a level find their rows. Known per level, so that the inner loops do not ask.
@@ -161,22 +158,22 @@ DFF_HD void hash_grid_weights(const HashGridAxis<Scalar> (&axes)[3], Scalar (&we
   }
 }
 
-// sum_d direction_d dW_c / dx_d: the derivative of the weights along a direction.
+// sum_d direction_d dW_c / dx_d: the directional derivatives of the weights.
 template <typename Scalar>
-DFF_HD void hash_grid_weights_along(const HashGridAxis<Scalar> (&axes)[3], const Scalar (&direction)[3],
-                                    Scalar (&weights)[kCorners]) {
+DFF_HD void hash_grid_weight_derivatives(const HashGridAxis<Scalar> (&axes)[3], const Scalar (&direction)[3],
+                                         Scalar (&weights)[kCorners]) {
   const Scalar x[2] = {Scalar(1) - axes[0].weight, axes[0].weight};
   const Scalar y[2] = {Scalar(1) - axes[1].weight, axes[1].weight};
   const Scalar z[2] = {Scalar(1) - axes[2].weight, axes[2].weight};
-  const Scalar along_x = direction[0] * axes[0].slope;
-  const Scalar along_y = direction[1] * axes[1].slope;
-  const Scalar along_z = direction[2] * axes[2].slope;
+  const Scalar upper_x = direction[0] * axes[0].slope;
+  const Scalar upper_y = direction[1] * axes[1].slope;
+  const Scalar upper_z = direction[2] * axes[2].slope;
   DFF_UNROLL
   for (int corner = 0; corner < kCorners; ++corner) {
     const int i = corner & 1, j = corner >> 1 & 1, k = corner >> 2;
-    const Scalar dx = i ? along_x : -along_x;
-    const Scalar dy = j ? along_y : -along_y;
-    const Scalar dz = k ? along_z : -along_z;
+    const Scalar dx = i ? upper_x : -upper_x;
+    const Scalar dy = j ? upper_y : -upper_y;
+    const Scalar dz = k ? upper_z : -upper_z;
     weights[corner] = dx * (y[j] * z[k]) + x[i] * (dy * z[k] + y[j] * dz);
   }
 }
@@ -229,10 +226,10 @@ DFF_HD void hash_grid_gradient(const HashGridAxis<Scalar> (&axes)[3], const Scal
   gradient[2] = axes[2].slope * by.z;
 }
 
-// Its second derivative by the position, times a direction.
+// Its Hessian by the position, times a direction.
 template <typename Scalar>
-DFF_HD void hash_grid_hessian_along(const HashGridAxis<Scalar> (&axes)[3], const Scalar (&v)[kCorners],
-                                    const Scalar (&direction)[3], Scalar (&product)[3]) {
+DFF_HD void hash_grid_hessian_product(const HashGridAxis<Scalar> (&axes)[3], const Scalar (&v)[kCorners],
+                                      const Scalar (&direction)[3], Scalar (&product)[3]) {
   const HashGridDifferences<Scalar> by = hash_grid_differences(axes, v);
   const Scalar sx = axes[0].slope, sy = axes[1].slope, sz = axes[2].slope;
   const Scalar xy = sx * sy * by.xy, xz = sx * sz * by.xz, yz = sy * sz * by.yz;
@@ -241,13 +238,10 @@ DFF_HD void hash_grid_hessian_along(const HashGridAxis<Scalar> (&axes)[3], const
   product[2] = direction[0] * xz + direction[1] * yz + direction[2] * axes[2].curvature * by.z;
 }
 
-DFF_LAUNCHER(template <typename Scalar>
-             Status hash_grid_forward(const HashGridForward<Scalar>& op, const Launch& launch);
+DFF_LAUNCHER(template <typename Scalar> Status hash_grid_encode(const HashGridEncode<Scalar>& op, const Launch& launch);
              template <typename Scalar>
-             Status hash_grid_backward_table(const HashGridBackwardTable<Scalar>& op, const Launch& launch);
+             Status hash_grid_table_gradient(const HashGridTableGradient<Scalar>& op, const Launch& launch);
              template <typename Scalar>
-             Status hash_grid_backward_positions(const HashGridBackwardPositions<Scalar>& op, const Launch& launch);
-             template <typename Scalar>
-             Status hash_grid_backward_backward(const HashGridBackwardBackward<Scalar>& op, const Launch& launch);)
+             Status hash_grid_position_gradient(const HashGridPositionGradient<Scalar>& op, const Launch& launch);)
 
 }  // namespace dff

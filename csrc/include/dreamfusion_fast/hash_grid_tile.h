@@ -3,59 +3,50 @@
 #pragma once
 
 #include "dreamfusion_fast/hash_grid.h"
+#include "dreamfusion_fast/view.h"
 
 namespace dff {
 
 constexpr int kMaxTileSamples = 1 << 24;
 constexpr int kMaxLevelsPerThread = 16;
 
-enum class ElementType : int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
-
-// A logical [n_samples, n_channels] array. Strides count elements; the last index must fit into 32 bits.
-struct TileArray {
-  void* data = nullptr;  // null: none
-  uint32_t sample_stride = 0;
-  uint32_t channel_stride = 0;
-  ElementType type = ElementType::kFloat32;
-};
-
 // Everything below is computed in the type of the positions, which directions and gradients by positions share:
 // float64, which every other array then has, too, or float32.
 struct HashGridTile {
   HashGridLevels levels;           // n_samples: at most kMaxTileSamples
   const int32_t* count = nullptr;  // on the GPU: only samples below it are touched; null: all
-  TileArray positions;             // [n_samples, 3], clamped to [0, 1]
+  AnyView positions;               // [n_samples, 3], clamped to [0, 1]
 };
 
-// The encoding, or (with a direction) its derivative along the direction. NaN for a level outside the table.
+// The encoding, or (with a direction) its directional derivative. NaN for a level outside the table.
 struct HashGridTileEncode {
   HashGridTile tile;
   const void* table;  // [n_rows, n_features], aligned to 16 bytes
   ElementType table_type;
-  TileArray direction;        // [n_samples, 3] or none
-  TileArray output;           // [n_samples, n_levels * n_features], out
+  AnyView direction;          // [n_samples, 3] or none
+  AnyView output;             // [n_samples, n_levels * n_features], out
   int32_t levels_per_thread;  // at most kMaxLevelsPerThread
 };
 
-// The gradient of sum(grad_features * encoding) by the positions, or (with a direction) the derivative of that gradient
-// along the direction.
+// The gradient of sum(grad_features * encoding) by the positions, or (with a direction) that of the directional
+// derivative in the encoding's place.
 struct HashGridTilePositionGradient {
   HashGridTile tile;
   const void* table;  // [n_rows, n_features], aligned to 16 bytes
   ElementType table_type;
-  TileArray direction;        // [n_samples, 3] or none
-  TileArray grad_features;    // [n_samples, n_levels * n_features]
-  TileArray gradient;         // [n_samples, 3], out
+  AnyView direction;          // [n_samples, 3] or none
+  AnyView grad_features;      // [n_samples, n_levels * n_features]
+  AnyView gradient;           // [n_samples, 3], out
   int32_t levels_per_launch;  // at most kMaxLevelsPerThread
 };
 
-// The table's gradient from the encoding (grad_features) and from its derivative along a direction (grad_of_along), in
-// one pass. Samples whose gradients are zero are skipped, whatever their position.
+// The table's gradient from the encoding (grad_features) and from its directional derivative (grad_derivative), in one
+// pass. Samples whose gradients are zero are skipped, whatever their position.
 struct HashGridTileScatter {
   HashGridTile tile;
-  TileArray grad_features;  // [n_samples, n_levels * n_features] or none
-  TileArray direction;      // [n_samples, 3], or none, like the next
-  TileArray grad_of_along;  // [n_samples, n_levels * n_features]
+  AnyView grad_features;    // [n_samples, n_levels * n_features] or none
+  AnyView direction;        // [n_samples, 3], or none, like the next
+  AnyView grad_derivative;  // [n_samples, n_levels * n_features]
   void* grad_table;         // [n_rows, n_features] of the positions' type, aligned to 16 bytes, added to
   int32_t samples_per_thread;
 };

@@ -11,7 +11,7 @@
 //
 // Scenes larger than an object have C cascades of the grid (Mueller et al. 2022, appendix E.1): cascade c, with as many
 // cells, spans the box grown 2^c times about its centre. A sample is looked up in the first cascade whose box it is in.
-// A place p along an axis, in cells of cascade 0, is q_c = (p - R / 2) / 2^c + R / 2 in those of cascade c: monotone
+// A position p along an axis, in cells of cascade 0, is q_c = (p - R / 2) / 2^c + R / 2 in those of cascade c: monotone
 // again. And who is outside of cascade c on one side of one axis, is so for all before c: the sign of a sum survives
 // rounding, and at the upper side R / 2 is far more than what is rounded. Hence samples between k and n - 1 belong to
 // cascade c and one group of its cells if both ends do, and if both ends are outside of cascade c - 1 on the same side
@@ -57,6 +57,14 @@ struct MarchRays {
   uint64_t seed;
   const int64_t* seed_offset;  // [1] added to the seed, for CUDA graphs, where numbers are fixed; nullptr: 0
   int64_t n_rays;
+
+  // Sets low and high.
+  void take_whole_grid() {
+    for (int axis = 0; axis < 3; ++axis) {
+      low[axis] = 0;
+      high[axis] = resolution;
+    }
+  }
 
   // Whether more than one grid and equal steps is asked for.
   bool wide() const { return distances != nullptr || cascades > 1; }
@@ -127,27 +135,26 @@ class RayMarcher {
   template <typename Visit>
   DFF_HD void each_sample(int32_t first, Visit&& visit) const {
     if (!valid_) return;
-    T place[3];
+    T position[3];
     for (int32_t k = begin(first); k < rays_.n_steps;) {
       const T t = distance(k);
       if (!(t < t_far_)) return;
-      locate(t, place);
-      const Cascade cascade = cascade_of(place);
+      locate(t, position);
+      const Cascade cascade = cascade_of(position);
       if (cascade.index < 0) {
-        k = next_towards_box(k, place);
+        k = next_towards_box(k, position);
         if (k < 0) return;
         continue;
       }
       if (rays_.bitfield != nullptr) {
-        const int32_t cell[3] = {static_cast<int32_t>(within(cascade, place[0])),
-                                 static_cast<int32_t>(within(cascade, place[1])),
-                                 static_cast<int32_t>(within(cascade, place[2]))};
+        int32_t cell[3];
+        locate_cell(cascade, position, cell);
         if (!block_occupied(cascade, cell)) {
-          k = next_after(k, place, cascade, cell, kBlock);
+          k = next_after(k, position, cascade, cell, kBlock);
           continue;
         }
         if (!occupied(cascade, cell)) {
-          k = worth_skipping(k, cascade) ? next_after(k, place, cascade, cell, 1) : k + 1;
+          k = worth_skipping(k, cascade) ? next_after(k, position, cascade, cell, 1) : k + 1;
           continue;
         }
       }
@@ -161,14 +168,13 @@ class RayMarcher {
     if (!valid_ || k >= rays_.n_steps) return false;
     *t = distance(k);
     if (!(*t < t_far_) || (from_table() && *t < t_near_)) return false;
-    T place[3];
-    locate(*t, place);
-    const Cascade cascade = cascade_of(place);
+    T position[3];
+    locate(*t, position);
+    const Cascade cascade = cascade_of(position);
     if (cascade.index < 0) return false;
     if (rays_.bitfield == nullptr) return true;
-    const int32_t cell[3] = {static_cast<int32_t>(within(cascade, place[0])),
-                             static_cast<int32_t>(within(cascade, place[1])),
-                             static_cast<int32_t>(within(cascade, place[2]))};
+    int32_t cell[3];
+    locate_cell(cascade, position, cell);
     return occupied(cascade, cell);
   }
 
@@ -214,23 +220,28 @@ class RayMarcher {
     return end;
   }
 
-  // The place in units of cells of cascade 0.
-  DFF_HD void locate(T t, T place[3]) const {
+  // The position in units of cells of cascade 0, as all positions below are.
+  DFF_HD void locate(T t, T position[3]) const {
     DFF_UNROLL
     for (int axis = 0; axis < 3; ++axis) {
-      place[axis] = (origin_[axis] + t * direction_[axis] - low_[axis]) * scale_[axis];
+      position[axis] = (origin_[axis] + t * direction_[axis] - low_[axis]) * scale_[axis];
     }
   }
 
   // The same in units of cells of another cascade.
-  DFF_HD T within(const Cascade& cascade, T place) const {
-    if (!kWide || cascade.shrink == T(1)) return place;
+  DFF_HD T within(const Cascade& cascade, T position) const {
+    if (!kWide || cascade.shrink == T(1)) return position;
     const T half = static_cast<T>(rays_.resolution) * T(0.5);
-    return (place - half) * cascade.shrink + half;
+    return (position - half) * cascade.shrink + half;
+  }
+
+  DFF_HD void locate_cell(const Cascade& cascade, const T position[3], int32_t cell[3]) const {
+    DFF_UNROLL
+    for (int axis = 0; axis < 3; ++axis) cell[axis] = static_cast<int32_t>(within(cascade, position[axis]));
   }
 
   // About the way back: good enough for a suggestion.
-  DFF_HD T place_of(const Cascade& cascade, T cells) const {
+  DFF_HD T from_within(const Cascade& cascade, T cells) const {
     if (!kWide || cascade.shrink == T(1)) return cells;
     const T half = static_cast<T>(rays_.resolution) * T(0.5);
     return (cells - half) / cascade.shrink + half;
@@ -241,27 +252,27 @@ class RayMarcher {
     return {rays_.cascades - 1, T(1) / static_cast<T>(1 << (rays_.cascades - 1))};
   }
 
-  // The first cascade whose box holds the place.
-  DFF_HD Cascade cascade_of(const T place[3]) const {
+  // The first cascade whose box holds the position.
+  DFF_HD Cascade cascade_of(const T position[3]) const {
     const Cascade last = last_cascade();
-    const bool inside = inside_along(0, within(last, place[0])) && inside_along(1, within(last, place[1])) &&
-                        inside_along(2, within(last, place[2]));
+    const bool inside = inside_along(0, within(last, position[0])) && inside_along(1, within(last, position[1])) &&
+                        inside_along(2, within(last, position[2]));
     if (!inside) return {-1, T(1)};
     Cascade cascade = {0, T(1)};
     while (kWide && cascade.index < last.index &&
-           !(in_grid(within(cascade, place[0])) && in_grid(within(cascade, place[1])) &&
-             in_grid(within(cascade, place[2])))) {
+           !(in_grid(within(cascade, position[0])) && in_grid(within(cascade, position[1])) &&
+             in_grid(within(cascade, position[2])))) {
       ++cascade.index;
       cascade.shrink *= T(0.5);
     }
     return cascade;
   }
 
-  DFF_HD bool in_grid(T place) const { return place >= T(0) && place < static_cast<T>(rays_.resolution); }
+  DFF_HD bool in_grid(T position) const { return position >= T(0) && position < static_cast<T>(rays_.resolution); }
 
   // In the box of the last cascade, or what is occupied of it.
-  DFF_HD bool inside_along(int axis, T place) const {
-    return place >= static_cast<T>(rays_.low[axis]) && place < static_cast<T>(rays_.high[axis]);
+  DFF_HD bool inside_along(int axis, T position) const {
+    return position >= static_cast<T>(rays_.low[axis]) && position < static_cast<T>(rays_.high[axis]);
   }
 
   DFF_HD bool occupied(const Cascade& cascade, const int32_t cell[3]) const {
@@ -304,7 +315,7 @@ class RayMarcher {
   // The sample to go on with after sample k, which is in an empty group of `size`^3 cells (1 or kBlock). Sample n - 1
   // being in that group too is what allows to go on with n; rounding may have put n too far by one, and then the one
   // before is tried.
-  DFF_HD int32_t next_after(int32_t k, const T place[3], const Cascade& cascade, const int32_t cell[3],
+  DFF_HD int32_t next_after(int32_t k, const T position[3], const Cascade& cascade, const int32_t cell[3],
                             int32_t size) const {
     T leave = T(INFINITY);
     DFF_UNROLL
@@ -312,14 +323,14 @@ class RayMarcher {
       if (direction_[axis] == T(0)) continue;
       const int32_t low_wall = cell[axis] / size * size;
       const T wall = static_cast<T>(direction_[axis] > T(0) ? low_wall + size : low_wall);
-      const T t = crossing(axis, place_of(cascade, wall));
+      const T t = crossing(axis, from_within(cascade, wall));
       leave = t < leave ? t : leave;
     }
     int32_t n = first_from(leave, k);
     for (int attempt = 0; attempt < 2 && n > k + 1; ++attempt, --n) {
       T last[3];
       locate(distance(n - 1), last);
-      bool same = outside_of_finer(cascade, place, last);
+      bool same = outside_of_finer(cascade, position, last);
       DFF_UNROLL
       for (int axis = 0; axis < 3; ++axis) {
         const T own = within(cascade, last[axis]);
@@ -331,7 +342,7 @@ class RayMarcher {
     return k + 1;
   }
 
-  // Whether all places between two are outside of the cascades before this one, as both of them are.
+  // Whether all positions between two are outside of the cascades before this one, as both of them are.
   DFF_HD bool outside_of_finer(const Cascade& cascade, const T one[3], const T other[3]) const {
     if (!kWide || cascade.index == 0) return true;
     const Cascade finer = {cascade.index - 1, cascade.shrink * T(2)};
@@ -346,18 +357,18 @@ class RayMarcher {
   }
 
   // The same for sample k outside the box; -1 when the ray does not come (back) in.
-  DFF_HD int32_t next_towards_box(int32_t k, const T place[3]) const {
+  DFF_HD int32_t next_towards_box(int32_t k, const T position[3]) const {
     const Cascade box = last_cascade();
     int last_axis = -1;
     T enter = -T(INFINITY);
     DFF_UNROLL
     for (int axis = 0; axis < 3; ++axis) {
-      const T own = within(box, place[axis]);
+      const T own = within(box, position[axis]);
       if (inside_along(axis, own)) continue;
       const bool approaches = before_box(axis, own);
       if (!approaches) return -1;
       const T wall = static_cast<T>(direction_[axis] > T(0) ? rays_.low[axis] : rays_.high[axis]);
-      const T t = crossing(axis, place_of(box, wall));
+      const T t = crossing(axis, from_within(box, wall));
       if (last_axis < 0 || t > enter) {
         enter = t;
         last_axis = axis;
@@ -375,9 +386,9 @@ class RayMarcher {
     return k + 1;
   }
 
-  DFF_HD bool before_box(int axis, T place) const {
-    return direction_[axis] > T(0) ? place < static_cast<T>(rays_.low[axis])
-                                   : direction_[axis] < T(0) && place >= static_cast<T>(rays_.high[axis]);
+  DFF_HD bool before_box(int axis, T position) const {
+    return direction_[axis] > T(0) ? position < static_cast<T>(rays_.low[axis])
+                                   : direction_[axis] < T(0) && position >= static_cast<T>(rays_.high[axis]);
   }
 
   const MarchRays<T>& rays_;
@@ -426,24 +437,17 @@ struct MarchWrite {
 
   template <bool kWide>
   DFF_HD void march(int64_t ray) const {
-    int64_t place = offsets[ray];
+    int64_t slot = offsets[ray];
     const int64_t end = offsets[ray + 1] < capacity ? offsets[ray + 1] : capacity;
-    if (place >= end) return;
+    if (slot >= end) return;
     const RayMarcher<T, kWide> marcher(rays, ray);
     marcher.each_sample(firsts[ray], [&](int32_t k, T distance) {
-      t[place] = distance;
-      if (kWide && lengths != nullptr) lengths[place] = marcher.length(k);
-      ray_indices[place] = static_cast<int32_t>(ray);
-      return ++place < end;
+      t[slot] = distance;
+      if (kWide && lengths != nullptr) lengths[slot] = marcher.length(k);
+      ray_indices[slot] = static_cast<int32_t>(ray);
+      return ++slot < end;
     });
   }
-};
-
-// An op on each ray, for one of the two marchers.
-template <typename Op, bool kWide>
-struct MarchEach {
-  Op op;
-  DFF_HD void operator()(int64_t ray) const { op.template march<kWide>(ray); }
 };
 
 DFF_LAUNCHER(Status march_blocks(const MarchBlocks& op, const Launch& launch);)

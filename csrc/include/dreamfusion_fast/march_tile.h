@@ -8,6 +8,12 @@
 namespace dff {
 
 template <typename T>
+struct MarchBox {
+  T low[3];     // the low corner
+  T extent[3];  // the sides
+};
+
+template <typename T>
 struct MarchTile {
   MarchRays<T> rays;
   const int32_t* firsts;     // [n_rays], from MarchCount
@@ -16,8 +22,7 @@ struct MarchTile {
   T* t;                      // [capacity], out
   T* lengths;                // [capacity], out; nullptr without distances
   View<T> positions;         // [capacity, 3], out, in the box below scaled to [0, 1]^3
-  T low[3];                  // the low corner of the box of the field that is asked; the grid may have another
-  T extent[3];               // the sides of that box
+  MarchBox<T> box;           // of the field that is asked; the grid may have another
   int64_t first;             // the tile's samples are first <= i < first + capacity
   int64_t capacity;
 
@@ -29,24 +34,24 @@ struct MarchTile {
   }
 
   template <bool kWide>
-  DFF_HD void write(const RayMarcher<T, kWide>& marcher, int64_t ray, int64_t place, int32_t k, T distance) const {
-    t[place] = distance;
-    if (kWide && lengths != nullptr) lengths[place] = marcher.length(k);
+  DFF_HD void write(const RayMarcher<T, kWide>& marcher, int64_t ray, int64_t slot, int32_t k, T distance) const {
+    t[slot] = distance;
+    if (kWide && lengths != nullptr) lengths[slot] = marcher.length(k);
     for (int axis = 0; axis < 3; ++axis) {
       const T position = rays.origins[3 * ray + axis] + distance * rays.directions[3 * ray + axis];
-      positions(place, axis) = (position - low[axis]) / extent[axis];
+      positions(slot, axis) = (position - box.low[axis]) / box.extent[axis];
     }
   }
 
   template <bool kWide>
   DFF_HD void march(int64_t ray) const {
-    int64_t place = start(ray);
+    int64_t slot = start(ray);
     const int64_t stop = end(ray);
-    if (place >= stop) return;
+    if (slot >= stop) return;
     const RayMarcher<T, kWide> marcher(rays, ray);
     marcher.each_sample(firsts[ray], [&](int32_t k, T distance) {
-      if (place >= 0) write(marcher, ray, place, k, distance);
-      return ++place < stop;
+      if (slot >= 0) write(marcher, ray, slot, k, distance);
+      return ++slot < stop;
     });
   }
 };
@@ -83,6 +88,7 @@ struct TileTable {
   int32_t* table;          // [n_tiles, kTileColumns], out
   int64_t n_rays;
   int64_t size;  // samples per tile
+  int64_t n_tiles;
 
   // The number of elements of a rising array that are less than `value`, or with kOrEqual not above it.
   template <bool kOrEqual>
@@ -111,7 +117,7 @@ struct TileTable {
 };
 
 DFF_LAUNCHER(template <typename T> Status march_totals(const MarchTotals<T>& op, const Launch& launch);)
-DFF_LAUNCHER(Status tile_table(const TileTable& op, int64_t n_tiles, const Launch& launch);)
+DFF_LAUNCHER(Status tile_table(const TileTable& op, const Launch& launch);)
 DFF_LAUNCHER(template <typename T> Status march_tile(const MarchTile<T>& op, const Launch& launch);)
 
 }  // namespace dff

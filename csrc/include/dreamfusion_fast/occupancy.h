@@ -6,10 +6,10 @@
 
 namespace dff {
 
-// The first half of an update: what each listed cell becomes, read from the old grid. It is not written back at once,
-// because a cell listed twice would then decay twice.
-struct OccupancyDecay {
-  const float* grid;     // [n_cells]
+// An update of the grid. As a function it is the first half: what each listed cell becomes, read from the old grid.
+// That is not written back at once, because a cell listed twice would then decay twice.
+struct OccupancyUpdate {
+  float* grid;           // [n_cells]
   const int64_t* cells;  // [n] flat index (x * R + y) * R + z; nullptr: all cells in order, n = n_cells
   const float* density;  // [n]
   float* decayed;        // [n] max(grid * decay, density); may be grid itself where cells is nullptr
@@ -27,12 +27,11 @@ struct OccupancyDecay {
 
 // Empties the listed cells, for the maxima of the second half.
 struct OccupancyClear {
-  float* grid;
-  const int64_t* cells;
-  int64_t n_cells;
+  OccupancyUpdate update;
 
   DFF_HD void operator()(int64_t i) const {
-    if (cells[i] >= 0 && cells[i] < n_cells) grid[cells[i]] = -INFINITY;
+    const int64_t cell = update.cells[i];
+    if (cell >= 0 && cell < update.n_cells) update.grid[cell] = -INFINITY;
   }
 };
 
@@ -52,8 +51,8 @@ struct OccupancyPack {
   }
 };
 
-// The whole update. `decay.grid` and `grid` are the same array.
-DFF_LAUNCHER(Status occupancy_update(float* grid, const OccupancyDecay& decay, const Launch& launch);)
+// Both halves.
+DFF_LAUNCHER(Status occupancy_update(const OccupancyUpdate& op, const Launch& launch);)
 DFF_LAUNCHER(Status occupancy_pack(const OccupancyPack& op, const Launch& launch);)
 
 }  // namespace dff

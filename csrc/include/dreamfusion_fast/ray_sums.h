@@ -6,13 +6,14 @@
 // (`prefix`, from forward) and the sum of gradient times weight behind it (`suffix`).
 //
 // Per sample (DreamFusion, section 3.1): density = activation(logit + blob) inside the bound, albedo = sigmoid(logits),
-// normal = -G / |G| with G the gradient of (logit + blob) by the position, colour by the shading. Per ray, with weights
-// w as in composite.h:
+// normal = -G / |G| with G the gradient of (logit + blob) by the position, colour by the shading. In Python these are
+// in dreamfusion_fast/ops/sample_head.py, and tests/ops/tiles/test_ray_sums_tile.py compares.
+//
+// Per ray, with weights w as in composite.h:
 //   optical depth, sum w colour, sum w t, sum w normal,
-//   orientation  sum sg(w) max(0, normal . direction)^2                       (Ref-NeRF, Verbin et al. 2022, eq. 11)
-//   distortion   sum_ij w_i w_j |t_i - t_j| + 1/3 sum w_i^2 length_i          (mip-NeRF 360, Barron et al. 2022, eq.
-//   15) entropy      sum -w log w - (1 - w) log(1 - w)                            (in nats; w clamped to [1e-5, 1 -
-//   1e-5])
+//   orientation  sum sg(w) max(0, normal . direction)^2               (Ref-NeRF, Verbin et al. 2022, eq. 11)
+//   distortion   sum_ij w_i w_j |t_i - t_j| + 1/3 sum w_i^2 length_i  (mip-NeRF 360, Barron et al. 2022, eq. 15)
+//   entropy      sum -w log w - (1 - w) log(1 - w)                    (in nats; w clamped to [1e-5, 1 - 1e-5])
 #pragma once
 
 #include "dreamfusion_fast/composite.h"
@@ -66,6 +67,17 @@ struct SampleTile {
   int64_t first;
   int64_t capacity;
   T step;
+
+  // The samples low <= i < high of a ray lie in this tile, and others before or after it.
+  struct Part {
+    int64_t low, high;
+    bool begins_before, ends_after;
+  };
+  DFF_HD Part part(int64_t ray) const {
+    const int64_t begin = offsets[ray], end = offsets[ray + 1], stop = first + capacity;
+    return {begin > first ? begin : first, end < stop ? end : stop, begin<first, end> stop};
+  }
+  DFF_HD T length(int64_t slot) const { return lengths != nullptr ? lengths[slot] : step; }
 };
 
 template <typename T>
@@ -135,14 +147,16 @@ struct SampleState {
 };
 
 template <typename T>
-DFF_HD T sample_density(const SampleHead<T>& head, T logit, const T (&unit)[3], T (&offset)[3], T* blob, T* slope) {
+DFF_HD T sample_density(const SampleHead<T>& head, const SampleTile<T>& tile, int64_t slot, T (&offset)[3], T* blob,
+                        T* slope) {
   T squared = 0, centred_squared = 0;
   bool inside = true;
   for (int axis = 0; axis < 3; ++axis) {
-    const T centred = T(2) * unit[axis] - T(1);
+    const T unit = tile.positions(slot, axis);
+    const T centred = T(2) * unit - T(1);
     centred_squared += centred * centred;
     inside = inside && centred <= T(1) && centred >= T(-1);
-    offset[axis] = (unit[axis] - T(0.5)) * head.extent[axis];
+    offset[axis] = (unit - T(0.5)) * head.extent[axis];
     squared += offset[axis] * offset[axis];
   }
   if (head.ball) inside = centred_squared <= T(1);
@@ -152,7 +166,7 @@ DFF_HD T sample_density(const SampleHead<T>& head, T logit, const T (&unit)[3], 
     *blob = exponential ? head.blob_scale * std::exp(squared * (T(-0.5) / (head.blob_width * head.blob_width)))
                         : head.blob_scale * (T(1) - std::sqrt(squared + T(kBlobCentreEps)) / head.blob_width);
   }
-  const T raw = logit + *blob;
+  const T raw = tile.logits(slot, 0) + *blob;
   T density;
   if (exponential) {
     density = std::exp(raw < T(kMaxExponent) ? raw : raw != raw ? raw : T(kMaxExponent));
@@ -169,13 +183,12 @@ DFF_HD T sample_density(const SampleHead<T>& head, T logit, const T (&unit)[3], 
 }
 
 template <typename T>
-DFF_HD SampleState<T> sample_state(const SampleHead<T>& head, const SampleTile<T>& tile, int64_t place, int64_t ray) {
+DFF_HD SampleState<T> sample_state(const SampleHead<T>& head, const SampleTile<T>& tile, int64_t slot, int64_t ray) {
   SampleState<T> s;
-  const T unit[3] = {tile.positions(place, 0), tile.positions(place, 1), tile.positions(place, 2)};
   T offset[3], blob;
-  s.density = sample_density(head, tile.logits(place, 0), unit, offset, &blob, &s.density_slope);
+  s.density = sample_density(head, tile, slot, offset, &blob, &s.density_slope);
   for (int c = 0; c < 3; ++c) {
-    s.albedo[c] = sigmoid(tile.logits(place, 1 + c));
+    s.albedo[c] = sigmoid(tile.logits(slot, 1 + c));
     s.color[c] = s.albedo[c];
     s.normal[c] = 0;
     s.towards[c] = 0;
@@ -198,7 +211,7 @@ DFF_HD SampleState<T> sample_state(const SampleHead<T>& head, const SampleTile<T
     }
   }
   for (int axis = 0; axis < 3; ++axis) {
-    s.gradient[axis] = tile.slopes(place, axis) / head.extent[axis] + factor * offset[axis];
+    s.gradient[axis] = tile.slopes(slot, axis) / head.extent[axis] + factor * offset[axis];
     squared += s.gradient[axis] * s.gradient[axis];
   }
   const T shortest = T(kShortestSlope * kShortestSlope);
@@ -264,11 +277,6 @@ DFF_HD T sample_entropy_slope(T weight) {
   return clamped ? T(0) : std::log1p(-weight) - std::log(weight);
 }
 
-template <typename T>
-DFF_HD T sample_length(const SampleTile<T>& tile, int64_t place) {
-  return tile.lengths != nullptr ? tile.lengths[place] : tile.step;
-}
-
 // max(0, normal . direction): how far a sample's normal points away from the camera.
 template <typename T>
 DFF_HD T facing_away(const SampleState<T>& s, const T* direction) {
@@ -279,14 +287,13 @@ DFF_HD T facing_away(const SampleState<T>& s, const T* direction) {
 template <typename T, typename Group>
 DFF_HD void ray_sums_forward_ray(const RaySumsForward<T>& p, int64_t ray, const Group& group) {
   const SampleTile<T>& tile = p.tile;
-  const int64_t begin = tile.offsets[ray], stop = tile.first + tile.capacity;
-  const int64_t low = begin > tile.first ? begin : tile.first;
-  const int64_t high = tile.offsets[ray + 1] < stop ? tile.offsets[ray + 1] : stop;
+  const typename SampleTile<T>::Part part = tile.part(ray);
+  const int64_t low = part.low, high = part.high;
   if (low >= high) return;
   T* sums = p.sums + ray * kSums;
   T passed = 0;        // optical depth in front of this chunk
   T depth_before = 0;  // sum w t in front of it
-  if (begin < tile.first) {
+  if (part.begins_before) {
     passed = sums[kOpticalDepth];
     depth_before = sums[kDepth];
     if (group.lane() == 0) {
@@ -299,15 +306,15 @@ DFF_HD void ray_sums_forward_ray(const RaySumsForward<T>& p, int64_t ray, const 
   for (int64_t chunk = low; chunk < high; chunk += Group::kWidth) {
     const int64_t i = chunk + group.lane();
     const bool active = i < high;
-    const int64_t place = (active ? i : high - 1) - tile.first;
-    const SampleState<T> s = sample_state(p.head, tile, place, ray);
-    const T length = sample_length(tile, place);
+    const int64_t slot = (active ? i : high - 1) - tile.first;
+    const SampleState<T> s = sample_state(p.head, tile, slot, ray);
+    const T length = tile.length(slot);
     const T tau = active ? s.density * length : T(0);
     T total;
     const T before = passed + group.exclusive_sum(tau, &total);
     passed += total;
     const T weight = active ? std::exp(-before) * -std::expm1(-tau) : T(0);
-    const T t = tile.t[place];
+    const T t = tile.t[slot];
     if (p.distortion) {
       T depth_total;
       const T in_front = depth_before + group.exclusive_sum(weight * t, &depth_total);
@@ -334,9 +341,8 @@ DFF_HD void ray_sums_forward_ray(const RaySumsForward<T>& p, int64_t ray, const 
 template <typename T, typename Group>
 DFF_HD void ray_sums_backward_ray(const RaySumsBackward<T>& p, int64_t ray, const Group& group) {
   const SampleTile<T>& tile = p.tile;
-  const int64_t begin = tile.offsets[ray], end = tile.offsets[ray + 1], stop = tile.first + tile.capacity;
-  const int64_t low = begin > tile.first ? begin : tile.first;
-  const int64_t high = end < stop ? end : stop;
+  const typename SampleTile<T>::Part part = tile.part(ray);
+  const int64_t low = part.low, high = part.high;
   if (low >= high) return;
   const T* sums = p.sums + ray * kSums;
   const T* grad = p.grad_sums + ray * kSums;
@@ -344,40 +350,39 @@ DFF_HD void ray_sums_backward_ray(const RaySumsBackward<T>& p, int64_t ray, cons
   const bool normals = !tile.slopes.empty();
 
   // First pass, front to back: what lies in front of each sample, left in the output that the second pass overwrites.
-  T passed = begin < tile.first ? p.prefix[0] : T(0);
-  T depth_before = begin < tile.first ? p.prefix[1] : T(0);
+  T passed = part.begins_before ? p.prefix[0] : T(0);
+  T depth_before = part.begins_before ? p.prefix[1] : T(0);
   for (int64_t chunk = low; chunk < high; chunk += Group::kWidth) {
     const int64_t i = chunk + group.lane();
     const bool active = i < high;
-    const int64_t place = (active ? i : high - 1) - tile.first;
-    const T unit[3] = {tile.positions(place, 0), tile.positions(place, 1), tile.positions(place, 2)};
+    const int64_t slot = (active ? i : high - 1) - tile.first;
     T offset[3], blob, slope;
-    const T density = sample_density(p.head, tile.logits(place, 0), unit, offset, &blob, &slope);
-    const T tau = active ? density * sample_length(tile, place) : T(0);
+    const T density = sample_density(p.head, tile, slot, offset, &blob, &slope);
+    const T tau = active ? density * tile.length(slot) : T(0);
     T total;
     const T before = passed + group.exclusive_sum(tau, &total);
     passed += total;
-    if (active) p.grad_logits(place, 0) = before;
+    if (active) p.grad_logits(slot, 0) = before;
     if (p.distortion) {
       const T weight = active ? std::exp(-before) * -std::expm1(-tau) : T(0);
       T depth_total;
-      const T in_front = depth_before + group.exclusive_sum(weight * tile.t[place], &depth_total);
+      const T in_front = depth_before + group.exclusive_sum(weight * tile.t[slot], &depth_total);
       depth_before += depth_total;
-      if (active) p.grad_logits(place, 1) = in_front;
+      if (active) p.grad_logits(slot, 1) = in_front;
     }
   }
   group.sync();  // the second pass goes the other way: each lane reads what another one wrote
 
   const T all_weight = -std::expm1(-sums[kOpticalDepth]);
-  T behind = end > stop ? *p.suffix_after : T(0);  // sum of gradient * weight behind this chunk
+  T behind = part.ends_after ? *p.suffix_after : T(0);  // sum of gradient * weight behind this chunk
   for (int64_t chunk = high; chunk > low; chunk -= Group::kWidth) {
     const int64_t i = chunk - 1 - group.lane();
     const bool active = i >= low;
-    const int64_t place = (active ? i : low) - tile.first;
-    const SampleState<T> s = sample_state(p.head, tile, place, ray);
-    const T length = sample_length(tile, place), t = tile.t[place];
+    const int64_t slot = (active ? i : low) - tile.first;
+    const SampleState<T> s = sample_state(p.head, tile, slot, ray);
+    const T length = tile.length(slot), t = tile.t[slot];
     const T tau = s.density * length;
-    const T before = p.grad_logits(place, 0);
+    const T before = p.grad_logits(slot, 0);
     const T weight = std::exp(-before) * -std::expm1(-tau);
     T to_weight = grad[kDepth] * t;
     if (p.entropy) to_weight += grad[kEntropy] * sample_entropy_slope(weight);
@@ -395,7 +400,7 @@ DFF_HD void ray_sums_backward_ray(const RaySumsBackward<T>& p, int64_t ray, cons
       }
     }
     if (p.distortion) {
-      const T weight_before = -std::expm1(-before), in_front = p.grad_logits(place, 1);
+      const T weight_before = -std::expm1(-before), in_front = p.grad_logits(slot, 1);
       const T weight_behind = all_weight - weight_before - weight, behind_depth = sums[kDepth] - in_front - weight * t;
       to_weight += grad[kDistortion] * T(2) *
                    (t * (weight_before - weight_behind) - in_front + behind_depth + weight * length / T(3));
@@ -407,33 +412,31 @@ DFF_HD void ray_sums_backward_ray(const RaySumsBackward<T>& p, int64_t ray, cons
     const T to_tau = std::exp(-(before + tau)) * to_weight - after + grad[kOpticalDepth];
     T to_albedo[3], to_slopes[3];
     sample_state_backward(p.head, s, to_color, to_normal, to_albedo, to_slopes);
-    p.grad_logits(place, 0) = to_tau * length * s.density_slope;
-    for (int c = 0; c < 3; ++c) p.grad_logits(place, 1 + c) = to_albedo[c];
+    p.grad_logits(slot, 0) = to_tau * length * s.density_slope;
+    for (int c = 0; c < 3; ++c) p.grad_logits(slot, 1 + c) = to_albedo[c];
     if (normals) {
-      for (int axis = 0; axis < 3; ++axis) p.grad_slopes(place, axis) = to_slopes[axis];
+      for (int axis = 0; axis < 3; ++axis) p.grad_slopes(slot, axis) = to_slopes[axis];
     }
   }
-  if (begin < tile.first && group.lane() == 0) *p.suffix = behind;
+  if (part.begins_before && group.lane() == 0) *p.suffix = behind;
 }
 
 template <typename T, typename Group>
 DFF_HD void ray_sums_visible_ray(const RaySumsVisible<T>& p, int64_t ray, const Group& group) {
   const SampleTile<T>& tile = p.tile;
-  const int64_t begin = tile.offsets[ray], stop = tile.first + tile.capacity;
-  const int64_t low = begin > tile.first ? begin : tile.first;
-  const int64_t high = tile.offsets[ray + 1] < stop ? tile.offsets[ray + 1] : stop;
+  const typename SampleTile<T>::Part part = tile.part(ray);
+  const int64_t low = part.low, high = part.high;
   if (low >= high) return;
-  T passed = begin < tile.first ? p.depths[ray] : T(0);
+  T passed = part.begins_before ? p.depths[ray] : T(0);
   int32_t visible = 0;
   for (int64_t chunk = low; chunk < high; chunk += Group::kWidth) {
     const int64_t i = chunk + group.lane();
     const bool active = i < high;
-    const int64_t place = (active ? i : high - 1) - tile.first;
-    const T unit[3] = {tile.positions(place, 0), tile.positions(place, 1), tile.positions(place, 2)};
+    const int64_t slot = (active ? i : high - 1) - tile.first;
     T offset[3], blob, slope;
-    const T density = sample_density(p.head, tile.logits(place, 0), unit, offset, &blob, &slope);
+    const T density = sample_density(p.head, tile, slot, offset, &blob, &slope);
     T total;
-    const T before = passed + group.exclusive_sum(active ? density * sample_length(tile, place) : T(0), &total);
+    const T before = passed + group.exclusive_sum(active ? density * tile.length(slot) : T(0), &total);
     passed += total;
     // Not "greater": a NaN stays visible, so that it is seen.
     if (active && !(before > p.limit)) ++visible;

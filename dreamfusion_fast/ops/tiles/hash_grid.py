@@ -6,7 +6,7 @@ as a tensor that is never read on the host of a GPU, so that a tile can be captu
 
 - `encode` writes E;
 - `position_gradient` writes J^T g, the gradient of ``g . E`` by the position, which makes normals;
-- `along` writes J d, which is what the backward of `position_gradient` gives to g;
+- `directional_derivative` writes J d, which is what the backward of `position_gradient` gives to g;
 - `scatter` adds to the table's gradient, from E and from J d at once.
 
 All tensors over samples are logically ``[n_samples, n_channels]`` with any strides. On a GPU, where successive threads
@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.ops._checks import check_tensor
-from dreamfusion_fast.ops._native import call, pointer
+from dreamfusion_fast.ops._native import call, pointer, strided
 from dreamfusion_fast.ops.hash_grid import FEATURES, check_levels
 
 MAX_SAMPLES = 2**24
-# Levels that one thread of `encode` and `along` goes through, at most 16. More reuse position and cell arithmetic; the
-# tables of so many levels, 2 MB each at 2^19 rows of 2 float16, should stay in L2. Of 2^19 samples and 16 levels on an
-# H100: 8 take 138 us, 16 take 126.
+# Levels that one thread of `encode` and `directional_derivative` goes through, at most 16. More reuse position and cell
+# arithmetic; the tables of so many levels, 2 MB each at 2^19 rows of 2 float16, should stay in L2. Of 2^19 samples and
+# 16 levels on an H100: 8 take 138 us, 16 take 126.
 LEVELS_PER_THREAD = 16
 # A smaller launch takes fewer levels per thread, until there are so many threads: 132 multiprocessors hold 270,000.
 ENOUGH_THREADS = 2**18
@@ -121,55 +121,55 @@ def encode(
         _encode_on_gpu(None, positions, table, layout, features, count)
 
 
-def along(
+def directional_derivative(
     direction: Tensor,
     positions: Tensor,
     table: Tensor,
     layout: HashGridTileLayout,
-    features_along: Tensor,
+    derivative: Tensor,
     count: Tensor | None = None,
     checked: bool = False,
 ) -> None:
-    """Writes J d, the derivative of the encoding along a direction.
+    """Writes J d, the directional derivative of the encoding.
 
     It is the gradient of ``d . position_gradient(g, ...)`` by g.
 
     Args:
         direction: ``[n_samples, 3]``, of the positions' dtype. No component counts where the position was clamped.
         positions, table, layout, count, checked: as in `encode`.
-        features_along: ``[n_samples, at least levels * n_features]``, out.
+        derivative: ``[n_samples, at least levels * n_features]``, out.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `encode`.
     """
     if not checked:
-        _check("along", positions, table, layout, count)
-        _check_vectors("along", "direction", direction, positions)
-        _check_channels("along", "features_along", features_along, positions, layout.levels * table.shape[1])
+        _check("directional_derivative", positions, table, layout, count)
+        _check_vectors("directional_derivative", "direction", direction, positions)
+        _check_channels("directional_derivative", "derivative", derivative, positions, layout.levels * table.shape[1])
     if not _on_gpu(positions):
-        _encode_on_cpu(direction, positions, table, layout, features_along, count)
+        _encode_on_cpu(direction, positions, table, layout, derivative, count)
     else:
-        _encode_on_gpu(direction, positions, table, layout, features_along, count)
+        _encode_on_gpu(direction, positions, table, layout, derivative, count)
 
 
-def along_before_scatter(
+def derivative_before_scatter(
     direction: Tensor,
     grad_of_features: Tensor,
     grad_table: Tensor,
     positions: Tensor,
     table: Tensor,
     layout: HashGridTileLayout,
-    features_along: Tensor,
+    derivative: Tensor,
     count: Tensor | None = None,
     checked: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`along`, and as much of the `scatter` of the second order that is to follow as comes cheaper with it.
+    """`directional_derivative`, and what comes cheaper with it of the second-order `scatter` that is to follow.
 
     On a CPU that is all of it, since both find the same cells; on a GPU nothing, since there `scatter` takes both
     orders in one pass.
 
     Args:
-        direction, positions, table, layout, features_along, count, checked: as in `along`.
+        direction, positions, table, layout, derivative, count, checked: as in `directional_derivative`.
         grad_of_features, grad_table: as in `scatter`.
 
     Returns:
@@ -179,17 +179,17 @@ def along_before_scatter(
         TypeError, ValueError, RuntimeError: as `encode`.
     """
     if _on_gpu(positions):
-        along(direction, positions, table, layout, features_along, count, checked)
+        directional_derivative(direction, positions, table, layout, derivative, count, checked)
         return direction, grad_of_features
     if not checked:
-        _check_scatter(grad_table, positions, layout, features_along, count, direction, grad_of_features)
-        _check("along_before_scatter", positions, table, layout, count)
+        _check_scatter(grad_table, positions, layout, derivative, count, direction, grad_of_features)
+        _check("derivative_before_scatter", positions, table, layout, count)
     n, channels = _live(positions, count), layout.levels * table.shape[1]
     p, d, v = _rows(positions, n, 3), _rows(direction, n, 3), _rows(grad_of_features, n, channels)
-    out = _rows(features_along, n, channels)
-    tensors = (pointer(d), pointer(v), pointer(p), pointer(table), pointer(out), pointer(grad_table), 0)
-    call("hash_grid_backward_backward", p, *tensors, *_levels(layout, table.shape[0], n, table.shape[1]))
-    _write_back(out, features_along)
+    out, levels = _rows(derivative, n, channels), _levels(layout, table.shape[0], n, table.shape[1])
+    call("hash_grid_encode", p, levels, pointer(d), pointer(p), pointer(table), pointer(out))
+    call("hash_grid_table_gradient", p, levels, pointer(d), pointer(v), pointer(p), pointer(grad_table))
+    _write_back(out, derivative)
     return None, None
 
 
@@ -222,15 +222,15 @@ def position_gradient(
         n = _live(positions, count)
         p, g = _rows(positions, n, 3), _rows(grad_features, n, channels)
         out = _rows(gradient, n, 3)
-        tensors = (pointer(g), pointer(p), pointer(table), pointer(out))
-        call("hash_grid_backward_positions", p, *tensors, *_levels(layout, table.shape[0], n, table.shape[1]))
+        levels = _levels(layout, table.shape[0], n, table.shape[1])
+        call("hash_grid_position_gradient", p, levels, 0, pointer(g), pointer(p), pointer(table), pointer(out))
         _write_back(out, gradient)
         return
     table_arguments = (pointer(table), _ELEMENT_TYPES[table.dtype])
     at_once = min(layout.levels, LEVELS_PER_LAUNCH)
     tile = _tile(positions, layout, count, *table.shape)
-    arrays = (_array(grad_features), *table_arguments, _array(gradient))
-    call("hash_grid_tile_position_gradient", positions, *arrays, at_once, *tile)
+    arrays = (*table_arguments, _array(grad_features), _array(gradient))
+    call("hash_grid_tile_position_gradient", positions, tile, *arrays, at_once)
 
 
 def scatter(
@@ -267,17 +267,16 @@ def scatter(
         n = _live(positions, count)
         p, g = _rows(positions, n, 3), _rows(grad_features, n, channels)
         levels = _levels(layout, grad_table.shape[0], n, grad_table.shape[1])
-        call("hash_grid_backward_table", p, pointer(g), pointer(p), pointer(grad_table), *levels)
+        call("hash_grid_table_gradient", p, levels, 0, pointer(g), pointer(p), pointer(grad_table))
         if direction is not None and grad_of_features is not None:
             d, v = _rows(direction, n, 3), _rows(grad_of_features, n, channels)
-            tensors = (pointer(d), pointer(v), pointer(p), 0, 0, pointer(grad_table), 0)
-            call("hash_grid_backward_backward", p, *tensors, *levels)
+            call("hash_grid_table_gradient", p, levels, pointer(d), pointer(v), pointer(p), pointer(grad_table))
         return
     tile = _tile(positions, layout, count, *grad_table.shape)
     arrays = (_array(grad_features), _array(direction), _array(grad_of_features), pointer(grad_table))
     many = positions.shape[0] * layout.levels > ENOUGH_THREADS * SAMPLES_PER_THREAD
     run = SAMPLES_PER_THREAD if many else SAMPLES_PER_THREAD_OF_FEW
-    call("hash_grid_tile_scatter", positions, *arrays, run, *tile)
+    call("hash_grid_tile_scatter", positions, tile, *arrays, run)
 
 
 def _check_scatter(
@@ -365,7 +364,7 @@ def _check_span(where: str, name: str, tensor: Tensor) -> None:
 
 
 def _levels(layout: HashGridTileLayout, n_rows: int, n_samples: int, n_features: int) -> tuple[int, ...]:
-    """The last arguments of every native function."""
+    """The first argument of the native functions without tiles."""
     sizes = (n_rows, n_samples, layout.levels, n_features, layout.smoothstep)
     return pointer(layout.level_offsets), pointer(layout.resolutions), *sizes
 
@@ -373,14 +372,14 @@ def _levels(layout: HashGridTileLayout, n_rows: int, n_samples: int, n_features:
 def _array(tensor: Tensor | None) -> tuple[int, int, int, int]:
     if tensor is None:
         return _NONE
-    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1), _ELEMENT_TYPES[tensor.dtype]
+    return *strided(tensor), _ELEMENT_TYPES[tensor.dtype]
 
 
 def _tile(
     positions: Tensor, layout: HashGridTileLayout, count: Tensor | None, n_rows: int, n_features: int
 ) -> tuple[int | tuple[int, ...], ...]:
-    """The last arguments of every native function of tiles."""
-    return _array(positions), pointer(count), *_levels(layout, n_rows, positions.shape[0], n_features)
+    """The first argument of every native function of tiles."""
+    return _levels(layout, n_rows, positions.shape[0], n_features), pointer(count), _array(positions)
 
 
 def _on_gpu(tensor: Tensor) -> bool:
@@ -403,8 +402,9 @@ def _encode_on_gpu(
     count: Tensor | None,
 ) -> None:
     at_once = _levels_per_thread(positions.shape[0], layout.levels)
-    arrays = (_array(direction), pointer(table), _ELEMENT_TYPES[table.dtype], _array(output))
-    call("hash_grid_tile_encode", positions, *arrays, at_once, *_tile(positions, layout, count, *table.shape))
+    tile = _tile(positions, layout, count, *table.shape)
+    arrays = (pointer(table), _ELEMENT_TYPES[table.dtype], _array(direction), _array(output))
+    call("hash_grid_tile_encode", positions, tile, *arrays, at_once)
 
 
 def _encode_on_cpu(
@@ -417,12 +417,9 @@ def _encode_on_cpu(
 ) -> None:
     n = _live(positions, count)
     p, out = _rows(positions, n, 3), _rows(output, n, layout.levels * table.shape[1])
+    d = None if direction is None else _rows(direction, n, 3)
     levels = _levels(layout, table.shape[0], n, table.shape[1])
-    if direction is None:
-        call("hash_grid_forward", p, pointer(p), pointer(table), pointer(out), *levels)
-    else:
-        d = _rows(direction, n, 3)
-        call("hash_grid_backward_backward", p, pointer(d), 0, pointer(p), pointer(table), pointer(out), 0, 0, *levels)
+    call("hash_grid_encode", p, levels, pointer(d), pointer(p), pointer(table), pointer(out))
     _write_back(out, output)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dreamfusion_fast.ops._native import call, pointer, strided
 
+MAX_STEPS = 1 << 24  # steps of one ray; up to here float32 counts them exactly (kMaxSteps in march.h)
 _BLOCK = 8  # cells along a block (kBlock in march.h)
 
 
@@ -52,9 +53,9 @@ class MarchedRays:
 
     @cached_property
     def arguments(self) -> tuple[int | float | bool, ...]:
-        """The first arguments of the native march functions."""
+        """As the native core takes it."""
         tensors = (self.origins, self.directions, self.t_near, self.t_far, self.aabb, self.distances)
-        n_steps = 0 if self.distances is None else self.distances.shape[0] - 1
+        n_steps = MAX_STEPS if self.distances is None else self.distances.shape[0] - 1
         grid = (pointer(self.bitfield), pointer(self.blocks), self.resolution, self.cascades)
         seed = (0, pointer(self.seed)) if isinstance(self.seed, Tensor) else (self.seed, 0)
         return (*map(pointer, tensors), n_steps, *grid, self.step, self.jitter, *seed, len(self))
@@ -71,7 +72,7 @@ def count_samples(rays: MarchedRays) -> tuple[Tensor, Tensor]:
     """Samples of each ray, and the number k of its first one: int32 `[n_rays]` each."""
     counts, firsts = rays.origins.new_empty((2, len(rays)), dtype=torch.int32)
     if len(rays) > 0:
-        call("march_count", rays.origins, *rays.arguments, pointer(counts), pointer(firsts))
+        call("march_count", rays.origins, rays.arguments, pointer(counts), pointer(firsts))
     return counts, firsts
 
 
@@ -117,7 +118,7 @@ def march_tile(
     call(
         "march_tile",
         rays.origins,
-        *rays.arguments,
+        rays.arguments,
         pointer(firsts),
         pointer(offsets),
         pointer(ray_range),

@@ -7,15 +7,14 @@ all samples at once, in plain PyTorch. csrc/include/dreamfusion_fast/ray_sums.h 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dreamfusion_fast.ops._native import call, pointer, strided
 from dreamfusion_fast.ops.composite import composite_reference
+from dreamfusion_fast.ops.sample_head import SampleHead, sample_head_reference
 
 # Columns of the sums; the constants of ray_sums.h.
 OPTICAL_DEPTH = 0
@@ -30,58 +29,7 @@ N_SUMS = 11
 # What is kept for a cut between two tiles: optical depth and sum of w t in front of it.
 N_PREFIX = 2
 
-_ACTIVATIONS = {"softplus": 0, "exp": 1}
-_SHADINGS = {"albedo": 0, "lambertian": 1, "textureless": 2}
-# The constants of ray_sums.h, which has their reasons.
-ENTROPY_EPS = 1e-5
-SHORTEST_SLOPE = 1e-4
-BLOB_CENTRE_EPS = 1e-10
-MAX_EXPONENT = 15.0
-
-
-@dataclass(frozen=True, eq=False)
-class SampleHead:
-    """How a network's outputs become density, colour and normal.
-
-    Attributes:
-        centre, extent: of the scene box, scene units.
-        activation: "softplus" or "exp", of the density.
-        blob_scale: height of the density blob at the centre; 0: none.
-        blob_width: its standard deviation (exp) or the radius where it is zero (softplus), scene units.
-        ball: whether density lives in the ball (ellipsoid) inscribed in the box, or in the whole box.
-        shading: "albedo", "lambertian" or "textureless".
-        ambient, diffuse: strengths of the light.
-        light: position `[3]` or `[n_rays, 3]`, contiguous; None with albedo shading.
-    """
-
-    centre: tuple[float, float, float]
-    extent: tuple[float, float, float]
-    activation: str = "softplus"
-    blob_scale: float = 0.0
-    blob_width: float = 1.0
-    ball: bool = True
-    shading: str = "albedo"
-    ambient: float = 0.1
-    diffuse: float = 0.9
-    light: Tensor | None = None
-
-    @cached_property
-    def arguments(self) -> tuple[Any, ...]:
-        """As the native core takes it."""
-        stride = 3 if self.light is not None and self.light.dim() == 2 else 0
-        return (
-            self.centre,
-            self.extent,
-            _ACTIVATIONS[self.activation],
-            self.blob_scale,
-            self.blob_width,
-            self.ball,
-            _SHADINGS[self.shading],
-            self.ambient,
-            self.diffuse,
-            pointer(self.light),
-            stride,
-        )
+ENTROPY_EPS = 1e-5  # kEntropyEps
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,43 +148,6 @@ def ray_sums_visible(head: SampleHead, tile: SampleTile, depths: Tensor, counts:
     call("ray_sums_visible", depths, head.arguments, tile.arguments(), pointer(depths), pointer(counts), limit)
 
 
-def head_reference(
-    head: SampleHead, positions: Tensor, logits: Tensor, slopes: Tensor | None, light: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Density `[n]`, colour `[n, 3]` and normal `[n, 3]` (zero without slopes) of samples; light `[3]` or `[n, 3]`."""
-    centre, extent = logits.new_tensor(head.centre), logits.new_tensor(head.extent)
-    offset = (positions - 0.5) * extent
-    squared = offset.square().sum(dim=1)
-    centred = 2 * positions - 1
-    inside = centred.square().sum(dim=1) <= 1 if head.ball else (centred.abs() <= 1).all(dim=1)
-    exponential = head.activation == "exp"
-    width = head.blob_width
-    if exponential:
-        blob = head.blob_scale * torch.exp(-0.5 * squared / width**2)
-        raw = logits[:, 0] + blob
-        capped = raw.clamp(max=MAX_EXPONENT).exp()
-        # The gradient of exp(15) above 15: the value is the constant, the slope is kept.
-        density = torch.where(raw > MAX_EXPONENT, capped.detach() * (1 + raw - raw.detach()), capped)
-        factor = -blob / width**2
-    else:
-        length = torch.sqrt(squared + BLOB_CENTRE_EPS)
-        density = F.softplus(logits[:, 0] + head.blob_scale * (1 - length / width))
-        factor = -head.blob_scale / (width * length)
-    density = torch.where(inside, density, torch.zeros_like(density))
-    albedo = torch.sigmoid(logits[:, 1:])
-    if slopes is None:
-        return density, albedo, torch.zeros_like(albedo)
-    gradient = slopes / extent + factor[:, None] * offset
-    scale = gradient.square().sum(dim=1, keepdim=True).clamp(min=SHORTEST_SLOPE**2).rsqrt()
-    normal = -gradient * scale
-    if head.shading == "albedo":
-        return density, albedo, normal
-    assert light is not None
-    towards = F.normalize(light - (centre + offset), dim=1)
-    lit = head.ambient + head.diffuse * (normal * towards).sum(dim=1, keepdim=True).clamp(min=0)
-    return density, lit.expand_as(albedo) if head.shading == "textureless" else albedo * lit, normal
-
-
 def ray_sums_reference(
     head: SampleHead,
     offsets: Tensor,
@@ -263,7 +174,7 @@ def ray_sums_reference(
     light = head.light
     if light is not None and light.dim() == 2:
         light = light[ray]
-    density, color, normal = head_reference(head, positions, logits, slopes, light)
+    density, color, normal = sample_head_reference(head, positions, logits, slopes, light)
     tau = density * lengths
     values = torch.cat([color, normal], dim=1)
     # With densities in units of the samples' lengths, all samples are of length 1.

@@ -9,9 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.ops.march import MAX_STEPS
 from dreamfusion_fast.ops.ray_box import native_ray_box, ray_box_reference
-from dreamfusion_fast.ops.tiles.march import MarchedRays, occupied_blocks
+from dreamfusion_fast.ops.tiles.march import MAX_STEPS, MarchedRays, occupied_blocks
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.rays import Rays

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from dreamfusion_fast.fields.tile_source import TileSource
 from dreamfusion_fast.ops.mlp import MlpGradients, prepared_backward
+from dreamfusion_fast.ops.sample_head import SampleHead
 from dreamfusion_fast.ops.tiles import hash_grid as hash_grid_tile
 from dreamfusion_fast.ops.tiles.march import MarchedRays, count_samples, march_tile, tile_table
 from dreamfusion_fast.ops.tiles.ray_sums import (
     N_PREFIX,
     N_SUMS,
-    SampleHead,
     SampleTile,
     ray_sums_backward,
     ray_sums_forward,
@@ -253,10 +253,10 @@ class StreamedRender:
             if to_slopes is not None and to_gradient is not None and workspace.input_gradient is not None:
                 shared = (positions, table, source.layout, to_gradient, count, _CHECKED)
                 if grad_table is None:
-                    hash_grid_tile.along(to_slopes, *shared)
+                    hash_grid_tile.directional_derivative(to_slopes, *shared)
                     second = (to_slopes, workspace.input_gradient)
                 else:
-                    second = hash_grid_tile.along_before_scatter(
+                    second = hash_grid_tile.derivative_before_scatter(
                         to_slopes, workspace.input_gradient, grad_table, *shared
                     )
             if mlp_backward is None or kept:

@@ -13,8 +13,8 @@ from dreamfusion_fast.ops import hash_grid_layout, hash_grid_reference
 from dreamfusion_fast.ops.tiles import hash_grid as hash_grid_tile
 from dreamfusion_fast.ops.tiles.hash_grid import (
     HashGridTileLayout,
-    along,
-    along_before_scatter,
+    derivative_before_scatter,
+    directional_derivative,
     encode,
     position_gradient,
     scatter,
@@ -101,7 +101,7 @@ class Tile:
         self.grads = place.tensor(grads, place.grads)
         self.values = place.tensor(values, place.features)
         self.features = place.buffer(n, channels, place.features)
-        self.features_along = place.buffer(n, channels, place.grads)
+        self.derivative = place.buffer(n, channels, place.grads)
         self.gradient = place.buffer(n, 3, place.scalar)
         self.grad_table = torch.ones(n_rows, features, dtype=place.scalar, device=place.device)
 
@@ -109,20 +109,20 @@ class Tile:
         """All four functions."""
         encode(self.positions, self.table, self.layout, self.features, count)
         position_gradient(self.grads, self.positions, self.table, self.layout, self.gradient, count)
-        along(self.direction, self.positions, self.table, self.layout, self.features_along, count)
+        directional_derivative(self.direction, self.positions, self.table, self.layout, self.derivative, count)
         second = (self.direction, self.values) if second_order else (None, None)
         scatter(self.grad_table, self.positions, self.layout, self.grads, count, *second)
 
     def run_in_turn(self, count: Tensor | None = None) -> None:
-        """The same with what `along` has in common with `scatter` done once."""
+        """The same with what `directional_derivative` has in common with `scatter` done once."""
         encode(self.positions, self.table, self.layout, self.features, count)
         position_gradient(self.grads, self.positions, self.table, self.layout, self.gradient, count)
-        place = (self.positions, self.table, self.layout, self.features_along, count)
-        second = along_before_scatter(self.direction, self.values, self.grad_table, *place)
+        place = (self.positions, self.table, self.layout, self.derivative, count)
+        second = derivative_before_scatter(self.direction, self.values, self.grad_table, *place)
         scatter(self.grad_table, self.positions, self.layout, self.grads, count, *second)
 
     def results(self) -> list[Tensor]:
-        return [self.features, self.gradient, self.features_along, self.grad_table]
+        return [self.features, self.gradient, self.derivative, self.grad_table]
 
     def expected(self, live: int, second_order: bool = True) -> list[Tensor]:
         """The same results, as far as samples [0, live) go, in float64."""
@@ -143,12 +143,12 @@ class Tile:
         offsets, resolutions = self.layout.level_offsets[: levels + 1], self.layout.resolutions[:levels]
         features = hash_grid_reference(positions, table, offsets, resolutions, self.layout.smoothstep)
         gradient, of_table = torch.autograd.grad(features, (positions, table), g, create_graph=True)
-        (features_along,) = torch.autograd.grad((gradient * direction).sum(), g)
+        (derivative,) = torch.autograd.grad((gradient * direction).sum(), g)
         grad_table = 1 + of_table
         if second_order:
             (of_values,) = torch.autograd.grad(features, positions, v, create_graph=True)
             grad_table = grad_table + torch.autograd.grad((of_values * direction).sum(), table)[0]
-        return [features.detach(), gradient.detach(), features_along, grad_table.detach()]
+        return [features.detach(), gradient.detach(), derivative, grad_table.detach()]
 
     def check(self, live: int, second_order: bool = True) -> None:
         for actual, wanted in zip(self.results(), self.expected(live, second_order), strict=True):
@@ -248,16 +248,16 @@ def test_inactive_levels_are_left_alone(place: Place) -> None:
     """Buffers are as wide as all levels, and poisoned where the third level would read or write."""
     whole = Tile(place, points_along_rays(113), layout_of(place))
     tile = Tile(place, points_along_rays(113), layout_of(place, active_levels=2))
-    for name in ("features", "features_along", "grads", "values"):
+    for name in ("features", "derivative", "grads", "values"):
         wide = getattr(whole, name)
         wide[:, 4:] = math.nan
         wide[:, :4] = getattr(tile, name)
         setattr(tile, name, wide)
     tile.run()
-    for wide in (tile.features, tile.features_along):
+    for wide in (tile.features, tile.derivative):
         assert wide[:, 4:].isnan().all()
     assert (tile.grad_table[sum(ROWS[:2]) :] == 1).all()
-    for name in ("features", "features_along", "grads", "values"):
+    for name in ("features", "derivative", "grads", "values"):
         setattr(tile, name, getattr(tile, name)[:, :4])
     tile.check(113)
 
@@ -267,7 +267,7 @@ def test_a_grid_as_it_is_used(place: Place) -> None:
     """16 levels and large steps between them; rounding of a position grows with the resolution."""
     offsets, resolutions = (x.to(place.device) for x in hash_grid_layout(16, 16, 256, 10))
     tile = Tile(place, points_along_rays(300), HashGridTileLayout(offsets, resolutions))
-    tile.table.mul_(2**-4)  # a derivative along a direction grows with the resolution, too: float16 must hold it
+    tile.table.mul_(2**-4)  # a directional derivative grows with the resolution, too: float16 must hold it
     tile.run()
     for actual, wanted in zip(tile.results(), tile.expected(300), strict=True):
         scalar = torch.finfo(place.scalar).eps * 256
@@ -292,7 +292,7 @@ def test_nan_position_gives_nan(place: Place) -> None:
     points[2, 1] = math.nan
     tile = Tile(place, points, layout_of(place))
     tile.run()
-    for result in (tile.features, tile.gradient, tile.features_along):
+    for result in (tile.features, tile.gradient, tile.derivative):
         assert result.isnan().any(1).tolist() == [False, False, True, False, False]
     assert tile.features[2].isnan().all()
     assert tile.grad_table.isnan().any()
@@ -323,7 +323,7 @@ def test_level_outside_the_table_is_nan_and_touches_nothing(place: Place) -> Non
     tile = Tile(place, points_along_rays(113), layout_of(place))
     tile.layout.level_offsets[3] = 4000
     tile.run()
-    for result in (tile.features, tile.features_along):
+    for result in (tile.features, tile.derivative):
         assert result[:, 4:].isnan().all()
         assert result[:, :4].isfinite().all()
     assert tile.gradient.isfinite().all()
@@ -402,13 +402,13 @@ def test_wrong_arguments_of_the_derivatives() -> None:
     with pytest.raises(ValueError, match=r"gradient must have shape \[4, 3\], got \[3, 3\]"):
         position_gradient(tile.grads, p, w, layout, short)
     with pytest.raises(ValueError, match=r"direction must have shape \[4, 3\], got \[3, 3\]"):
-        along(short, p, w, layout, tile.features)
+        directional_derivative(short, p, w, layout, tile.features)
     with pytest.raises(ValueError, match="direction and grad_of_features go together"):
         scatter(tile.grad_table, p, layout, tile.grads, direction=tile.direction)
     with pytest.raises(TypeError, match=r"grad_table must be torch\.float64, got torch\.float32"):
         scatter(tile.grad_table.float(), p, layout, tile.grads)
     with pytest.raises(TypeError, match=r"grad_table must be torch\.float64, got torch\.float32"):
-        along_before_scatter(tile.direction, tile.values, tile.grad_table.float(), p, w, layout, tile.features)
+        derivative_before_scatter(tile.direction, tile.values, tile.grad_table.float(), p, w, layout, tile.features)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dreamfusion_fast.ops.sample_head import SampleHead
 from dreamfusion_fast.ops.tiles.ray_sums import (
     N_PREFIX,
     N_SUMS,
     OPTICAL_DEPTH,
-    SampleHead,
     SampleTile,
     ray_sums_backward,
     ray_sums_forward,

@@ -23,7 +23,8 @@ from streaming_cases import (
 )
 from torch import Tensor
 
-from dreamfusion_fast.ops.tiles.ray_sums import SampleHead, SampleTile
+from dreamfusion_fast.ops.sample_head import SampleHead
+from dreamfusion_fast.ops.tiles.ray_sums import SampleTile
 from dreamfusion_fast.rendering import OccupancyGrid, RendererConfig, VolumeRenderer
 from dreamfusion_fast.rendering.volume import streaming
 

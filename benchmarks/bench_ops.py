@@ -185,7 +185,7 @@ def test_group_norm(measure: Measure, device: torch.device, image: tuple[int, ..
         run = parts[part]
     else:
         mode = "backward" if part == "gradient" else "forward"
-        run = in_mode(mode, lambda x: (group_norm.group_norm_reference(x, weight, bias, 32, 1e-6),), [x])
+        run = in_mode(mode, lambda x: (group_norm.group_norm_reference(norm, x),), [x])
     measure(run, f"group_norm {part} {'x'.join(map(str, image))}", provider, x.numel() // image[1])
 
 

@@ -82,9 +82,9 @@ def moments_kernel(
 
 
 @triton.jit
-def statistics_kernel(
+def groups_kernel(
     partials,
-    statistics,
+    result,
     pixels,
     channels,
     chunks,
@@ -94,27 +94,38 @@ def statistics_kernel(
     GROUP_COLS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Mean and 1 / standard deviation of each group, ``[n, groups, 2]``, from the chunks' moments."""
+    """Two numbers per group, ``[n, groups, 2]``, from the partials of its channels.
+
+    With `chunk_pixels`, from moments of as many pixels each: mean and 1 / standard deviation. Without, from sums: their
+    means over the group.
+    """
     group, image = tl.program_id(0), tl.program_id(1)
     cols = tl.arange(0, GROUP_COLS)
-    first = partials + (image.to(tl.int64) * chunks * channels + group * GROUP) * 2
-    pivot = tl.load(first)  # of the same size as the mean, which is all that it is for
-    sums = tl.zeros((CHUNKS, GROUP_COLS), dtype=tl.float32)
-    squares = tl.zeros((CHUNKS, GROUP_COLS), dtype=tl.float32)
+    from_ = partials + (image.to(tl.int64) * chunks * channels + group * GROUP) * 2
+    first = tl.zeros((CHUNKS, GROUP_COLS), dtype=tl.float32)
+    second = tl.zeros((CHUNKS, GROUP_COLS), dtype=tl.float32)
+    pivot = tl.load(from_)  # of the same size as the mean, which is all that it is for
     for start in range(0, chunks, CHUNKS):
         k = start + tl.arange(0, CHUNKS)
         live = (k < chunks)[:, None] & (cols < GROUP)[None, :]
         at = (k[:, None].to(tl.int64) * channels + cols[None, :]) * 2
-        count = tl.minimum(pixels - k * chunk_pixels, chunk_pixels).to(tl.float32)[:, None]
-        delta = tl.where(live, tl.load(first + at, mask=live, other=0.0) - pivot, 0.0)
-        sums += delta * count
-        squares += tl.load(first + at + 1, mask=live, other=0.0) + delta * delta * count
+        one = tl.load(from_ + at, mask=live, other=0.0)
+        other = tl.load(from_ + at + 1, mask=live, other=0.0)
+        if chunk_pixels is not None:
+            count = tl.minimum(pixels - k * chunk_pixels, chunk_pixels).to(tl.float32)[:, None]
+            delta = tl.where(live, one - pivot, 0.0)
+            one = delta * count
+            other += delta * delta * count
+        first += one
+        second += other
     size = 1.0 * pixels * GROUP
-    drift = tl.sum(sums) / size
-    variance = tl.maximum(tl.sum(squares) / size - drift * drift, 0.0)
-    to = statistics + (image * tl.num_programs(0) + group) * 2
-    tl.store(to, pivot + drift)
-    tl.store(to + 1, 1.0 / tl.sqrt(variance + eps))
+    mean, other_mean = tl.sum(first) / size, tl.sum(second) / size
+    if chunk_pixels is not None:
+        other_mean = 1.0 / tl.sqrt(tl.maximum(other_mean - mean * mean, 0.0) + eps)
+        mean += pivot
+    to = result + (image * tl.num_programs(0) + group) * 2
+    tl.store(to, mean)
+    tl.store(to + 1, other_mean)
 
 
 @triton.jit
@@ -205,6 +216,17 @@ def normalise_kernel(
 
 
 @triton.jit
+def _x_hat_and_gradient(grad_y, x, live, mean, scale, w, b, ACTIVATION: tl.constexpr):
+    """x_hat of a tile, and the gradient of it."""
+    x_hat = (tl.load(x, mask=live, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
+    g = tl.load(grad_y, mask=live, other=0.0).to(tl.float32)
+    if ACTIVATION != 0:
+        _, slope = activated_and_slope(x_hat * w[None, :] + b[None, :], ACTIVATION)
+        g *= slope
+    return x_hat, g * w[None, :]
+
+
+@triton.jit
 def gradient_sums_kernel(
     grad_y,
     x,
@@ -238,45 +260,12 @@ def gradient_sums_kernel(
         rows = (chunk * TILES + tile) * ROWS + tl.arange(0, ROWS)
         live = (rows < pixels)[:, None] & live_cols[None, :]
         at = base + rows[:, None].to(tl.int64) * channels + cols[None, :]
-        x_hat = (tl.load(x + at, mask=live, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
-        g = tl.load(grad_y + at, mask=live, other=0.0).to(tl.float32)
-        if ACTIVATION != 0:
-            _, slope = activated_and_slope(x_hat * w[None, :] + b[None, :], ACTIVATION)
-            g *= slope
-        g *= w[None, :]
+        x_hat, g = _x_hat_and_gradient(grad_y + at, x + at, live, mean, scale, w, b, ACTIVATION)
         first += g
         second += g * x_hat
     to = partials + ((image.to(tl.int64) * chunks + chunk) * channels + cols) * 2
     tl.store(to, tl.sum(first, 0), mask=live_cols)
     tl.store(to + 1, tl.sum(second, 0), mask=live_cols)
-
-
-@triton.jit
-def gradient_means_kernel(
-    partials,
-    means,
-    pixels,
-    channels,
-    chunks,
-    GROUP: tl.constexpr,
-    GROUP_COLS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
-    """Means of g and g * x_hat of each group, ``[n, groups, 2]``."""
-    group, image = tl.program_id(0), tl.program_id(1)
-    cols = tl.arange(0, GROUP_COLS)
-    first = tl.zeros((CHUNKS, GROUP_COLS), dtype=tl.float32)
-    second = tl.zeros((CHUNKS, GROUP_COLS), dtype=tl.float32)
-    for start in range(0, chunks, CHUNKS):
-        k = start + tl.arange(0, CHUNKS)
-        live = (k < chunks)[:, None] & (cols < GROUP)[None, :]
-        at = ((image.to(tl.int64) * chunks + k[:, None]) * channels + group * GROUP + cols[None, :]) * 2
-        first += tl.load(partials + at, mask=live, other=0.0)
-        second += tl.load(partials + at + 1, mask=live, other=0.0)
-    size = 1.0 * pixels * GROUP
-    to = means + (image * tl.num_programs(0) + group) * 2
-    tl.store(to, tl.sum(first) / size)
-    tl.store(to + 1, tl.sum(second) / size)
 
 
 @triton.jit
@@ -312,12 +301,8 @@ def gradient_kernel(
     rows = chunk * ROWS + tl.arange(0, ROWS)
     live = (rows < pixels)[:, None] & live_cols[None, :]
     at = image.to(tl.int64) * pixels * channels + rows[:, None].to(tl.int64) * channels + cols[None, :]
-    x_hat = (tl.load(x + at, mask=live, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
-    g = tl.load(grad_y + at, mask=live, other=0.0).to(tl.float32)
-    if ACTIVATION != 0:
-        _, slope = activated_and_slope(x_hat * w[None, :] + b[None, :], ACTIVATION)
-        g *= slope
-    g = scale[None, :] * (g * w[None, :] - mean_g[None, :] - x_hat * mean_gx[None, :])
+    x_hat, g = _x_hat_and_gradient(grad_y + at, x + at, live, mean, scale, w, b, ACTIVATION)
+    g = scale[None, :] * (g - mean_g[None, :] - x_hat * mean_gx[None, :])
     if skip is not None:
         g += tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
     tl.store(grad_x + at, g.to(grad_x.dtype.element_ty), mask=live)

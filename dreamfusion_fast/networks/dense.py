@@ -16,20 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamfusion_fast.networks.group_norm import GroupNorm
+from dreamfusion_fast.networks.group_norm import group_norm_reference as channels_first_reference
 from dreamfusion_fast.ops._checks import check_tensor
 from dreamfusion_fast.ops._native import call, cpu_available, function_of
-
-__all__ = [
-    "DenseConv",
-    "DenseLinear",
-    "conv3x3",
-    "conv3x3_reference",
-    "dense_serves",
-    "group_norm",
-    "group_norm_reference",
-    "linear",
-    "linear_reference",
-]
 
 # Output channels come in panels, input channels of a convolution and channels of a normalisation in eights.
 PANEL = 16
@@ -107,7 +96,7 @@ def linear(x: Tensor, layer: DenseLinear, residual: Tensor | None = None, out: T
     shape = [*x.shape[:-1], layer.outputs]
     _check_image("linear", "x", x, [*x.shape[:-1], layer.inputs])
     out = _output("linear", x, shape, residual, out)
-    addresses = (x.data_ptr(), layer.packed.data_ptr(), _address(layer.bias), _address(residual), out.data_ptr())
+    addresses = _addresses(x, layer.packed, layer.bias, residual, out)
     call("dense_linear", x, *addresses, x.numel() // layer.inputs, layer.inputs, layer.outputs)
     return out
 
@@ -138,7 +127,7 @@ def conv3x3(x: Tensor, layer: DenseConv, residual: Tensor | None = None, out: Te
     _check_multiple("conv3x3", "height of x", height, 2)
     _check_multiple("conv3x3", "width of x", width, 2)
     out = _output("conv3x3", x, [n, height, width, layer.outputs], residual, out)
-    addresses = (x.data_ptr(), layer.packed.data_ptr(), _address(layer.bias), _address(residual), out.data_ptr())
+    addresses = _addresses(x, layer.packed, layer.bias, residual, out)
     call("dense_conv", x, *addresses, n, height, width, layer.inputs, layer.outputs)
     return out
 
@@ -182,31 +171,15 @@ def group_norm(x: Tensor, norm: DenseGroupNorm, modulation: Tensor | None = None
     if modulation is not None:
         _check_image("group_norm", "modulation", modulation, [x.shape[0], 2 * channels])
     out = torch.empty_like(x)
-    addresses = (x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(), _address(modulation), out.data_ptr())
-    pixels = x[0].numel() // channels if len(x) else 0
-    call(
-        "dense_group_norm",
-        x,
-        *addresses,
-        x.shape[0],
-        pixels,
-        channels,
-        norm.groups,
-        norm.eps,
-        norm.activation == "silu",
-    )
+    addresses = _addresses(x, norm.weight, norm.bias, modulation, out)
+    sizes = (len(x), x[0].numel() // channels if len(x) else 0, channels, norm.groups)
+    call("dense_group_norm", x, *addresses, *sizes, norm.eps, norm.activation == "silu")
     return out
 
 
 def group_norm_reference(x: Tensor, norm: DenseGroupNorm, modulation: Tensor | None = None) -> Tensor:
     """`group_norm` in plain PyTorch, in the type of x."""
-    weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
-    y = F.group_norm(x.movedim(-1, 1), norm.groups, weight, bias, norm.eps).movedim(1, -1)
-    if modulation is not None:
-        middle = [1] * (x.dim() - 2)
-        scale, shift = (part.view(len(x), *middle, -1) for part in modulation.chunk(2, dim=1))
-        y = y * (1 + scale) + shift
-    return F.silu(y) if norm.activation == "silu" else y
+    return channels_first_reference(norm, x.movedim(-1, 1), modulation).movedim(1, -1)
 
 
 def _checked_bias(op: str, bias: Tensor | None, weight: Tensor) -> Tensor | None:
@@ -243,5 +216,5 @@ def _output(op: str, x: Tensor, shape: list[int], residual: Tensor | None, out: 
     return out
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

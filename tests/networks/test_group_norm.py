@@ -41,9 +41,9 @@ def test_kernels_match_the_twin_in_the_interpreter(case: Case, interpreted: dict
 
 @pytest.mark.parametrize("pixels", [1, 64 * 64, 256 * 255, 512 * 512])
 def test_images_are_split_into_enough_programs_and_no_more(pixels: int) -> None:
-    per_program, programs = module._split(1, 128, pixels, 2048)
-    rows, cols = module._tile(128, 2048)
-    assert (rows, cols) == (16, 128)
+    (programs, _, _), settings = module._launch(torch.empty(1, 128, 1, pixels, device="meta"), 2048, sums=True)
+    rows, per_program = settings["ROWS"], settings["TILES"]
+    assert (rows, settings["COLS"]) == (16, 128)
     assert (programs - 1) * per_program * rows < pixels <= programs * per_program * rows
     assert 1 <= per_program <= module._TILES
     assert per_program == 1 or programs >= module._ENOUGH_PROGRAMS
@@ -60,19 +60,12 @@ def test_a_first_pixel_far_from_all_others_on_a_gpu(dtype: str) -> None:
     run(Case(1, 64, 4, 265, 133, dtype, outlier=True), torch.device("cuda"))
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
-def test_slopes_are_those_of_autograd(activation: module.Activation) -> None:
-    z = torch.linspace(-9, 9, 113, dtype=torch.float64, requires_grad=True)
-    (wanted,) = torch.autograd.grad(module._activated(z, activation).sum(), z)
-    torch.testing.assert_close(module._slope(z.detach(), activation), wanted, rtol=1e-12, atol=1e-14)
-
-
 def test_the_twin_is_the_layer() -> None:
     layer = torch.nn.GroupNorm(2, 6, eps=1e-3).double()
     torch.nn.init.normal_(layer.weight)
     x = torch.randn(2, 6, 3, 5, dtype=torch.float64)
     wanted = torch.nn.functional.silu(layer(x))
-    torch.testing.assert_close(group_norm_reference(x, layer.weight, layer.bias, 2, 1e-3), wanted)
+    torch.testing.assert_close(group_norm_reference(GroupNorm.of(layer, "silu"), x), wanted)
 
 
 def test_wrong_arguments() -> None:

@@ -14,7 +14,6 @@ PACKAGE = Path(__file__).parents[1] / "dreamfusion_fast"
 ORDER = (
     "errors",
     "io",
-    "cuda_graphs",
     "ops",
     "gpu",
     "fields",

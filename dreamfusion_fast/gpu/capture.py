@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,21 @@ from torch.autograd.function import once_differentiable
 
 # Runs before a capture: libraries choose their algorithms and allocate their workspaces in the first ones.
 _WARM_UPS = 3
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
+    """`torch.cuda.graph` without its wait for the GPU and its garbage collection.
+
+    Args:
+        graph: what is captured, on the current stream, which must not be the default one.
+        pool: memory to share with other graphs.
+    """
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        yield
+    finally:
+        graph.capture_end()
 
 
 class CapturedFunction:

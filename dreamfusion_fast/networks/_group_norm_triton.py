@@ -37,7 +37,6 @@ def moments_kernel(
     partials,
     pixels,
     channels,
-    chunks,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TILES: tl.constexpr,
@@ -76,7 +75,7 @@ def moments_kernel(
         squares += deviation * deviation
     count = tl.minimum(pixels - chunk * TILES * ROWS, TILES * ROWS).to(tl.float32)
     drift = tl.sum(sums, 0) / count
-    to = partials + ((image.to(tl.int64) * chunks + chunk) * channels + cols) * 2
+    to = partials + ((image.to(tl.int64) * tl.num_programs(0) + chunk) * channels + cols) * 2
     tl.store(to, pivot + drift, mask=live_cols)
     tl.store(to + 1, tl.maximum(tl.sum(squares, 0) - drift * drift * count, 0.0), mask=live_cols)
 
@@ -162,9 +161,9 @@ def sum_kernel(
 
 
 @triton.jit
-def _channels(offset, offset_stride, statistics, weight, bias, image, groups, cols, live_cols, GROUP: tl.constexpr):
+def _channels(offset, offset_stride, statistics, weight, bias, image, channels, cols, live_cols, GROUP: tl.constexpr):
     """Per channel: what is added to x, the group's mean and 1 / deviation, weight and bias."""
-    at = statistics + (image * groups + cols // GROUP) * 2
+    at = statistics + (image * (channels // GROUP) + cols // GROUP) * 2
     mean = tl.load(at, mask=live_cols, other=0.0)
     scale = tl.load(at + 1, mask=live_cols, other=0.0)
     if offset is not None:
@@ -187,7 +186,6 @@ def normalise_kernel(
     y,
     pixels,
     channels,
-    groups,
     GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -198,7 +196,7 @@ def normalise_kernel(
     cols = block * COLS + tl.arange(0, COLS)
     live_cols = cols < channels
     mean, inverse, w, b = _channels(
-        offset, offset_stride, statistics, weight, bias, image, groups, cols, live_cols, GROUP
+        offset, offset_stride, statistics, weight, bias, image, channels, cols, live_cols, GROUP
     )
     if modulation is not None:
         of = modulation + image * modulation_stride + cols
@@ -216,59 +214,6 @@ def normalise_kernel(
 
 
 @triton.jit
-def _x_hat_and_gradient(grad_y, x, live, mean, scale, w, b, ACTIVATION: tl.constexpr):
-    """x_hat of a tile, and the gradient of it."""
-    x_hat = (tl.load(x, mask=live, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
-    g = tl.load(grad_y, mask=live, other=0.0).to(tl.float32)
-    if ACTIVATION != 0:
-        _, slope = activated_and_slope(x_hat * w[None, :] + b[None, :], ACTIVATION)
-        g *= slope
-    return x_hat, g * w[None, :]
-
-
-@triton.jit
-def gradient_sums_kernel(
-    grad_y,
-    x,
-    offset,
-    offset_stride,
-    statistics,
-    weight,
-    bias,
-    partials,
-    pixels,
-    channels,
-    groups,
-    chunks,
-    GROUP: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """Sums over a chunk of g and g * x_hat, g the gradient of x_hat: partials ``[n, chunks, channels, 2]``."""
-    chunk, block, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    cols = block * COLS + tl.arange(0, COLS)
-    live_cols = cols < channels
-    mean, scale, w, b = _channels(
-        offset, offset_stride, statistics, weight, bias, image, groups, cols, live_cols, GROUP
-    )
-    base = image.to(tl.int64) * pixels * channels
-    first = tl.zeros((ROWS, COLS), dtype=tl.float32)
-    second = tl.zeros((ROWS, COLS), dtype=tl.float32)
-    for tile in range(TILES):
-        rows = (chunk * TILES + tile) * ROWS + tl.arange(0, ROWS)
-        live = (rows < pixels)[:, None] & live_cols[None, :]
-        at = base + rows[:, None].to(tl.int64) * channels + cols[None, :]
-        x_hat, g = _x_hat_and_gradient(grad_y + at, x + at, live, mean, scale, w, b, ACTIVATION)
-        first += g
-        second += g * x_hat
-    to = partials + ((image.to(tl.int64) * chunks + chunk) * channels + cols) * 2
-    tl.store(to, tl.sum(first, 0), mask=live_cols)
-    tl.store(to + 1, tl.sum(second, 0), mask=live_cols)
-
-
-@triton.jit
 def gradient_kernel(
     grad_y,
     x,
@@ -279,30 +224,53 @@ def gradient_kernel(
     bias,
     means,
     skip,
-    grad_x,
+    result,
     pixels,
     channels,
-    groups,
     GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    """grad_x, to which `skip` is added unless it is None."""
+    """With g the gradient of x_hat: without `means` its sums over a chunk, with them the gradient of x.
+
+    The sums are those of g and g * x_hat, result ``[n, chunks, channels, 2]``; `means` are theirs over each group,
+    ``[n, groups, 2]``. To the gradient, result like x, `skip` is added unless it is None.
+    """
     chunk, block, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     cols = block * COLS + tl.arange(0, COLS)
     live_cols = cols < channels
     mean, scale, w, b = _channels(
-        offset, offset_stride, statistics, weight, bias, image, groups, cols, live_cols, GROUP
+        offset, offset_stride, statistics, weight, bias, image, channels, cols, live_cols, GROUP
     )
-    at_means = means + (image * groups + cols // GROUP) * 2
-    mean_g = tl.load(at_means, mask=live_cols, other=0.0)
-    mean_gx = tl.load(at_means + 1, mask=live_cols, other=0.0)
-    rows = chunk * ROWS + tl.arange(0, ROWS)
-    live = (rows < pixels)[:, None] & live_cols[None, :]
-    at = image.to(tl.int64) * pixels * channels + rows[:, None].to(tl.int64) * channels + cols[None, :]
-    x_hat, g = _x_hat_and_gradient(grad_y + at, x + at, live, mean, scale, w, b, ACTIVATION)
-    g = scale[None, :] * (g - mean_g[None, :] - x_hat * mean_gx[None, :])
-    if skip is not None:
-        g += tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
-    tl.store(grad_x + at, g.to(grad_x.dtype.element_ty), mask=live)
+    base = image.to(tl.int64) * pixels * channels
+    if means is None:
+        first = tl.zeros((ROWS, COLS), dtype=tl.float32)
+        second = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    else:
+        at_means = means + (image * (channels // GROUP) + cols // GROUP) * 2
+        mean_g = tl.load(at_means, mask=live_cols, other=0.0)
+        mean_gx = tl.load(at_means + 1, mask=live_cols, other=0.0)
+    for tile in range(TILES):
+        rows = (chunk * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        live = (rows < pixels)[:, None] & live_cols[None, :]
+        at = base + rows[:, None].to(tl.int64) * channels + cols[None, :]
+        x_hat = (tl.load(x + at, mask=live, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
+        g = tl.load(grad_y + at, mask=live, other=0.0).to(tl.float32)
+        if ACTIVATION != 0:
+            _, slope = activated_and_slope(x_hat * w[None, :] + b[None, :], ACTIVATION)
+            g *= slope
+        g *= w[None, :]
+        if means is None:
+            first += g
+            second += g * x_hat
+        else:
+            g = scale[None, :] * (g - mean_g[None, :] - x_hat * mean_gx[None, :])
+            if skip is not None:
+                g += tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
+            tl.store(result + at, g.to(result.dtype.element_ty), mask=live)
+    if means is None:
+        to = result + ((image.to(tl.int64) * tl.num_programs(0) + chunk) * channels + cols) * 2
+        tl.store(to, tl.sum(first, 0), mask=live_cols)
+        tl.store(to + 1, tl.sum(second, 0), mask=live_cols)

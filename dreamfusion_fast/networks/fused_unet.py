@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamfusion_fast.networks.geglu import geglu
-from dreamfusion_fast.networks.group_norm import Activation, GroupNorm, normalise, statistics, summed
+from dreamfusion_fast.networks.group_norm import Activation, GroupNorm, measure, summed
 
 
 def fuse(unet: nn.Module) -> int:
@@ -68,7 +68,7 @@ class FusedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[n, c, h, w]`, channels last if it is not yet."""
         x = x.contiguous(memory_format=torch.channels_last)
-        return normalise(self._norm, x, statistics(self._norm, x))
+        return measure(self._norm, x).normalised()
 
 
 class FusedPointwise(nn.Module):
@@ -116,7 +116,7 @@ class FusedResidualBlock(nn.Module):
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
         """As `ResnetBlock2D.forward`."""
         x = input_tensor.contiguous(memory_format=torch.channels_last)
-        h = normalise(self._norm1, x, statistics(self._norm1, x))
+        h = measure(self._norm1, x).normalised()
         h = F.conv2d(h, self.conv1.weight, None, padding=1)
         offset, modulation = self.conv1.bias, None
         if self.time_emb_proj is not None and temb is not None:
@@ -125,7 +125,7 @@ class FusedResidualBlock(nn.Module):
                 modulation = projected
             else:
                 offset = offset + projected
-        h = normalise(self._norm2, h, statistics(self._norm2, h, offset), offset, modulation)
+        h = measure(self._norm2, h, offset).normalised(modulation)
         h = F.conv2d(h, self.conv2.weight, None, padding=1)
         x = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return summed(h, self.conv2.bias, x.contiguous(memory_format=torch.channels_last))

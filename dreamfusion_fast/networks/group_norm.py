@@ -7,8 +7,8 @@ Convolutional diffusion networks are a chain of this and convolutions. On a GPU 
 takes along what would be a pass of its own: the bias of the convolution before it, the sum with a residual branch, the
 sum of two gradients. Nothing is kept for backward but x and two numbers per group.
 
-None of this is differentiable by autograd, and there are no gradients of weights: `input_gradient` is the backward of
-`normalise` and `statistics` together. Where Triton does not serve, the same in PyTorch.
+None of this is differentiable by autograd, and there are no gradients of weights: `Measured.input_gradient` is the
+backward of `measure` and `Measured.normalised` together. Where Triton does not serve, the same in PyTorch.
 """
 
 from __future__ import annotations
@@ -73,50 +73,130 @@ class GroupNorm:
         return cls(module.weight.detach(), module.bias.detach(), module.num_groups, module.eps, activation)
 
 
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """An image with the statistics of its groups, as `measure` returns it: all that the layer reads, and its backward.
+
+    Attributes:
+        norm: the layer.
+        x: ``[n, channels, height, width]``, channels last in memory.
+        offset: ``[channels]`` or ``[n, channels]``, which is to be added to x, or None: zero.
+        statistics: ``[n, groups, 2]``, mean and 1 / standard deviation of x + offset, float32 (float64 for float64).
+    """
+
+    norm: GroupNorm
+    x: Tensor
+    offset: Tensor | None
+    statistics: Tensor
+
+    def normalised(self, modulation: Tensor | None = None) -> Tensor:
+        """y, like x.
+
+        Args:
+            modulation: ``[n, 2 channels]``, scales and then shifts: what is activated is
+                ``(x_hat * weight + bias) * (1 + scale) + shift`` (adaptive group norm, Dhariwal and Nichol 2021).
+        """
+        x, y = self.x, torch.empty_like(self.x)
+        if modulation is not None:
+            _check_channels("modulation", modulation, [x.shape[0], 2 * x.shape[1]], x)
+        if x.numel() == 0:
+            return y
+        if not _kernels_serve(x):
+            return y.copy_(group_norm_reference(self.norm, self._centred(), modulation))
+        grid, settings = _launch(x, _TILE)
+        with torch.cuda.device_of(x):
+            _kernels().normalise_kernel[grid](
+                *self._read(), modulation, _stride(modulation), y, *self._sizes(), **self._constants(), **settings
+            )
+        return y
+
+    @on_its_device
+    def input_gradient(self, grad_y: Tensor, skip: Tensor | None = None) -> Tensor:
+        """The gradient of x from that of y, like x; `skip` is added to it.
+
+        With g the gradient of x_hat, that is grad_y * f'(z) * weight, it is
+        ``(g - mean(g) - x_hat * mean(g * x_hat)) / sqrt(var + eps)``, means over a group.
+
+        Args:
+            grad_y: like x.
+            skip: like x, or None: zero.
+        """
+        x, grad_x = self.x, torch.empty_like(self.x)
+        _check_image("grad_y", grad_y, x)
+        if skip is not None:
+            _check_image("skip", skip, x)
+        if x.numel() == 0:
+            return grad_x
+        if not _kernels_serve(x):
+            with torch.enable_grad():
+                value = self._centred().detach().requires_grad_()
+                y = group_norm_reference(self.norm, value)
+            (grad,) = torch.autograd.grad(y, value, grad_y.to(y.dtype))
+            return grad_x.copy_(grad if skip is None else grad + skip)
+        shared, sizes, constants = (grad_y, *self._read()), self._sizes(), self._constants()
+        kernel = _kernels().gradient_kernel
+        grid, settings = _launch(x, _SUMMED_TILE, sums=True)
+        partials = x.new_empty(len(x), grid[0], x.shape[1], 2, dtype=torch.float32)
+        kernel[grid](*shared, None, None, partials, *sizes, **constants, **settings)
+        means = _over_groups(self.norm, x, partials)
+        grid, settings = _launch(x, _TILE)
+        kernel[grid](*shared, means, skip, grad_x, *sizes, TILES=1, **constants, **settings)
+        return grad_x
+
+    def _read(self) -> tuple[Tensor | int | None, ...]:
+        return self.x, self.offset, _stride(self.offset), self.statistics, self.norm.weight, self.norm.bias
+
+    def _sizes(self) -> tuple[int, int]:
+        return self.x.shape[2] * self.x.shape[3], self.x.shape[1]
+
+    def _constants(self) -> dict[str, int]:
+        norm = self.norm
+        return {"GROUP": len(norm.weight) // norm.groups, "ACTIVATION": ACTIVATIONS.index(norm.activation)}
+
+    def _centred(self) -> Tensor:
+        """x + offset less the mean, which the layer does not see, and to which torch's float32 layer loses digits."""
+        value = _sum(self.x, self.offset).reshape(len(self.x), self.norm.groups, -1)
+        return (value - self.statistics[:, :, :1]).reshape(self.x.shape)
+
+
 @on_its_device
-def statistics(
-    norm: GroupNorm,
-    x: Tensor,
-    offset: Tensor | None = None,
-    residual: Tensor | None = None,
-    total: Tensor | None = None,
-) -> Tensor:
-    """Mean and 1 / standard deviation of each group of x + offset + residual.
+def measure(norm: GroupNorm, x: Tensor, offset: Tensor | None = None, residual: Tensor | None = None) -> Measured:
+    """Mean and 1 / standard deviation of each group of x + offset, or of x + offset + residual.
 
     Args:
         norm: the layer.
         x: ``[n, channels, height, width]``, channels last in memory.
         offset: ``[channels]`` or ``[n, channels]``, such as the bias of the convolution that x comes from.
-        residual: like x; with `total`.
-        total: like x, written: the sum. With it, the statistics are those of the sum as it was rounded.
-
-    Returns:
-        ``[n, groups, 2]``, float32 (float64 for a float64 x).
+        residual: like x. With it, what is measured and returned in place of x and offset is the sum as it was rounded.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or memory format.
     """
-    _check(norm, x, offset)
-    for name, tensor in (("residual", residual), ("total", total)):
-        if tensor is not None:
-            _check_image(name, tensor, x)
-    if residual is not None and total is None:
-        raise ValueError("group_norm: total must be given with a residual, got None")
+    check_tensor("group_norm", "x", x, ["n", norm.weight.shape[0], "height", "width"], DTYPES, like=norm.weight)
+    _check_image("x", x, x)
+    if offset is not None:
+        _check_channels("offset", offset, [x.shape[1]] if offset.dim() == 1 else [x.shape[0], x.shape[1]], x)
+    total = None
+    if residual is not None:
+        _check_image("residual", residual, x)
+        total = torch.empty_like(x)
     if x.numel() == 0:
-        return x.new_zeros(len(x), norm.groups, 2, dtype=_wide(x))
-    if not _kernels_serve(x):
+        found = x.new_zeros(len(x), norm.groups, 2, dtype=_wide(x))
+    elif not _kernels_serve(x):
         value = _sum(x, offset, residual)
         if total is not None:
             value = total.copy_(value).to(value.dtype)
         var, mean = torch.var_mean(value.reshape(len(x), norm.groups, -1), dim=2, correction=0)
-        return torch.stack([mean, (var + norm.eps).rsqrt()], dim=2)
-    grid, settings = _launch(x, _TILE, sums=True)
-    partials = x.new_empty(len(x), grid[0], x.shape[1], 2, dtype=torch.float32)
-    pixels, channels, _ = _sizes(norm, x)
-    _kernels().moments_kernel[grid](
-        *(x, offset, _stride(offset), residual, total, partials, pixels, channels, grid[0]), **settings
-    )
-    return _over_groups(norm, x, partials, settings["ROWS"] * settings["TILES"])
+        found = torch.stack([mean, (var + norm.eps).rsqrt()], dim=2)
+    else:
+        grid, settings = _launch(x, _TILE, sums=True)
+        channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+        partials = x.new_empty(len(x), grid[0], channels, 2, dtype=torch.float32)
+        _kernels().moments_kernel[grid](
+            *(x, offset, _stride(offset), residual, total, partials, pixels, channels), **settings
+        )
+        found = _over_groups(norm, x, partials, settings["ROWS"] * settings["TILES"])
+    return Measured(norm, x, offset, found) if total is None else Measured(norm, total, None, found)
 
 
 @on_its_device
@@ -133,7 +213,7 @@ def summed(x: Tensor, offset: Tensor | None = None, residual: Tensor | None = No
         ``[n, channels, height + padding, width + padding]``, channels last in memory.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape, device or memory format.
+        TypeError, ValueError: as `measure`.
     """
     check_tensor("group_norm", "x", x, ["n", "channels", "height", "width"], DTYPES)
     _check_image("x", x, x)
@@ -153,90 +233,13 @@ def summed(x: Tensor, offset: Tensor | None = None, residual: Tensor | None = No
     return y
 
 
-@on_its_device
-def normalise(
-    norm: GroupNorm,
-    x: Tensor,
-    statistics: Tensor,
-    offset: Tensor | None = None,
-    modulation: Tensor | None = None,
-) -> Tensor:
-    """y of x + offset, like x.
-
-    Args:
-        norm, x, offset: as in `statistics`, which was given no residual.
-        statistics: its result.
-        modulation: ``[n, 2 channels]``, scales and then shifts: what is activated is
-            ``(x_hat * weight + bias) * (1 + scale) + shift`` (adaptive group norm, Dhariwal and Nichol 2021).
-    """
-    _check(norm, x, offset)
-    if modulation is not None:
-        _check_channels("modulation", modulation, [x.shape[0], 2 * x.shape[1]], x)
-    y = torch.empty_like(x)
-    if x.numel() == 0:
-        return y
-    if not _kernels_serve(x):
-        return y.copy_(group_norm_reference(norm, _centred(norm, x, statistics, offset), modulation))
-    grid, settings = _launch(x, _TILE)
-    _kernels().normalise_kernel[grid](
-        *(x, offset, _stride(offset), statistics, norm.weight, norm.bias),
-        *(modulation, _stride(modulation), y),
-        *_sizes(norm, x),
-        **_layer(norm),
-        **settings,
-    )
-    return y
-
-
-@on_its_device
-def input_gradient(
-    norm: GroupNorm,
-    grad_y: Tensor,
-    x: Tensor,
-    statistics: Tensor,
-    offset: Tensor | None = None,
-    skip: Tensor | None = None,
-) -> Tensor:
-    """The gradient of x from that of y, like x; `skip` is added to it.
-
-    With g the gradient of x_hat, that is grad_y * f'(z) * weight, it is
-    ``(g - mean(g) - x_hat * mean(g * x_hat)) / sqrt(var + eps)``, means over a group.
-
-    Args:
-        norm, x, statistics, offset: as in `normalise`.
-        grad_y: like x.
-        skip: like x, or None: zero.
-    """
-    _check(norm, x, offset)
-    _check_image("grad_y", grad_y, x)
-    if skip is not None:
-        _check_image("skip", skip, x)
-    grad_x = torch.empty_like(x)
-    if x.numel() == 0:
-        return grad_x
-    if not _kernels_serve(x):
-        with torch.enable_grad():
-            value = _centred(norm, x, statistics, offset).detach().requires_grad_()
-            y = group_norm_reference(norm, value)
-        (grad,) = torch.autograd.grad(y, value, grad_y.to(y.dtype))
-        return grad_x.copy_(grad if skip is None else grad + skip)
-    shared = (grad_y, x, offset, _stride(offset), statistics, norm.weight, norm.bias)
-    grid, settings = _launch(x, _SUMMED_TILE, sums=True)
-    partials = x.new_empty(len(x), grid[0], x.shape[1], 2, dtype=torch.float32)
-    _kernels().gradient_sums_kernel[grid](*shared, partials, *_sizes(norm, x), grid[0], **_layer(norm), **settings)
-    means = _over_groups(norm, x, partials)
-    grid, settings = _launch(x, _TILE)
-    _kernels().gradient_kernel[grid](*shared, means, skip, grad_x, *_sizes(norm, x), **_layer(norm), **settings)
-    return grad_x
-
-
 def group_norm_reference(norm: GroupNorm, x: Tensor, modulation: Tensor | None = None) -> Tensor:
     """The twin: the whole layer in plain PyTorch, in the type of x, any float, differentiable.
 
     Args:
         norm: the layer.
         x: ``[n, channels, ...]``.
-        modulation: as in `normalise`.
+        modulation: as in `Measured.normalised`.
     """
     z = F.group_norm(x, norm.groups, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
     if modulation is not None:
@@ -246,13 +249,6 @@ def group_norm_reference(norm: GroupNorm, x: Tensor, modulation: Tensor | None =
     if norm.activation == "none":
         return z
     return F.silu(z) if norm.activation == "silu" else F.gelu(z)
-
-
-def _check(norm: GroupNorm, x: Tensor, offset: Tensor | None) -> None:
-    check_tensor("group_norm", "x", x, ["n", norm.weight.shape[0], "height", "width"], DTYPES, like=norm.weight)
-    _check_image("x", x, x)
-    if offset is not None:
-        _check_channels("offset", offset, [x.shape[1]] if offset.dim() == 1 else [x.shape[0], x.shape[1]], x)
 
 
 def _check_channels(name: str, tensor: Tensor, shape: list[int], x: Tensor) -> None:
@@ -294,25 +290,16 @@ def _launch(image: Tensor, elements: int, sums: bool = False) -> tuple[tuple[int
     return (chunks, blocks, n), settings
 
 
-def _sizes(norm: GroupNorm, x: Tensor) -> tuple[int, int, int]:
-    """Pixels, channels and groups."""
-    return x.shape[2] * x.shape[3], x.shape[1], norm.groups
-
-
-def _layer(norm: GroupNorm) -> dict[str, int]:
-    return {"GROUP": len(norm.weight) // norm.groups, "ACTIVATION": ACTIVATIONS.index(norm.activation)}
-
-
 def _over_groups(norm: GroupNorm, x: Tensor, partials: Tensor, chunk_pixels: int | None = None) -> Tensor:
     """Two numbers per group, ``[n, groups, 2]``, from two per channel of each chunk.
 
     With `chunk_pixels`, mean and 1 / deviation from means and sums of squared deviations; without, means from sums.
     """
     result = partials.new_empty(len(x), norm.groups, 2)
-    pixels, channels, groups = _sizes(norm, x)
-    chunks, group = partials.shape[1], channels // groups
-    _kernels().groups_kernel[(groups, len(x))](
-        *(partials, result, pixels, channels, chunks, chunk_pixels, norm.eps),
+    chunks, channels = partials.shape[1:3]
+    group = channels // norm.groups
+    _kernels().groups_kernel[(norm.groups, len(x))](
+        *(partials, result, x.shape[2] * x.shape[3], channels, chunks, chunk_pixels, norm.eps),
         GROUP=group,
         GROUP_COLS=_power_of_two(group),
         CHUNKS=min(max(_power_of_two(chunks), 16), 256),  # that are brought together in one go
@@ -338,8 +325,3 @@ def _sum(x: Tensor, offset: Tensor | None, residual: Tensor | None = None) -> Te
     if offset is not None:
         value = value + offset.to(value.dtype).reshape(-1, x.shape[1], 1, 1)
     return value if residual is None else value + residual
-
-
-def _centred(norm: GroupNorm, x: Tensor, statistics: Tensor, offset: Tensor | None) -> Tensor:
-    """x + offset less the mean, which the layer does not see, and to which torch's float32 layer loses digits."""
-    return (_sum(x, offset).reshape(len(x), norm.groups, -1) - statistics[:, :, :1]).reshape(x.shape)

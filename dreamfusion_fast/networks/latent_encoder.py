@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamfusion_fast.gpu.capture import CapturedPair
-from dreamfusion_fast.networks.group_norm import GroupNorm, input_gradient, normalise, statistics, summed
+from dreamfusion_fast.networks.group_norm import GroupNorm, Measured, measure, summed
 
 # Scores of attention, float32, in memory at a time: 34 MB.
 _SCORES = 1 << 23
@@ -53,28 +53,7 @@ class Pending:
 
     def measured(self, norm: GroupNorm) -> Measured:
         """The same without a residual, and its statistics: in one pass over memory."""
-        if self.residual is None:
-            return Measured(norm, self.raw, self.offset, statistics(norm, self.raw, self.offset))
-        total = torch.empty_like(self.raw)
-        return Measured(norm, total, None, statistics(norm, self.raw, self.offset, self.residual, total))
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a normalisation reads, which is what it needs to go back: raw + offset and its statistics."""
-
-    norm: GroupNorm
-    raw: Tensor
-    offset: Tensor | None
-    statistics: Tensor
-
-    def normalised(self) -> Tensor:
-        """The normalisation's result."""
-        return normalise(self.norm, self.raw, self.statistics, self.offset)
-
-    def gradient(self, grad: Tensor, skip: Tensor | None = None) -> Tensor:
-        """From the gradient of the result that of the image, with `skip` added."""
-        return input_gradient(self.norm, grad, self.raw, self.statistics, self.offset, skip)
+        return measure(norm, self.raw, self.offset, self.residual)
 
 
 class Layer(Protocol):
@@ -154,9 +133,9 @@ class ResidualBlock:
         first = x.measured(self._norm1)
         second = self._conv1(first.normalised()).measured(self._norm2)
         y = self._conv2(second.normalised())
-        around = Pending(first.raw, first.offset)
+        around = Pending(first.x, first.offset)
         if self._shortcut is not None:
-            around = self._shortcut(first.raw)
+            around = self._shortcut(first.x)
             if first.offset is not None:
                 moved = F.linear(first.offset, self._shortcut.weight.flatten(1))
                 around = Pending(around.raw, _plus(around.offset, moved))
@@ -170,11 +149,11 @@ class ResidualBlock:
             between = self._conv1(first.normalised())
             second = Measured(self._norm2, between.raw, between.offset, kept.second_statistics)
             del between
-        g = second.gradient(self._conv2.input_gradient(grad, second.raw.shape))
+        g = second.input_gradient(self._conv2.input_gradient(grad, second.x.shape))
         kept.second = second = None
-        g = self._conv1.input_gradient(g, first.raw.shape)
-        skip = grad if self._shortcut is None else self._shortcut.input_gradient(grad, first.raw.shape)
-        return first.gradient(g, skip)
+        g = self._conv1.input_gradient(g, first.x.shape)
+        skip = grad if self._shortcut is None else self._shortcut.input_gradient(grad, first.x.shape)
+        return first.input_gradient(g, skip)
 
 
 class Attention:
@@ -195,8 +174,8 @@ class Attention:
         mixed = torch.empty_like(v)
         for rows in _parts(q):
             mixed[:, rows] = self._shares(q[:, rows], k).to(v.dtype) @ v
-        out = _image(F.linear(mixed, self._out_weight), found.raw)
-        return Pending(out, _plus(self._out_bias, found.offset), found.raw), found
+        out = _image(F.linear(mixed, self._out_weight), found.x)
+        return Pending(out, _plus(self._out_bias, found.offset), found.x), found
 
     def backward(self, grad: Tensor, kept: Measured) -> Tensor:
         """Of x. With P the softmax and g the gradient of P v: dS = P * (g v^T - sum(P * g v^T))."""
@@ -213,7 +192,7 @@ class Attention:
             grad_q[:, rows] = to_scores @ k
             grad_k += to_scores.mT @ q[:, rows]
         g = torch.cat([grad_q, grad_k.to(q.dtype), grad_v.to(q.dtype)], dim=2) @ self._weight
-        return kept.gradient(_image(g, kept.raw), grad)
+        return kept.input_gradient(_image(g, kept.x), grad)
 
     def _projected(self, x: Measured) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = F.linear(_tokens(x.normalised()), self._weight, self._bias).chunk(3, 2)
@@ -237,7 +216,7 @@ class Last:
 
     def backward(self, grad: Tensor, kept: Measured) -> Tensor:
         """Of x."""
-        return kept.gradient(self._convolution.input_gradient(grad, kept.raw.shape))
+        return kept.input_gradient(self._convolution.input_gradient(grad, kept.x.shape))
 
 
 class LatentEncoder:

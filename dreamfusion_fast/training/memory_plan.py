@@ -249,7 +249,8 @@ class MemoryPlanner:
         now = self.expected(plan)
         # What ran out was at least the limit, whatever the estimate said.
         wrong = 1.0 if self.limit.size is None else max(1.0, self.limit.size / now)
-        for size in self._smaller_sizes():
+        smaller = (self.render_size >> halvings for halvings in range(1, 32))
+        for size in (self.render_size, *(size for size in smaller if size >= 32)):
             for batch in dict.fromkeys((self.batch, 1)):
                 if (size, batch) == (self.render_size, self.batch):
                     continue
@@ -260,9 +261,3 @@ class MemoryPlanner:
                     sizes = f"{shown(int(less))} in place of {shown(int(wrong * now))}"
                     return f"{' '.join(options)} would fit by estimate ({sizes})"
         return "use a smaller model (--guidance.name), --device cpu, or a GPU with more memory free"
-
-    def _smaller_sizes(self) -> Iterator[int]:
-        size = self.render_size
-        while size >= 32 or size == self.render_size:
-            yield size
-            size //= 2

@@ -79,7 +79,6 @@ class StepProfile:
         batch: views per step.
         steady: whether the timed steps come after a warm-up; too few steps have none.
         device: name of the device.
-        on_gpu: whether that is a GPU.
         reserved: on a GPU, peak of what torch's allocator held in all, bytes. Captured graphs work in memory that
             counts here and not in the stages' peaks.
     """
@@ -90,7 +89,6 @@ class StepProfile:
     batch: int
     steady: bool
     device: str
-    on_gpu: bool
     reserved: int | None = None
 
     def table(self) -> str:
@@ -98,7 +96,7 @@ class StepProfile:
         kind = "steady steps" if self.steady else "steps, the first ones included"
         views = f"{self.batch} view{'s' if self.batch > 1 else ''}"
         head = f"profile: medians of {self.whole.steps} {kind}, {self.size}x{self.size}, {views}, {self.device}"
-        memory = "peak GB" if self.on_gpu else "resident GB"
+        memory = "resident GB" if self.reserved is None else "peak GB"
         rows = [f"{'stage':<20} {'ms':>9} {'share':>7} {memory:>12}"]
         for cost in [*self.stages, self.whole]:
             part = cost.steps < self.whole.steps
@@ -130,7 +128,6 @@ class StepProfiler:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
         self._meter: _CudaMeter | _CpuMeter = _CudaMeter(device) if device.type == "cuda" else _CpuMeter()
         self._records: dict[tuple[int, int], _Record] = {}
         self._pending: deque[_Timeline] = deque()
@@ -156,7 +153,7 @@ class StepProfiler:
         line.marks.append(self._meter.mark())
         line.names.append(REST)
         try:
-            with recording(self):
+            with recording(self.stage):
                 yield
             self._change(line, REST)  # its mark ends the step
         finally:
@@ -218,8 +215,7 @@ class StepProfiler:
             stages.append(StageCost(name, statistics.median(of_stage), share, len(of_stage), record.peaks.get(name)))
         peak = max(record.peaks.values()) if record.peaks else None
         whole = StageCost("whole step", statistics.median(totals), 1.0, len(steps), peak)
-        meter, on_gpu = self._meter, self.device.type == "cuda"
-        return StepProfile(stages, whole, size, batch, bool(record.steady), meter.name, on_gpu, meter.reserved)
+        return StepProfile(stages, whole, size, batch, bool(record.steady), self._meter.name, self._meter.reserved)
 
 
 @dataclass

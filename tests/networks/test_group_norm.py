@@ -11,9 +11,7 @@ from dreamfusion_fast.networks import group_norm as module
 from dreamfusion_fast.networks.group_norm import (
     GroupNorm,
     group_norm_reference,
-    input_gradient,
-    normalise,
-    statistics,
+    measure,
     summed,
 )
 
@@ -72,19 +70,17 @@ def test_wrong_arguments() -> None:
     weight, bias = torch.ones(6), torch.zeros(6)
     norm = GroupNorm(weight, bias, 2, 1e-5)
     x = torch.randn(2, 6, 3, 5).contiguous(memory_format=torch.channels_last)
-    found = statistics(norm, x)
+    found = measure(norm, x)
     with pytest.raises(ValueError, match="groups must divide the 6 channels, got 4"):
         GroupNorm(weight, bias, 4, 1e-5)
     with pytest.raises(ValueError, match="activation must be one of none, silu, gelu, got 'relu'"):
         GroupNorm(weight, bias, 2, 1e-5, "relu")
     with pytest.raises(ValueError, match=r"x must have shape \[n, 6, height, width\], got \[2, 4, 3, 5\]"):
-        statistics(norm, x[:, :4])
+        measure(norm, x[:, :4])
     with pytest.raises(ValueError, match="x must be contiguous with channels last in memory"):
-        statistics(norm, x.contiguous())
+        measure(norm, x.contiguous())
     with pytest.raises(ValueError, match=r"offset must have shape \[2, 6\], got \[3, 6\]"):
-        statistics(norm, x, torch.zeros(3, 6))
-    with pytest.raises(ValueError, match="total must be given with a residual"):
-        statistics(norm, x, residual=x)
+        measure(norm, x, torch.zeros(3, 6))
     with pytest.raises(ValueError, match=r"offset must have shape \[6\], got \[2, 6\]"):
         summed(x, torch.zeros(2, 6))
     with pytest.raises(ValueError, match=r"residual must have shape \[2, 6, 3, 5\], got \[2, 6, 3, 4\]"):
@@ -92,10 +88,10 @@ def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="padding must be at least 0, got -1"):
         summed(x, padding=-1)
     with pytest.raises(ValueError, match=r"modulation must have shape \[2, 12\], got \[2, 6\]"):
-        normalise(norm, x, found, None, torch.zeros(2, 6))
+        found.normalised(torch.zeros(2, 6))
     with pytest.raises(ValueError, match="modulation must have channels next to each other in memory"):
-        normalise(norm, x, found, None, torch.zeros(2, 24)[:, ::2])
+        found.normalised(torch.zeros(2, 24)[:, ::2])
     with pytest.raises(TypeError, match=r"grad_y must be torch\.float32, got torch\.float64"):
-        input_gradient(norm, x.double(), x, found)
+        found.input_gradient(x.double())
     with pytest.raises(TypeError, match=r"x must be .* got torch\.int64"):
-        normalise(norm, x.long(), found)
+        measure(norm, x.long())

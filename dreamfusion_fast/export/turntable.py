@@ -6,6 +6,8 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import chain
 
 import numpy as np
 import torch
@@ -51,32 +53,28 @@ def render_turntable(
         imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as error:
         raise UserError("no ffmpeg for turntable.mp4; install it, or go without: --turntable-frames 0") from error
-    with atomic_path(path) as temporary:
-        writer = None
+    with atomic_path(path) as temporary, ExitStack() as closing:
         pool = ThreadPoolExecutor(threads)
-        try:
-            images = pool.map(render_image, (360.0 * index / n_frames for index in range(n_frames)))
-            for index, image in enumerate(images):
-                frame = _even(to_uint8(image))
-                if writer is None:
-                    writer = imageio_ffmpeg.write_frames(
-                        str(temporary),
-                        (frame.shape[1], frame.shape[0]),
-                        fps=fps,
-                        quality=_QUALITY,
-                        macro_block_size=2,
-                        ffmpeg_log_level="error",
-                        output_params=["-movflags", "+faststart"],
-                    )
-                    writer.send(None)
-                    size = frame.shape
-                if frame.shape != size:
-                    raise ValueError(f"frame {index} has shape {frame.shape}, the first one {size}")
-                writer.send(np.ascontiguousarray(frame))
-        finally:
-            pool.shutdown(cancel_futures=True)
-            if writer is not None:
-                writer.close()
+        closing.callback(pool.shutdown, cancel_futures=True)
+        images = pool.map(render_image, (360.0 * index / n_frames for index in range(n_frames)))
+        frames = (_even(to_uint8(image)) for image in images)
+        first = next(frames)
+        height, width, _ = first.shape
+        writer = imageio_ffmpeg.write_frames(
+            str(temporary),
+            (width, height),
+            fps=fps,
+            quality=_QUALITY,
+            macro_block_size=2,
+            ffmpeg_log_level="error",
+            output_params=["-movflags", "+faststart"],
+        )
+        closing.callback(writer.close)
+        writer.send(None)
+        for index, frame in enumerate(chain([first], frames)):
+            if frame.shape != first.shape:
+                raise ValueError(f"frame {index} has shape {frame.shape}, the first one {first.shape}")
+            writer.send(np.ascontiguousarray(frame))
 
 
 def tile(images: list[NDArray[np.uint8]], columns: int) -> NDArray[np.uint8]:

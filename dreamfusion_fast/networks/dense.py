@@ -33,45 +33,45 @@ def dense_serves() -> bool:
     return cpu_available() and bool(function_of("dense_serves", "cpu", _FLOAT32[0])())
 
 
-class DenseLinear:
-    """A linear layer's weights, packed.
+class _Dense:
+    """Frozen weights, ``[outputs, inputs, ...]`` float32 on the CPU, outputs a multiple of 16, and a bias or None.
 
     Attributes:
-        inputs, outputs: numbers of features.
+        inputs, outputs: numbers of features or channels.
+
+    Raises:
+        TypeError, ValueError: another dtype or shape, or a tensor that is not on the CPU.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Pack ``weight`` ``[outputs, inputs]``, outputs a multiple of 16, and ``bias`` ``[outputs]``, float32.
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernel: list[int | str]) -> None:
+        op = type(self).__name__
+        check_tensor(op, "weight", weight, ["outputs", "inputs", *kernel], _FLOAT32)
+        if weight.device.type != "cpu":
+            raise ValueError(f"{op}: weight must be on the CPU, got {weight.device}")
+        self.outputs, self.inputs = weight.shape[:2]
+        _check_multiple(op, "outputs", self.outputs, PANEL)
+        if bias is not None:
+            check_tensor(op, "bias", bias, [self.outputs], _FLOAT32, like=weight)
+        self.bias = None if bias is None else bias.detach().contiguous()
 
-        Raises:
-            TypeError, ValueError: another dtype or shape, or a tensor that is not on the CPU.
-        """
-        check_tensor("DenseLinear", "weight", weight, ["outputs", "inputs"], _FLOAT32)
-        self.outputs, self.inputs = weight.shape
-        _check_multiple("DenseLinear", "outputs", self.outputs, PANEL)
-        self.bias = _checked_bias("DenseLinear", bias, weight)
+
+class DenseLinear(_Dense):
+    """A linear layer's weights ``[outputs, inputs]``, packed."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight, bias, [])
         self.packed = weight.detach().reshape(-1, PANEL, self.inputs).transpose(1, 2).contiguous()
 
 
-class DenseConv:
-    """Weights of a convolution with a 3x3 kernel, stride 1 and zeros around, transformed and packed.
+class DenseConv(_Dense):
+    """Weights ``[outputs, inputs, 3, 3]`` of a convolution with stride 1 and zeros around, transformed and packed.
 
-    Attributes:
-        inputs, outputs: numbers of channels.
+    Inputs are a multiple of 8.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Pack ``weight`` ``[outputs, inputs, 3, 3]``, outputs a multiple of 16 and inputs of 8, and ``bias``
-        ``[outputs]``, float32.
-
-        Raises:
-            TypeError, ValueError: another dtype or shape, or a tensor that is not on the CPU.
-        """
-        check_tensor("DenseConv", "weight", weight, ["outputs", "inputs", 3, 3], _FLOAT32)
-        self.outputs, self.inputs = weight.shape[:2]
-        _check_multiple("DenseConv", "outputs", self.outputs, PANEL)
+        super().__init__(weight, bias, [3, 3])
         _check_multiple("DenseConv", "inputs", self.inputs, LANES)
-        self.bias = _checked_bias("DenseConv", bias, weight)
         g = torch.tensor(_FILTER_TRANSFORM, dtype=torch.float64)
         points = (weight.detach().double().reshape(-1, 9) @ torch.kron(g, g).t()).float()
         self.packed = points.view(-1, PANEL, self.inputs, 16).permute(0, 3, 2, 1).contiguous()
@@ -180,15 +180,6 @@ def group_norm(x: Tensor, norm: DenseGroupNorm, modulation: Tensor | None = None
 def group_norm_reference(x: Tensor, norm: DenseGroupNorm, modulation: Tensor | None = None) -> Tensor:
     """`group_norm` in plain PyTorch, in the type of x."""
     return channels_first_reference(norm, x.movedim(-1, 1), modulation).movedim(1, -1)
-
-
-def _checked_bias(op: str, bias: Tensor | None, weight: Tensor) -> Tensor | None:
-    if weight.device.type != "cpu":
-        raise ValueError(f"{op}: weight must be on the CPU, got {weight.device}")
-    if bias is None:
-        return None
-    check_tensor(op, "bias", bias, [weight.shape[0]], _FLOAT32, like=weight)
-    return bias.detach().contiguous()
 
 
 def _check_multiple(op: str, name: str, value: int, of: int) -> None:

@@ -19,8 +19,8 @@ from dreamfusion_fast.networks.geglu import geglu
 from dreamfusion_fast.networks.group_norm import Activation, GroupNorm, measure, summed
 
 
-def fuse(unet: nn.Module) -> int:
-    """Replace what can be replaced in a `UNet2DConditionModel` in evaluation mode; how many parts were.
+def fuse(unet: nn.Module) -> None:
+    """Replace what can be replaced in a `UNet2DConditionModel` in evaluation mode.
 
     The module is changed, and afterwards differentiable no more. Its parameters stay where they are, but for those of
     projections that become one.
@@ -31,30 +31,23 @@ def fuse(unet: nn.Module) -> int:
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
     unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # in torch's docs only
-    count = 0
     for parent in list(unet.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, ResnetBlock2D) and _plain(child):
                 setattr(parent, name, FusedResidualBlock(child))
-                count += 1
             if type(child) is GEGLU:
                 setattr(parent, name, FusedGate(child))
-                count += 1
         if isinstance(parent, Transformer2DModel) and isinstance(parent.norm, nn.GroupNorm):
             parent.norm = FusedNorm(parent.norm, "none")
             for name in ("proj_in", "proj_out"):
                 if _pointwise(getattr(parent, name)):
                     setattr(parent, name, FusedPointwise(getattr(parent, name)))
             parent._get_output_for_continuous_inputs = _ChannelsLastOutput(parent)
-            count += 1
         if isinstance(parent, Attention) and type(parent.processor) is AttnProcessor2_0 and _plain_attention(parent):
             parent.set_processor(FusedAttention(parent))
-            count += 1
     activation = _activation(unet.conv_act)
     if isinstance(unet.conv_norm_out, nn.GroupNorm) and activation is not None:
         unet.conv_norm_out, unet.conv_act = FusedNorm(unet.conv_norm_out, activation), nn.Identity()
-        count += 1
-    return count
 
 
 class FusedNorm(nn.Module):

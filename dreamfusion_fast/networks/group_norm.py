@@ -181,7 +181,7 @@ def measure(norm: GroupNorm, x: Tensor, offset: Tensor | None = None, residual: 
         _check_image("residual", residual, x)
         total = torch.empty_like(x)
     if x.numel() == 0:
-        found = x.new_zeros(len(x), norm.groups, 2, dtype=_wide(x))
+        found = x.new_zeros(len(x), norm.groups, 2, dtype=sums_dtype(x))
     elif not _kernels_serve(x):
         value = _sum(x, offset, residual)
         if total is not None:
@@ -270,9 +270,9 @@ def _kernels_serve(x: Tensor) -> bool:
 
 
 def _kernels() -> ModuleType:
-    from dreamfusion_fast.networks import _group_norm_triton  # triton takes a while to import, and need not be there
+    from dreamfusion_fast.networks import _triton  # triton takes a while to import, and need not be there
 
-    return _group_norm_triton
+    return _triton
 
 
 def _launch(image: Tensor, elements: int, sums: bool = False) -> tuple[tuple[int, int, int], dict[str, int]]:
@@ -316,12 +316,13 @@ def _stride(offset: Tensor | None) -> int:
     return offset.stride(0) if offset is not None and offset.dim() == 2 else 0
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def sums_dtype(x: Tensor) -> torch.dtype:
+    """The type in which sums over x are taken."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _sum(x: Tensor, offset: Tensor | None, residual: Tensor | None = None) -> Tensor:
-    value = x.to(_wide(x))
+    value = x.to(sums_dtype(x))
     if offset is not None:
         value = value + offset.to(value.dtype).reshape(-1, x.shape[1], 1, 1)
     return value if residual is None else value + residual

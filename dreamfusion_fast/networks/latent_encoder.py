@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamfusion_fast.gpu.capture import CapturedPair
-from dreamfusion_fast.networks.group_norm import GroupNorm, Measured, measure, summed
+from dreamfusion_fast.networks.group_norm import GroupNorm, Measured, measure, summed, sums_dtype
 
 # Scores of attention, float32, in memory at a time: 34 MB.
 _SCORES = 1 << 23
@@ -182,7 +182,7 @@ class Attention:
         q, k, v = self._projected(kept)
         grad_mixed = _tokens(grad) @ self._out_weight
         grad_q = torch.empty_like(q)
-        grad_k, grad_v = (torch.zeros_like(part, dtype=_wide(part)) for part in (k, v))
+        grad_k, grad_v = (torch.zeros_like(part, dtype=sums_dtype(part)) for part in (k, v))
         for rows in _parts(q):
             shares = self._shares(q[:, rows], k)
             g = grad_mixed[:, rows]
@@ -330,7 +330,7 @@ def _mean_convolution(last: torch.nn.Conv2d, quantiser: torch.nn.Conv2d | None) 
         weight, bias = weight[:half], bias[:half]
     else:
         half = quantiser.weight.shape[0] // 2
-        wide = _wide(weight)
+        wide = sums_dtype(weight)
         mix = quantiser.weight.detach()[:half].flatten(1).to(wide)
         offset = 0.0 if quantiser.bias is None else quantiser.bias.detach()[:half].to(wide)
         bias = (mix @ bias.to(wide) + offset).to(bias.dtype)
@@ -362,13 +362,8 @@ def _parts(q: Tensor) -> list[slice]:
     return [slice(first, first + at_once) for first in range(0, tokens, at_once)]
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    """The type in which sums over x are taken."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32 (float64 for float64), not rounded to the operands' type."""
     if a.is_cuda and a.dtype.itemsize == 2:
         return torch.bmm(a, b, out_dtype=torch.float32)
-    return a.to(_wide(a)) @ b.to(_wide(b))
+    return a.to(sums_dtype(a)) @ b.to(sums_dtype(b))

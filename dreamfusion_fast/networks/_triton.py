@@ -1,4 +1,4 @@
-"""Triton kernels of group normalisation, channels last; `dreamfusion_fast.networks.group_norm` has the maths.
+"""Triton kernels of group normalisation, channels last, and of GEGLU; `group_norm` and `geglu` have the maths.
 
 An image is a matrix of pixels by channels. A group's channels need not be a power of two, so tiles take whole channels
 and sum up per channel; a small kernel brings a group's channels and an image's tiles together. A program takes TILES
@@ -274,3 +274,15 @@ def gradient_kernel(
         to = result + ((image.to(tl.int64) * tl.num_programs(0) + chunk) * channels + cols) * 2
         tl.store(to, tl.sum(first, 0), mask=live_cols)
         tl.store(to + 1, tl.sum(second, 0), mask=live_cols)
+
+
+@triton.jit
+def geglu_kernel(x, y, columns, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    """A row, or a part of it: y ``[n, columns]`` from x ``[n, 2 columns]``."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    cols = block * BLOCK + tl.arange(0, BLOCK)
+    live = cols < columns
+    a = tl.load(x + row * 2 * columns + cols, mask=live, other=0.0).to(tl.float32)
+    b = tl.load(x + (row * 2 + 1) * columns + cols, mask=live, other=0.0).to(tl.float32)
+    gate, _ = activated_and_slope(b, ACTIVATION)
+    tl.store(y + row * columns + cols, (a * gate).to(y.dtype.element_ty), mask=live)

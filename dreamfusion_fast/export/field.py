@@ -26,8 +26,6 @@ class TexturedMesh:
     unwrapped: UnwrappedMesh
     texture: NDArray[np.uint8]
     """[height, width, 3], row 0 at the top."""
-    vertices: int
-    """Vertices before the mesh was cut along the seams of its texture."""
     agreement: Agreement
 
     @property
@@ -96,4 +94,4 @@ def export_field(
     if renderer is None:
         renderer = VolumeRenderer(field, grid.occupancy, RendererConfig(step=grid.voxel))
     agreement = measure_agreement(renderer, unwrapped, texture)
-    return TexturedMesh(unwrapped, texture, len(mesh.vertices), agreement)
+    return TexturedMesh(unwrapped, texture, agreement)

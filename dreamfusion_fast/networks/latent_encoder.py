@@ -78,9 +78,7 @@ class Convolution:
     @classmethod
     def of(cls, module: torch.nn.Conv2d, zeros: int = 0) -> Convolution:
         """That of a module."""
-        padding = module.padding
-        assert not isinstance(padding, str)
-        return cls(module.weight, module.bias, module.stride[0], padding[0], zeros)
+        return cls(module.weight, module.bias, module.stride[0], int(module.padding[0]), zeros)
 
     def __call__(self, x: Tensor) -> Pending:
         return Pending(F.conv2d(x, self.weight, None, self._stride, self._padding), self.bias)
@@ -113,13 +111,6 @@ class Convolution:
         return found.contiguous(memory_format=torch.channels_last)
 
 
-@dataclass
-class _KeptResidual:
-    first: Measured
-    second: Measured | None
-    second_statistics: Tensor
-
-
 class ResidualBlock:
     """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), x through a convolution of 1 x 1 where the channels change."""
 
@@ -128,8 +119,8 @@ class ResidualBlock:
         self._conv1, self._conv2 = Convolution.of(module.conv1), Convolution.of(module.conv2)
         self._shortcut = None if module.conv_shortcut is None else Convolution.of(module.conv_shortcut)
 
-    def forward(self, x: Pending, recompute: bool) -> tuple[Pending, _KeptResidual]:
-        """Keeps x, and what is between the convolutions unless that is recomputed."""
+    def forward(self, x: Pending, recompute: bool) -> tuple[Pending, list[Any]]:
+        """Keeps x, and what is between the convolutions, or where that is recomputed only its statistics."""
         first = x.measured(self._norm1)
         second = self._conv1(first.normalised()).measured(self._norm2)
         y = self._conv2(second.normalised())
@@ -139,18 +130,18 @@ class ResidualBlock:
             if first.offset is not None:
                 moved = F.linear(first.offset, self._shortcut.weight.flatten(1))
                 around = Pending(around.raw, _plus(around.offset, moved))
-        kept = _KeptResidual(first, None if recompute else second, second.statistics)
+        kept = [first, second.statistics if recompute else second]
         return Pending(y.raw, _plus(y.offset, around.offset), around.raw), kept
 
-    def backward(self, grad: Tensor, kept: _KeptResidual) -> Tensor:
-        """Of x."""
-        first, second = kept.first, kept.second
-        if second is None:
+    def backward(self, grad: Tensor, kept: list[Any]) -> Tensor:
+        """Of x. Empties `kept`."""
+        second, first = kept.pop(), kept.pop()
+        if isinstance(second, Tensor):
             between = self._conv1(first.normalised())
-            second = Measured(self._norm2, between.raw, between.offset, kept.second_statistics)
+            second = Measured(self._norm2, between.raw, between.offset, second)
             del between
         g = second.input_gradient(self._conv2.input_gradient(grad, second.x.shape))
-        kept.second = second = None
+        second = None  # frees what it holds
         g = self._conv1.input_gradient(g, first.x.shape)
         skip = grad if self._shortcut is None else self._shortcut.input_gradient(grad, first.x.shape)
         return first.input_gradient(g, skip)
@@ -325,17 +316,14 @@ def _mean_convolution(last: torch.nn.Conv2d, quantiser: torch.nn.Conv2d | None) 
     """The last convolution with the one of 1 x 1 behind it, without the half of the channels that is the variance."""
     assert last.bias is not None
     weight, bias = last.weight.detach(), last.bias.detach()
-    if quantiser is None:
-        half = weight.shape[0] // 2
-        weight, bias = weight[:half], bias[:half]
-    else:
-        half = quantiser.weight.shape[0] // 2
+    if quantiser is not None:
         wide = sums_dtype(weight)
-        mix = quantiser.weight.detach()[:half].flatten(1).to(wide)
-        offset = 0.0 if quantiser.bias is None else quantiser.bias.detach()[:half].to(wide)
+        mix = quantiser.weight.detach().flatten(1).to(wide)
+        offset = 0.0 if quantiser.bias is None else quantiser.bias.detach().to(wide)
         bias = (mix @ bias.to(wide) + offset).to(bias.dtype)
         weight = torch.einsum("oc,cikl->oikl", mix, weight.to(wide)).to(weight.dtype)
-    return Convolution(weight, bias, 1, int(last.padding[0]))
+    half = weight.shape[0] // 2
+    return Convolution(weight[:half], bias[:half], 1, int(last.padding[0]))
 
 
 def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:

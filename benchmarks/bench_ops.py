@@ -174,18 +174,18 @@ def test_group_norm(measure: Measure, device: torch.device, image: tuple[int, ..
     x, grad = (torch.randn(image, device=device).half().to(memory_format=torch.channels_last) for _ in range(2))
     weight, bias = (torch.randn(image[1], device=device).half() for _ in range(2))
     norm = group_norm.GroupNorm(weight, bias, 32, 1e-6)
-    found = group_norm.statistics(norm, x)
+    found = group_norm.measure(norm, x)
     run: Callable[[], object]
     if provider == "native":
         parts: dict[str, Callable[[], object]] = {
-            "statistics": lambda: group_norm.statistics(norm, x),
-            "normalise": lambda: group_norm.normalise(norm, x, found),
-            "gradient": lambda: group_norm.input_gradient(norm, grad, x, found),
+            "statistics": lambda: group_norm.measure(norm, x),
+            "normalise": found.normalised,
+            "gradient": lambda: found.input_gradient(grad),
         }
         run = parts[part]
     else:
         mode = "backward" if part == "gradient" else "forward"
-        run = in_mode(mode, lambda x: (group_norm.group_norm_reference(x, weight, bias, 32, 1e-6),), [x])
+        run = in_mode(mode, lambda x: (group_norm.group_norm_reference(norm, x),), [x])
     measure(run, f"group_norm {part} {'x'.join(map(str, image))}", provider, x.numel() // image[1])
 
 

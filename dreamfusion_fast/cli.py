@@ -191,11 +191,13 @@ def _generate(arguments: list[str]) -> int:
     )
     config.check()
     resolve_device(config.device)
+    from dreamfusion_fast.training.generator import Generator  # late, since wrong options are to be said at once
+
     if known.resume is None:
-        result = _generator().Generator(config).run()
+        result = Generator(config).run()
     else:
         _check_same_run(base, config)
-        result = _generator().Generator.resume(known.resume, config).run()
+        result = Generator.resume(known.resume, config).run()
     _say_done(result.mesh.agreement, result.folder)
     return 0
 
@@ -219,7 +221,7 @@ def _check_same_run(saved: "Config", given: "Config") -> None:
 def _export(arguments: list[str]) -> int:
     import tyro
 
-    from dreamfusion_fast.io import open_run_folder
+    from dreamfusion_fast.io import make_folder, open_run_folder
     from dreamfusion_fast.training.config import Config
     from dreamfusion_fast.training.device import resolve_device
     from dreamfusion_fast.training.sections import ExportConfig
@@ -241,15 +243,19 @@ def _export(arguments: list[str]) -> int:
     saved = Config.load(folder.config)
     given = _parse(Export, arguments, "export", description, Export(run=run, settings=saved.export))
     resolve_device(given.device)
-    out = _writable_folder(given.out or run)
+    out = make_folder(given.out or run)
+    from dreamfusion_fast.training.generator import Generator
+
     config = dataclasses.replace(saved, export=given.settings, device=given.device, out=run)
-    mesh = _generator().Generator.resume(run, config).export(out)
+    mesh = Generator.resume(run, config).export(out)
     _say_done(mesh.agreement, out)
     return 0
 
 
 def _sample(arguments: list[str]) -> int:
     import tyro
+
+    from dreamfusion_fast.io import make_folder
 
     @dataclasses.dataclass(frozen=True)
     class Sample:
@@ -281,7 +287,7 @@ def _sample(arguments: list[str]) -> int:
         raise UserError(f"--out has to end in .png, not {given.out!r}")
     if out.exists() and not given.overwrite:
         raise UserError(f"{out} exists; choose another with --out, or give --overwrite")
-    _writable_folder(out.parent)
+    make_folder(out.parent)
 
     from dreamfusion_fast.export.turntable import save_png, tile
     from dreamfusion_fast.guidance.models.embedded.sample import sample_images
@@ -305,18 +311,6 @@ def _doctor(arguments: list[str]) -> int:
     checks = examine()
     print(report(checks))
     return 1 if any(check.fatal for check in checks) else 0
-
-
-def _generator() -> Any:
-    from dreamfusion_fast.training import generator
-
-    return generator
-
-
-def _writable_folder(folder: str | os.PathLike[str]) -> Path:
-    from dreamfusion_fast.io import make_folder
-
-    return make_folder(folder)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

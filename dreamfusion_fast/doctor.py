@@ -5,14 +5,11 @@ Every check stands on its own and survives the failure of what it looks at: this
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import os
 import platform
 import re
 import shutil
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,9 +18,6 @@ from dreamfusion_fast import __version__
 
 Status = Literal["ok", "note", "missing"]
 _DISTRIBUTION = "dreamfusion-fast"
-_OPTIONAL = {
-    "triton": "fused kernels on a GPU; comes with PyTorch's CUDA builds",
-}
 _GIB = 2**30
 
 
@@ -43,7 +37,7 @@ class Check:
 def examine() -> list[Check]:
     """Look at everything. Never raises: a check that fails says so in its own line."""
     checks: list[Check] = []
-    for look in (_python, _packages, _torch, _gpus, _cpu_core, _cuda_core, _optional, _prior, _ffmpeg, _memory, _disk):
+    for look in (_python, _packages, _torch, _gpus, _cpu_core, _cuda_core, _triton, _prior, _ffmpeg, _memory, _disk):
         try:
             checks.extend(look())
         except ModuleNotFoundError as error:  # _packages says how to get it
@@ -149,12 +143,11 @@ def _cuda_core() -> list[Check]:
     return [Check("CUDA core", "missing" if torch.cuda.is_available() else "note", _native.cuda_reason())]
 
 
-def _optional() -> list[Check]:
-    checks = []
-    for name, use in _OPTIONAL.items():
-        version = _version(name)
-        checks.append(Check(name, "note", f"absent: {use}") if version is None else Check(name, "ok", version))
-    return checks
+def _triton() -> list[Check]:
+    version = _version("triton")
+    if version is None:
+        return [Check("triton", "note", "absent: fused kernels on a GPU; comes with PyTorch's CUDA builds")]
+    return [Check("triton", "ok", version)]
 
 
 # As `guidance.models.embedded.text_encoder` has it, which cannot be imported where something is missing.
@@ -164,10 +157,8 @@ _WEIGHTS = "guidance/models/embedded/weights"
 def _prior() -> list[Check]:
     folder = Path(__file__).parent / _WEIGHTS
     files = sorted(folder.glob("*.safetensors.gz"))
-    parts: dict[str, list[Path]] = {"text encoder": [], "image model": []}
-    for file in files:
-        parts["text encoder" if file.name.startswith("text_encoder.") else "image model"].append(file)
-    absent = [name for name, found in parts.items() if not found]
+    found = {"text encoder" if file.name.startswith("text_encoder.") else "image model" for file in files}
+    absent = [part for part in ("text encoder", "image model") if part not in found]
     if absent:
         remedy = "install the package again: pip install --force-reinstall --no-deps ."
         return [Check("embedded prior", "missing", f"no {' and no '.join(absent)} in the package", remedy, fatal=True)]
@@ -216,7 +207,7 @@ def free_memory() -> int | None:
             values = dict(line.split(":", 1) for line in file)
         free = int(values["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return _free_memory_sysconf()
+        return None
     # A container may be allowed less than the machine has.
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -227,16 +218,6 @@ def free_memory() -> int | None:
         except (OSError, ValueError):  # absent, or "max"
             continue
     return free
-
-
-def _free_memory_sysconf() -> int | None:
-    sysconf: Callable[[str], int] | None = getattr(os, "sysconf", None)
-    if sysconf is None or sys.platform == "win32":
-        return None
-    try:
-        return sysconf("SC_AVPHYS_PAGES") * sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return None
 
 
 def _version(name: str) -> str | None:

@@ -11,7 +11,6 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from dreamfusion_fast.errors import UserError
@@ -57,41 +56,17 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """The names of the files of one run."""
+    """The folder of one run and the paths of its files."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def checkpoint(self) -> Path:
-        """Parameters, optimiser state and step."""
-        return self.path / "checkpoint.safetensors"
-
-    @property
-    def mesh(self) -> Path:
-        """The textured mesh."""
-        return self.path / "mesh.glb"
-
-    @property
-    def turntable(self) -> Path:
-        """The video of the object turning once."""
-        return self.path / "turntable.mp4"
-
-    @property
-    def preview(self) -> Path:
-        """A few views in one picture."""
-        return self.path / "preview.png"
-
-    @property
-    def tensorboard(self) -> Path:
-        """Folder of the TensorBoard event files."""
-        return self.path / "tensorboard"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.checkpoint = path / "checkpoint.safetensors"  # parameters, optimiser state and step
+        self.mesh = path / "mesh.glb"
+        self.turntable = path / "turntable.mp4"
+        self.preview = path / "preview.png"
+        self.tensorboard = path / "tensorboard"  # a folder of event files
 
     def existing(self) -> list[Path]:
         """Those of the files above that exist."""

@@ -51,7 +51,8 @@ class FakeGenerator:
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
     FakeGenerator.told, FakeGenerator.error = [], None
-    monkeypatch.setattr(cli, "_generator", lambda: types.SimpleNamespace(Generator=FakeGenerator))
+    module = types.SimpleNamespace(Generator=FakeGenerator)
+    monkeypatch.setitem(sys.modules, "dreamfusion_fast.training.generator", module)
     monkeypatch.delenv("DREAMFUSION_FAST_DEBUG", raising=False)
     return FakeGenerator
 

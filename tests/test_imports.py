@@ -15,7 +15,6 @@ ORDER = (
     "errors",
     "settings",
     "io",
-    "cuda_graphs",
     "ops",
     "gpu",
     "fields",

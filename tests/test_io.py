@@ -8,7 +8,6 @@ import pytest
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.io import (
-    RunFolder,
     atomic_path,
     default_run_folder,
     open_run_folder,
@@ -107,7 +106,7 @@ def test_open_names_what_is_missing(tmp_path):
     with pytest.raises(UserError, match=r"holds no checkpoint\.safetensors"):
         open_run_folder(tmp_path)
     (tmp_path / "checkpoint.safetensors").write_text("")
-    assert open_run_folder(tmp_path) == RunFolder(tmp_path)
+    assert open_run_folder(tmp_path).path == tmp_path
 
 
 def test_default_folder_is_free_and_readable(tmp_path):

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from dreamfusion_fast.export.agreement import Agreement, measure_agreement
-from dreamfusion_fast.export.seen import occupied_space
-from dreamfusion_fast.export.surface import extract_from_grid, sample_density
+from dreamfusion_fast.export.density import sample_density
+from dreamfusion_fast.export.surface import extract_mesh
 from dreamfusion_fast.export.texture import LOOK_INTO, UnwrappedMesh, bake, save_glb, seen_colors, unwrap
 from dreamfusion_fast.fields.base import FieldLike, evaluate, query_density
 from dreamfusion_fast.rendering.config import RendererConfig
@@ -26,8 +26,6 @@ class TexturedMesh:
     unwrapped: UnwrappedMesh
     texture: NDArray[np.uint8]
     """[height, width, 3], row 0 at the top."""
-    vertices: int
-    """Vertices before the mesh was cut along the seams of its texture."""
     agreement: Agreement
 
     @property
@@ -56,7 +54,8 @@ def export_field(
             (density [m], albedo [m, 3] in [0, 1]).
         aabb: [6], (xmin, ymin, zmin, xmax, ymax, zmax), the field's box or a part of it.
         path: file to write.
-        resolution, threshold, smooth_iterations, min_component, target_faces: see extract_mesh.
+        resolution: cells along the longest side of the box.
+        threshold, smooth_iterations, min_component, target_faces: see extract_mesh.
         texture_size: height and width of the texture, texels.
         renderer: whose pictures of the field the mesh is compared with; by default one that samples wherever the
             density, as sampled for the mesh, is not zero.
@@ -77,26 +76,22 @@ def export_field(
         >>> mesh.agreement.iou > 0.9 and mesh.agreement.covered > 0.98
         True
     """
-    density, low, voxel = sample_density(lambda positions: query_density(field, positions), aabb, resolution)
-    mesh = extract_from_grid(
-        density,
-        low,
-        voxel,
+    grid = sample_density(lambda positions: query_density(field, positions), aabb, resolution)
+    mesh = extract_mesh(
+        grid,
         threshold=threshold,
         smooth_iterations=smooth_iterations,
         min_component=min_component,
         target_faces=target_faces,
-        device=aabb.device,
     )
     unwrapped = unwrap(mesh, texture_size)
-    space = occupied_space(density, low, voxel, aabb.device)
     box = getattr(field, "aabb", None)
     if box is not None and not torch.equal(torch.as_tensor(box).cpu().double(), aabb.cpu().double()):
         field = partial(evaluate, field)  # has no box of its own, so that a renderer does not mind if `aabb` cuts it
-    close = VolumeRenderer(field, space, RendererConfig(step=voxel, far=LOOK_INTO * voxel))
-    texture = bake(unwrapped, seen_colors(close, voxel), texture_size, aabb.device)
+    close = VolumeRenderer(field, grid.occupancy, RendererConfig(step=grid.voxel, far=LOOK_INTO * grid.voxel))
+    texture = bake(unwrapped, seen_colors(close, grid.voxel), texture_size, aabb.device)
     save_glb(path, unwrapped, texture)
     if renderer is None:
-        renderer = VolumeRenderer(field, space, RendererConfig(step=voxel))
+        renderer = VolumeRenderer(field, grid.occupancy, RendererConfig(step=grid.voxel))
     agreement = measure_agreement(renderer, unwrapped, texture)
-    return TexturedMesh(unwrapped, texture, len(mesh.vertices), agreement)
+    return TexturedMesh(unwrapped, texture, agreement)

@@ -52,7 +52,8 @@ def components(mesh: Mesh) -> NDArray[np.int64]:
 
 def keep_faces(mesh: Mesh, keep: NDArray[np.bool_]) -> Mesh:
     """The faces [n_faces] where `keep` is set, and the vertices that they have."""
-    return _compact(mesh.vertices, mesh.faces[keep])
+    used, inverse = np.unique(mesh.faces[keep], return_inverse=True)
+    return Mesh(mesh.vertices[used], inverse.reshape(-1, 3).astype(np.int64))
 
 
 def keep_large_components(mesh: Mesh, min_component: float) -> Mesh:
@@ -104,9 +105,4 @@ def without_degenerate(mesh: Mesh) -> Mesh:
     different = (faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])
     faces = faces[different]
     _, face, count = np.unique(np.sort(faces, axis=1), axis=0, return_inverse=True, return_counts=True)
-    return _compact(mesh.vertices[first], faces[count[face.reshape(-1)] != 2])
-
-
-def _compact(vertices: NDArray[np.float32], faces: NDArray[np.int64]) -> Mesh:
-    used, inverse = np.unique(faces, return_inverse=True)
-    return Mesh(vertices[used], inverse.reshape(-1, 3).astype(np.int64))
+    return keep_faces(Mesh(mesh.vertices[first], faces), count[face.reshape(-1)] != 2)

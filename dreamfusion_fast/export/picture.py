@@ -13,6 +13,7 @@ from dreamfusion_fast.rendering.cameras import Cameras
 # Light from everywhere, and from the camera's upper right.
 _AMBIENT, _DIFFUSE = 0.65, 0.45
 _TO_LIGHT = np.array([0.35, 0.6, 0.72])  # in camera space: right, up, back; of unit length to 1 %
+_SAMPLES = 2  # along each side of a pixel
 
 
 def mesh_colors(unwrapped: UnwrappedMesh, texture: NDArray[np.uint8], seen: MeshView) -> NDArray[np.float32]:
@@ -30,10 +31,6 @@ def render_mesh(
     cameras: Cameras,
     view: int,
     size: int,
-    *,
-    lit: bool = True,
-    plain: bool = False,
-    samples: int = 2,
 ) -> NDArray[np.uint8]:
     """A picture [size, size, 3] of a mesh on white.
 
@@ -42,23 +39,18 @@ def render_mesh(
         cameras: on the CPU.
         view: which of them.
         size: height and width, pixels.
-        lit: with a light beside the camera; without, the texture's own colours.
-        plain: grey, whatever the texture: what there is of shape.
-        samples: along each side of a pixel.
     """
-    fine = size * samples
+    fine = size * _SAMPLES
     seen = rasterize_view(unwrapped.mesh, cameras, view, fine, fine, closed=True)
     picture = np.ones((fine, fine, 3), np.float32)
-    colors = np.float32(0.75) if plain else mesh_colors(unwrapped, texture, seen)
-    shade = np.ones((int(seen.covered.sum()), 1), np.float32)
-    if lit:
-        normals = seen.interpolated(unwrapped.mesh.faces, unwrapped.normals)
-        to_light = cameras.camera_to_world[view, :, :3].numpy() @ _TO_LIGHT
-        cosine = (normals @ to_light) / np.maximum(np.linalg.norm(normals, axis=1), 1e-6)
-        shade = _AMBIENT + _DIFFUSE * np.maximum(cosine, 0)[:, None]
+    colors = mesh_colors(unwrapped, texture, seen)
+    normals = seen.interpolated(unwrapped.mesh.faces, unwrapped.normals)
+    to_light = cameras.camera_to_world[view, :, :3].numpy() @ _TO_LIGHT
+    cosine = (normals @ to_light) / np.maximum(np.linalg.norm(normals, axis=1), 1e-6)
+    shade = _AMBIENT + _DIFFUSE * np.maximum(cosine, 0)[:, None]
     picture[seen.covered] = np.clip(colors * shade, 0, 1)
     # Sums of slices take a fifth of the time of a mean over two axes.
     total = np.zeros((size, size, 3), np.float32)
-    for row, column in np.ndindex(samples, samples):
-        total += picture[row::samples, column::samples]
-    return (total * (255 / samples**2)).round().astype(np.uint8)
+    for row, column in np.ndindex(_SAMPLES, _SAMPLES):
+        total += picture[row::_SAMPLES, column::_SAMPLES]
+    return (total * (255 / _SAMPLES**2)).round().astype(np.uint8)

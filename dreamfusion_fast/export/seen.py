@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.export.density import EMPTY, DensityGrid
 from dreamfusion_fast.export.views import one, rings
 from dreamfusion_fast.ops import march
 from dreamfusion_fast.ops.ray_box import ray_box
@@ -35,25 +36,18 @@ _SIZE = 256
 # first. Of thin soft rods, which are looked at from all sides, the middle alone would be left with larger ones (0.15:
 # a rod of a Gaussian's profile keeps 80 % of its width).
 _BEGINS = 0.06
-# Optical depth of a voxel below which nothing is sampled.
-_EMPTY = 1e-3
 # Points of which more than one view says that they lie so many voxels outside are not looked at again.
 _FAR_OUTSIDE = 2.0
 
 
-def seen_distance(
-    density: NDArray[np.float32], low: NDArray[np.float64], voxel: float, device: torch.device | str = "cpu"
-) -> NDArray[np.float32]:
+def seen_distance(grid: DensityGrid) -> NDArray[np.float32]:
     """Signed distance to the surface that is seen, positive inside, exact near the surface only.
 
     One view alone may be wrong about a point, such as one that looks through a soft edge, so two have to agree that it
     is outside.
 
     Args:
-        density: [nx, ny, nz] at the points of a grid, per scene unit, finite.
-        low: [3], position of its first point, scene units.
-        voxel: distance between points, scene units.
-        device: where to work.
+        grid: the density, finite.
 
     Returns:
         [nx, ny, nz], scene units, at most 2 voxels below zero.
@@ -61,24 +55,21 @@ def seen_distance(
     Raises:
         UserError: no ray of any view is opaque.
     """
-    grid = torch.from_numpy(density).to(device).clamp(min=0.0)
-    occupancy = occupied_space(density, low, voxel, device)
-    center, radius = _ball_around(grid * voxel > _EMPTY, low, voxel)
+    voxel, device = grid.voxel, grid.device
+    density = torch.from_numpy(grid.values).to(device).clamp(min=0.0)
+    center, radius = _ball_around(density * voxel > EMPTY, grid.low, voxel)
     cameras = rings(_VIEWS, center, radius, device)
-    first = torch.tensor(low, dtype=torch.float32, device=device)
+    first = torch.tensor(grid.low, dtype=torch.float32, device=device)
     # Only where the light could be absorbed, and around it, there is anything to find.
-    around = F.max_pool3d(grid[None, None], 5, 1, 2)[0, 0] * voxel > _EMPTY
-    points = around.flatten().nonzero()[:, 0]
-    shape = torch.tensor(grid.shape, device=device)
-    index = torch.stack([points // (shape[1] * shape[2]), points // shape[2] % shape[1], points % shape[2]], dim=1)
-    positions = first + voxel * index
-    least = torch.full((len(points),), torch.inf, device=device)
+    around = F.max_pool3d(density[None, None], 5, 1, 2)[0, 0] * voxel > EMPTY
+    positions = first + voxel * around.nonzero()
+    least = torch.full((len(positions),), torch.inf, device=device)
     second = least.clone()
-    alive = torch.arange(len(points), device=device)
+    alive = torch.arange(len(positions), device=device)
     opaque = False
     for view in range(len(cameras)):
         camera = one(cameras, view)
-        opacity, depth = _look(grid, first, voxel, occupancy, camera)
+        opacity, depth = _look(density, first, voxel, grid.occupancy, camera)
         images = _distance_images(opacity, depth)
         opaque |= images is not None
         here = positions[alive]
@@ -91,29 +82,14 @@ def seen_distance(
         least[alive] = smaller
         alive = alive[second[alive] > -_FAR_OUTSIDE * voxel]
     if not opaque:
-        largest = float(density.max())
+        largest = float(grid.values.max())
         raise UserError(
             f"there is no surface: the field is nowhere opaque (its largest density is {largest:.4g}); "
             f"export with a --threshold, such as {largest / 2:.2g}, or train longer"
         )
-    result = torch.full(grid.shape, -_FAR_OUTSIDE * voxel, device=device)
-    result.view(-1)[points] = second.clamp(-_FAR_OUTSIDE * voxel, 1.0)
+    result = torch.full_like(density, -_FAR_OUTSIDE * voxel)
+    result[around] = second.clamp(-_FAR_OUTSIDE * voxel, 1.0)
     return result.cpu().numpy()
-
-
-def occupied_space(
-    density: NDArray[np.float32], low: NDArray[np.float64], voxel: float, device: torch.device | str = "cpu"
-) -> OccupancyGrid:
-    """An occupancy grid of every place where a density, interpolated between the points of its grid, absorbs light.
-
-    Args: see `seen_distance`.
-    """
-    size = voxel * (np.array(density.shape) - 1)
-    occupancy = OccupancyGrid(tuple(float(x) for x in (*low, *(low + size))), resolution=64).to(device)
-    cells = F.max_pool3d(torch.from_numpy(density)[None, None].to(device), 2, 1)  # a cell's eight corners
-    coarse = F.adaptive_max_pool3d(cells, (64, 64, 64))[0, 0]
-    occupancy.set_occupied(coarse * voxel > _EMPTY)
-    return occupancy
 
 
 def _ball_around(occupied: Tensor, low: NDArray[np.float64], voxel: float) -> tuple[Tensor, float]:

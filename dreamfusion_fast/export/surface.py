@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from skimage.measure import marching_cubes
 
 from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.export.density import DensityGrid
 from dreamfusion_fast.export.mesh import (
     Mesh,
     components,
@@ -24,71 +23,42 @@ from dreamfusion_fast.export.raster import rasterize_view
 from dreamfusion_fast.export.seen import seen_distance
 from dreamfusion_fast.export.views import rings
 
-DensityFn = Callable[[torch.Tensor], torch.Tensor]
-
 # Elevation in degrees and number of the views of which one at least has to see a piece, and their height and width.
 _VISIBLE_FROM = ((-60.0, 5), (-15.0, 8), (15.0, 8), (60.0, 5))
 _VISIBLE_SIZE = 192
 
 
 def extract_mesh(
-    density_fn: DensityFn,
-    aabb: torch.Tensor,
+    grid: DensityGrid,
     *,
-    resolution: int = 128,
     threshold: float | None = None,
     smooth_iterations: int = 5,
     min_component: float = 0.005,
     target_faces: int = 20_000,
-    chunk: int = 1 << 18,
 ) -> Mesh:
-    """Extract the surface of a density field as a closed, cleaned and decimated mesh.
+    """Extract the surface of a density, from `sample_density`, as a closed, cleaned and decimated mesh.
 
     Marching cubes on a grid that is padded with emptiness, so the surface closes where the object leaves the box; then
     small separate pieces, inner cavities and what nobody can see from outside are dropped, the surface is smoothed and
     decimated.
 
     Args:
-        density_fn: positions [m, 3] (scene units, float32, on the device of `aabb`) to densities [m].
-        aabb: [6], (xmin, ymin, zmin, xmax, ymax, zmax).
-        resolution: cells along the longest side of the box.
+        grid: the density.
         threshold: density at the surface, per scene unit; None: the surface that is seen (`seen_distance`).
         smooth_iterations: Taubin smoothing steps; 0 for none.
         min_component: pieces whose area is smaller than this fraction of the largest piece's are dropped.
         target_faces: faces after decimation; 0 keeps all.
-        chunk: positions handed to density_fn at a time.
 
     Raises:
         UserError: the density never exceeds the threshold, is nowhere opaque, or is not finite; the message says what
             to try.
     """
-    return extract_from_grid(
-        *sample_density(density_fn, aabb, resolution, chunk),
-        threshold=threshold,
-        smooth_iterations=smooth_iterations,
-        min_component=min_component,
-        target_faces=target_faces,
-        device=aabb.device,
-    )
-
-
-def extract_from_grid(
-    density: NDArray[np.float32],
-    low: NDArray[np.float64],
-    voxel: float,
-    *,
-    threshold: float | None,
-    smooth_iterations: int,
-    min_component: float,
-    target_faces: int,
-    device: torch.device | str = "cpu",
-) -> Mesh:
-    """`extract_mesh` of a density that `sample_density` has sampled; `device` is where the views are looked at."""
+    density = grid.values
     largest = float(density.max())
     if not np.isfinite(density).all():
         raise UserError("the field's density is not finite, so there is no surface; export from an earlier checkpoint")
     if threshold is None:
-        inside = seen_distance(density, low, voxel, device) / voxel
+        inside = seen_distance(grid) / grid.voxel
         if not (inside > 0).any():
             raise UserError(
                 "there is no surface: what is opaque from some sides is see-through from others, or thinner than a "
@@ -103,48 +73,13 @@ def extract_from_grid(
             f"there is no surface: the density never exceeds the threshold {threshold:.4g} (its largest value is "
             f"{largest:.4g}); export with a lower --threshold, such as {largest / 2:.2g}, or train longer"
         )
-    mesh = keep_large_components(_zero_surface(inside, low, voxel), min_component)
-    mesh = keep_visible(mesh)
+    mesh = keep_visible(keep_large_components(_zero_surface(inside, grid), min_component))
     if smooth_iterations:
         mesh = smooth(mesh, smooth_iterations)
     if target_faces and len(mesh.faces) > target_faces:
         mesh = decimate(mesh, target_faces)
-    high = low + voxel * (np.array(density.shape) - 1)
-    mesh = Mesh(np.clip(mesh.vertices, low, high).astype(np.float32), mesh.faces)
+    mesh = Mesh(np.clip(mesh.vertices, grid.low, grid.high).astype(np.float32), mesh.faces)
     return outward(without_degenerate(mesh))
-
-
-def sample_density(
-    density_fn: DensityFn, aabb: torch.Tensor, resolution: int, chunk: int = 1 << 18
-) -> tuple[NDArray[np.float32], NDArray[np.float64], float]:
-    """Evaluate a density at the points of a cubic grid that spans the box.
-
-    Returns:
-        The densities [nx, ny, nz], the grid's lowest corner [3], and the distance between points. The box's longest
-        side has `resolution` + 1 points; a shorter side that is no multiple of the distance is overshot, centred.
-    """
-    if aabb.shape != (6,):
-        raise ValueError(f"aabb has to have shape [6], not {list(aabb.shape)}")
-    if resolution < 2:
-        raise ValueError(f"resolution has to be at least 2, not {resolution}")
-    box = aabb.detach().cpu().double().numpy()
-    extent = box[3:] - box[:3]
-    if not (extent > 0).all():
-        raise ValueError(f"aabb has to have its lower corner first, not {box.tolist()}")
-    voxel = float(extent.max()) / resolution
-    cells = np.ceil(extent / voxel - 1e-6).astype(int)
-    low = box[:3] + (extent - cells * voxel) / 2
-    axes = [torch.as_tensor(low[i] + voxel * np.arange(cells[i] + 1), dtype=torch.float32) for i in range(3)]
-    shape = tuple(len(axis) for axis in axes)
-    density = np.empty(int(np.prod(shape)), np.float32)
-    with torch.no_grad():
-        for start in range(0, density.size, chunk):
-            index = torch.arange(start, min(start + chunk, density.size))
-            x, rest = index // (shape[1] * shape[2]), index % (shape[1] * shape[2])
-            positions = torch.stack([axes[0][x], axes[1][rest // shape[2]], axes[2][rest % shape[2]]], dim=-1)
-            values = density_fn(positions.to(aabb.device))
-            density[start : start + len(index)] = values.reshape(-1).float().cpu().numpy()
-    return density.reshape(shape), low, voxel
 
 
 def keep_visible(mesh: Mesh) -> Mesh:
@@ -162,10 +97,10 @@ def keep_visible(mesh: Mesh) -> Mesh:
     return keep_faces(mesh, seen[piece])
 
 
-def _zero_surface(inside: NDArray[np.floating], low: NDArray[np.float64], voxel: float) -> Mesh:
+def _zero_surface(inside: NDArray[np.floating], grid: DensityGrid) -> Mesh:
     """Marching cubes at zero of values that are positive inside, closed at the end of the grid."""
     bounded = np.pad(np.clip(inside, -1, 1), 1, constant_values=-1)
     vertices, faces, _, _ = marching_cubes(bounded.astype(np.float32), 0.0)
     # One step of padding lies outside the box: what was interpolated towards it is put back onto the box.
-    vertices = np.clip(vertices - 1, 0, np.array(inside.shape) - 1) * voxel + low
+    vertices = np.clip(vertices - 1, 0, np.array(inside.shape) - 1) * grid.voxel + grid.low
     return outward(without_degenerate(Mesh(vertices.astype(np.float32), faces.astype(np.int64))))

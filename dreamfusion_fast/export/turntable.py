@@ -6,6 +6,8 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import chain
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from dreamfusion_fast.io import atomic_path
 
 RenderImageFn = Callable[[float], ArrayLike | torch.Tensor]
 
+_QUALITY = 8.0  # of the video, 0 to 10
+
 
 def render_turntable(
     render_image: RenderImageFn,
@@ -24,8 +28,6 @@ def render_turntable(
     *,
     n_frames: int = 60,
     fps: int = 24,
-    quality: float = 8.0,
-    on_frame: Callable[[int], None] | None = None,
     threads: int = 1,
 ) -> None:
     """Write an H.264 video (yuv420p, plays everywhere) of the camera going once around the object.
@@ -37,8 +39,6 @@ def render_turntable(
         path: file to write, whole or not at all.
         n_frames: frames of the turn, at least 1.
         fps: frames a second.
-        quality: 0 to 10.
-        on_frame: called with the number of frames done.
         threads: in which render_image is called.
 
     Raises:
@@ -53,44 +53,31 @@ def render_turntable(
         imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as error:
         raise UserError("no ffmpeg for turntable.mp4; install it, or go without: --turntable-frames 0") from error
-    with atomic_path(path) as temporary:
-        writer = None
+    with atomic_path(path) as temporary, ExitStack() as closing:
         pool = ThreadPoolExecutor(threads)
-        try:
-            images = pool.map(render_image, (360.0 * index / n_frames for index in range(n_frames)))
-            for index, image in enumerate(images):
-                frame = _even(to_uint8(image))
-                if writer is None:
-                    writer = imageio_ffmpeg.write_frames(
-                        str(temporary),
-                        (frame.shape[1], frame.shape[0]),
-                        fps=fps,
-                        quality=quality,
-                        macro_block_size=2,
-                        ffmpeg_log_level="error",
-                        output_params=["-movflags", "+faststart"],
-                    )
-                    writer.send(None)
-                    size = frame.shape
-                if frame.shape != size:
-                    raise ValueError(f"frame {index} has shape {frame.shape}, the first one {size}")
-                writer.send(np.ascontiguousarray(frame))
-                if on_frame is not None:
-                    on_frame(index + 1)
-        finally:
-            pool.shutdown(cancel_futures=True)
-            if writer is not None:
-                writer.close()
+        closing.callback(pool.shutdown, cancel_futures=True)
+        images = pool.map(render_image, (360.0 * index / n_frames for index in range(n_frames)))
+        frames = (_even(to_uint8(image)) for image in images)
+        first = next(frames)
+        height, width, _ = first.shape
+        writer = imageio_ffmpeg.write_frames(
+            str(temporary),
+            (width, height),
+            fps=fps,
+            quality=_QUALITY,
+            macro_block_size=2,
+            ffmpeg_log_level="error",
+            output_params=["-movflags", "+faststart"],
+        )
+        closing.callback(writer.close)
+        writer.send(None)
+        for index, frame in enumerate(chain([first], frames)):
+            if frame.shape != first.shape:
+                raise ValueError(f"frame {index} has shape {frame.shape}, the first one {first.shape}")
+            writer.send(np.ascontiguousarray(frame))
 
 
-def view_grid(render_image: RenderImageFn, n_views: int = 8, columns: int = 4) -> NDArray[np.uint8]:
-    """Render views at equal azimuths, starting with the front, into one picture [rows * height, columns * width, 3]."""
-    if n_views < 1:
-        raise ValueError(f"n_views has to be at least 1, not {n_views}")
-    return tile([to_uint8(render_image(360.0 * index / n_views)) for index in range(n_views)], columns)
-
-
-def tile(images: list[NDArray[np.uint8]], columns: int = 4) -> NDArray[np.uint8]:
+def tile(images: list[NDArray[np.uint8]], columns: int) -> NDArray[np.uint8]:
     """Put images [height, width, 3] of one size side by side, row by row; places left over are white."""
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
@@ -108,9 +95,11 @@ def save_png(path: str | os.PathLike[str], image: ArrayLike | torch.Tensor) -> N
         Image.fromarray(to_uint8(image)).save(temporary, format="PNG")
 
 
-def render_preview(render_image: RenderImageFn, path: str | os.PathLike[str], n_views: int = 8) -> None:
+def render_preview(render_image: RenderImageFn, path: str | os.PathLike[str], n_views: int) -> None:
     """Write a PNG of `n_views` views at equal azimuths, four in a row. `render_image` is as for render_turntable."""
-    save_png(path, view_grid(render_image, n_views))
+    if n_views < 1:
+        raise ValueError(f"n_views has to be at least 1, not {n_views}")
+    save_png(path, tile([to_uint8(render_image(360.0 * index / n_views)) for index in range(n_views)], columns=4))
 
 
 def to_uint8(image: ArrayLike | torch.Tensor) -> NDArray[np.uint8]:

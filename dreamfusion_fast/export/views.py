@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -30,8 +30,7 @@ def rings(
         orbit_cameras(count, elevation, distance, FOV_DEG, start_deg=180.0 / count * (ring % 2))
         for ring, (elevation, count) in enumerate(counts)
     ]
-    names = ("camera_to_world", "fov_y", "azimuth", "elevation", "distance")
-    cameras = Cameras(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+    cameras = Cameras(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Cameras)))
     poses = cameras.camera_to_world.clone()
     poses[:, :, 3] += center.cpu()
     return replace(cameras, camera_to_world=poses).to(device)
@@ -39,11 +38,4 @@ def rings(
 
 def one(cameras: Cameras, view: int) -> Cameras:
     """One of the cameras, as a batch of one."""
-    row = slice(view, view + 1)
-    return Cameras(
-        cameras.camera_to_world[row],
-        cameras.fov_y[row],
-        cameras.azimuth[row],
-        cameras.elevation[row],
-        cameras.distance[row],
-    )
+    return Cameras(*(getattr(cameras, field.name)[view : view + 1] for field in fields(cameras)))

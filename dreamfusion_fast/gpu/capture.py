@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,21 @@ from torch.autograd.function import once_differentiable
 
 # Runs before a capture: libraries choose their algorithms and allocate their workspaces in the first ones.
 _WARM_UPS = 3
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
+    """`torch.cuda.graph` without its wait for the GPU and its garbage collection.
+
+    Args:
+        graph: what is captured, on the current stream, which must not be the default one.
+        pool: memory to share with other graphs.
+    """
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        yield
+    finally:
+        graph.capture_end()
 
 
 class CapturedFunction:
@@ -45,6 +61,7 @@ class CapturedFunction:
         if captured is None:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
+            _warm_up(inputs[0].device, lambda: self._function(*inputs))
             captured = self._graphs[signature] = _Captured(self._function, inputs, self._pool)
         return captured.replay(inputs)
 
@@ -55,20 +72,19 @@ class CapturedFunction:
 
 
 class _Captured:
-    """One graph with the memory that it reads its inputs from and leaves its output in."""
+    """One graph of a warm function, with the memory that it reads its inputs from and leaves its output in."""
 
     def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], pool: Any) -> None:
         self._inputs = [torch.empty_like(x).copy_(x) for x in inputs]
-        stream = _warmed_up(inputs[0].device, lambda: function(*self._inputs))
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream):
-            self._output = function(*self._inputs)
+        with torch.cuda.graph(self._graph, pool=pool, stream=_capture_stream(inputs[0].device)):
+            self.output = function(*self._inputs)
 
     def replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
         for static, given in zip(self._inputs, inputs, strict=True):
             static.copy_(given)
         self._graph.replay()
-        return self._output.clone()
+        return self.output.clone()
 
 
 class CapturedPair:
@@ -113,38 +129,35 @@ class _CapturedPair:
     """
 
     def __init__(self, pair: CapturedPair, x: Tensor) -> None:
-        self._x = torch.empty_like(x).copy_(x)
         self._user: weakref.ref[Any] | None = None
         pool = torch.cuda.graph_pool_handle()
+        left: list[Any] = []
 
-        def there_and_back() -> None:
-            y, kept = pair.forward(self._x)
-            pair.backward(torch.ones_like(y), kept)
+        def there(x: Tensor) -> Tensor:
+            y, kept = pair.forward(x)
+            left.append(kept)
+            return y
 
-        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        def back(grad_y: Tensor) -> Tensor:
+            return pair.backward(grad_y, left.pop())
+
         with torch.no_grad():
-            stream = _warmed_up(x.device, there_and_back)
-            with torch.cuda.graph(self._forward, pool=pool, stream=stream):
-                self._y, kept = pair.forward(self._x)
-            self._grad_y = torch.empty_like(self._y)
-            with torch.cuda.graph(self._backward, pool=pool, stream=stream):
-                self._grad_x = pair.backward(self._grad_y, kept)
+            _warm_up(x.device, lambda: back(torch.ones_like(there(x))))
+            self._forward = _Captured(there, (x,), pool)
+            self._backward = _Captured(back, (self._forward.output,), pool)
 
     @property
     def waiting(self) -> bool:
         return self._user is not None and self._user() is not None
 
     def forward(self, x: Tensor, user: object) -> Tensor:
-        self._x.copy_(x)
-        self._forward.replay()
+        y = self._forward.replay((x,))
         self._user = weakref.ref(user)
-        return self._y.clone()
+        return y
 
     def backward(self, grad_y: Tensor) -> Tensor:
         self._user = None
-        self._grad_y.copy_(grad_y)
-        self._backward.replay()
-        return self._grad_x.clone()
+        return self._backward.replay((grad_y,))
 
 
 @functools.cache
@@ -153,15 +166,14 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _warmed_up(device: torch.device, run: Callable[[], object]) -> torch.cuda.Stream:
-    """A stream to capture `run` on, which has run there: captures must not see the current stream's other work."""
+def _warm_up(device: torch.device, run: Callable[[], object]) -> None:
+    """Run on the stream of the captures, which must not see the current stream's other work."""
     stream = _capture_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UPS):
             run()
     torch.cuda.current_stream(device).wait_stream(stream)
-    return stream
 
 
 class _Call:

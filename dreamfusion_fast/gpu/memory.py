@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 # What libraries below torch say, which torch raises as plain RuntimeErrors.
@@ -20,9 +23,16 @@ def limit_fraction(device: torch.device) -> float:
     return 1.0 if read is None else float(read(_index(device)))
 
 
-def set_limit_fraction(device: torch.device, fraction: float) -> None:
-    """Let torch's allocations fail beyond this share of the GPU."""
+@contextmanager
+def limited(device: torch.device, size: int) -> Iterator[None]:
+    """Within it, torch's allocations on a GPU fail beyond so many bytes, where there is no lower limit."""
+    before = limit_fraction(device)
+    fraction = min(size / torch.cuda.mem_get_info(device)[1], before)
     torch.cuda.set_per_process_memory_fraction(fraction, _index(device))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, _index(device))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -10,17 +10,11 @@ for what is computed, so they may stand anywhere: under no_grad, in a backward, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
 
-
-class Recorder(Protocol):
-    """Who is told of stages."""
-
-    def stage(self, name: str) -> AbstractContextManager[None]:
-        """A context that stands for one stage."""
-
+Recorder = Callable[[str], AbstractContextManager[None]]
+"""Who is told of stages: gives for a name the context that stands for one stage."""
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 _recorder: Recorder | None = None
@@ -28,7 +22,7 @@ _recorder: Recorder | None = None
 
 def stage(name: str) -> AbstractContextManager[None]:
     """A context that tells the recorder, if there is one, that the stage `name` goes on within it."""
-    return _NOTHING if _recorder is None else _recorder.stage(name)
+    return _NOTHING if _recorder is None else _recorder(name)
 
 
 @contextmanager

@@ -16,20 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamfusion_fast.networks.group_norm import GroupNorm
+from dreamfusion_fast.networks.group_norm import group_norm_reference as channels_first_reference
 from dreamfusion_fast.ops._checks import check_tensor
 from dreamfusion_fast.ops._native import call, cpu_available, function_of
-
-__all__ = [
-    "DenseConv",
-    "DenseLinear",
-    "conv3x3",
-    "conv3x3_reference",
-    "dense_serves",
-    "group_norm",
-    "group_norm_reference",
-    "linear",
-    "linear_reference",
-]
 
 # Output channels come in panels, input channels of a convolution and channels of a normalisation in eights.
 PANEL = 16
@@ -44,45 +33,45 @@ def dense_serves() -> bool:
     return cpu_available() and bool(function_of("dense_serves", "cpu", _FLOAT32[0])())
 
 
-class DenseLinear:
-    """A linear layer's weights, packed.
+class _Dense:
+    """Frozen weights, ``[outputs, inputs, ...]`` float32 on the CPU, outputs a multiple of 16, and a bias or None.
 
     Attributes:
-        inputs, outputs: numbers of features.
+        inputs, outputs: numbers of features or channels.
+
+    Raises:
+        TypeError, ValueError: another dtype or shape, or a tensor that is not on the CPU.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Pack ``weight`` ``[outputs, inputs]``, outputs a multiple of 16, and ``bias`` ``[outputs]``, float32.
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernel: list[int | str]) -> None:
+        op = type(self).__name__
+        check_tensor(op, "weight", weight, ["outputs", "inputs", *kernel], _FLOAT32)
+        if weight.device.type != "cpu":
+            raise ValueError(f"{op}: weight must be on the CPU, got {weight.device}")
+        self.outputs, self.inputs = weight.shape[:2]
+        _check_multiple(op, "outputs", self.outputs, PANEL)
+        if bias is not None:
+            check_tensor(op, "bias", bias, [self.outputs], _FLOAT32, like=weight)
+        self.bias = None if bias is None else bias.detach().contiguous()
 
-        Raises:
-            TypeError, ValueError: another dtype or shape, or a tensor that is not on the CPU.
-        """
-        check_tensor("DenseLinear", "weight", weight, ["outputs", "inputs"], _FLOAT32)
-        self.outputs, self.inputs = weight.shape
-        _check_multiple("DenseLinear", "outputs", self.outputs, PANEL)
-        self.bias = _checked_bias("DenseLinear", bias, weight)
+
+class DenseLinear(_Dense):
+    """A linear layer's weights ``[outputs, inputs]``, packed."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight, bias, [])
         self.packed = weight.detach().reshape(-1, PANEL, self.inputs).transpose(1, 2).contiguous()
 
 
-class DenseConv:
-    """Weights of a convolution with a 3x3 kernel, stride 1 and zeros around, transformed and packed.
+class DenseConv(_Dense):
+    """Weights ``[outputs, inputs, 3, 3]`` of a convolution with stride 1 and zeros around, transformed and packed.
 
-    Attributes:
-        inputs, outputs: numbers of channels.
+    Inputs are a multiple of 8.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Pack ``weight`` ``[outputs, inputs, 3, 3]``, outputs a multiple of 16 and inputs of 8, and ``bias``
-        ``[outputs]``, float32.
-
-        Raises:
-            TypeError, ValueError: another dtype or shape, or a tensor that is not on the CPU.
-        """
-        check_tensor("DenseConv", "weight", weight, ["outputs", "inputs", 3, 3], _FLOAT32)
-        self.outputs, self.inputs = weight.shape[:2]
-        _check_multiple("DenseConv", "outputs", self.outputs, PANEL)
+        super().__init__(weight, bias, [3, 3])
         _check_multiple("DenseConv", "inputs", self.inputs, LANES)
-        self.bias = _checked_bias("DenseConv", bias, weight)
         g = torch.tensor(_FILTER_TRANSFORM, dtype=torch.float64)
         points = (weight.detach().double().reshape(-1, 9) @ torch.kron(g, g).t()).float()
         self.packed = points.view(-1, PANEL, self.inputs, 16).permute(0, 3, 2, 1).contiguous()
@@ -107,7 +96,7 @@ def linear(x: Tensor, layer: DenseLinear, residual: Tensor | None = None, out: T
     shape = [*x.shape[:-1], layer.outputs]
     _check_image("linear", "x", x, [*x.shape[:-1], layer.inputs])
     out = _output("linear", x, shape, residual, out)
-    addresses = (x.data_ptr(), layer.packed.data_ptr(), _address(layer.bias), _address(residual), out.data_ptr())
+    addresses = _addresses(x, layer.packed, layer.bias, residual, out)
     call("dense_linear", x, *addresses, x.numel() // layer.inputs, layer.inputs, layer.outputs)
     return out
 
@@ -138,7 +127,7 @@ def conv3x3(x: Tensor, layer: DenseConv, residual: Tensor | None = None, out: Te
     _check_multiple("conv3x3", "height of x", height, 2)
     _check_multiple("conv3x3", "width of x", width, 2)
     out = _output("conv3x3", x, [n, height, width, layer.outputs], residual, out)
-    addresses = (x.data_ptr(), layer.packed.data_ptr(), _address(layer.bias), _address(residual), out.data_ptr())
+    addresses = _addresses(x, layer.packed, layer.bias, residual, out)
     call("dense_conv", x, *addresses, n, height, width, layer.inputs, layer.outputs)
     return out
 
@@ -182,40 +171,15 @@ def group_norm(x: Tensor, norm: DenseGroupNorm, modulation: Tensor | None = None
     if modulation is not None:
         _check_image("group_norm", "modulation", modulation, [x.shape[0], 2 * channels])
     out = torch.empty_like(x)
-    addresses = (x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(), _address(modulation), out.data_ptr())
-    pixels = x[0].numel() // channels if len(x) else 0
-    call(
-        "dense_group_norm",
-        x,
-        *addresses,
-        x.shape[0],
-        pixels,
-        channels,
-        norm.groups,
-        norm.eps,
-        norm.activation == "silu",
-    )
+    addresses = _addresses(x, norm.weight, norm.bias, modulation, out)
+    sizes = (len(x), x[0].numel() // channels if len(x) else 0, channels, norm.groups)
+    call("dense_group_norm", x, *addresses, *sizes, norm.eps, norm.activation == "silu")
     return out
 
 
 def group_norm_reference(x: Tensor, norm: DenseGroupNorm, modulation: Tensor | None = None) -> Tensor:
     """`group_norm` in plain PyTorch, in the type of x."""
-    weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
-    y = F.group_norm(x.movedim(-1, 1), norm.groups, weight, bias, norm.eps).movedim(1, -1)
-    if modulation is not None:
-        middle = [1] * (x.dim() - 2)
-        scale, shift = (part.view(len(x), *middle, -1) for part in modulation.chunk(2, dim=1))
-        y = y * (1 + scale) + shift
-    return F.silu(y) if norm.activation == "silu" else y
-
-
-def _checked_bias(op: str, bias: Tensor | None, weight: Tensor) -> Tensor | None:
-    if weight.device.type != "cpu":
-        raise ValueError(f"{op}: weight must be on the CPU, got {weight.device}")
-    if bias is None:
-        return None
-    check_tensor(op, "bias", bias, [weight.shape[0]], _FLOAT32, like=weight)
-    return bias.detach().contiguous()
+    return channels_first_reference(norm, x.movedim(-1, 1), modulation).movedim(1, -1)
 
 
 def _check_multiple(op: str, name: str, value: int, of: int) -> None:
@@ -243,5 +207,5 @@ def _output(op: str, x: Tensor, shape: list[int], residual: Tensor | None, out: 
     return out
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamfusion_fast.networks.geglu import geglu
-from dreamfusion_fast.networks.group_norm import Activation, GroupNorm, normalise, statistics, summed
+from dreamfusion_fast.networks.group_norm import Activation, GroupNorm, measure, summed
 
 
-def fuse(unet: nn.Module) -> int:
-    """Replace what can be replaced in a `UNet2DConditionModel` in evaluation mode; how many parts were.
+def fuse(unet: nn.Module) -> None:
+    """Replace what can be replaced in a `UNet2DConditionModel` in evaluation mode.
 
     The module is changed, and afterwards differentiable no more. Its parameters stay where they are, but for those of
     projections that become one.
@@ -31,30 +31,23 @@ def fuse(unet: nn.Module) -> int:
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
     unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # in torch's docs only
-    count = 0
     for parent in list(unet.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, ResnetBlock2D) and _plain(child):
                 setattr(parent, name, FusedResidualBlock(child))
-                count += 1
             if type(child) is GEGLU:
                 setattr(parent, name, FusedGate(child))
-                count += 1
         if isinstance(parent, Transformer2DModel) and isinstance(parent.norm, nn.GroupNorm):
             parent.norm = FusedNorm(parent.norm, "none")
             for name in ("proj_in", "proj_out"):
                 if _pointwise(getattr(parent, name)):
                     setattr(parent, name, FusedPointwise(getattr(parent, name)))
             parent._get_output_for_continuous_inputs = _ChannelsLastOutput(parent)
-            count += 1
         if isinstance(parent, Attention) and type(parent.processor) is AttnProcessor2_0 and _plain_attention(parent):
             parent.set_processor(FusedAttention(parent))
-            count += 1
     activation = _activation(unet.conv_act)
     if isinstance(unet.conv_norm_out, nn.GroupNorm) and activation is not None:
         unet.conv_norm_out, unet.conv_act = FusedNorm(unet.conv_norm_out, activation), nn.Identity()
-        count += 1
-    return count
 
 
 class FusedNorm(nn.Module):
@@ -68,7 +61,7 @@ class FusedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[n, c, h, w]`, channels last if it is not yet."""
         x = x.contiguous(memory_format=torch.channels_last)
-        return normalise(self._norm, x, statistics(self._norm, x))
+        return measure(self._norm, x).normalised()
 
 
 class FusedPointwise(nn.Module):
@@ -116,7 +109,7 @@ class FusedResidualBlock(nn.Module):
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
         """As `ResnetBlock2D.forward`."""
         x = input_tensor.contiguous(memory_format=torch.channels_last)
-        h = normalise(self._norm1, x, statistics(self._norm1, x))
+        h = measure(self._norm1, x).normalised()
         h = F.conv2d(h, self.conv1.weight, None, padding=1)
         offset, modulation = self.conv1.bias, None
         if self.time_emb_proj is not None and temb is not None:
@@ -125,7 +118,7 @@ class FusedResidualBlock(nn.Module):
                 modulation = projected
             else:
                 offset = offset + projected
-        h = normalise(self._norm2, h, statistics(self._norm2, h, offset), offset, modulation)
+        h = measure(self._norm2, h, offset).normalised(modulation)
         h = F.conv2d(h, self.conv2.weight, None, padding=1)
         x = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return summed(h, self.conv2.bias, x.contiguous(memory_format=torch.channels_last))

@@ -36,7 +36,7 @@ def geglu(x: Tensor) -> Tensor:
     n, columns = x.shape[0], x.shape[1] // 2
     y = x.new_empty(n, columns)
     if y.numel() > 0:
-        from dreamfusion_fast.networks._geglu_triton import geglu_kernel  # triton takes a while to import
+        from dreamfusion_fast.networks._triton import geglu_kernel  # triton takes a while to import
 
         geglu_kernel[(n, -(-columns // _BLOCK))](x, y, columns, ACTIVATIONS.index("gelu"), BLOCK=_BLOCK)
     return y

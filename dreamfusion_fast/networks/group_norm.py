@@ -7,19 +7,19 @@ Convolutional diffusion networks are a chain of this and convolutions. On a GPU 
 takes along what would be a pass of its own: the bias of the convolution before it, the sum with a residual branch, the
 sum of two gradients. Nothing is kept for backward but x and two numbers per group.
 
-None of this is differentiable by autograd, and there are no gradients of weights: `input_gradient` is the backward of
-`normalise` and `statistics` together. Where Triton does not serve, the same in PyTorch.
+None of this is differentiable by autograd, and there are no gradients of weights: `Measured.input_gradient` is the
+backward of `measure` and `Measured.normalised` together. Where Triton does not serve, the same in PyTorch.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dreamfusion_fast.ops._checks import check_tensor
 from dreamfusion_fast.ops._triton import on_its_device, triton_serves
@@ -73,66 +73,130 @@ class GroupNorm:
         return cls(module.weight.detach(), module.bias.detach(), module.num_groups, module.eps, activation)
 
 
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """An image with the statistics of its groups, as `measure` returns it: all that the layer reads, and its backward.
+
+    Attributes:
+        norm: the layer.
+        x: ``[n, channels, height, width]``, channels last in memory.
+        offset: ``[channels]`` or ``[n, channels]``, which is to be added to x, or None: zero.
+        statistics: ``[n, groups, 2]``, mean and 1 / standard deviation of x + offset, float32 (float64 for float64).
+    """
+
+    norm: GroupNorm
+    x: Tensor
+    offset: Tensor | None
+    statistics: Tensor
+
+    def normalised(self, modulation: Tensor | None = None) -> Tensor:
+        """y, like x.
+
+        Args:
+            modulation: ``[n, 2 channels]``, scales and then shifts: what is activated is
+                ``(x_hat * weight + bias) * (1 + scale) + shift`` (adaptive group norm, Dhariwal and Nichol 2021).
+        """
+        x, y = self.x, torch.empty_like(self.x)
+        if modulation is not None:
+            _check_channels("modulation", modulation, [x.shape[0], 2 * x.shape[1]], x)
+        if x.numel() == 0:
+            return y
+        if not _kernels_serve(x):
+            return y.copy_(group_norm_reference(self.norm, self._centred(), modulation))
+        grid, settings = _launch(x, _TILE)
+        with torch.cuda.device_of(x):
+            _kernels().normalise_kernel[grid](
+                *self._read(), modulation, _stride(modulation), y, *self._sizes(), **self._constants(), **settings
+            )
+        return y
+
+    @on_its_device
+    def input_gradient(self, grad_y: Tensor, skip: Tensor | None = None) -> Tensor:
+        """The gradient of x from that of y, like x; `skip` is added to it.
+
+        With g the gradient of x_hat, that is grad_y * f'(z) * weight, it is
+        ``(g - mean(g) - x_hat * mean(g * x_hat)) / sqrt(var + eps)``, means over a group.
+
+        Args:
+            grad_y: like x.
+            skip: like x, or None: zero.
+        """
+        x, grad_x = self.x, torch.empty_like(self.x)
+        _check_image("grad_y", grad_y, x)
+        if skip is not None:
+            _check_image("skip", skip, x)
+        if x.numel() == 0:
+            return grad_x
+        if not _kernels_serve(x):
+            with torch.enable_grad():
+                value = self._centred().detach().requires_grad_()
+                y = group_norm_reference(self.norm, value)
+            (grad,) = torch.autograd.grad(y, value, grad_y.to(y.dtype))
+            return grad_x.copy_(grad if skip is None else grad + skip)
+        shared, sizes, constants = (grad_y, *self._read()), self._sizes(), self._constants()
+        kernel = _kernels().gradient_kernel
+        grid, settings = _launch(x, _SUMMED_TILE, sums=True)
+        partials = x.new_empty(len(x), grid[0], x.shape[1], 2, dtype=torch.float32)
+        kernel[grid](*shared, None, None, partials, *sizes, **constants, **settings)
+        means = _over_groups(self.norm, x, partials)
+        grid, settings = _launch(x, _TILE)
+        kernel[grid](*shared, means, skip, grad_x, *sizes, TILES=1, **constants, **settings)
+        return grad_x
+
+    def _read(self) -> tuple[Tensor | int | None, ...]:
+        return self.x, self.offset, _stride(self.offset), self.statistics, self.norm.weight, self.norm.bias
+
+    def _sizes(self) -> tuple[int, int]:
+        return self.x.shape[2] * self.x.shape[3], self.x.shape[1]
+
+    def _constants(self) -> dict[str, int]:
+        norm = self.norm
+        return {"GROUP": len(norm.weight) // norm.groups, "ACTIVATION": ACTIVATIONS.index(norm.activation)}
+
+    def _centred(self) -> Tensor:
+        """x + offset less the mean, which the layer does not see, and to which torch's float32 layer loses digits."""
+        value = _sum(self.x, self.offset).reshape(len(self.x), self.norm.groups, -1)
+        return (value - self.statistics[:, :, :1]).reshape(self.x.shape)
+
+
 @on_its_device
-def statistics(
-    norm: GroupNorm,
-    x: Tensor,
-    offset: Tensor | None = None,
-    residual: Tensor | None = None,
-    total: Tensor | None = None,
-) -> Tensor:
-    """Mean and 1 / standard deviation of each group of x + offset + residual.
+def measure(norm: GroupNorm, x: Tensor, offset: Tensor | None = None, residual: Tensor | None = None) -> Measured:
+    """Mean and 1 / standard deviation of each group of x + offset, or of x + offset + residual.
 
     Args:
         norm: the layer.
         x: ``[n, channels, height, width]``, channels last in memory.
         offset: ``[channels]`` or ``[n, channels]``, such as the bias of the convolution that x comes from.
-        residual: like x; with `total`.
-        total: like x, written: the sum. With it, the statistics are those of the sum as it was rounded.
-
-    Returns:
-        ``[n, groups, 2]``, float32 (float64 for a float64 x).
+        residual: like x. With it, what is measured and returned in place of x and offset is the sum as it was rounded.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or memory format.
     """
-    _check(norm, x, offset)
-    for name, tensor in (("residual", residual), ("total", total)):
-        if tensor is not None:
-            _check_image(name, tensor, x)
-    if residual is not None and total is None:
-        raise ValueError("group_norm: total must be given with a residual, got None")
-    n, channels, height, width = x.shape
+    check_tensor("group_norm", "x", x, ["n", norm.weight.shape[0], "height", "width"], DTYPES, like=norm.weight)
+    _check_image("x", x, x)
+    if offset is not None:
+        _check_channels("offset", offset, [x.shape[1]] if offset.dim() == 1 else [x.shape[0], x.shape[1]], x)
+    total = None
+    if residual is not None:
+        _check_image("residual", residual, x)
+        total = torch.empty_like(x)
     if x.numel() == 0:
-        return x.new_zeros(n, norm.groups, 2, dtype=_real(x))
-    if not _kernels_serve(x):
+        found = x.new_zeros(len(x), norm.groups, 2, dtype=sums_dtype(x))
+    elif not _kernels_serve(x):
         value = _sum(x, offset, residual)
         if total is not None:
-            total.copy_(value)
-            value = total.to(_real(x))
-        flat = value.reshape(n, norm.groups, -1)
-        var, mean = torch.var_mean(flat, dim=2, correction=0)
-        return torch.stack([mean, (var + norm.eps).rsqrt()], dim=2)
-    result = x.new_empty(n, norm.groups, 2, dtype=torch.float32)
-    rows, cols = _tile(channels, _TILE)
-    tiles, chunks = _split(n, channels, height * width, _TILE)
-    partials = x.new_empty(n, chunks, channels, 2, dtype=torch.float32)
-    kernels, size = _kernels(), (height * width, channels)
-    kernels.moments_kernel[(chunks, -(-channels // cols), n)](
-        *(x, offset, _stride(offset), residual, total, partials, *size, chunks),
-        ROWS=rows,
-        COLS=cols,
-        TILES=tiles,
-        num_warps=_WARPS,
-    )
-    group = channels // norm.groups
-    kernels.statistics_kernel[(norm.groups, n)](
-        *(partials, result, *size, chunks, rows * tiles, norm.eps),
-        GROUP=group,
-        GROUP_COLS=_power_of_two(group),
-        CHUNKS=_chunks_at_once(chunks),
-    )
-    return result
+            value = total.copy_(value).to(value.dtype)
+        var, mean = torch.var_mean(value.reshape(len(x), norm.groups, -1), dim=2, correction=0)
+        found = torch.stack([mean, (var + norm.eps).rsqrt()], dim=2)
+    else:
+        grid, settings = _launch(x, _TILE, sums=True)
+        channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+        partials = x.new_empty(len(x), grid[0], channels, 2, dtype=torch.float32)
+        _kernels().moments_kernel[grid](
+            *(x, offset, _stride(offset), residual, total, partials, pixels, channels), **settings
+        )
+        found = _over_groups(norm, x, partials, settings["ROWS"] * settings["TILES"])
+    return Measured(norm, x, offset, found) if total is None else Measured(norm, total, None, found)
 
 
 @on_its_device
@@ -149,7 +213,7 @@ def summed(x: Tensor, offset: Tensor | None = None, residual: Tensor | None = No
         ``[n, channels, height + padding, width + padding]``, channels last in memory.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape, device or memory format.
+        TypeError, ValueError: as `measure`.
     """
     check_tensor("group_norm", "x", x, ["n", "channels", "height", "width"], DTYPES)
     _check_image("x", x, x)
@@ -163,153 +227,28 @@ def summed(x: Tensor, offset: Tensor | None = None, residual: Tensor | None = No
     size = (n, channels, height + padding, width + padding)
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if x.numel() == 0 or not _kernels_serve(x):
-        value = _sum(x, offset, residual)
-        y.zero_()
-        y[:, :, :height, :width] = value
-        return y
-    rows, cols = _tile(channels, _TILE)
-    _kernels().sum_kernel[(-(-size[2] * size[3] // rows), -(-channels // cols), n)](
-        *(x, offset, residual, y, height, width, size[2], size[3], channels), ROWS=rows, COLS=cols, num_warps=_WARPS
-    )
+        return y.copy_(F.pad(_sum(x, offset, residual), (0, padding, 0, padding)))
+    grid, settings = _launch(y, _TILE)
+    _kernels().sum_kernel[grid](*(x, offset, residual, y, height, width, *size[2:], channels), **settings)
     return y
 
 
-@on_its_device
-def normalise(
-    norm: GroupNorm,
-    x: Tensor,
-    statistics: Tensor,
-    offset: Tensor | None = None,
-    modulation: Tensor | None = None,
-) -> Tensor:
-    """y of x + offset, like x.
+def group_norm_reference(norm: GroupNorm, x: Tensor, modulation: Tensor | None = None) -> Tensor:
+    """The twin: the whole layer in plain PyTorch, in the type of x, any float, differentiable.
 
     Args:
-        norm, x, offset: as in `statistics`, which was given no residual.
-        statistics: its result.
-        modulation: ``[n, 2 channels]``, scales and then shifts: what is activated is
-            ``(x_hat * weight + bias) * (1 + scale) + shift`` (adaptive group norm, Dhariwal and Nichol 2021).
+        norm: the layer.
+        x: ``[n, channels, ...]``.
+        modulation: as in `Measured.normalised`.
     """
-    _check(norm, x, offset)
+    z = F.group_norm(x, norm.groups, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
     if modulation is not None:
-        _check_channels("modulation", modulation, [x.shape[0], 2 * x.shape[1]], x)
-    if x.numel() == 0:
-        return torch.empty_like(x)
-    n, channels, height, width = x.shape
-    if not _kernels_serve(x):
-        z = _normalised(norm, x, statistics, offset)
-        z = z * _per_channel(norm.weight, z) + _per_channel(norm.bias, z)
-        if modulation is not None:
-            scale, shift = modulation.to(z.dtype)[:, :, None, None].chunk(2, dim=1)
-            z = z * (1 + scale) + shift
-        return _channels_last(_activated(z, norm.activation), x.dtype)
-    y = torch.empty_like(x)
-    rows, cols = _tile(channels, _TILE)
-    _kernels().normalise_kernel[(-(-height * width // rows), -(-channels // cols), n)](
-        *(x, offset, _stride(offset), statistics, norm.weight, norm.bias),
-        *(modulation, _stride(modulation), y),
-        *(height * width, channels, norm.groups),
-        GROUP=channels // norm.groups,
-        ACTIVATION=ACTIVATIONS.index(norm.activation),
-        ROWS=rows,
-        COLS=cols,
-        num_warps=_WARPS,
-    )
-    return y
-
-
-@on_its_device
-def input_gradient(
-    norm: GroupNorm,
-    grad_y: Tensor,
-    x: Tensor,
-    statistics: Tensor,
-    offset: Tensor | None = None,
-    skip: Tensor | None = None,
-) -> Tensor:
-    """The gradient of x from that of y, like x; `skip` is added to it.
-
-    With g the gradient of x_hat, that is grad_y * f'(z) * weight, it is
-    ``(g - mean(g) - x_hat * mean(g * x_hat)) / sqrt(var + eps)``, means over a group.
-
-    Args:
-        norm, x, statistics, offset: as in `normalise`.
-        grad_y: like x.
-        skip: like x, or None: zero.
-    """
-    _check(norm, x, offset)
-    _check_image("grad_y", grad_y, x)
-    if skip is not None:
-        _check_image("skip", skip, x)
-    if x.numel() == 0:
-        return torch.empty_like(x)
-    n, channels, height, width = x.shape
-    if not _kernels_serve(x):
-        x_hat = _normalised(norm, x, statistics, offset)
-        g = grad_y.to(x_hat.dtype)
-        if norm.activation != "none":
-            z = x_hat * _per_channel(norm.weight, x_hat) + _per_channel(norm.bias, x_hat)
-            g = g * _slope(z, norm.activation)
-        g = g * _per_channel(norm.weight, g)
-        grouped, grouped_hat = (t.reshape(n, norm.groups, -1) for t in (g, x_hat))
-        first = grouped.mean(dim=2, keepdim=True)
-        second = (grouped * grouped_hat).mean(dim=2, keepdim=True)
-        grad = (grouped - first - grouped_hat * second) * statistics[:, :, 1:]
-        grad = grad.reshape(x.shape)
-        grad = grad if skip is None else grad + skip.to(grad.dtype)
-        return _channels_last(grad, x.dtype)
-    grad_x = torch.empty_like(x)
-    tiles, chunks = _split(n, channels, height * width, _SUMMED_TILE)
-    partials = x.new_empty(n, chunks, channels, 2, dtype=torch.float32)
-    means = torch.empty_like(statistics)
-    kernels, size, group = _kernels(), (height * width, channels), channels // norm.groups
-    shared = (grad_y, x, offset, _stride(offset), statistics, norm.weight, norm.bias)
-    settings = {"GROUP": group, "ACTIVATION": ACTIVATIONS.index(norm.activation), "num_warps": _WARPS}
-    rows, cols = _tile(channels, _SUMMED_TILE)
-    blocks = -(-channels // cols)
-    kernels.gradient_sums_kernel[(chunks, blocks, n)](
-        *shared, partials, *size, norm.groups, chunks, ROWS=rows, COLS=cols, TILES=tiles, **settings
-    )
-    kernels.gradient_means_kernel[(norm.groups, n)](
-        *(partials, means, *size, chunks),
-        GROUP=group,
-        GROUP_COLS=_power_of_two(group),
-        CHUNKS=_chunks_at_once(chunks),
-    )
-    rows, cols = _tile(channels, _TILE)
-    kernels.gradient_kernel[(-(-height * width // rows), blocks, n)](
-        *shared, means, skip, grad_x, *size, norm.groups, ROWS=rows, COLS=cols, **settings
-    )
-    return grad_x
-
-
-def group_norm_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, activation: Activation = "silu"
-) -> Tensor:
-    """The twin: the whole layer in plain PyTorch, any float dtype, differentiable."""
-    y = torch.nn.functional.group_norm(x, groups, weight, bias, eps)
-    return _activated(y, activation)
-
-
-def _activated(z: Tensor, activation: Activation) -> Tensor:
-    if activation == "none":
+        shape = (*x.shape[:2], *[1] * (x.dim() - 2))
+        scale, shift = (part.reshape(shape) for part in modulation.to(x.dtype).chunk(2, dim=1))
+        z = z * (1 + scale) + shift
+    if norm.activation == "none":
         return z
-    return torch.nn.functional.silu(z) if activation == "silu" else torch.nn.functional.gelu(z)
-
-
-def _slope(z: Tensor, activation: Activation) -> Tensor:
-    """The derivative of `_activated`, which is not that of "none"."""
-    if activation == "silu":
-        gate = torch.sigmoid(z)
-        return gate * (1 + z * (1 - gate))
-    return torch.special.ndtr(z) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-
-
-def _check(norm: GroupNorm, x: Tensor, offset: Tensor | None) -> None:
-    check_tensor("group_norm", "x", x, ["n", norm.weight.shape[0], "height", "width"], DTYPES, like=norm.weight)
-    _check_image("x", x, x)
-    if offset is not None:
-        _check_channels("offset", offset, [x.shape[1]] if offset.dim() == 1 else [x.shape[0], x.shape[1]], x)
+    return F.silu(z) if norm.activation == "silu" else F.gelu(z)
 
 
 def _check_channels(name: str, tensor: Tensor, shape: list[int], x: Tensor) -> None:
@@ -331,30 +270,41 @@ def _kernels_serve(x: Tensor) -> bool:
 
 
 def _kernels() -> ModuleType:
-    from dreamfusion_fast.networks import _group_norm_triton  # triton takes a while to import, and need not be there
+    from dreamfusion_fast.networks import _triton  # triton takes a while to import, and need not be there
 
-    return _group_norm_triton
+    return _triton
 
 
-def _tile(channels: int, elements: int) -> tuple[int, int]:
-    """Pixels and channels of a tile."""
+def _launch(image: Tensor, elements: int, sums: bool = False) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """Grid and settings of a kernel over tiles of so many elements; with `sums`, of one that sums up TILES of them."""
+    n, channels, height, width = image.shape
     cols = min(_power_of_two(channels), _MAX_COLS)
     if channels % cols and channels % (cols // 2) == 0:
         cols //= 2  # 320 channels are five times 64
-    return elements // cols, cols
+    rows = elements // cols
+    chunks, blocks = -(-height * width // rows), -(-channels // cols)
+    settings = {"ROWS": rows, "COLS": cols, "num_warps": _WARPS}
+    if sums:
+        tiles = settings["TILES"] = max(min(_TILES, chunks * blocks * n // _ENOUGH_PROGRAMS), 1)
+        chunks = -(-chunks // tiles)
+    return (chunks, blocks, n), settings
 
 
-def _split(n: int, channels: int, pixels: int, elements: int) -> tuple[int, int]:
-    """Tiles of so many elements that are summed up per program, and programs along the pixels."""
-    rows, cols = _tile(channels, elements)
-    tiles = -(-pixels // rows)
-    per_program = max(min(_TILES, tiles * n * -(-channels // cols) // _ENOUGH_PROGRAMS), 1)
-    return per_program, -(-tiles // per_program)
+def _over_groups(norm: GroupNorm, x: Tensor, partials: Tensor, chunk_pixels: int | None = None) -> Tensor:
+    """Two numbers per group, ``[n, groups, 2]``, from two per channel of each chunk.
 
-
-def _chunks_at_once(chunks: int) -> int:
-    """Chunks that a program brings together in one go."""
-    return min(max(_power_of_two(chunks), 16), 256)
+    With `chunk_pixels`, mean and 1 / deviation from means and sums of squared deviations; without, means from sums.
+    """
+    result = partials.new_empty(len(x), norm.groups, 2)
+    chunks, channels = partials.shape[1:3]
+    group = channels // norm.groups
+    _kernels().groups_kernel[(norm.groups, len(x))](
+        *(partials, result, x.shape[2] * x.shape[3], channels, chunks, chunk_pixels, norm.eps),
+        GROUP=group,
+        GROUP_COLS=_power_of_two(group),
+        CHUNKS=min(max(_power_of_two(chunks), 16), 256),  # that are brought together in one go
+    )
+    return result
 
 
 def _power_of_two(number: int) -> int:
@@ -366,25 +316,13 @@ def _stride(offset: Tensor | None) -> int:
     return offset.stride(0) if offset is not None and offset.dim() == 2 else 0
 
 
-def _real(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def sums_dtype(x: Tensor) -> torch.dtype:
+    """The type in which sums over x are taken."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _sum(x: Tensor, offset: Tensor | None, residual: Tensor | None = None) -> Tensor:
-    value = x.to(_real(x))
+    value = x.to(sums_dtype(x))
     if offset is not None:
         value = value + offset.to(value.dtype).reshape(-1, x.shape[1], 1, 1)
-    return value if residual is None else value + residual.to(value.dtype)
-
-
-def _normalised(norm: GroupNorm, x: Tensor, statistics: Tensor, offset: Tensor | None) -> Tensor:
-    value = _sum(x, offset).reshape(x.shape[0], norm.groups, -1)
-    return ((value - statistics[:, :, :1]) * statistics[:, :, 1:]).reshape(x.shape)
-
-
-def _channels_last(image: Tensor, dtype: torch.dtype) -> Tensor:
-    return image.to(dtype).contiguous(memory_format=torch.channels_last)
-
-
-def _per_channel(parameter: Tensor, like: Tensor) -> Tensor:
-    return parameter.to(like.dtype).reshape(1, -1, 1, 1)
+    return value if residual is None else value + residual

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamfusion_fast.gpu.capture import CapturedPair
-from dreamfusion_fast.networks.group_norm import GroupNorm, input_gradient, normalise, statistics, summed
+from dreamfusion_fast.networks.group_norm import GroupNorm, Measured, measure, summed, sums_dtype
 
 # Scores of attention, float32, in memory at a time: 34 MB.
 _SCORES = 1 << 23
@@ -51,13 +51,9 @@ class Pending:
             return self.raw
         return summed(self.raw, self.offset, self.residual, padding)
 
-    def measured(self, norm: GroupNorm) -> tuple[Pending, Tensor]:
+    def measured(self, norm: GroupNorm) -> Measured:
         """The same without a residual, and its statistics: in one pass over memory."""
-        if self.residual is None:
-            return self, statistics(norm, self.raw, self.offset)
-        total = torch.empty_like(self.raw)
-        found = statistics(norm, self.raw, self.offset, self.residual, total)
-        return Pending(total), found
+        return measure(norm, self.raw, self.offset, self.residual)
 
 
 class Layer(Protocol):
@@ -69,22 +65,23 @@ class Layer(Protocol):
 
 
 class Convolution:
-    """A convolution whose bias is left to whatever reads its output."""
+    """A convolution whose bias is left to whatever reads its output.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> None:
+    As a layer, it takes images with `zeros` rows of zeros below and columns of zeros to the right.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0, zeros: int = 0) -> None:
         self.weight = weight.detach().contiguous(memory_format=torch.channels_last)
         self.bias = None if bias is None else bias.detach()
-        self._stride, self._padding = (stride, stride), (padding, padding)
+        self._stride, self._padding, self._zeros = (stride, stride), (padding, padding), zeros
 
     @classmethod
-    def of(cls, module: torch.nn.Conv2d) -> Convolution:
+    def of(cls, module: torch.nn.Conv2d, zeros: int = 0) -> Convolution:
         """That of a module."""
-        padding = module.padding
-        assert not isinstance(padding, str)
-        return cls(module.weight, module.bias, module.stride[0], padding[0])
+        return cls(module.weight, module.bias, module.stride[0], int(module.padding[0]), zeros)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, None, self._stride, self._padding)
+    def __call__(self, x: Tensor) -> Pending:
+        return Pending(F.conv2d(x, self.weight, None, self._stride, self._padding), self.bias)
 
     def input_gradient(self, grad: Tensor, size: torch.Size) -> Tensor:
         """The gradient of an input of that size; the input itself plays no part in it.
@@ -102,28 +99,16 @@ class Convolution:
         found = F.conv_transpose2d(grad, self.weight, None, self._stride, self._padding, rest)
         return found.contiguous(memory_format=torch.channels_last)
 
-
-class First:
-    """The first convolution."""
-
-    def __init__(self, convolution: Convolution) -> None:
-        self._convolution = convolution
-
     def forward(self, x: Pending, recompute: bool) -> tuple[Pending, torch.Size]:
         """Keeps the size."""
-        return Pending(self._convolution(x.raw), self._convolution.bias), x.raw.shape
+        padded = x.total(self._zeros)
+        return self(padded), padded.shape
 
     def backward(self, grad: Tensor, kept: torch.Size) -> Tensor:
-        """Of the image."""
-        return self._convolution.input_gradient(grad, kept)
-
-
-@dataclass
-class _KeptResidual:
-    x: Pending
-    statistics: Tensor
-    between: Tensor | None
-    statistics_between: Tensor
+        """Of x."""
+        height, width = kept[2] - self._zeros, kept[3] - self._zeros
+        found = self.input_gradient(grad, kept)[:, :, :height, :width]
+        return found.contiguous(memory_format=torch.channels_last)
 
 
 class ResidualBlock:
@@ -134,58 +119,32 @@ class ResidualBlock:
         self._conv1, self._conv2 = Convolution.of(module.conv1), Convolution.of(module.conv2)
         self._shortcut = None if module.conv_shortcut is None else Convolution.of(module.conv_shortcut)
 
-    def forward(self, x: Pending, recompute: bool) -> tuple[Pending, _KeptResidual]:
-        """Keeps x, and what is between the convolutions unless that is recomputed."""
-        x, found = x.measured(self._norm1)
-        between = self._between(x, found)
-        found_between = statistics(self._norm2, between, self._conv1.bias)
-        raw = self._conv2(normalise(self._norm2, between, found_between, self._conv1.bias))
-        if self._shortcut is None:
-            residual, offset = x.raw, x.offset
-        else:
-            residual, offset = self._shortcut(x.raw), self._shortcut.bias
-            if x.offset is not None:
-                offset = _plus(offset, F.linear(x.offset, self._shortcut.weight.flatten(1)))
-        kept = _KeptResidual(x, found, None if recompute else between, found_between)
-        return Pending(raw, _plus(self._conv2.bias, offset), residual), kept
+    def forward(self, x: Pending, recompute: bool) -> tuple[Pending, list[Any]]:
+        """Keeps x, and what is between the convolutions, or where that is recomputed only its statistics."""
+        first = x.measured(self._norm1)
+        second = self._conv1(first.normalised()).measured(self._norm2)
+        y = self._conv2(second.normalised())
+        around = Pending(first.x, first.offset)
+        if self._shortcut is not None:
+            around = self._shortcut(first.x)
+            if first.offset is not None:
+                moved = F.linear(first.offset, self._shortcut.weight.flatten(1))
+                around = Pending(around.raw, _plus(around.offset, moved))
+        kept = [first, second.statistics if recompute else second]
+        return Pending(y.raw, _plus(y.offset, around.offset), around.raw), kept
 
-    def backward(self, grad: Tensor, kept: _KeptResidual) -> Tensor:
-        """Of x."""
-        x, between = kept.x, kept.between
-        if between is None:
-            between = self._between(x, kept.statistics)
-        g = self._conv2.input_gradient(grad, between.shape)
-        g = input_gradient(self._norm2, g, between, kept.statistics_between, self._conv1.bias)
-        kept.between = between = None
-        g = self._conv1.input_gradient(g, x.raw.shape)
-        skip = grad if self._shortcut is None else self._shortcut.input_gradient(grad, x.raw.shape)
-        return input_gradient(self._norm1, g, x.raw, kept.statistics, x.offset, skip)
-
-    def _between(self, x: Pending, found: Tensor) -> Tensor:
-        return self._conv1(normalise(self._norm1, x.raw, found, x.offset))
-
-
-class Downsample:
-    """Zeros to the right and below, then a convolution of 3 x 3 at every other pixel."""
-
-    def __init__(self, convolution: Convolution) -> None:
-        self._convolution = convolution
-
-    def forward(self, x: Pending, recompute: bool) -> tuple[Pending, torch.Size]:
-        """Keeps the size."""
-        padded = x.total(padding=1)
-        return Pending(self._convolution(padded), self._convolution.bias), padded.shape
-
-    def backward(self, grad: Tensor, kept: torch.Size) -> Tensor:
-        """Of x."""
-        padded = self._convolution.input_gradient(grad, kept)
-        return padded[:, :, :-1, :-1].contiguous(memory_format=torch.channels_last)
-
-
-@dataclass
-class _KeptAttention:
-    x: Pending
-    statistics: Tensor
+    def backward(self, grad: Tensor, kept: list[Any]) -> Tensor:
+        """Of x. Empties `kept`."""
+        second, first = kept.pop(), kept.pop()
+        if isinstance(second, Tensor):
+            between = self._conv1(first.normalised())
+            second = Measured(self._norm2, between.raw, between.offset, second)
+            del between
+        g = second.input_gradient(self._conv2.input_gradient(grad, second.x.shape))
+        second = None  # frees what it holds
+        g = self._conv1.input_gradient(g, first.x.shape)
+        skip = grad if self._shortcut is None else self._shortcut.input_gradient(grad, first.x.shape)
+        return first.input_gradient(g, skip)
 
 
 class Attention:
@@ -199,22 +158,22 @@ class Attention:
         self._out_weight, self._out_bias = module.to_out[0].weight.detach().flatten(1), module.to_out[0].bias.detach()
         self._scale = module.to_q.weight.shape[0] ** -0.5
 
-    def forward(self, x: Pending, recompute: bool) -> tuple[Pending, _KeptAttention]:
+    def forward(self, x: Pending, recompute: bool) -> tuple[Pending, Measured]:
         """Keeps x."""
-        x, found = x.measured(self._norm)
-        q, k, v = self._projected(x, found)
+        found = x.measured(self._norm)
+        q, k, v = self._projected(found)
         mixed = torch.empty_like(v)
         for rows in _parts(q):
             mixed[:, rows] = self._shares(q[:, rows], k).to(v.dtype) @ v
-        return Pending(_image(F.linear(mixed, self._out_weight), x.raw), *self._rest(x)), _KeptAttention(x, found)
+        out = _image(F.linear(mixed, self._out_weight), found.x)
+        return Pending(out, _plus(self._out_bias, found.offset), found.x), found
 
-    def backward(self, grad: Tensor, kept: _KeptAttention) -> Tensor:
+    def backward(self, grad: Tensor, kept: Measured) -> Tensor:
         """Of x. With P the softmax and g the gradient of P v: dS = P * (g v^T - sum(P * g v^T))."""
-        x = kept.x
-        q, k, v = self._projected(x, kept.statistics)
+        q, k, v = self._projected(kept)
         grad_mixed = _tokens(grad) @ self._out_weight
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k, dtype=_sums(k)), None
-        grad_v = torch.zeros_like(v, dtype=_sums(v))
+        grad_q = torch.empty_like(q)
+        grad_k, grad_v = (torch.zeros_like(part, dtype=sums_dtype(part)) for part in (k, v))
         for rows in _parts(q):
             shares = self._shares(q[:, rows], k)
             g = grad_mixed[:, rows]
@@ -224,24 +183,15 @@ class Attention:
             grad_q[:, rows] = to_scores @ k
             grad_k += to_scores.mT @ q[:, rows]
         g = torch.cat([grad_q, grad_k.to(q.dtype), grad_v.to(q.dtype)], dim=2) @ self._weight
-        return input_gradient(self._norm, _image(g, x.raw), x.raw, kept.statistics, x.offset, grad)
+        return kept.input_gradient(_image(g, kept.x), grad)
 
-    def _rest(self, x: Pending) -> tuple[Tensor | None, Tensor]:
-        return _plus(self._out_bias, x.offset), x.raw
-
-    def _projected(self, x: Pending, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = F.linear(_tokens(normalise(self._norm, x.raw, found, x.offset)), self._weight, self._bias).chunk(3, 2)
+    def _projected(self, x: Measured) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = F.linear(_tokens(x.normalised()), self._weight, self._bias).chunk(3, 2)
         return q, k, v
 
     def _shares(self, q: Tensor, k: Tensor) -> Tensor:
         """The softmax, float32 at least."""
         return torch.softmax(_wide_product(q, k.mT).mul_(self._scale), dim=-1)
-
-
-@dataclass
-class _KeptLast:
-    x: Pending
-    statistics: Tensor
 
 
 class Last:
@@ -250,17 +200,14 @@ class Last:
     def __init__(self, norm: torch.nn.GroupNorm, convolution: Convolution) -> None:
         self._norm, self._convolution = GroupNorm.of(norm, "silu"), convolution
 
-    def forward(self, x: Pending, recompute: bool) -> tuple[Pending, _KeptLast]:
+    def forward(self, x: Pending, recompute: bool) -> tuple[Pending, Measured]:
         """Keeps x."""
-        x, found = x.measured(self._norm)
-        raw = self._convolution(normalise(self._norm, x.raw, found, x.offset))
-        return Pending(raw, self._convolution.bias), _KeptLast(x, found)
+        found = x.measured(self._norm)
+        return self._convolution(found.normalised()), found
 
-    def backward(self, grad: Tensor, kept: _KeptLast) -> Tensor:
+    def backward(self, grad: Tensor, kept: Measured) -> Tensor:
         """Of x."""
-        x = kept.x
-        g = self._convolution.input_gradient(grad, x.raw.shape)
-        return input_gradient(self._norm, g, x.raw, kept.statistics, x.offset)
+        return kept.input_gradient(self._convolution.input_gradient(grad, kept.x.shape))
 
 
 class LatentEncoder:
@@ -281,11 +228,11 @@ class LatentEncoder:
         encoder = vae.encoder
         self.recompute = recompute
         self.dtype = encoder.conv_in.weight.dtype
-        self._layers: list[Layer] = [First(Convolution.of(encoder.conv_in))]
+        self._layers: list[Layer] = [Convolution.of(encoder.conv_in)]
         for block in encoder.down_blocks:
             self._layers += [ResidualBlock(resnet) for resnet in block.resnets]
             if block.downsamplers is not None:
-                self._layers.append(Downsample(Convolution.of(block.downsamplers[0].conv)))
+                self._layers.append(Convolution.of(block.downsamplers[0].conv, zeros=1))
         middle = encoder.mid_block
         self._layers.append(ResidualBlock(middle.resnets[0]))
         for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
@@ -369,17 +316,14 @@ def _mean_convolution(last: torch.nn.Conv2d, quantiser: torch.nn.Conv2d | None) 
     """The last convolution with the one of 1 x 1 behind it, without the half of the channels that is the variance."""
     assert last.bias is not None
     weight, bias = last.weight.detach(), last.bias.detach()
-    if quantiser is None:
-        half = weight.shape[0] // 2
-        weight, bias = weight[:half], bias[:half]
-    else:
-        half = quantiser.weight.shape[0] // 2
-        wide = _sums(weight)
-        mix = quantiser.weight.detach()[:half].flatten(1).to(wide)
-        offset = 0.0 if quantiser.bias is None else quantiser.bias.detach()[:half].to(wide)
+    if quantiser is not None:
+        wide = sums_dtype(weight)
+        mix = quantiser.weight.detach().flatten(1).to(wide)
+        offset = 0.0 if quantiser.bias is None else quantiser.bias.detach().to(wide)
         bias = (mix @ bias.to(wide) + offset).to(bias.dtype)
         weight = torch.einsum("oc,cikl->oikl", mix, weight.to(wide)).to(weight.dtype)
-    return Convolution(weight, bias, 1, int(last.padding[0]))
+    half = weight.shape[0] // 2
+    return Convolution(weight[:half], bias[:half], 1, int(last.padding[0]))
 
 
 def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -406,15 +350,8 @@ def _parts(q: Tensor) -> list[slice]:
     return [slice(first, first + at_once) for first in range(0, tokens, at_once)]
 
 
-def _sums(x: Tensor) -> torch.dtype:
-    """The type in which sums over x are taken."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32 (float64 for float64), not rounded to the operands' type."""
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    if a.is_cuda:
+    if a.is_cuda and a.dtype.itemsize == 2:
         return torch.bmm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    return a.to(sums_dtype(a)) @ b.to(sums_dtype(b))

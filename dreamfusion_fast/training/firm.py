@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.export.surface import sample_density
+from dreamfusion_fast.export.density import sample_density
 from dreamfusion_fast.fields.base import Field, query_density
 from dreamfusion_fast.rendering.cameras import sample_cameras
 from dreamfusion_fast.rendering.rays import Rays
@@ -111,8 +111,8 @@ def firm_field(scene: Scene, config: Config, stop: Callable[[], bool] = lambda: 
 
 def _torn(field: Field, longest: float) -> tuple[Struts, Tensor] | None:
     """The rods that a field needs to be in one piece, and the colours of their ends `[2, k, 3]`."""
-    density = sample_density(lambda positions: query_density(field, positions), field.aabb, _RESOLUTION)
-    struts = find_struts(*density, longest)
+    grid = sample_density(lambda positions: query_density(field, positions), field.aabb, _RESOLUTION)
+    struts = find_struts(grid, longest)
     if struts is None:
         return None
     with torch.no_grad():

@@ -8,14 +8,13 @@ what each of them costs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 
 from dreamfusion_fast.errors import UserError
-from dreamfusion_fast.gpu.memory import free_bytes, limit_fraction, set_limit_fraction
+from dreamfusion_fast.gpu.memory import free_bytes, limited
 from dreamfusion_fast.guidance.contract import Guidance
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.volume.workspace import default_budget
@@ -82,19 +81,11 @@ class MemoryLimit:
         return cls(free, f"free on {name}" if given is None else f"free on {name}, less than --memory {memory}")
 
 
-@contextmanager
-def capped(memory: str | int | None, device: torch.device) -> Iterator[None]:
+def capped(memory: str | int | None, device: torch.device) -> AbstractContextManager[None]:
     """Within it, torch's allocations on a GPU fail beyond `memory`, where it is given and less than the card has."""
     if memory is None or device.type != "cuda":
-        yield
-        return
-    _, total = torch.cuda.mem_get_info(device)
-    before = limit_fraction(device)
-    set_limit_fraction(device, min(parse_memory(memory) / total, before))
-    try:
-        yield
-    finally:
-        set_limit_fraction(device, before)
+        return nullcontext()
+    return limited(device, parse_memory(memory))
 
 
 @dataclass(frozen=True)
@@ -249,7 +240,8 @@ class MemoryPlanner:
         now = self.expected(plan)
         # What ran out was at least the limit, whatever the estimate said.
         wrong = 1.0 if self.limit.size is None else max(1.0, self.limit.size / now)
-        for size in self._smaller_sizes():
+        smaller = (self.render_size >> halvings for halvings in range(1, 32))
+        for size in (self.render_size, *(size for size in smaller if size >= 32)):
             for batch in dict.fromkeys((self.batch, 1)):
                 if (size, batch) == (self.render_size, self.batch):
                     continue
@@ -260,9 +252,3 @@ class MemoryPlanner:
                     sizes = f"{shown(int(less))} in place of {shown(int(wrong * now))}"
                     return f"{' '.join(options)} would fit by estimate ({sizes})"
         return "use a smaller model (--guidance.name), --device cpu, or a GPU with more memory free"
-
-    def _smaller_sizes(self) -> Iterator[int]:
-        size = self.render_size
-        while size >= 32 or size == self.render_size:
-            yield size
-            size //= 2

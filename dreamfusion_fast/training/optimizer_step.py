@@ -8,7 +8,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.cuda_graphs import capturing
+from dreamfusion_fast.gpu.capture import capturing
 
 # Gradients are new tensors in each step, in memory that the allocator hands out again: mostly the same, at times one of
 # a few. So many places are remembered, and captured when seen a second time.

@@ -15,12 +15,11 @@ import os
 import statistics
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -80,7 +79,6 @@ class StepProfile:
         batch: views per step.
         steady: whether the timed steps come after a warm-up; too few steps have none.
         device: name of the device.
-        on_gpu: whether that is a GPU.
         reserved: on a GPU, peak of what torch's allocator held in all, bytes. Captured graphs work in memory that
             counts here and not in the stages' peaks.
     """
@@ -91,7 +89,6 @@ class StepProfile:
     batch: int
     steady: bool
     device: str
-    on_gpu: bool
     reserved: int | None = None
 
     def table(self) -> str:
@@ -99,7 +96,7 @@ class StepProfile:
         kind = "steady steps" if self.steady else "steps, the first ones included"
         views = f"{self.batch} view{'s' if self.batch > 1 else ''}"
         head = f"profile: medians of {self.whole.steps} {kind}, {self.size}x{self.size}, {views}, {self.device}"
-        memory = "peak GB" if self.on_gpu else "resident GB"
+        memory = "resident GB" if self.reserved is None else "peak GB"
         rows = [f"{'stage':<20} {'ms':>9} {'share':>7} {memory:>12}"]
         for cost in [*self.stages, self.whole]:
             part = cost.steps < self.whole.steps
@@ -131,7 +128,6 @@ class StepProfiler:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
         self._meter: _CudaMeter | _CpuMeter = _CudaMeter(device) if device.type == "cuda" else _CpuMeter()
         self._records: dict[tuple[int, int], _Record] = {}
         self._pending: deque[_Timeline] = deque()
@@ -147,56 +143,57 @@ class StepProfiler:
             batch: views.
         """
         record = self._records.setdefault((size, batch), _Record())
-        weighed = record.started < _WARM_UP or record.started % _WEIGHED_EVERY == 0
-        line = self._now = _Timeline(record, record.started < _WARM_UP, weighed)
+        first = record.started < _WARM_UP
+        weighed = first or record.started % _WEIGHED_EVERY == 0
+        # A step's time where memory is asked for is not a step's time.
+        line = self._now = _Timeline(record.first if first else [] if weighed else record.steady, weighed)
         record.started += 1
         self._thread = threading.get_ident()
         self._meter.reset_peak()
         line.marks.append(self._meter.mark())
         line.names.append(REST)
         try:
-            with recording(self):
+            with recording(self.stage):
                 yield
-            self._change(REST)  # its mark ends the step
+            self._change(line, REST)  # its mark ends the step
         finally:
             self._now = None
         for name, peak in line.peaks.items():
-            record.peaks[name] = max(record.peaks.get(name, peak), peak)
+            record.peaks[name] = max(record.peaks[name], peak)
         self._pending.append(line)
         while self._pending and (len(self._pending) > _MAX_PENDING or self._meter.arrived(self._pending[0].marks)):
             self._read(self._pending.popleft())
 
-    def stage(self, name: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
         """See `gpu.stages`. In a CUDA graph's capture, and on other threads than the step's: nothing."""
-        if self._now is None or threading.get_ident() != self._thread or self._meter.capturing():
-            return nullcontext()
-        return _Stage(self, name)
-
-    def _change(self, name: str) -> None:
-        """End the interval that goes on, and begin one of `name`."""
         line = self._now
-        if line is None:
+        if line is None or threading.get_ident() != self._thread or self._meter.capturing():
+            yield
             return
+        outer = line.names[-1]
+        self._change(line, name)
+        try:
+            yield
+        finally:
+            self._change(line, outer)
+
+    def _change(self, line: _Timeline, name: str) -> None:
+        """End the interval that goes on, and begin one of `name`."""
         ended = line.names[-1]
         line.marks.append(self._meter.mark())
         line.names.append(name)
         if line.weighed:
             peak = self._meter.read_and_reset_peak()
             if peak is not None:
-                line.peaks[ended] = max(line.peaks.get(ended, peak), peak)
+                line.peaks[ended] = max(line.peaks[ended], peak)
 
     def _read(self, line: _Timeline) -> None:
         """Times of a step whose marks have all been passed, or waits for them."""
-        times: dict[str, float] = {}
-        intervals = self._meter.intervals(line.marks)
-        for name, ms in zip(line.names, intervals, strict=False):  # the last mark begins none
-            times[name] = times.get(name, 0.0) + ms
-        record = line.record
-        # A step's time where memory is asked for is not a step's time.
-        if not line.weighed:
-            record.steady.append(times)
-        elif line.first:
-            record.first.append(times)
+        times = dict.fromkeys(line.names[:-1], 0.0)
+        for name, ms in zip(line.names, self._meter.intervals(line.marks), strict=False):  # the last mark begins none
+            times[name] += ms
+        line.into.append(times)
 
     def result(self) -> StepProfile | None:
         """The measurements at the size with most timed steps, or None before any step. Waits for the GPU."""
@@ -218,26 +215,7 @@ class StepProfiler:
             stages.append(StageCost(name, statistics.median(of_stage), share, len(of_stage), record.peaks.get(name)))
         peak = max(record.peaks.values()) if record.peaks else None
         whole = StageCost("whole step", statistics.median(totals), 1.0, len(steps), peak)
-        meter, on_gpu = self._meter, self.device.type == "cuda"
-        return StepProfile(stages, whole, size, batch, bool(record.steady), meter.name, on_gpu, meter.reserved)
-
-
-class _Stage:
-    """Tells the profiler when a stage begins and ends, and what goes on after it."""
-
-    def __init__(self, profiler: StepProfiler, name: str) -> None:
-        self._profiler, self._name = profiler, name
-        self._outer = REST
-
-    def __enter__(self) -> None:
-        line = self._profiler._now
-        self._outer = REST if line is None else line.names[-1]
-        self._profiler._change(self._name)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._profiler._change(self._outer)
+        return StepProfile(stages, whole, size, batch, bool(record.steady), self._meter.name, self._meter.reserved)
 
 
 @dataclass
@@ -247,19 +225,18 @@ class _Record:
     started: int = 0
     first: list[dict[str, float]] = field(default_factory=list)
     steady: list[dict[str, float]] = field(default_factory=list)
-    peaks: dict[str, int] = field(default_factory=dict)
+    peaks: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
 
 
 @dataclass
 class _Timeline:
-    """One step: a mark wherever the stage changes, and the stage that begins there."""
+    """One step: a mark wherever the stage changes, and the stage that begins there. Its times go `into` a list."""
 
-    record: _Record
-    first: bool
+    into: list[dict[str, float]]
     weighed: bool
     marks: list[Any] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    peaks: dict[str, int] = field(default_factory=dict)
+    peaks: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
 
 
 class _CpuMeter:

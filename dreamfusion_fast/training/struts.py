@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dreamfusion_fast.export.density import DensityGrid
 from dreamfusion_fast.rendering.rays import Rays
 
 # Density times the box's longest side from which on a point of the grid belongs to a piece: between what the last stage
@@ -67,23 +68,21 @@ class Struts:
         return torch.lerp(self.start[rod], self.end[rod], share) + offset * radius[:, None], radius
 
 
-def find_struts(density: NDArray[np.float32], low: NDArray[np.float64], voxel: float, longest: float) -> Struts | None:
+def find_struts(grid: DensityGrid, longest: float) -> Struts | None:
     """The rods that make one piece of all pieces of a density, as far as they reach.
 
     The largest piece is the first; the closest of the others is joined to it, then the closest to both, and so on
     (Prim's minimum spanning tree).
 
     Args:
-        density: [nx, ny, nz] at the points of a grid, per scene unit.
-        low: [3], position of its first point, scene units.
-        voxel: distance between points, scene units.
+        grid: the density.
         longest: gap that a rod bridges at most, share of the grid's longest side.
 
     Returns:
         The rods, on the CPU; None where all is in one piece or too far away.
     """
-    cells = max(density.shape) - 1
-    piece, count = scipy.ndimage.label(density * (voxel * cells) > _INSIDE)
+    cells, voxel = max(grid.values.shape) - 1, grid.voxel
+    piece, count = scipy.ndimage.label(grid.values * (voxel * cells) > _INSIDE)
     volume = np.bincount(piece.ravel(), minlength=count + 1)
     volume[0] = 0
     others = {int(k) for k in np.flatnonzero(volume >= max(_SMALLEST * volume.max(initial=0), 1))}
@@ -115,7 +114,9 @@ def find_struts(density: NDArray[np.float32], low: NDArray[np.float64], voxel: f
         others.remove(closest)
     if not radius:
         return None
-    first_end, last_end = (torch.from_numpy((low + voxel * np.stack(ends)).astype(np.float32)) for ends in (start, end))
+    first_end, last_end = (
+        torch.from_numpy((grid.low + voxel * np.stack(ends)).astype(np.float32)) for ends in (start, end)
+    )
     return Struts(first_end, last_end, torch.tensor(np.stack(radius), dtype=torch.float32) * voxel)
 
 

@@ -11,9 +11,16 @@ import torch
 import trimesh
 from torch import Tensor
 
-from dreamfusion_fast.export import Agreement, Mesh, UnwrappedMesh, agreement, measure_agreement, seen
-from dreamfusion_fast.export.seen import occupied_space
-from dreamfusion_fast.export.surface import sample_density
+from dreamfusion_fast.export import (
+    Agreement,
+    Mesh,
+    UnwrappedMesh,
+    agreement,
+    extract_mesh,
+    measure_agreement,
+    sample_density,
+    seen,
+)
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.volume.renderer import VolumeRenderer
 
@@ -91,6 +98,11 @@ def grey(density: Density):
     return lambda positions: (density(positions), torch.full_like(positions, 0.5))
 
 
+def extract(density: Density, box: Tensor = BOX, resolution: int = 128, **settings) -> Mesh:
+    """The surface of a density, sampled on a grid of that resolution."""
+    return extract_mesh(sample_density(density, box, resolution), **settings)
+
+
 def as_trimesh(mesh: Mesh) -> trimesh.Trimesh:
     return trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
 
@@ -126,8 +138,8 @@ def one_colour(mesh: Mesh) -> UnwrappedMesh:
 
 def renderer_of(field, resolution: int) -> VolumeRenderer:
     """Of a field in the box, sampled wherever there is something on a grid of that resolution."""
-    density, low, voxel = sample_density(lambda positions: field(positions)[0], BOX, resolution)
-    return VolumeRenderer(field, occupied_space(density, low, voxel), RendererConfig(step=voxel))
+    grid = sample_density(lambda positions: field(positions)[0], BOX, resolution)
+    return VolumeRenderer(field, grid.occupancy, RendererConfig(step=grid.voxel))
 
 
 def agreement_with(density: Density, mesh: Mesh, resolution: int = 128) -> Agreement:

@@ -10,6 +10,7 @@ from shapes import (
     HARD,
     agreement_with,
     ball,
+    extract,
     grey,
     one_colour,
     renderer_of,
@@ -20,7 +21,6 @@ from shapes import (
 
 from dreamfusion_fast.export import agreement as measured
 from dreamfusion_fast.export.agreement import SIZE, Agreement, measure_agreement
-from dreamfusion_fast.export.surface import extract_mesh
 from dreamfusion_fast.export.views import one, rings
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -47,7 +47,7 @@ def test_mesh_of_the_field_itself_is_near_one(both_agree):
     assert both_agree.iou > 0.96
     assert both_agree.covered > 0.97
     assert both_agree.color < 0.005
-    extracted = agreement_with(two_balls, extract_mesh(two_balls, BOX, resolution=64), 64)
+    extracted = agreement_with(two_balls, extract(two_balls, BOX, resolution=64), 64)
     assert extracted.iou > 0.92
     assert extracted.covered > 0.98
 

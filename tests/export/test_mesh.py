@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from shapes import BOX, as_trimesh, ball, sphere, together
+from shapes import BOX, as_trimesh, ball, extract, sphere, together
 
 from dreamfusion_fast.export.mesh import (
     Mesh,
@@ -16,7 +16,6 @@ from dreamfusion_fast.export.mesh import (
     smooth,
     without_degenerate,
 )
-from dreamfusion_fast.export.surface import extract_mesh
 
 
 def test_normals_are_unit_and_of_float32():
@@ -70,9 +69,7 @@ def test_walls_of_cavities_are_dropped():
 
 
 def test_parts_keep_the_orientation():
-    mesh = extract_mesh(
-        ball((0.0, 0.0, 0.0), 0.5), BOX, resolution=24, threshold=50.0, smooth_iterations=0, target_faces=0
-    )
+    mesh = extract(ball((0.0, 0.0, 0.0), 0.5), BOX, resolution=24, threshold=50.0, smooth_iterations=0, target_faces=0)
     for changed in (smooth(mesh, 3), decimate(mesh, 500), keep_large_components(mesh, 0.5), outward(mesh)):
         assert as_trimesh(changed).volume == pytest.approx(as_trimesh(mesh).volume, rel=0.05)
 

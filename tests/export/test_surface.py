@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from shapes import BOX, as_trimesh, ball, contains, sphere, together
+from shapes import BOX, as_trimesh, ball, contains, extract, sphere, together
 
 from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.export.density import sample_density
 from dreamfusion_fast.export.mesh import Mesh
-from dreamfusion_fast.export.surface import extract_mesh, keep_visible, sample_density
+from dreamfusion_fast.export.surface import keep_visible
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 )
 def test_sphere_has_its_radius_and_faces_outward(threshold, smooth_iterations, target_faces):
     center, radius, resolution = (0.1, -0.2, 0.05), 0.6, 48
-    mesh = extract_mesh(
+    mesh = extract(
         ball(center, radius, sharpness=80.0 if threshold else 1000.0),
         BOX,
         resolution=resolution,
@@ -47,7 +48,7 @@ def test_surface_closes_at_the_box(threshold):
     def slab(positions):
         return 1000.0 * (positions[:, 1].abs() < 0.33).float()
 
-    mesh = extract_mesh(slab, BOX, resolution=20, threshold=threshold, smooth_iterations=0, target_faces=0)
+    mesh = extract(slab, BOX, resolution=20, threshold=threshold, smooth_iterations=0, target_faces=0)
     solid = as_trimesh(mesh)
     assert solid.is_watertight
     np.testing.assert_allclose(solid.bounds[:, [0, 2]], [[-1, -1], [1, 1]], atol=1e-6 if threshold else 1e-3)
@@ -62,7 +63,8 @@ def test_box_that_is_no_cube_and_chunks_that_do_not_divide():
         calls.append(len(positions))
         return positions[:, 0] + 10 * positions[:, 1] + 100 * positions[:, 2]
 
-    values, low, voxel = sample_density(density, box, resolution=20, chunk=113)
+    grid = sample_density(density, box, resolution=20, chunk=113)
+    values, low, voxel = grid.values, grid.low, grid.voxel
     assert values.shape == (21, 11, 8)
     assert max(calls) == 113
     assert sum(calls) == values.size
@@ -76,7 +78,7 @@ def test_box_that_is_no_cube_and_chunks_that_do_not_divide():
 @pytest.mark.parametrize(("min_component", "pieces"), [(0.0, 2), (0.01, 2), (0.1, 1)])
 def test_floaters_are_dropped_by_size(min_component, pieces):
     large, small = ball((-0.2, 0.0, 0.0), 0.5), ball((0.8, 0.8, 0.8), 0.12)
-    mesh = extract_mesh(
+    mesh = extract(
         lambda positions: large(positions) + small(positions),
         BOX,
         resolution=40,
@@ -92,7 +94,7 @@ def test_walls_of_cavities_are_dropped():
         distance = positions.norm(dim=-1)
         return 100.0 * ((distance < 0.7) & (distance > 0.4)).float()
 
-    mesh = extract_mesh(shell, BOX, resolution=32, threshold=10.0, smooth_iterations=0, target_faces=0)
+    mesh = extract(shell, BOX, resolution=32, threshold=10.0, smooth_iterations=0, target_faces=0)
     assert as_trimesh(mesh).body_count == 1
     assert np.linalg.norm(mesh.vertices, axis=1).min() > 0.6
 
@@ -103,7 +105,7 @@ def test_ball_in_a_hollow_shell_is_dropped(threshold):
         distance = positions.norm(dim=-1)
         return 200.0 * ((distance < 0.2) | ((distance > 0.5) & (distance < 0.7))).float()
 
-    mesh = extract_mesh(density, BOX, resolution=32, threshold=threshold, min_component=0.0)
+    mesh = extract(density, BOX, resolution=32, threshold=threshold, min_component=0.0)
     assert as_trimesh(mesh).body_count == 1
     assert np.linalg.norm(mesh.vertices, axis=1).min() > 0.6
 
@@ -124,7 +126,7 @@ def test_faint_blob_beside_a_body_gives_no_piece():
         blob = (positions - torch.tensor([0.65, 0.0, 0.0])).norm(dim=-1) < 0.2
         return body(positions) + 1.6 * blob  # absorbs 47 % at most
 
-    mesh = extract_mesh(density, BOX, resolution=40, min_component=0.0)
+    mesh = extract(density, BOX, resolution=40, min_component=0.0)
     assert as_trimesh(mesh).body_count == 1
     assert mesh.vertices[:, 0].max() < 0.2
 
@@ -132,7 +134,7 @@ def test_faint_blob_beside_a_body_gives_no_piece():
 @pytest.mark.parametrize("haze", [0.05, 0.15])
 def test_haze_does_not_become_the_surface(haze):
     solid = ball((0.0, 0.0, 0.0), 0.4)
-    mesh = extract_mesh(lambda positions: solid(positions) + haze, BOX, resolution=40)
+    mesh = extract(lambda positions: solid(positions) + haze, BOX, resolution=40)
     assert np.linalg.norm(mesh.vertices, axis=1).max() < 0.5
 
 
@@ -141,7 +143,7 @@ def test_inside_of_a_cup_is_open():
         radius, height = positions[:, [0, 2]].norm(dim=1), positions[:, 1]
         return 300.0 * ((radius < 0.5) & (height.abs() < 0.4) & ((radius > 0.38) | (height < -0.28))).float()
 
-    mesh = extract_mesh(cup, BOX, resolution=48)
+    mesh = extract(cup, BOX, resolution=48)
     heights = np.arange(-0.2, 0.5, 0.1)
     middle = np.stack([0 * heights, heights, 0 * heights], -1)
     assert not contains(mesh, middle).any()
@@ -154,8 +156,7 @@ def test_inside_of_a_cup_is_open():
 @pytest.mark.parametrize("threshold", [None, 50.0])
 def test_same_field_gives_the_same_mesh(threshold):
     first, second = (
-        extract_mesh(ball((0.1, 0.0, 0.0), 0.5), BOX, resolution=24, threshold=threshold, target_faces=500)
-        for _ in range(2)
+        extract(ball((0.1, 0.0, 0.0), 0.5), BOX, resolution=24, threshold=threshold, target_faces=500) for _ in range(2)
     )
     assert first.vertices.tobytes() == second.vertices.tobytes()
     assert first.faces.tobytes() == second.faces.tobytes()
@@ -163,18 +164,18 @@ def test_same_field_gives_the_same_mesh(threshold):
 
 def test_empty_fields_say_what_to_try():
     with pytest.raises(UserError, match=r"never exceeds the threshold 200 .*100.*lower --threshold, such as 50"):
-        extract_mesh(lambda positions: torch.full((len(positions),), 100.0), BOX, resolution=8, threshold=200.0)
+        extract(lambda positions: torch.full((len(positions),), 100.0), BOX, resolution=8, threshold=200.0)
     with pytest.raises(UserError, match=r"nowhere opaque .*0\.05.*--threshold, such as 0\.025"):
-        extract_mesh(lambda positions: torch.full((len(positions),), 0.05), BOX, resolution=8)
+        extract(lambda positions: torch.full((len(positions),), 0.05), BOX, resolution=8)
     with pytest.raises(UserError, match="nowhere opaque"):
-        extract_mesh(lambda positions: torch.zeros(len(positions)), BOX, resolution=8)
+        extract(lambda positions: torch.zeros(len(positions)), BOX, resolution=8)
 
 
 @pytest.mark.parametrize("threshold", [None, 1.0])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_density_that_is_not_finite_says_what_to_try(value, threshold):
     with pytest.raises(UserError, match=r"not finite.*earlier checkpoint"):
-        extract_mesh(lambda positions: torch.full((len(positions),), value), BOX, resolution=8, threshold=threshold)
+        extract(lambda positions: torch.full((len(positions),), value), BOX, resolution=8, threshold=threshold)
 
 
 def test_what_is_thinner_than_a_cell_says_what_to_try():
@@ -182,7 +183,7 @@ def test_what_is_thinner_than_a_cell_says_what_to_try():
         return 8.0 * (positions[:, 1].abs() < 0.01)
 
     with pytest.raises(UserError, match="thinner than a cell; export with a higher --resolution"):
-        extract_mesh(film, BOX, resolution=32)
+        extract(film, BOX, resolution=32)
 
 
 def test_wrong_arguments_are_named():

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from shapes import BOX, hard, lumpy, renderer_of, soft, sphere, to_segment
+from shapes import BOX, extract, hard, lumpy, renderer_of, soft, sphere, to_segment
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.export.mesh import Mesh
-from dreamfusion_fast.export.surface import extract_mesh
 from dreamfusion_fast.export.texture import LOOK_INTO, bake, save_glb, seen_colors, unwrap
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.volume.renderer import VolumeRenderer
@@ -29,7 +28,7 @@ def looking_into(field, voxel, step=None):
 
 
 def test_seams_share_normals():
-    mesh = extract_mesh(lumpy, BOX, resolution=24, threshold=50.0, target_faces=1000)
+    mesh = extract(lumpy, BOX, resolution=24, threshold=50.0, target_faces=1000)
     cut = unwrap(mesh, 128)
     places, inverse = np.unique(cut.mesh.vertices, axis=0, return_inverse=True)
     assert len(places) < len(cut.normals)  # there are seams
@@ -52,7 +51,7 @@ def test_gutters_take_the_nearest_colour():
 
 
 def test_bake_runs_in_chunks_and_survives_bad_colours():
-    mesh = extract_mesh(lumpy, BOX, resolution=16, threshold=50.0, target_faces=200)
+    mesh = extract(lumpy, BOX, resolution=16, threshold=50.0, target_faces=200)
     cut = unwrap(mesh, 33)
     sizes = []
 
@@ -86,7 +85,7 @@ def test_soft_ball_in_a_fog_shows_its_own_colour():
         matter = 60 * torch.sigmoid(30 * (0.4 - positions.norm(dim=1)))
         return matter + 0.3, torch.where(matter[:, None] > 3, BLUE, RED)
 
-    mesh = extract_mesh(lambda positions: field(positions)[0], BOX, resolution=32, target_faces=1000)
+    mesh = extract(lambda positions: field(positions)[0], BOX, resolution=32, target_faces=1000)
     places, normals = torch.from_numpy(mesh.vertices), torch.from_numpy(mesh.vertex_normals())
     assert (field(places)[1] == RED).all(1).float().mean() > 0.9  # at the very surface is the fog
     color = seen_colors(renderer_of(field, 32), 2 / 32)(places, normals)
@@ -141,7 +140,7 @@ def test_both_sides_of_a_seam_have_the_same_colour():
         return lumpy(positions), 0.5 + 0.5 * torch.sin(positions)
 
     size, voxel = 256, 2 / 48
-    cut = unwrap(extract_mesh(lumpy, BOX, resolution=48, threshold=50.0, target_faces=2000), size)
+    cut = unwrap(extract(lumpy, BOX, resolution=48, threshold=50.0, target_faces=2000), size)
     colors = at(bake(cut, seen_colors(renderer_of(field, 48), voxel), size), cut.uv)
     places, inverse, count = np.unique(cut.mesh.vertices, axis=0, return_inverse=True, return_counts=True)
     assert (count > 1).sum() > 100
@@ -165,7 +164,7 @@ def test_nothing_to_unwrap_or_to_bake_says_what_to_try():
 def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.glb"
     path.write_bytes(b"old")
-    cut = unwrap(extract_mesh(lumpy, BOX, resolution=16, threshold=50.0, target_faces=200), 32)
+    cut = unwrap(extract(lumpy, BOX, resolution=16, threshold=50.0, target_faces=200), 32)
 
     def fail(*_):
         raise KeyboardInterrupt

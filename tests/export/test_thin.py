@@ -14,14 +14,13 @@ from shapes import (
     as_trimesh,
     ball,
     contains,
+    extract,
     hard,
     soft,
     to_ring,
     to_segment,
     to_square,
 )
-
-from dreamfusion_fast.export.surface import extract_mesh
 
 VOXEL = 2 / 128
 LEVEL, SLANTED = ([-0.8, -0.5, 0.0], [0.8, -0.5, 0.0]), ([-0.4, -0.2, -0.3], [0.4, 0.6, 0.3])
@@ -55,7 +54,7 @@ def thin(request):
     def density(positions):
         return kind(nearest(PARTS, positions))
 
-    return kind, density, extract_mesh(density, BOX)
+    return kind, density, extract(density, BOX)
 
 
 def test_thin_parts_keep_their_thickness(thin):
@@ -103,7 +102,7 @@ def test_thin_parts_of_a_body_survive(kind):
     def density(positions):
         return torch.maximum(body(positions), kind(nearest(parts, positions)))
 
-    mesh = extract_mesh(density, BOX)
+    mesh = extract(density, BOX)
     assert as_trimesh(mesh).body_count == 1
     plate = [[x, -0.3, z] for x in (-0.55, -0.4, -0.25) for z in (-0.2, 0.0, 0.2)]
     assert contains(mesh, np.concatenate([along(*up), along(*aside), plate])).all()

@@ -28,10 +28,10 @@ class Notes:
 
 def test_the_recorder_is_told():
     notes, inner = Notes(), Notes()
-    with stage("before"), recording(notes):
+    with stage("before"), recording(notes.stage):
         with torch.no_grad(), stage("a"), stage("b"):
             pass
-        with recording(inner), stage("c"):
+        with recording(inner.stage), stage("c"):
             pass
         with stage("d"):
             pass
@@ -43,7 +43,7 @@ def test_the_recorder_is_told():
 
 def test_an_error_ends_stages_and_recording():
     notes = Notes()
-    with pytest.raises(KeyError, match="x"), recording(notes), stage("a"):
+    with pytest.raises(KeyError, match="x"), recording(notes.stage), stage("a"):
         raise KeyError("x")
     with stage("b"):
         pass

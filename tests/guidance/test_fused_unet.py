@@ -70,12 +70,11 @@ def test_the_same_numbers(changes: dict[str, Any]) -> None:
         more["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 10).double(), "time_ids": torch.rand(2, 6).double()}
     wanted = run(unet, torch.float64, **more)
     size = sum(parameter.numel() for parameter in unet.parameters())
-    count = fuse(unet)
+    fuse(unet)
     blocks = [module for module in unet.modules() if isinstance(module, FusedResidualBlock)]
     assert len(blocks) == 8
     gone = (nn.GroupNorm, GEGLU)
     assert not any(isinstance(module, gone) or _pointwise(module) for module in unet.modules())
-    assert count > 5
     assert all(isinstance(processor, FusedAttention) for processor in unet.attn_processors.values())
     torch.testing.assert_close(run(unet, torch.float64, **more), wanted, rtol=1e-10, atol=1e-11)
     # Nothing is stored twice: parameters of norms are gone from the list, the others are the same tensors.

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from dreamfusion_fast.networks import group_norm as module
 from dreamfusion_fast.networks.group_norm import (
     Activation,
     GroupNorm,
     group_norm_reference,
-    input_gradient,
-    normalise,
-    statistics,
+    measure,
     summed,
 )
 
@@ -92,8 +90,7 @@ def run(case: Case, device: torch.device) -> None:
     offset = None if shape is None else torch.randn(shape, dtype=torch.float64).to(device, dtype)
     weight, bias = (torch.randn(case.channels, dtype=torch.float64).to(device, dtype) for _ in range(2))
     norm = GroupNorm(weight, bias, case.groups, 1e-5, case.activation)
-    total = torch.full_like(x, float("nan")) if case.residual else None
-    found = statistics(norm, x, offset, residual, total)
+    found = measure(norm, x, offset, residual)
     grad_y, skip = image(case, device), image(case, device) if case.skip else None
     torch.set_rng_state(generator_state)
 
@@ -107,11 +104,12 @@ def run(case: Case, device: torch.device) -> None:
     exact = x.double()
     if offset is not None:
         exact = exact + offset.double().reshape(-1, case.channels, 1, 1)
-    if total is not None and residual is not None:
-        near(total, exact + residual.double(), dtype, 0.51)
-        x, offset, exact = total, None, total.double()
-    y = normalise(norm, x, found, offset)
-    grad_x = input_gradient(norm, grad_y, x, found, offset, skip)
+    if residual is not None:
+        near(found.x, exact + residual.double(), dtype, 0.51)
+        assert found.offset is None
+        exact = found.x.double()
+    y = found.normalised()
+    grad_x = found.input_gradient(grad_y, skip)
     for result in (y, grad_x):
         assert result.shape == x.shape
         assert result.is_contiguous(memory_format=torch.channels_last)
@@ -119,7 +117,7 @@ def run(case: Case, device: torch.device) -> None:
     if exact.numel() == 0:
         return
     exact.requires_grad_()
-    wanted = group_norm_reference(exact, weight.double(), bias.double(), case.groups, 1e-5, case.activation)
+    wanted = group_norm_reference(norm, exact)
     (gradient,) = torch.autograd.grad(wanted, exact, grad_y.double())
     if skip is not None:
         gradient = gradient + skip.double()
@@ -127,10 +125,9 @@ def run(case: Case, device: torch.device) -> None:
     if case.modulated:
         both = torch.randn(case.n, 2 * case.channels + 1, dtype=torch.float64).to(device, dtype)[:, 1:]
         scale, shift = both.double()[:, :, None, None].chunk(2, dim=1)
-        plain = group_norm_reference(exact, weight.double(), bias.double(), case.groups, 1e-5, activation="none")
-        plain = plain * (1 + scale) + shift
-        modulated = normalise(norm, x, found, offset, both)
-        near(modulated, module._activated(plain, case.activation), dtype)
+        plain = group_norm_reference(replace(norm, activation="none"), exact) * (1 + scale) + shift
+        activate = {"none": torch.nn.Identity(), "silu": F.silu, "gelu": F.gelu}[case.activation]
+        near(found.normalised(both), activate(plain), dtype)
     near(grad_x, gradient, dtype)
 
 

@@ -11,9 +11,7 @@ from dreamfusion_fast.networks import group_norm as module
 from dreamfusion_fast.networks.group_norm import (
     GroupNorm,
     group_norm_reference,
-    input_gradient,
-    normalise,
-    statistics,
+    measure,
     summed,
 )
 
@@ -41,9 +39,9 @@ def test_kernels_match_the_twin_in_the_interpreter(case: Case, interpreted: dict
 
 @pytest.mark.parametrize("pixels", [1, 64 * 64, 256 * 255, 512 * 512])
 def test_images_are_split_into_enough_programs_and_no_more(pixels: int) -> None:
-    per_program, programs = module._split(1, 128, pixels, 2048)
-    rows, cols = module._tile(128, 2048)
-    assert (rows, cols) == (16, 128)
+    (programs, _, _), settings = module._launch(torch.empty(1, 128, 1, pixels, device="meta"), 2048, sums=True)
+    rows, per_program = settings["ROWS"], settings["TILES"]
+    assert (rows, settings["COLS"]) == (16, 128)
     assert (programs - 1) * per_program * rows < pixels <= programs * per_program * rows
     assert 1 <= per_program <= module._TILES
     assert per_program == 1 or programs >= module._ENOUGH_PROGRAMS
@@ -60,38 +58,29 @@ def test_a_first_pixel_far_from_all_others_on_a_gpu(dtype: str) -> None:
     run(Case(1, 64, 4, 265, 133, dtype, outlier=True), torch.device("cuda"))
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
-def test_slopes_are_those_of_autograd(activation: module.Activation) -> None:
-    z = torch.linspace(-9, 9, 113, dtype=torch.float64, requires_grad=True)
-    (wanted,) = torch.autograd.grad(module._activated(z, activation).sum(), z)
-    torch.testing.assert_close(module._slope(z.detach(), activation), wanted, rtol=1e-12, atol=1e-14)
-
-
 def test_the_twin_is_the_layer() -> None:
     layer = torch.nn.GroupNorm(2, 6, eps=1e-3).double()
     torch.nn.init.normal_(layer.weight)
     x = torch.randn(2, 6, 3, 5, dtype=torch.float64)
     wanted = torch.nn.functional.silu(layer(x))
-    torch.testing.assert_close(group_norm_reference(x, layer.weight, layer.bias, 2, 1e-3), wanted)
+    torch.testing.assert_close(group_norm_reference(GroupNorm.of(layer, "silu"), x), wanted)
 
 
 def test_wrong_arguments() -> None:
     weight, bias = torch.ones(6), torch.zeros(6)
     norm = GroupNorm(weight, bias, 2, 1e-5)
     x = torch.randn(2, 6, 3, 5).contiguous(memory_format=torch.channels_last)
-    found = statistics(norm, x)
+    found = measure(norm, x)
     with pytest.raises(ValueError, match="groups must divide the 6 channels, got 4"):
         GroupNorm(weight, bias, 4, 1e-5)
     with pytest.raises(ValueError, match="activation must be one of none, silu, gelu, got 'relu'"):
         GroupNorm(weight, bias, 2, 1e-5, "relu")
     with pytest.raises(ValueError, match=r"x must have shape \[n, 6, height, width\], got \[2, 4, 3, 5\]"):
-        statistics(norm, x[:, :4])
+        measure(norm, x[:, :4])
     with pytest.raises(ValueError, match="x must be contiguous with channels last in memory"):
-        statistics(norm, x.contiguous())
+        measure(norm, x.contiguous())
     with pytest.raises(ValueError, match=r"offset must have shape \[2, 6\], got \[3, 6\]"):
-        statistics(norm, x, torch.zeros(3, 6))
-    with pytest.raises(ValueError, match="total must be given with a residual"):
-        statistics(norm, x, residual=x)
+        measure(norm, x, torch.zeros(3, 6))
     with pytest.raises(ValueError, match=r"offset must have shape \[6\], got \[2, 6\]"):
         summed(x, torch.zeros(2, 6))
     with pytest.raises(ValueError, match=r"residual must have shape \[2, 6, 3, 5\], got \[2, 6, 3, 4\]"):
@@ -99,10 +88,10 @@ def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="padding must be at least 0, got -1"):
         summed(x, padding=-1)
     with pytest.raises(ValueError, match=r"modulation must have shape \[2, 12\], got \[2, 6\]"):
-        normalise(norm, x, found, None, torch.zeros(2, 6))
+        found.normalised(torch.zeros(2, 6))
     with pytest.raises(ValueError, match="modulation must have channels next to each other in memory"):
-        normalise(norm, x, found, None, torch.zeros(2, 24)[:, ::2])
+        found.normalised(torch.zeros(2, 24)[:, ::2])
     with pytest.raises(TypeError, match=r"grad_y must be torch\.float32, got torch\.float64"):
-        input_gradient(norm, x.double(), x, found)
+        found.input_gradient(x.double())
     with pytest.raises(TypeError, match=r"x must be .* got torch\.int64"):
-        normalise(norm, x.long(), found)
+        measure(norm, x.long())

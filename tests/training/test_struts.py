@@ -8,7 +8,7 @@ import scipy.ndimage
 import torch
 from fakes import BallGuidance, small_config
 
-from dreamfusion_fast.export.surface import sample_density
+from dreamfusion_fast.export.density import DensityGrid, sample_density
 from dreamfusion_fast.fields import query_density
 from dreamfusion_fast.rendering.cameras import orbit_cameras
 from dreamfusion_fast.training.sections import FirmConfig
@@ -28,7 +28,7 @@ def balls(*parts):
 
 
 def find(density, longest=0.2):
-    return find_struts(density, LOW, VOXEL, longest)
+    return find_struts(DensityGrid(density, LOW, VOXEL), longest)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -78,7 +78,7 @@ def test_a_chain_is_joined_link_by_link_as_far_as_it_reaches():
 def test_a_box_that_is_no_cube():
     density = balls(((-0.4, 0, 0), 0.3), ((0.5, 0, 0), 0.25))[:, 15:49, 20:45]
     low = LOW + VOXEL * np.array([0, 15, 20])
-    ends = find_struts(density, low, VOXEL, 0.2)
+    ends = find_struts(DensityGrid(density, low, VOXEL), 0.2)
     whole = find(balls(((-0.4, 0, 0), 0.3), ((0.5, 0, 0), 0.25)))
     torch.testing.assert_close(ends.start, whole.start)
     torch.testing.assert_close(ends.end, whole.end)
@@ -155,8 +155,8 @@ def torn(join):
 
 
 def pieces(trainer):
-    density, _, _ = sample_density(lambda x: query_density(trainer.scene.field, x), trainer.scene.field.aabb, 64)
-    label, count = scipy.ndimage.label(density > 10)
+    grid = sample_density(lambda x: query_density(trainer.scene.field, x), trainer.scene.field.aabb, 64)
+    label, count = scipy.ndimage.label(grid.values > 10)
     volume = np.bincount(label.ravel())[1:]
     return int((volume > 0.005 * volume.max()).sum()) if count else 0
 

@@ -20,8 +20,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.cuda_graphs import capturing
 from dreamfusion_fast.fields.tile_source import TileSource
+from dreamfusion_fast.gpu.capture import capturing
 from dreamfusion_fast.gpu.memory import is_out_of_memory
 from dreamfusion_fast.ops.mlp import MlpGradients
 from dreamfusion_fast.rendering.config import RendererConfig

@@ -1,4 +1,4 @@
-"""Triton kernels of group normalisation, channels last; `dreamfusion_fast.networks.group_norm` has the maths.
+"""Triton kernels of group normalisation, channels last, and of GEGLU; `group_norm` and `geglu` have the maths.
 
 An image is a matrix of pixels by channels. A group's channels need not be a power of two, so tiles take whole channels
 and sum up per channel; a small kernel brings a group's channels and an image's tiles together. A program takes TILES
@@ -37,7 +37,6 @@ def moments_kernel(
     partials,
     pixels,
     channels,
-    chunks,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TILES: tl.constexpr,
@@ -76,15 +75,15 @@ def moments_kernel(
         squares += deviation * deviation
     count = tl.minimum(pixels - chunk * TILES * ROWS, TILES * ROWS).to(tl.float32)
     drift = tl.sum(sums, 0) / count
-    to = partials + ((image.to(tl.int64) * chunks + chunk) * channels + cols) * 2
+    to = partials + ((image.to(tl.int64) * tl.num_programs(0) + chunk) * channels + cols) * 2
     tl.store(to, pivot + drift, mask=live_cols)
     tl.store(to + 1, tl.maximum(tl.sum(squares, 0) - drift * drift * count, 0.0), mask=live_cols)
 
 
 @triton.jit
-def statistics_kernel(
+def groups_kernel(
     partials,
-    statistics,
+    result,
     pixels,
     channels,
     chunks,
@@ -94,27 +93,38 @@ def statistics_kernel(
     GROUP_COLS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Mean and 1 / standard deviation of each group, ``[n, groups, 2]``, from the chunks' moments."""
+    """Two numbers per group, ``[n, groups, 2]``, from the partials of its channels.
+
+    With `chunk_pixels`, from moments of as many pixels each: mean and 1 / standard deviation. Without, from sums: their
+    means over the group.
+    """
     group, image = tl.program_id(0), tl.program_id(1)
     cols = tl.arange(0, GROUP_COLS)
-    first = partials + (image.to(tl.int64) * chunks * channels + group * GROUP) * 2
-    pivot = tl.load(first)  # of the same size as the mean, which is all that it is for
-    sums = tl.zeros((CHUNKS, GROUP_COLS), dtype=tl.float32)
-    squares = tl.zeros((CHUNKS, GROUP_COLS), dtype=tl.float32)
+    from_ = partials + (image.to(tl.int64) * chunks * channels + group * GROUP) * 2
+    first = tl.zeros((CHUNKS, GROUP_COLS), dtype=tl.float32)
+    second = tl.zeros((CHUNKS, GROUP_COLS), dtype=tl.float32)
+    pivot = tl.load(from_)  # of the same size as the mean, which is all that it is for
     for start in range(0, chunks, CHUNKS):
         k = start + tl.arange(0, CHUNKS)
         live = (k < chunks)[:, None] & (cols < GROUP)[None, :]
         at = (k[:, None].to(tl.int64) * channels + cols[None, :]) * 2
-        count = tl.minimum(pixels - k * chunk_pixels, chunk_pixels).to(tl.float32)[:, None]
-        delta = tl.where(live, tl.load(first + at, mask=live, other=0.0) - pivot, 0.0)
-        sums += delta * count
-        squares += tl.load(first + at + 1, mask=live, other=0.0) + delta * delta * count
+        one = tl.load(from_ + at, mask=live, other=0.0)
+        other = tl.load(from_ + at + 1, mask=live, other=0.0)
+        if chunk_pixels is not None:
+            count = tl.minimum(pixels - k * chunk_pixels, chunk_pixels).to(tl.float32)[:, None]
+            delta = tl.where(live, one - pivot, 0.0)
+            one = delta * count
+            other += delta * delta * count
+        first += one
+        second += other
     size = 1.0 * pixels * GROUP
-    drift = tl.sum(sums) / size
-    variance = tl.maximum(tl.sum(squares) / size - drift * drift, 0.0)
-    to = statistics + (image * tl.num_programs(0) + group) * 2
-    tl.store(to, pivot + drift)
-    tl.store(to + 1, 1.0 / tl.sqrt(variance + eps))
+    mean, other_mean = tl.sum(first) / size, tl.sum(second) / size
+    if chunk_pixels is not None:
+        other_mean = 1.0 / tl.sqrt(tl.maximum(other_mean - mean * mean, 0.0) + eps)
+        mean += pivot
+    to = result + (image * tl.num_programs(0) + group) * 2
+    tl.store(to, mean)
+    tl.store(to + 1, other_mean)
 
 
 @triton.jit
@@ -151,9 +161,9 @@ def sum_kernel(
 
 
 @triton.jit
-def _channels(offset, offset_stride, statistics, weight, bias, image, groups, cols, live_cols, GROUP: tl.constexpr):
+def _channels(offset, offset_stride, statistics, weight, bias, image, channels, cols, live_cols, GROUP: tl.constexpr):
     """Per channel: what is added to x, the group's mean and 1 / deviation, weight and bias."""
-    at = statistics + (image * groups + cols // GROUP) * 2
+    at = statistics + (image * (channels // GROUP) + cols // GROUP) * 2
     mean = tl.load(at, mask=live_cols, other=0.0)
     scale = tl.load(at + 1, mask=live_cols, other=0.0)
     if offset is not None:
@@ -176,7 +186,6 @@ def normalise_kernel(
     y,
     pixels,
     channels,
-    groups,
     GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -187,7 +196,7 @@ def normalise_kernel(
     cols = block * COLS + tl.arange(0, COLS)
     live_cols = cols < channels
     mean, inverse, w, b = _channels(
-        offset, offset_stride, statistics, weight, bias, image, groups, cols, live_cols, GROUP
+        offset, offset_stride, statistics, weight, bias, image, channels, cols, live_cols, GROUP
     )
     if modulation is not None:
         of = modulation + image * modulation_stride + cols
@@ -205,81 +214,6 @@ def normalise_kernel(
 
 
 @triton.jit
-def gradient_sums_kernel(
-    grad_y,
-    x,
-    offset,
-    offset_stride,
-    statistics,
-    weight,
-    bias,
-    partials,
-    pixels,
-    channels,
-    groups,
-    chunks,
-    GROUP: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """Sums over a chunk of g and g * x_hat, g the gradient of x_hat: partials ``[n, chunks, channels, 2]``."""
-    chunk, block, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    cols = block * COLS + tl.arange(0, COLS)
-    live_cols = cols < channels
-    mean, scale, w, b = _channels(
-        offset, offset_stride, statistics, weight, bias, image, groups, cols, live_cols, GROUP
-    )
-    base = image.to(tl.int64) * pixels * channels
-    first = tl.zeros((ROWS, COLS), dtype=tl.float32)
-    second = tl.zeros((ROWS, COLS), dtype=tl.float32)
-    for tile in range(TILES):
-        rows = (chunk * TILES + tile) * ROWS + tl.arange(0, ROWS)
-        live = (rows < pixels)[:, None] & live_cols[None, :]
-        at = base + rows[:, None].to(tl.int64) * channels + cols[None, :]
-        x_hat = (tl.load(x + at, mask=live, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
-        g = tl.load(grad_y + at, mask=live, other=0.0).to(tl.float32)
-        if ACTIVATION != 0:
-            _, slope = activated_and_slope(x_hat * w[None, :] + b[None, :], ACTIVATION)
-            g *= slope
-        g *= w[None, :]
-        first += g
-        second += g * x_hat
-    to = partials + ((image.to(tl.int64) * chunks + chunk) * channels + cols) * 2
-    tl.store(to, tl.sum(first, 0), mask=live_cols)
-    tl.store(to + 1, tl.sum(second, 0), mask=live_cols)
-
-
-@triton.jit
-def gradient_means_kernel(
-    partials,
-    means,
-    pixels,
-    channels,
-    chunks,
-    GROUP: tl.constexpr,
-    GROUP_COLS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
-    """Means of g and g * x_hat of each group, ``[n, groups, 2]``."""
-    group, image = tl.program_id(0), tl.program_id(1)
-    cols = tl.arange(0, GROUP_COLS)
-    first = tl.zeros((CHUNKS, GROUP_COLS), dtype=tl.float32)
-    second = tl.zeros((CHUNKS, GROUP_COLS), dtype=tl.float32)
-    for start in range(0, chunks, CHUNKS):
-        k = start + tl.arange(0, CHUNKS)
-        live = (k < chunks)[:, None] & (cols < GROUP)[None, :]
-        at = ((image.to(tl.int64) * chunks + k[:, None]) * channels + group * GROUP + cols[None, :]) * 2
-        first += tl.load(partials + at, mask=live, other=0.0)
-        second += tl.load(partials + at + 1, mask=live, other=0.0)
-    size = 1.0 * pixels * GROUP
-    to = means + (image * tl.num_programs(0) + group) * 2
-    tl.store(to, tl.sum(first) / size)
-    tl.store(to + 1, tl.sum(second) / size)
-
-
-@triton.jit
 def gradient_kernel(
     grad_y,
     x,
@@ -290,34 +224,65 @@ def gradient_kernel(
     bias,
     means,
     skip,
-    grad_x,
+    result,
     pixels,
     channels,
-    groups,
     GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    """grad_x, to which `skip` is added unless it is None."""
+    """With g the gradient of x_hat: without `means` its sums over a chunk, with them the gradient of x.
+
+    The sums are those of g and g * x_hat, result ``[n, chunks, channels, 2]``; `means` are theirs over each group,
+    ``[n, groups, 2]``. To the gradient, result like x, `skip` is added unless it is None.
+    """
     chunk, block, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     cols = block * COLS + tl.arange(0, COLS)
     live_cols = cols < channels
     mean, scale, w, b = _channels(
-        offset, offset_stride, statistics, weight, bias, image, groups, cols, live_cols, GROUP
+        offset, offset_stride, statistics, weight, bias, image, channels, cols, live_cols, GROUP
     )
-    at_means = means + (image * groups + cols // GROUP) * 2
-    mean_g = tl.load(at_means, mask=live_cols, other=0.0)
-    mean_gx = tl.load(at_means + 1, mask=live_cols, other=0.0)
-    rows = chunk * ROWS + tl.arange(0, ROWS)
-    live = (rows < pixels)[:, None] & live_cols[None, :]
-    at = image.to(tl.int64) * pixels * channels + rows[:, None].to(tl.int64) * channels + cols[None, :]
-    x_hat = (tl.load(x + at, mask=live, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
-    g = tl.load(grad_y + at, mask=live, other=0.0).to(tl.float32)
-    if ACTIVATION != 0:
-        _, slope = activated_and_slope(x_hat * w[None, :] + b[None, :], ACTIVATION)
-        g *= slope
-    g = scale[None, :] * (g * w[None, :] - mean_g[None, :] - x_hat * mean_gx[None, :])
-    if skip is not None:
-        g += tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
-    tl.store(grad_x + at, g.to(grad_x.dtype.element_ty), mask=live)
+    base = image.to(tl.int64) * pixels * channels
+    if means is None:
+        first = tl.zeros((ROWS, COLS), dtype=tl.float32)
+        second = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    else:
+        at_means = means + (image * (channels // GROUP) + cols // GROUP) * 2
+        mean_g = tl.load(at_means, mask=live_cols, other=0.0)
+        mean_gx = tl.load(at_means + 1, mask=live_cols, other=0.0)
+    for tile in range(TILES):
+        rows = (chunk * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        live = (rows < pixels)[:, None] & live_cols[None, :]
+        at = base + rows[:, None].to(tl.int64) * channels + cols[None, :]
+        x_hat = (tl.load(x + at, mask=live, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
+        g = tl.load(grad_y + at, mask=live, other=0.0).to(tl.float32)
+        if ACTIVATION != 0:
+            _, slope = activated_and_slope(x_hat * w[None, :] + b[None, :], ACTIVATION)
+            g *= slope
+        g *= w[None, :]
+        if means is None:
+            first += g
+            second += g * x_hat
+        else:
+            g = scale[None, :] * (g - mean_g[None, :] - x_hat * mean_gx[None, :])
+            if skip is not None:
+                g += tl.load(skip + at, mask=live, other=0.0).to(tl.float32)
+            tl.store(result + at, g.to(result.dtype.element_ty), mask=live)
+    if means is None:
+        to = result + ((image.to(tl.int64) * tl.num_programs(0) + chunk) * channels + cols) * 2
+        tl.store(to, tl.sum(first, 0), mask=live_cols)
+        tl.store(to + 1, tl.sum(second, 0), mask=live_cols)
+
+
+@triton.jit
+def geglu_kernel(x, y, columns, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    """A row, or a part of it: y ``[n, columns]`` from x ``[n, 2 columns]``."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    cols = block * BLOCK + tl.arange(0, BLOCK)
+    live = cols < columns
+    a = tl.load(x + row * 2 * columns + cols, mask=live, other=0.0).to(tl.float32)
+    b = tl.load(x + (row * 2 + 1) * columns + cols, mask=live, other=0.0).to(tl.float32)
+    gate, _ = activated_and_slope(b, ACTIVATION)
+    tl.store(y + row * columns + cols, (a * gate).to(y.dtype.element_ty), mask=live)

@@ -5,6 +5,7 @@ from dreamfusion_fast.ops.hash_grid import (
     hash_grid,
     hash_grid_layout,
     hash_grid_position_gradient,
+    hash_grid_position_gradient_reference,
     hash_grid_reference,
 )
 from dreamfusion_fast.ops.march import (
@@ -34,6 +35,7 @@ __all__ = [
     "hash_grid",
     "hash_grid_layout",
     "hash_grid_position_gradient",
+    "hash_grid_position_gradient_reference",
     "hash_grid_reference",
     "march",
     "march_lattice",

@@ -35,7 +35,7 @@ inline Launch launch_at(std::uintptr_t where) {
 }
 
 inline void check(const char* op, Status status) {
-  if (status != nullptr) throw std::runtime_error(std::string("dreamfusion_fast.ops.") + op + ": " + status);
+  if (status != nullptr) throw std::runtime_error(std::string(op) + ": " + status);
 }
 
 // Registers function<float> as name_f32 and function<double> as name_f64, both without the GIL held.

@@ -79,9 +79,9 @@ class HashGridTileLayout:
         check_tensor(op, "level_offsets", offsets, [n_levels + 1], dtypes=[torch.int64], like=self.resolutions)
         for name, tensor in (("level_offsets", offsets), ("resolutions", self.resolutions)):
             if not tensor.is_contiguous():
-                raise ValueError(f"dreamfusion_fast.ops.{op}: {name} must be contiguous")
+                raise ValueError(f"{op}: {name} must be contiguous")
         if not 1 <= self.levels <= n_levels:
-            raise ValueError(f"dreamfusion_fast.ops.{op}: active_levels must lie in [1, {n_levels}], got {self.levels}")
+            raise ValueError(f"{op}: active_levels must lie in [1, {n_levels}], got {self.levels}")
 
     @property
     def levels(self) -> int:
@@ -294,7 +294,7 @@ def _check_scatter(
     channels = layout.levels * grad_table.shape[1]
     _check_channels(op, "grad_features", grad_features, positions, channels)
     if (direction is None) != (grad_of_features is None):
-        raise ValueError(f"dreamfusion_fast.ops.tiles.hash_grid.{op}: direction and grad_of_features go together")
+        raise ValueError(f"hash_grid_tile.{op}: direction and grad_of_features go together")
     if direction is not None and grad_of_features is not None:
         _check_vectors(op, "direction", direction, positions)
         _check_channels(op, "grad_of_features", grad_of_features, positions, channels)
@@ -318,18 +318,15 @@ def _check(
         table_dtypes = [torch.float16, torch.float32] if narrow else [positions.dtype]
     check_tensor(where, table_name, table, ["n_rows", "n_features"], dtypes=table_dtypes, like=positions)
     if table.shape[1] not in FEATURES:
-        raise ValueError(
-            f"dreamfusion_fast.ops.{where}: {table_name} must have 1, 2, 4 or 8 columns, got {list(table.shape)}"
-        )
+        raise ValueError(f"{where}: {table_name} must have 1, 2, 4 or 8 columns, got {list(table.shape)}")
     if not table.is_contiguous() or (on_gpu and table.data_ptr() % 16):
-        raise ValueError(f"dreamfusion_fast.ops.{where}: {table_name} must be contiguous and aligned to 16 bytes")
+        raise ValueError(f"{where}: {table_name} must be contiguous and aligned to 16 bytes")
     if positions.shape[0] > MAX_SAMPLES:
-        raise ValueError(f"dreamfusion_fast.ops.{where}: a tile has at most 2^24 samples, got {positions.shape[0]}")
+        raise ValueError(f"{where}: a tile has at most 2^24 samples, got {positions.shape[0]}")
     _check_span(where, "positions", positions)
     if layout.resolutions.device != positions.device:
         raise ValueError(
-            f"dreamfusion_fast.ops.{where}: layout is on {layout.resolutions.device}, "
-            f"the other arguments are on {positions.device}"
+            f"{where}: layout is on {layout.resolutions.device}, the other arguments are on {positions.device}"
         )
     if count is not None:
         check_tensor(where, "count", count, [1], dtypes=[torch.int32], like=positions)
@@ -343,9 +340,7 @@ def _check_channels(op: str, name: str, tensor: Tensor, positions: Tensor, chann
     dtypes = [torch.float16, torch.bfloat16, torch.float32] if narrow else [positions.dtype]
     check_tensor(where, name, tensor, [positions.shape[0], "levels * n_features"], dtypes=dtypes, like=positions)
     if tensor.shape[1] < channels:
-        raise ValueError(
-            f"dreamfusion_fast.ops.{where}: {name} must have at least {channels} channels, got {tensor.shape[1]}"
-        )
+        raise ValueError(f"{where}: {name} must have at least {channels} channels, got {tensor.shape[1]}")
     _check_span(where, name, tensor)
 
 
@@ -359,9 +354,7 @@ def _check_span(where: str, name: str, tensor: Tensor) -> None:
     """Kernels count elements in 32 bits."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     if tensor.numel() > 0 and last >= 2**32:
-        raise ValueError(
-            f"dreamfusion_fast.ops.{where}: {name} must span at most 2^32 elements, got strides {tensor.stride()}"
-        )
+        raise ValueError(f"{where}: {name} must span at most 2^32 elements, got strides {tensor.stride()}")
 
 
 def _levels(layout: HashGridTileLayout, n_rows: int, n_samples: int, n_features: int) -> tuple[int, ...]:

@@ -341,5 +341,4 @@ def hash_grid_reference(
 
 def hash_grid_position_gradient_reference(grad_output: Tensor, positions: Tensor, *grid: Any) -> Tensor:
     """The PyTorch twin of `hash_grid_position_gradient`: differentiable any number of times."""
-    _, backward = torch.func.vjp(lambda positions: hash_grid_reference(positions, *grid), positions)
-    return backward(grad_output)[0]
+    return torch.func.vjp(lambda positions: hash_grid_reference(positions, *grid), positions)[1](grad_output)[0]

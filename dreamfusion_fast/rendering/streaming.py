@@ -253,10 +253,10 @@ class StreamedRender:
             if to_slopes is not None and to_gradient is not None and workspace.input_gradient is not None:
                 shared = (positions, table, source.layout, to_gradient, count, _CHECKED)
                 if grad_table is None:
-                    hash_grid_tile.along(to_slopes, *shared)
+                    hash_grid_tile.directional_derivative(to_slopes, *shared)
                     second = (to_slopes, workspace.input_gradient)
                 else:
-                    second = hash_grid_tile.along_before_scatter(
+                    second = hash_grid_tile.directional_derivative_before_scatter(
                         to_slopes, workspace.input_gradient, grad_table, *shared
                     )
             if mlp_backward is None or kept:

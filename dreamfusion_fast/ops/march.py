@@ -346,7 +346,7 @@ def march_reference(
     n_steps = int((spans / steps).ceil().amax().clamp(min=-2, max=MAX_STEPS - 2)) + 2 if n_rays > 0 else 0
 
     k = torch.arange(n_steps, device=origins.device).to(origins.dtype)
-    t = t_near[:, None] + (k + _offset_reference(origins, jitter, seed)[:, None]) * steps
+    t = t_near[:, None] + (k + offset_reference(origins, jitter, seed)[:, None]) * steps
     kept = crosses[:, None] & (t < t_far[:, None])
     kept = kept & _occupied_reference(origins, directions, t, aabb, bitfield, resolution, cascades)
     return _packed_reference(kept, t)
@@ -371,7 +371,7 @@ def march_lattice_reference(
     _check_distances(op, distances, origins)
     _check_rising(distances)
     lengths = distances.diff()
-    t = distances[:-1] + _offset_reference(origins, jitter, seed)[:, None] * lengths
+    t = distances[:-1] + offset_reference(origins, jitter, seed)[:, None] * lengths
     t = torch.minimum(t, distances[1:])
     kept = (t_near[:, None] <= t) & (t < t_far[:, None])
     kept = kept & (t_near.isfinite() & (directions != 0).any(dim=-1))[:, None]
@@ -379,7 +379,7 @@ def march_lattice_reference(
     return *_packed_reference(kept, t), lengths.expand_as(t)[kept]
 
 
-def _offset_reference(origins: Tensor, jitter: bool, seed: int) -> Tensor:
+def offset_reference(origins: Tensor, jitter: bool, seed: int) -> Tensor:
     """u of each ray."""
     if jitter:
         return uniform_reference(seed, torch.arange(origins.shape[0], device=origins.device), origins.dtype)

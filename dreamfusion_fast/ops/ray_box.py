@@ -86,3 +86,6 @@ def ray_box_reference(
     leave = torch.where(parallel, math.inf, torch.maximum(t_low, t_high)).amin(dim=-1).clamp(max=far)
     hit = hit & (enter < leave)
     return torch.where(hit, enter, math.inf), torch.where(hit, leave, math.inf)
+
+
+native_ray_box_reference = ray_box_reference

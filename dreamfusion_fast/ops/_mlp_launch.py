@@ -95,13 +95,7 @@ def tuning(kernel: str, network: Network) -> Tuning:
     return FORWARD if kernel == "forward" else BACKWARD
 
 
-def prepare_forward(
-    x: Tensor,
-    network: Network,
-    y: Tensor,
-    v: Tensor | None,
-    counted: bool = True,
-) -> Prepared:
+def prepare_forward(x: Tensor, network: Network, y: Tensor, v: Tensor | None, counted: bool = True) -> Prepared:
     """The launch that writes y and, unless it is None, v, with all but the count given.
 
     With a v, x is of the operands' type: Triton 3.6 fails to compile a v that is stored in another.
@@ -150,12 +144,7 @@ def prepare_backward(
             *parameters,
             *(partials, 0 if partials is None else partials.stride(0), n),
         )
-        choices = {
-            "SECOND": used_u is not None,
-            "SECOND_SUMS": second_sums,
-            "GRAD_X": to_x,
-            "GRADIENTS": gradients,
-        }
+        choices = {"SECOND": used_u is not None, "SECOND_SUMS": second_sums, "GRAD_X": to_x, "GRADIENTS": gradients}
         launches.append(_Launch(_kernels().backward_kernel, grid, arguments, {**settings, **choices}))
     return Prepared(x.device, launches)
 
@@ -238,12 +227,7 @@ def _plan(sizes: tuple[int, ...], second: bool, to_x: bool) -> list[tuple[int, i
     return [(*launch, to_x and i == 0) for i, launch in enumerate(launches)]
 
 
-def _settings(
-    kernel: str,
-    network: Network,
-    counted: bool,
-    launch: Tuning,
-) -> dict[str, Any]:
+def _settings(kernel: str, network: Network, counted: bool, launch: Tuning) -> dict[str, Any]:
     """The compile-time constants of a kernel that do not depend on what is wanted of it, and how it is compiled."""
     width, inputs = network.weights[0].shape
     language = _kernels().tl

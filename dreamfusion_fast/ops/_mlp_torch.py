@@ -93,11 +93,7 @@ def _blocks(x: Tensor, *others: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def _second_order(
-    u: Tensor,
-    weights: Sequence[Tensor],
-    activation: str,
-    kept: Sequence[Tensor],
-    weight_sums: Sequence[Tensor] | None,
+    u: Tensor, weights: Sequence[Tensor], activation: str, kept: Sequence[Tensor], weight_sums: Sequence[Tensor] | None
 ) -> list[Tensor | None]:
     """Adds what u sends to the weights to their sums, and returns what it adds to each dz: nothing with ReLUs."""
     q = [weights[-1][:1]]

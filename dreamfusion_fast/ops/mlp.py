@@ -217,12 +217,10 @@ def _go_back(ctx: Any, grad_y: Tensor | None, u: Tensor | None = None) -> tuple[
     to_x = ctx.needs_input_grad[0]
     to_parameters = any(ctx.needs_input_grad[1]) or any(ctx.needs_input_grad[2])
     grad_x, flat = _backward(x, weights, biases, ctx.activation, ctx.precision, grad_y, u, to_x, to_parameters)
-    to_weights: list[Tensor | None] = [None] * len(weights)
-    to_biases: list[Tensor | None] = [None] * len(biases)
+    shaped: list[Any] = [None] * len(parameters)
     if to_parameters:
         shaped = split(flat, [parameter.shape for parameter in parameters])
-        to_weights[:], to_biases[:] = shaped[: len(weights)], shaped[len(weights) :]
-    return grad_x if to_x else None, to_weights, to_biases, None, None
+    return grad_x if to_x else None, shaped[: ctx.n_weights], shaped[ctx.n_weights :], None, None
 
 
 _forward.register_autograd(_go_back, setup_context=_save)

@@ -222,7 +222,7 @@ def test_march_tile(measure: Measure, device: torch.device, name: str, provider:
 
 @pytest.mark.parametrize(
     "name",
-    ["encode", "position_gradient", "directional_derivative", "directional_derivative_before_scatter", "scatter"],
+    ["encode", "position_gradient", "directional_derivative", "derivative_before_scatter", "scatter"],
 )
 @each_grid
 def test_hash_grid_tile(measure: Measure, device: torch.device, grid: str, name: str, provider: str, size: int) -> None:
@@ -236,7 +236,7 @@ def test_hash_grid_tile(measure: Measure, device: torch.device, grid: str, name:
         "encode": (*place, features, tile.count),
         "position_gradient": (features, *place, tile.random(3), tile.count),
         "directional_derivative": (direction, *place, grads, tile.count),
-        "directional_derivative_before_scatter": (direction, features, grad_table, *place, grads, tile.count),
+        "derivative_before_scatter": (direction, features, grad_table, *place, grads, tile.count),
         "scatter": (grad_table, tile.positions, layout, grads, tile.count, direction, features),
     }[name]
     options = {"checked": True} if provider == "native" else {}

@@ -256,7 +256,7 @@ class StreamedRender:
                     hash_grid_tile.directional_derivative(to_slopes, *shared)
                     second = (to_slopes, workspace.input_gradient)
                 else:
-                    second = hash_grid_tile.directional_derivative_before_scatter(
+                    second = hash_grid_tile.derivative_before_scatter(
                         to_slopes, workspace.input_gradient, grad_table, *shared
                     )
             if mlp_backward is None or kept:

@@ -126,18 +126,18 @@ def directional_derivative(
     positions: Tensor,
     table: Tensor,
     layout: HashGridTileLayout,
-    features_along: Tensor,
+    derivative: Tensor,
     count: Tensor | None = None,
     checked: bool = False,
 ) -> None:
-    """Writes J d, the derivative of the encoding along a direction.
+    """Writes J d, the directional derivative of the encoding.
 
     It is the gradient of ``d . position_gradient(g, ...)`` by g.
 
     Args:
         direction: ``[n_samples, 3]``, of the positions' dtype. No component counts where the position was clamped.
         positions, table, layout, count, checked: as in `encode`.
-        features_along: ``[n_samples, at least levels * n_features]``, out.
+        derivative: ``[n_samples, at least levels * n_features]``, out.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `encode`.
@@ -146,29 +146,29 @@ def directional_derivative(
         op = "hash_grid_tile.directional_derivative"
         _check(op, positions, table, layout, count)
         _check_vectors(op, "direction", direction, positions)
-        _check_channels(op, "features_along", features_along, positions, layout.levels * table.shape[1])
+        _check_channels(op, "derivative", derivative, positions, layout.levels * table.shape[1])
     run = _encode_on_gpu if _on_gpu(positions) else _encode_on_cpu
-    run(direction, positions, table, layout, features_along, count)
+    run(direction, positions, table, layout, derivative, count)
 
 
-def directional_derivative_before_scatter(
+def derivative_before_scatter(
     direction: Tensor,
     grad_of_features: Tensor,
     grad_table: Tensor,
     positions: Tensor,
     table: Tensor,
     layout: HashGridTileLayout,
-    features_along: Tensor,
+    derivative: Tensor,
     count: Tensor | None = None,
     checked: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`directional_derivative`, and as much of the second order's `scatter`, which follows, as comes cheaper with it.
+    """`directional_derivative`, and what comes cheaper with it of the second-order `scatter` that is to follow.
 
     On a CPU that is all of it, since both find the same cells; on a GPU nothing, since there `scatter` takes both
     orders in one pass.
 
     Args:
-        direction, positions, table, layout, features_along, count, checked: as in `directional_derivative`.
+        direction, positions, table, layout, derivative, count, checked: as in `directional_derivative`.
         grad_of_features, grad_table: as in `scatter`.
 
     Returns:
@@ -178,17 +178,17 @@ def directional_derivative_before_scatter(
         TypeError, ValueError, RuntimeError: as `encode`.
     """
     if _on_gpu(positions):
-        directional_derivative(direction, positions, table, layout, features_along, count, checked)
+        directional_derivative(direction, positions, table, layout, derivative, count, checked)
         return direction, grad_of_features
     if not checked:
-        _check_scatter(grad_table, positions, layout, features_along, count, direction, grad_of_features)
-        _check("hash_grid_tile.directional_derivative_before_scatter", positions, table, layout, count)
+        _check_scatter(grad_table, positions, layout, derivative, count, direction, grad_of_features)
+        _check("hash_grid_tile.derivative_before_scatter", positions, table, layout, count)
     n, channels = _live(positions, count), layout.levels * table.shape[1]
     p, d, v = _rows(positions, n, 3), _rows(direction, n, 3), _rows(grad_of_features, n, channels)
-    out = _rows(features_along, n, channels)
+    out = _rows(derivative, n, channels)
     tensors = (pointer(d), pointer(v), pointer(p), pointer(table), pointer(out), pointer(grad_table), 0)
     call("hash_grid_backward_backward", p, *tensors, *_levels(layout, table.shape[0], n, table.shape[1]))
-    _write_back(out, features_along)
+    _write_back(out, derivative)
     return None, None
 
 
@@ -444,18 +444,18 @@ def directional_derivative_reference(
     positions: Tensor,
     table: Tensor,
     layout: HashGridTileLayout,
-    features_along: Tensor,
+    derivative: Tensor,
     count: Tensor | None = None,
 ) -> None:
     """The PyTorch twin of `directional_derivative`."""
     n = _live(positions, count)
-    _write_back(torch.func.jvp(_encoding(table, layout), (positions[:n],), (direction[:n],))[1], features_along)
+    _write_back(torch.func.jvp(_encoding(table, layout), (positions[:n],), (direction[:n],))[1], derivative)
 
 
-def directional_derivative_before_scatter_reference(
+def derivative_before_scatter_reference(
     direction: Tensor, grad_of_features: Tensor, grad_table: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor]:
-    """The PyTorch twin of `directional_derivative_before_scatter`: it leaves all of the second order to `scatter`."""
+    """The PyTorch twin of `derivative_before_scatter`: it leaves all of the second order to `scatter`."""
     directional_derivative_reference(direction, *others)
     return direction, grad_of_features
 

@@ -13,9 +13,9 @@ from dreamfusion_fast.ops import hash_grid_layout
 from dreamfusion_fast.ops.tiles import hash_grid as hash_grid_tile
 from dreamfusion_fast.ops.tiles.hash_grid import (
     HashGridTileLayout,
+    derivative_before_scatter,
+    derivative_before_scatter_reference,
     directional_derivative,
-    directional_derivative_before_scatter,
-    directional_derivative_before_scatter_reference,
     directional_derivative_reference,
     encode,
     encode_reference,
@@ -106,7 +106,7 @@ class Tile:
         self.grads = place.tensor(grads, place.grads)
         self.values = place.tensor(values, place.features)
         self.features = place.buffer(n, channels, place.features)
-        self.features_along = place.buffer(n, channels, place.grads)
+        self.derivative = place.buffer(n, channels, place.grads)
         self.gradient = place.buffer(n, 3, place.scalar)
         self.grad_table = torch.ones(n_rows, features, dtype=place.scalar, device=place.device)
 
@@ -114,34 +114,34 @@ class Tile:
         """All four functions."""
         encode(self.positions, self.table, self.layout, self.features, count)
         position_gradient(self.grads, self.positions, self.table, self.layout, self.gradient, count)
-        directional_derivative(self.direction, self.positions, self.table, self.layout, self.features_along, count)
+        directional_derivative(self.direction, self.positions, self.table, self.layout, self.derivative, count)
         second = (self.direction, self.values) if second_order else (None, None)
         scatter(self.grad_table, self.positions, self.layout, self.grads, count, *second)
 
     def run_in_turn(self, count: Tensor | None = None, twin: bool = False) -> None:
-        """The same with what two of the derivatives have in common done once."""
+        """The same with what `directional_derivative` has in common with `scatter` done once."""
         encode(self.positions, self.table, self.layout, self.features, count)
         position_gradient(self.grads, self.positions, self.table, self.layout, self.gradient, count)
-        before = directional_derivative_before_scatter_reference if twin else directional_derivative_before_scatter
-        place = (self.positions, self.table, self.layout, self.features_along, count)
+        before = derivative_before_scatter_reference if twin else derivative_before_scatter
+        place = (self.positions, self.table, self.layout, self.derivative, count)
         second = before(self.direction, self.values, self.grad_table, *place)
         last = scatter_reference if twin else scatter
         last(self.grad_table, self.positions, self.layout, self.grads, count, *second)
 
     def results(self) -> list[Tensor]:
-        return [self.features, self.gradient, self.features_along, self.grad_table]
+        return [self.features, self.gradient, self.derivative, self.grad_table]
 
     def expected(self, live: int, second_order: bool = True) -> list[Tensor]:
         """The same results, as far as samples [0, live) go, by the twins in float64."""
         p, table, direction = self.positions[:live].double(), self.table.double(), self.direction.double()
         layout, grads, values = self.layout, self.grads.double(), self.values.double()
-        features, gradient, features_along, grad_table = (x.clone().double() for x in self.results())
+        features, gradient, derivative, grad_table = (x.clone().double() for x in self.results())
         grad_table.fill_(1)
         encode_reference(p, table, layout, features)
         position_gradient_reference(grads, p, table, layout, gradient)
-        directional_derivative_reference(direction, p, table, layout, features_along)
+        directional_derivative_reference(direction, p, table, layout, derivative)
         scatter_reference(grad_table, p, layout, grads, None, *((direction, values) if second_order else (None, None)))
-        return [features[:live], gradient[:live], features_along[:live], grad_table]
+        return [features[:live], gradient[:live], derivative[:live], grad_table]
 
     def check(self, live: int, second_order: bool = True) -> None:
         for actual, wanted in zip(self.results(), self.expected(live, second_order), strict=True):
@@ -242,16 +242,16 @@ def test_inactive_levels_are_left_alone(place: Place) -> None:
     """Buffers are as wide as all levels, and poisoned where the third level would read or write."""
     whole = Tile(place, points_along_rays(113), layout_of(place))
     tile = Tile(place, points_along_rays(113), layout_of(place, active_levels=2))
-    for name in ("features", "features_along", "grads", "values"):
+    for name in ("features", "derivative", "grads", "values"):
         wide = getattr(whole, name)
         wide[:, 4:] = math.nan
         wide[:, :4] = getattr(tile, name)
         setattr(tile, name, wide)
     tile.run()
-    for wide in (tile.features, tile.features_along):
+    for wide in (tile.features, tile.derivative):
         assert wide[:, 4:].isnan().all()
     assert (tile.grad_table[sum(ROWS[:2]) :] == 1).all()
-    for name in ("features", "features_along", "grads", "values"):
+    for name in ("features", "derivative", "grads", "values"):
         setattr(tile, name, getattr(tile, name)[:, :4])
     tile.check(113)
 
@@ -261,7 +261,7 @@ def test_a_grid_as_it_is_used(place: Place) -> None:
     """16 levels and large steps between them; rounding of a position grows with the resolution."""
     offsets, resolutions = (x.to(place.device) for x in hash_grid_layout(16, 16, 256, 10))
     tile = Tile(place, points_along_rays(300), HashGridTileLayout(offsets, resolutions))
-    tile.table.mul_(2**-4)  # a derivative along a direction grows with the resolution, too: float16 must hold it
+    tile.table.mul_(2**-4)  # a directional derivative grows with the resolution, too: float16 must hold it
     tile.run()
     for actual, wanted in zip(tile.results(), tile.expected(300), strict=True):
         scalar = torch.finfo(place.scalar).eps * 256
@@ -286,7 +286,7 @@ def test_nan_position_gives_nan(place: Place) -> None:
     points[2, 1] = math.nan
     tile = Tile(place, points, layout_of(place))
     tile.run()
-    for result in (tile.features, tile.gradient, tile.features_along):
+    for result in (tile.features, tile.gradient, tile.derivative):
         assert result.isnan().any(1).tolist() == [False, False, True, False, False]
     assert tile.features[2].isnan().all()
     assert tile.grad_table.isnan().any()
@@ -317,7 +317,7 @@ def test_level_outside_the_table_is_nan_and_touches_nothing(place: Place) -> Non
     tile = Tile(place, points_along_rays(113), layout_of(place))
     tile.layout.level_offsets[3] = 4000
     tile.run()
-    for result in (tile.features, tile.features_along):
+    for result in (tile.features, tile.derivative):
         assert result[:, 4:].isnan().all()
         assert result[:, :4].isfinite().all()
     assert tile.gradient.isfinite().all()
@@ -402,9 +402,7 @@ def test_wrong_arguments_of_the_derivatives() -> None:
     with pytest.raises(TypeError, match=r"grad_table must be torch\.float64, got torch\.float32"):
         scatter(tile.grad_table.float(), p, layout, tile.grads)
     with pytest.raises(TypeError, match=r"grad_table must be torch\.float64, got torch\.float32"):
-        directional_derivative_before_scatter(
-            tile.direction, tile.values, tile.grad_table.float(), p, w, layout, tile.features
-        )
+        derivative_before_scatter(tile.direction, tile.values, tile.grad_table.float(), p, w, layout, tile.features)
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def twin(s: dict, grad_sums: Tensor, distortion: bool) -> tuple[Tensor, ...]:
     leaves = [x.requires_grad_() for x in (s["logits"], s["slopes"]) if x is not None]
     sums = ray_sums_forward_reference(**s, distortion=distortion)
     gradients = torch.autograd.grad(sums, leaves, grad_sums.double())
-    return sums, *gradients, *([None] if s["slopes"] is None else [])
+    return sums.detach(), *gradients, *([None] if s["slopes"] is None else [])
 
 
 def assert_near(actual: Tensor | None, expected: Tensor | None, roundings: float) -> None:

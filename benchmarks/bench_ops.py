@@ -1,9 +1,10 @@
-"""Each op, native against its pure-PyTorch twin: march, composite, hash grid, MLP and occupancy grid, forward, backward
-and both where there are gradients; on a GPU also group norm and gate of frozen diffusion networks. Time and, on a GPU,
-memory.
+"""Each op, native against its pure-PyTorch twin: those of radiance fields, forward, backward and both where there are
+gradients, and those over buffers of a tile; on a GPU also group norm and gate of frozen diffusion networks, on a CPU
+their dense layers. Time and, on a GPU, memory.
 
-The inputs are those of the scene in `workload.py` with a ball of radius 0.5. Hash grids: "large", 16 x 2 features, 2^19
-rows, 16 to 2048, and "small", 8 x 2, 2^15 rows, 16 to 128. The twins run at the largest size only.
+The inputs are those of the scene in `workload.py` with a ball of radius 0.5, of which a tile holds all samples. Hash
+grids: "large", 16 x 2 features, 2^19 rows, 16 to 2048, and "small", 8 x 2, 2^15 rows, 16 to 128. The twins run at the
+largest size only. `-k` finds an op by its name (`tests/test_every_op.py` sees to it).
 
     python benchmarks/bench_ops.py                                  # a GPU at 64^2 and 256^2 rays, or the CPU at 64^2
     python benchmarks/bench_ops.py --sizes 128 -k "hash_grid and large" --benchmark-quiet
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -25,10 +26,16 @@ import pytest
 import torch
 from measure import Measure
 from torch import Tensor
-from workload import RESOLUTION, STEP, Marched, march_scene
+from workload import AABB, LIGHT, RESOLUTION, STEP, Marched, march_scene
 
 from dreamfusion_fast import ops
-from dreamfusion_fast.networks import geglu, group_norm
+from dreamfusion_fast.networks import dense, geglu, group_norm
+from dreamfusion_fast.ops.ray_box import native_ray_box
+from dreamfusion_fast.ops.tiles import hash_grid as hash_grid_tile
+from dreamfusion_fast.ops.tiles import march as march_tile
+from dreamfusion_fast.ops.tiles import mlp as mlp_tile
+from dreamfusion_fast.ops.tiles import ray_sums as ray_sums_tile
+from dreamfusion_fast.rendering import cone_distances
 
 RADIUS = 0.5
 GRIDS = {"large": (16, 16, 2048, 19), "small": (8, 16, 128, 15)}  # levels, base, finest resolution, log2 of the rows
@@ -43,9 +50,9 @@ def marched(size: int, device: torch.device) -> Marched:
     return march_scene(size, RADIUS, device)
 
 
-def choose(name: str, provider: str) -> Callable[..., Any]:
+def choose(name: str, provider: str, module: object = ops) -> Callable[..., Any]:
     """The op, or its twin."""
-    return getattr(ops, name if provider == "native" else f"{name}_reference")
+    return getattr(module, name if provider == "native" else f"{name}_reference")
 
 
 def in_mode(mode: str, function: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]) -> Callable[[], object]:
@@ -73,9 +80,19 @@ def make_grid(name: str, device: torch.device) -> tuple[tuple[Tensor, Tensor], T
     return (offsets, resolutions), torch.randn(int(offsets[-1]), 2, device=device)
 
 
-def test_march(measure: Measure, device: torch.device, provider: str, size: int) -> None:
-    work, march = marched(size, device), choose("march", provider)
-    measure(lambda: march(*work.arguments), f"march {size}^2", provider, work.t.shape[0])
+@pytest.mark.parametrize("name", ["ray_box", "native_ray_box"])
+def test_ray_box(measure: Measure, device: torch.device, name: str, provider: str, size: int) -> None:
+    origins, directions, _, _, aabb, *_ = marched(size, device).arguments
+    run = native_ray_box if name == "native_ray_box" and provider == "native" else choose("ray_box", provider)
+    measure(lambda: run(origins, directions, aabb), f"{name} {size}^2", provider, size * size)
+
+
+@pytest.mark.parametrize("name", ["march", "march_lattice"])
+def test_march(measure: Measure, device: torch.device, name: str, provider: str, size: int) -> None:
+    work, march = marched(size, device), choose(name, provider)
+    *rays, step, jitter, seed = work.arguments
+    steps = step if name == "march" else cone_distances(0.5, 4.0, STEP, 1.0, 1 / 256, device=device)
+    measure(lambda: march(*rays, steps, jitter, seed), f"{name} {size}^2", provider, work.t.shape[0])
 
 
 @each_mode
@@ -98,26 +115,22 @@ def test_hash_grid(measure: Measure, device: torch.device, grid: str, mode: str,
 
 
 @each_grid
-def test_hash_grid_normals(measure: Measure, device: torch.device, grid: str, provider: str, size: int) -> None:
+def test_hash_grid_position_gradient(
+    measure: Measure, device: torch.device, grid: str, provider: str, size: int
+) -> None:
     """The gradient to the positions, and from a loss on it the gradients to the table and to what multiplied it."""
-    work = marched(size, device)
+    work, position_gradient = marched(size, device), choose("hash_grid_position_gradient", provider)
     levels, table = make_grid(grid, device)
     table.requires_grad_()
     m = work.t.shape[0]
     grad_output = torch.randn(m, 2 * GRIDS[grid][0], device=device, requires_grad=True)
     direction = torch.randn(m, 3, device=device)
 
-    def native() -> object:
-        normals = ops.hash_grid_position_gradient(grad_output, work.unit, table, *levels)
+    def run() -> object:
+        normals = position_gradient(grad_output, work.unit, table, *levels)
         return torch.autograd.grad(normals, (grad_output, table), direction)
 
-    def twin() -> object:
-        unit = work.unit.detach().requires_grad_()
-        output = ops.hash_grid_reference(unit, table, *levels)
-        (normals,) = torch.autograd.grad(output, unit, grad_output, create_graph=True)
-        return torch.autograd.grad(normals, (grad_output, table), direction)
-
-    measure(native if provider == "native" else twin, f"hash_grid {grid} normals {size}^2", provider, m)
+    measure(run, f"hash_grid {grid} normals {size}^2", provider, m)
 
 
 @each_mode
@@ -159,6 +172,138 @@ def test_occupancy_pack(measure: Measure, device: torch.device, provider: str) -
     grid = torch.rand(RESOLUTION, RESOLUTION, RESOLUTION, device=device)
     threshold = torch.tensor(0.5, device=device)
     measure(lambda: pack(grid, threshold), "occupancy_pack", provider, grid.numel())
+
+
+class Tile:
+    """All samples of the scene as one tile, in the types and strides that the streaming renderer has."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        work = marched(size, device)
+        *rays, bitfield, resolution, step, jitter, seed = work.arguments
+        blocks = march_tile.occupied_blocks(bitfield, resolution)
+        self.rays = march_tile.MarchedRays(
+            *(ray.contiguous() for ray in rays), bitfield, blocks, resolution, step, jitter, seed
+        )
+        self.counts, self.firsts = march_tile.count_samples(self.rays)
+        self.offsets, self.t, self.n = work.offsets, work.t, work.t.shape[0]
+        ((self.ray_range, self.count),) = march_tile.tile_table(self.offsets, self.n, 1)
+        self.device, self.half = device, device.type == "cuda"
+        self.precision = "float16" if self.half else "float32"
+        self.wide, self.narrow = (torch.float16, torch.bfloat16) if self.half else (torch.float32, torch.float32)
+        self.positions = self.random(3)
+        self.positions.copy_(work.unit)
+
+    def random(self, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`[n, channels]`, on a GPU a plane per channel."""
+        if not self.half:
+            return torch.randn(self.n, channels, dtype=dtype)
+        capacity = -(-self.n // 8) * 8
+        return torch.randn(channels, capacity, device=self.device).to(dtype)[:, : self.n].t()
+
+
+@cache
+def tile_of(size: int, device: torch.device) -> Tile:
+    return Tile(size, device)
+
+
+@pytest.mark.parametrize("name", ["occupied_blocks", "count_samples", "march_totals", "march_tile", "tile_table"])
+def test_march_tile(measure: Measure, device: torch.device, name: str, provider: str, size: int) -> None:
+    tile, run = tile_of(size, device), choose(name, provider, march_tile)
+    samples = (torch.empty_like(tile.t), None, tile.random(3), AABB)
+    arguments = {
+        "occupied_blocks": (tile.rays.bitfield, RESOLUTION),
+        "count_samples": (tile.rays,),
+        "march_totals": (tile.rays, tile.counts, 1e-3),
+        "march_tile": (tile.rays, tile.firsts, tile.offsets, tile.ray_range, 0, *samples),
+        "tile_table": (tile.offsets, 1 << 12, -(-tile.n >> 12)),
+    }[name]
+    measure(lambda: run(*arguments), f"tile {name} {size}^2", provider, tile.n)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["encode", "position_gradient", "directional_derivative", "derivative_before_scatter", "scatter"],
+)
+@each_grid
+def test_hash_grid_tile(measure: Measure, device: torch.device, grid: str, name: str, provider: str, size: int) -> None:
+    tile, run = tile_of(size, device), choose(name, provider, hash_grid_tile)
+    levels, table = make_grid(grid, device)
+    layout, channels = hash_grid_tile.HashGridTileLayout(*levels), 2 * GRIDS[grid][0]
+    place = (tile.positions, table.to(tile.wide), layout)
+    features, grads, direction = tile.random(channels, tile.wide), tile.random(channels, tile.narrow), tile.random(3)
+    grad_table = torch.zeros_like(table)
+    arguments = {
+        "encode": (*place, features, tile.count),
+        "position_gradient": (features, *place, tile.random(3), tile.count),
+        "directional_derivative": (direction, *place, grads, tile.count),
+        "derivative_before_scatter": (direction, features, grad_table, *place, grads, tile.count),
+        "scatter": (grad_table, tile.positions, layout, grads, tile.count, direction, features),
+    }[name]
+    options = {"checked": True} if provider == "native" else {}
+    measure(lambda: run(*arguments, **options), f"tile {name} {grid} {size}^2", provider, tile.n)
+
+
+@pytest.mark.parametrize("name", ["prepared_forward", "prepared_backward"])
+def test_mlp_tile(measure: Measure, device: torch.device, name: str, provider: str, size: int) -> None:
+    """32-64-64-4 with the input gradient; on a GPU in half precision, the twin in single."""
+    tile = tile_of(size, device)
+    weights = [torch.randn(b, a, device=device) / a**0.5 for a, b in pairwise(WIDTHS)]
+    biases = [torch.randn(b, device=device) for b in WIDTHS[1:]]
+    network = (tile.random(WIDTHS[0], tile.wide), weights, biases, "relu", tile.precision)
+    gradients = [tile.random(4), *(tile.random(WIDTHS[0], tile.narrow) for _ in range(2))]
+    arguments = {
+        "prepared_forward": (*network, tile.random(4), tile.random(WIDTHS[0], tile.wide)),
+        "prepared_backward": (*network, *gradients[:2], mlp_tile.MlpGradients(weights, biases), gradients[2]),
+    }[name]
+    run = choose(name, provider, mlp_tile)(*arguments)
+    measure(lambda: run(tile.count), f"tile {name} {size}^2", provider, tile.n)
+
+
+@pytest.mark.parametrize("name", ["ray_sums_forward", "ray_sums_backward", "ray_sums_visible"])
+def test_ray_sums_tile(measure: Measure, device: torch.device, name: str, provider: str, size: int) -> None:
+    """With normals and light, without distortion, for which the twin compares all pairs of samples."""
+    tile = tile_of(size, device)
+    n_rays, light = len(tile.rays), torch.tensor(LIGHT, device=device)
+    head = ray_sums_tile.SampleHead((0.0, 0.0, 0.0), (2.0, 2.0, 2.0), blob_scale=5.0, shading="lambertian", light=light)
+    logits, slopes = tile.random(4), tile.random(3)
+    grad_sums = torch.randn(n_rays, ray_sums_tile.N_SUMS, device=device)
+    op = choose(name, provider, ray_sums_tile)
+    if provider == "twin":
+        lengths = torch.full_like(tile.t, STEP)
+        fixed = (head, tile.offsets, tile.rays.directions, tile.t, lengths, tile.positions)
+        mode = name.removeprefix("ray_sums_")
+        if mode == "visible":
+            run = partial(op, head, tile.offsets, lengths, tile.positions, logits, 3.0)
+        else:
+            run = in_mode(mode, lambda *x: (op(*fixed, *x, distortion=False),), [logits, slopes])
+        measure(run, f"tile {name} {size}^2", provider, tile.n)
+        return
+    samples = ray_sums_tile.SampleTile(
+        tile.offsets, tile.ray_range, tile.rays.directions, tile.t, None, tile.positions, logits, slopes, 0, STEP
+    )
+    sums, prefix = torch.zeros_like(grad_sums), grad_sums.new_zeros(ray_sums_tile.N_PREFIX)
+    ray_sums_tile.ray_sums_forward(head, samples, sums, prefix, False)
+    suffixes = grad_sums.new_zeros(2, 1)
+    arguments = {
+        "ray_sums_forward": (torch.zeros_like(sums), prefix, False),
+        "ray_sums_backward": (sums, grad_sums, prefix, *suffixes, tile.random(4), tile.random(3), False),
+        "ray_sums_visible": (sums.new_zeros(n_rays), torch.zeros_like(tile.counts), 3.0),
+    }[name]
+    measure(lambda: op(head, samples, *arguments), f"tile {name} {size}^2", provider, tile.n)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv3x3", "group_norm"])
+def test_dense(measure: Measure, device: torch.device, name: str, provider: str) -> None:
+    """Layers of the embedded prior's size, of 64^2 pixels and 64 channels."""
+    if device.type != "cpu" or not dense.dense_serves():
+        pytest.skip("these layers are the CPU core's, for processors with AVX2")
+    x, bias = torch.randn(1, 64, 64, 64), torch.randn(64)
+    norm = dense.DenseGroupNorm(torch.randn(64), bias, 8, 1e-5)
+    weight = torch.randn(64, 64, 3, 3) if name == "conv3x3" else torch.randn(64, 64)
+    packed = dense.DenseConv(weight, bias) if name == "conv3x3" else dense.DenseLinear(weight, bias)
+    layer = (norm,) if name == "group_norm" else (packed,) if provider == "native" else (weight, bias)
+    run = choose(name, provider, dense)
+    measure(lambda: run(x, *layer), f"dense {name}", provider, 64 * 64)
 
 
 def _needs_kernels(device: torch.device) -> None:

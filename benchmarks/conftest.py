@@ -111,7 +111,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     about = describe(_device(config))
     terminalreporter.section("ops")
     terminalreporter.write_line(headline(about))
-    terminalreporter.write_line(f"{'':48}{'count':>9}{'wall ms':>10}{'GPU ms':>10}{'peak MB':>10}{'x twin':>8}")
+    terminalreporter.write_line(f"{'':64}{'count':>9}{'wall ms':>10}{'GPU ms':>10}{'peak MB':>10}{'x twin':>8}")
     # A GPU's own clock where there is one: what counts against the twin is the work, not the launching.
     twins = {row["group"]: _time(row) for row in rows if row["provider"] == "twin"}
     for row in sorted(rows, key=lambda row: (str(row["group"]), str(row["provider"]))):
@@ -119,7 +119,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         peak = f"{row['peak_mb']:10.1f}" if "peak_mb" in row else f"{'-':>10}"
         mine, twin = _time(row), twins.get(row["group"])
         faster = f"{twin / mine:8.1f}" if row["provider"] == "native" and mine and twin else f"{'':8}"
-        terminalreporter.write_line(f"{row['group']:40}{row['provider']:8}{row['count']:9}{numbers}{peak}{faster}")
+        terminalreporter.write_line(f"{row['group']:56}{row['provider']:8}{row['count']:9}{numbers}{peak}{faster}")
     if config.getoption("--out") is not None:
         terminalreporter.write_line(str(write_result(config.getoption("--out"), "ops", about, rows)))
 

@@ -88,7 +88,7 @@ inline Launch launch_at(std::uintptr_t where) {
 }
 
 inline void check(const char* op, Status status) {
-  if (status != nullptr) throw std::runtime_error(std::string("dreamfusion_fast.ops.") + op + ": " + status);
+  if (status != nullptr) throw std::runtime_error(std::string(op) + ": " + status);
 }
 
 // Binds run(op, launch) as `name`, which is called without the GIL held.

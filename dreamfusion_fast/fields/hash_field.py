@@ -18,24 +18,20 @@ from dreamfusion_fast.fields.base import (
     Field,
     FieldOutput,
     check_positions,
-    differentiable,
 )
 from dreamfusion_fast.fields.revision import HostBox
 from dreamfusion_fast.fields.tile_source import TileSource
 from dreamfusion_fast.ops._checks import FLOATS
-from dreamfusion_fast.ops.hash_grid import hash_grid, hash_grid_layout, hash_grid_position_gradient, hash_grid_reference
+from dreamfusion_fast.ops.hash_grid import (
+    hash_grid,
+    hash_grid_layout,
+    hash_grid_position_gradient,
+    hash_grid_position_gradient_reference,
+    hash_grid_reference,
+)
 from dreamfusion_fast.ops.sample_head import DensityHead, SampleHead, safe_normalize
 from dreamfusion_fast.ops.tiles.hash_grid import HashGridTileLayout
 from dreamfusion_fast.settings import Range, Settings
-
-
-def _position_gradient_reference(grad_output: Tensor, positions: Tensor, *grid: Any) -> Tensor:
-    """`hash_grid_position_gradient` by autograd through the twin, for any dtype and device."""
-    keep_graph = torch.is_grad_enabled()
-    with differentiable(positions) as points:
-        features = hash_grid_reference(points, *grid)
-        (gradient,) = torch.autograd.grad(features, points, grad_output, create_graph=keep_graph)
-    return gradient
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,7 @@ class HashGridField(Field):
                 layer.bias.zero_()
         native = c.backend == "native"
         self._hash_grid = hash_grid if native else hash_grid_reference
-        self._position_gradient = hash_grid_position_gradient if native else _position_gradient_reference
+        self._position_gradient = hash_grid_position_gradient if native else hash_grid_position_gradient_reference
         exponential = c.density_activation == "exp"
         self._density_head = DensityHead(
             activation=c.density_activation,

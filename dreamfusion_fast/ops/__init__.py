@@ -5,20 +5,11 @@ from dreamfusion_fast.ops.hash_grid import (
     hash_grid,
     hash_grid_layout,
     hash_grid_position_gradient,
+    hash_grid_position_gradient_reference,
     hash_grid_reference,
 )
-from dreamfusion_fast.ops.march import (
-    march,
-    march_lattice,
-    march_lattice_reference,
-    march_reference,
-)
-from dreamfusion_fast.ops.mlp import (
-    mlp,
-    mlp_reference,
-    mlp_with_input_gradient,
-    mlp_with_input_gradient_reference,
-)
+from dreamfusion_fast.ops.march import march, march_lattice, march_lattice_reference, march_reference
+from dreamfusion_fast.ops.mlp import mlp, mlp_reference, mlp_with_input_gradient, mlp_with_input_gradient_reference
 from dreamfusion_fast.ops.occupancy import (
     occupancy_pack,
     occupancy_pack_reference,
@@ -34,6 +25,7 @@ __all__ = [
     "hash_grid",
     "hash_grid_layout",
     "hash_grid_position_gradient",
+    "hash_grid_position_gradient_reference",
     "hash_grid_reference",
     "march",
     "march_lattice",

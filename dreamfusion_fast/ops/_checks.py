@@ -54,9 +54,7 @@ def check_tensor(
 def check_same_length(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """Raises ValueError unless both have as many rows."""
     if tensor.shape[0] != other.shape[0]:
-        raise ValueError(
-            f"dreamfusion_fast.ops.{op}: {name} has {tensor.shape[0]} rows, {other_name} has {other.shape[0]}"
-        )
+        raise ValueError(f"{op}: {name} has {tensor.shape[0]} rows, {other_name} has {other.shape[0]}")
 
 
 def check_transforms(op: str, *tensors: Tensor, vmap: bool = True) -> None:
@@ -78,7 +76,7 @@ def check_transforms(op: str, *tensors: Tensor, vmap: bool = True) -> None:
             if differentiated or not vmap:
                 transform = "torch.func.grad, vjp, jvp and the like do" if differentiated else "torch.vmap does"
                 raise RuntimeError(
-                    f"dreamfusion_fast.ops.{op}: {transform} not go through the native op: use torch.autograd, one "
+                    f"{op}: {transform} not go through the native op: use torch.autograd, one "
                     f"batch, or the twin, {op}_reference"
                 )
             tensor = functorch.get_unwrapped(tensor)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dreamfusion_fast.ops._mlp_torch import Network
 from dreamfusion_fast.ops._triton import triton_serves
 
 WIDTHS = (16, 32, 64, 128)
@@ -81,81 +82,41 @@ def _fit(dtype: torch.dtype, shapes: tuple[torch.Size, ...], precision: str | No
 
 def backward_programs(device: torch.device, weights: Sequence[Tensor]) -> int:
     """The most programs that sum up gradients on a device, whatever the precision."""
-    return max(
-        _programs(device, tuning("backward", weights, precision).programs) for precision in ("float32", "float16")
-    )
+    networks = [Network(weights, None, "relu", precision) for precision in ("float32", "float16")]
+    return max(_programs(device, tuning("backward", network).programs) for network in networks)
 
 
-def tuning(kernel: str, weights: Sequence[Tensor], precision: str) -> Tuning:
+def tuning(kernel: str, network: Network) -> Tuning:
     """How ``"forward"`` or ``"backward"`` is launched for a network."""
-    if precision == "float32":
+    if network.precision == "float32":
         return FORWARD_FLOAT32 if kernel == "forward" else BACKWARD_FLOAT32
-    if weights[0].shape[0] > 64:
+    if network.weights[0].shape[0] > 64:
         return FORWARD_WIDE if kernel == "forward" else BACKWARD_WIDE
     return FORWARD if kernel == "forward" else BACKWARD
 
 
-def forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
-    activation: str,
-    precision: str,
-    y: Tensor,
-    v: Tensor | None,
-    count: Tensor | None,
-) -> None:
-    """Writes y and, unless it is None, v."""
-    if v is not None and x.dtype == torch.float32 != getattr(torch, precision):
-        # Triton 3.6 fails to compile the input gradient where it has to be stored in another type than its operands'.
-        narrow = x.to(getattr(torch, precision))
-        narrow_v = torch.empty_like(narrow)
-        forward(narrow, weights, biases, activation, precision, y, narrow_v, count)
-        _copy_first(v, narrow_v, count)
-        return
-    prepare_forward(x, weights, biases, activation, precision, y, v, count is not None)(count)
+def prepare_forward(x: Tensor, network: Network, y: Tensor, v: Tensor | None, counted: bool = True) -> Prepared:
+    """The launch that writes y and, unless it is None, v, with all but the count given.
 
-
-def _copy_first(to: Tensor, of: Tensor, count: Tensor | None) -> None:
-    """Copy the first `count` rows, a number that only the device knows, or all."""
-    if count is None:
-        to.copy_(of)
-        return
-    first = torch.arange(to.shape[0], device=to.device) < count
-    to.copy_(torch.where(first[:, None], of.to(to.dtype), to))
-
-
-def prepare_forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
-    activation: str,
-    precision: str,
-    y: Tensor,
-    v: Tensor | None,
-    counted: bool = True,
-) -> Prepared:
-    """`forward` with all but the count given; x is of the operands' type if there is a v."""
-    n, layers = x.shape[0], len(weights)
+    With a v, x is of the operands' type: Triton 3.6 fails to compile a v that is stored in another.
+    """
+    n = x.shape[0]
     if n == 0:
         return Prepared(x.device, [])
-    launch = tuning("forward", weights, precision)
+    launch = tuning("forward", network)
     grid = min(_programs(x.device, launch.programs), -(-n // launch.block))
     arguments = (
         *(x, *x.stride(), y, *y.stride(), *_with_strides(v)),
-        *(*_padded(weights, layers), *_padded(biases or (), layers), n),
+        *(*_padded(network.weights), *_padded(network.biases), n),
     )
-    settings = _settings("forward", weights, biases, activation, precision, counted, launch)
+    settings = _settings("forward", network, counted, launch)
     kernel = _kernels().forward_kernel
     return Prepared(x.device, [_Launch(kernel, grid, arguments, {**settings, "INPUT_GRADIENT": v is not None})])
 
 
 def prepare_backward(
     x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
-    activation: str,
-    precision: str,
+    network: Network,
     grad_y: Tensor,
     u: Tensor | None,
     grad_x: Tensor | None,
@@ -163,16 +124,16 @@ def prepare_backward(
     counted: bool = True,
 ) -> Prepared:
     """The launches that write grad_x and add to `partials` ``[programs, parameters]``; each may be None."""
-    n, layers = x.shape[0], len(weights)
+    n = x.shape[0]
     if n == 0:
         return Prepared(x.device, [])
-    launch = tuning("backward", weights, precision)
+    launch = tuning("backward", network)
     programs = _programs(x.device, launch.programs)
     grid = min(programs if partials is None else min(programs, partials.shape[0]), -(-n // launch.block))
-    parameters = (*_padded(weights, layers), *_padded(biases or (), layers)[:-1])
-    settings = _settings("backward", weights, biases, activation, precision, counted, launch)
-    smooth = activation != "relu"
-    sizes = tuple(weight.numel() for weight in weights) if partials is not None else ()
+    parameters = (*_padded(network.weights), *_padded(network.biases)[:-1])
+    settings = _settings("backward", network, counted, launch)
+    smooth = network.activation != "relu"
+    sizes = tuple(weight.numel() for weight in network.weights) if partials is not None else ()
     launches = []
     for gradients, second_sums, to_x in _plan(sizes, u is not None, grad_x is not None):
         # A launch that sums up only what u adds does not read grad_y; ReLUs pass nothing of u on to x.
@@ -183,12 +144,7 @@ def prepare_backward(
             *parameters,
             *(partials, 0 if partials is None else partials.stride(0), n),
         )
-        choices = {
-            "SECOND": used_u is not None,
-            "SECOND_SUMS": second_sums,
-            "GRAD_X": to_x,
-            "GRADIENTS": gradients,
-        }
+        choices = {"SECOND": used_u is not None, "SECOND_SUMS": second_sums, "GRAD_X": to_x, "GRADIENTS": gradients}
         launches.append(_Launch(_kernels().backward_kernel, grid, arguments, {**settings, **choices}))
     return Prepared(x.device, launches)
 
@@ -271,33 +227,25 @@ def _plan(sizes: tuple[int, ...], second: bool, to_x: bool) -> list[tuple[int, i
     return [(*launch, to_x and i == 0) for i, launch in enumerate(launches)]
 
 
-def _settings(
-    kernel: str,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
-    activation: str,
-    precision: str,
-    counted: bool,
-    launch: Tuning,
-) -> dict[str, Any]:
+def _settings(kernel: str, network: Network, counted: bool, launch: Tuning) -> dict[str, Any]:
     """The compile-time constants of a kernel that do not depend on what is wanted of it, and how it is compiled."""
-    width, inputs = weights[0].shape
+    width, inputs = network.weights[0].shape
     language = _kernels().tl
-    gradient = {"GRADIENT": language.float32 if precision == "float32" else language.bfloat16}
+    gradient = {"GRADIENT": language.float32 if network.precision == "float32" else language.bfloat16}
     # In 16 bits, backward has the weights in two types.
-    bytes_per_weight = 2 if kernel == "forward" and precision != "float32" else 4
+    bytes_per_weight = 2 if kernel == "forward" and network.precision != "float32" else 4
     return {
         **(gradient if kernel == "backward" else {}),
         "D_IN": inputs,
         "COLS": max(16, 1 << (inputs - 1).bit_length()),
         "WIDTH": width,
-        "LAYERS": len(weights) - 1,
-        "D_OUT": weights[-1].shape[0],
-        "ACTIVATION": activation,
-        "BIAS": biases is not None,
+        "LAYERS": len(network.weights) - 1,
+        "D_OUT": network.weights[-1].shape[0],
+        "ACTIVATION": network.activation,
+        "BIAS": network.biases is not None,
         "COUNT": counted,
-        "OPERAND": getattr(language, precision),
-        "RESIDENT": bytes_per_weight * sum(weight.numel() for weight in weights) <= RESIDENT_BYTES,
+        "OPERAND": getattr(language, network.precision),
+        "RESIDENT": bytes_per_weight * sum(weight.numel() for weight in network.weights) <= RESIDENT_BYTES,
         "BLOCK": launch.block,
         "num_warps": launch.warps,
         # No pipelining: it would hold several copies of the weights that are loaded in the loop.
@@ -308,12 +256,12 @@ def _settings(
     }
 
 
-def _padded(tensors: Sequence[Tensor], layers: int) -> list[Tensor | None]:
+def _padded(tensors: Sequence[Tensor] | None) -> list[Tensor | None]:
     """Contiguous tensors of all layers, with None before the last for the hidden layers that this network lacks."""
     if not tensors:
         return [None] * (MAX_HIDDEN_LAYERS + 1)
     contiguous = [tensor.detach().contiguous() for tensor in tensors]
-    return [*contiguous[:-1], *[None] * (MAX_HIDDEN_LAYERS + 1 - layers), contiguous[-1]]
+    return [*contiguous[:-1], *[None] * (MAX_HIDDEN_LAYERS + 1 - len(tensors)), contiguous[-1]]
 
 
 def _with_strides(tensor: Tensor | None) -> tuple[Any, ...]:

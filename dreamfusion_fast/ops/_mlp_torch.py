@@ -9,7 +9,7 @@ tests/ops/test_mlp.py holds both to the twin.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,19 +22,26 @@ _ROWS_ON_CPU = 1 << 14
 OPERANDS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
-    activation: str,
-    operand: torch.dtype,
-    y: Tensor,
-    v: Tensor | None,
-) -> None:
-    """Writes y and, unless it is None, v. Operands of the products have the type `operand`."""
+class Network(NamedTuple):
+    """A network and how it is computed; `dreamfusion_fast.ops.mlp.mlp` has the meaning of each."""
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor] | None
+    activation: str
+    precision: str
+
+    @property
+    def operand(self) -> torch.dtype:
+        """The type of the products' operands."""
+        return torch.float64 if self.weights[0].dtype == torch.float64 else OPERANDS[self.precision]
+
+
+def forward(x: Tensor, network: Network, y: Tensor, v: Tensor | None) -> None:
+    """Writes y and, unless it is None, v."""
+    (weights, biases, activation, _), operand = network, network.operand
     blocks = _blocks(x, y, v)
     for x, y, v in blocks:
-        kept, h = _hidden_layers(x, weights, biases, activation, operand, keep=v is not None)
+        kept, h = _hidden_layers(x, network, keep=v is not None)
         _linear_into(h, weights[-1].to(operand), None if biases is None else biases[-1].to(operand), y)
         if v is None:
             continue
@@ -46,10 +53,7 @@ def forward(
 
 def backward(
     x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
-    activation: str,
-    operand: torch.dtype,
+    network: Network,
     grad_y: Tensor,
     u: Tensor | None,
     grad_x: Tensor | None,
@@ -57,10 +61,10 @@ def backward(
     bias_sums: Sequence[Tensor] | None,
 ) -> None:
     """Writes grad_x and adds to the sums of the weights' and biases' gradients; each of them may be None."""
-    gradient = weights[0].dtype
+    weights, activation, gradient = network.weights, network.activation, network.weights[0].dtype
     blocks = _blocks(x, grad_y, u, grad_x)
     for x, grad_y, u, grad_x in blocks:
-        kept, _ = _hidden_layers(x, weights, biases, activation, operand, keep=True)
+        kept, _ = _hidden_layers(x, network, keep=True)
         kept = [k.to(gradient) for k in kept]
         bends: list[Tensor | None] = [None] * len(kept)
         if u is not None and (weight_sums is not None or activation != "relu"):
@@ -68,7 +72,7 @@ def backward(
         g = grad_y.to(gradient)
         for layer in range(len(weights) - 1, -1, -1):
             if weight_sums is not None:
-                h = x.to(operand).to(gradient) if layer == 0 else _activate(kept[layer - 1], activation)
+                h = x.to(network.operand).to(gradient) if layer == 0 else _activate(kept[layer - 1], activation)
                 weight_sums[layer].addmm_(g.t(), h)
                 if bias_sums is not None:
                     bias_sums[layer].add_(g.sum(0))
@@ -90,11 +94,7 @@ def _blocks(x: Tensor, *others: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def _second_order(
-    u: Tensor,
-    weights: Sequence[Tensor],
-    activation: str,
-    kept: Sequence[Tensor],
-    weight_sums: Sequence[Tensor] | None,
+    u: Tensor, weights: Sequence[Tensor], activation: str, kept: Sequence[Tensor], weight_sums: Sequence[Tensor] | None
 ) -> list[Tensor | None]:
     """Adds what u sends to the weights to their sums, and returns what it adds to each dz: nothing with ReLUs."""
     q = [weights[-1][:1]]
@@ -113,16 +113,10 @@ def _second_order(
     return bends
 
 
-def _hidden_layers(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
-    activation: str,
-    operand: torch.dtype,
-    keep: bool,
-) -> tuple[list[Tensor], Tensor]:
+def _hidden_layers(x: Tensor, network: Network, keep: bool) -> tuple[list[Tensor], Tensor]:
     """The last hidden layer's output, and, if they are to be kept, the inputs of each hidden layer's derivatives: a
     ReLU's output, a smooth activation's argument."""
+    (weights, biases, activation, _), operand = network, network.operand
     kept: list[Tensor] = []
     h = x.to(operand)
     for layer, weight in enumerate(weights[:-1]):

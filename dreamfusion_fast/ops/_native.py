@@ -111,13 +111,11 @@ def call(name: str, like: Tensor, *arguments: Any) -> None:
 def function_of(name: str, device_type: str, dtype: torch.dtype) -> Callable[..., None]:
     """The native function that `call` calls; the errors are those of `call`."""
     if device_type not in ("cpu", "cuda"):
-        raise RuntimeError(
-            f"dreamfusion_fast.ops.{name}: no native core for device {device_type}, only for cpu and cuda"
-        )
+        raise RuntimeError(f"{name}: no native core for device {device_type}, only for cpu and cuda")
     module, _ = _load("_core" if device_type == "cpu" else "_core_cuda")
     if module is None:
-        raise RuntimeError(f"dreamfusion_fast.ops.{name}: {cpu_reason() if device_type == 'cpu' else cuda_reason()}")
+        raise RuntimeError(f"{name}: {cpu_reason() if device_type == 'cpu' else cuda_reason()}")
     function = getattr(module, name + _SUFFIXES.get(dtype, ""), None) or getattr(module, name, None)
     if function is None:
-        raise TypeError(f"dreamfusion_fast.ops.{name}: the native core has no code for {dtype}")
+        raise TypeError(f"{name}: the native core has no code for {dtype}")
     return function

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,47 +55,42 @@ def _check(op: str, density: Tensor, values: Tensor, t: Tensor, step: float | Te
     check_tensor(op, "values", values, ["n_samples", "n_channels"], like=density, same_dtype=True)
     check_same_length(op, "values", values, "density", density)
     if values.shape[1] < 1:
-        raise ValueError(f"dreamfusion_fast.ops.{op}: values must have at least one channel, got {list(values.shape)}")
+        raise ValueError(f"{op}: values must have at least one channel, got {list(values.shape)}")
     check_tensor(op, "t", t, ["n_samples"], like=density, same_dtype=True)
     check_same_length(op, "t", t, "density", density)
     check_tensor(op, "offsets", offsets, ["n_rays + 1"], dtypes=[torch.int32], like=density)
     if offsets.shape[0] < 1:
-        raise ValueError(f"dreamfusion_fast.ops.{op}: offsets must have n_rays + 1 elements, got none")
+        raise ValueError(f"{op}: offsets must have n_rays + 1 elements, got none")
     if isinstance(step, Tensor):
         check_tensor(op, "step", step, ["n_samples"], like=density, same_dtype=True)
         check_same_length(op, "step", step, "density", density)
     elif not (step > 0 and math.isfinite(step)):
-        raise ValueError(f"dreamfusion_fast.ops.{op}: step must be positive and finite, got {step}")
+        raise ValueError(f"{op}: step must be positive and finite, got {step}")
 
 
-def _check_offsets(offsets: Tensor, n_samples: int) -> None:
+def _check_values(lengths: Tensor | None, offsets: Tensor, n_samples: int) -> None:
     """On the CPU alone, and inside the op, where tensors have values."""
     if offsets.device.type != "cpu":
         return
     first, last = int(offsets[0]), int(offsets[-1])
     if first != 0 or last > n_samples or bool((offsets[1:] < offsets[:-1]).any()):
         raise ValueError(
-            "dreamfusion_fast.ops.composite: offsets must rise from 0 to at most the number of samples: "
+            "composite: offsets must rise from 0 to at most the number of samples: "
             f"there are {n_samples} samples, got offsets from {first} to {last}"
         )
-
-
-def _check_lengths(lengths: Tensor | None, offsets: Tensor) -> None:
-    """The same for the lengths of samples that belong to a ray."""
-    if lengths is None or lengths.device.type != "cpu":
+    if lengths is None:
         return
-    used = lengths[: int(offsets[-1])]
+    used = lengths[:last]
     if not bool(((used > 0) & used.isfinite()).all()):
         lowest, highest = (float(bound) for bound in used.aminmax())
-        raise ValueError(f"dreamfusion_fast.ops.composite: step must be positive and finite, got {lowest} to {highest}")
+        raise ValueError(f"composite: step must be positive and finite, got {lowest} to {highest}")
 
 
 @torch.library.custom_op("dreamfusion_fast::composite", mutates_args=())
 def _composite(
     density: Tensor, values: Tensor, t: Tensor, lengths: Tensor | None, step: float, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_offsets(offsets, density.shape[0])
-    _check_lengths(lengths, offsets)
+    _check_values(lengths, offsets, density.shape[0])
     density, values, t, offsets = density.contiguous(), values.contiguous(), t.contiguous(), offsets.contiguous()
     lengths = None if lengths is None else lengths.contiguous()
     weights, opacity, depth, accumulated = _empty_outputs(density, values, offsets)
@@ -115,10 +111,8 @@ def _empty_outputs(density: Tensor, values: Tensor, offsets: Tensor) -> tuple[Te
 
 
 @_composite.register_fake
-def _(
-    density: Tensor, values: Tensor, t: Tensor, lengths: Tensor | None, step: float, offsets: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_outputs(density, values, offsets)
+def _(density: Tensor, values: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_outputs(density, values, others[-1])
 
 
 @torch.library.custom_op("dreamfusion_fast::composite_backward", mutates_args=())
@@ -137,10 +131,8 @@ def _composite_backward(
 ) -> tuple[Tensor, Tensor]:
     density, values, t, offsets = density.contiguous(), values.contiguous(), t.contiguous(), offsets.contiguous()
     weights, lengths = weights.contiguous(), None if lengths is None else lengths.contiguous()
-    grads = [
-        None if grad is None else grad.contiguous()
-        for grad in (grad_weights, grad_opacity, grad_depth, grad_accumulated)
-    ]
+    given = (grad_weights, grad_opacity, grad_depth, grad_accumulated)
+    grads = [None if grad is None else grad.contiguous() for grad in given]
     grad_density, grad_values = density.new_zeros(density.shape), values.new_zeros(values.shape)
     tensors = (pointer(density), pointer(values), pointer(t), pointer(lengths))
     inputs = (*tensors, step, pointer(offsets), pointer(weights))
@@ -151,19 +143,7 @@ def _composite_backward(
 
 
 @_composite_backward.register_fake
-def _(
-    density: Tensor,
-    values: Tensor,
-    t: Tensor,
-    lengths: Tensor | None,
-    step: float,
-    offsets: Tensor,
-    weights: Tensor,
-    grad_weights: Tensor | None,
-    grad_opacity: Tensor | None,
-    grad_depth: Tensor | None,
-    grad_accumulated: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _(density: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return density.new_empty(density.shape), values.new_empty(values.shape)
 
 

@@ -78,7 +78,7 @@ def hash_grid_position_gradient(
     _check("hash_grid_position_gradient", positions, table, level_offsets, resolutions)
     shape = [positions.shape[0], resolutions.shape[0] * table.shape[1]]
     check_tensor("hash_grid_position_gradient", "grad_output", grad_output, shape, like=positions, same_dtype=True)
-    check_transforms("hash_grid", grad_output, positions, table)
+    check_transforms("hash_grid_position_gradient", grad_output, positions, table)
     return _backward_positions(grad_output, positions, table, level_offsets, resolutions, smoothstep)
 
 
@@ -98,14 +98,14 @@ def hash_grid_layout(
         ValueError: a count out of its range.
     """
     if levels < 1:
-        raise ValueError(f"dreamfusion_fast.ops.hash_grid_layout: levels must be at least 1, got {levels}")
+        raise ValueError(f"hash_grid_layout: levels must be at least 1, got {levels}")
     if not 1 <= base_resolution <= finest_resolution <= 2**24:
         raise ValueError(
-            "dreamfusion_fast.ops.hash_grid_layout: wanted 1 <= base_resolution <= finest_resolution <= 2^24, "
+            "hash_grid_layout: wanted 1 <= base_resolution <= finest_resolution <= 2^24, "
             f"got {base_resolution} and {finest_resolution}"
         )
     if not 3 <= log2_rows <= 30:
-        raise ValueError(f"dreamfusion_fast.ops.hash_grid_layout: log2_rows must lie in [3, 30], got {log2_rows}")
+        raise ValueError(f"hash_grid_layout: log2_rows must lie in [3, 30], got {log2_rows}")
     growth = (finest_resolution / base_resolution) ** (1.0 / max(levels - 1, 1))
     # The small addition keeps the last level from falling below finest_resolution by the rounding of the power.
     finenesses = [int(base_resolution * growth**level + 1e-6) for level in range(levels)]
@@ -119,11 +119,11 @@ def _check(op: str, positions: Tensor, table: Tensor, level_offsets: Tensor, res
     check_tensor(op, "positions", positions, ["n_samples", 3])
     check_tensor(op, "table", table, ["n_rows", "n_features"], like=positions, same_dtype=True)
     if table.shape[1] not in FEATURES:
-        raise ValueError(f"dreamfusion_fast.ops.{op}: table must have 1, 2, 4 or 8 columns, got {list(table.shape)}")
+        raise ValueError(f"{op}: table must have 1, 2, 4 or 8 columns, got {list(table.shape)}")
     check_tensor(op, "resolutions", resolutions, ["n_levels"], dtypes=[torch.int32], like=positions)
     n_levels = resolutions.shape[0]
     if n_levels < 1:
-        raise ValueError(f"dreamfusion_fast.ops.{op}: resolutions must have at least one level, got none")
+        raise ValueError(f"{op}: resolutions must have at least one level, got none")
     check_tensor(op, "level_offsets", level_offsets, [n_levels + 1], dtypes=[torch.int64], like=positions)
 
 
@@ -133,12 +133,9 @@ def check_levels(level_offsets: Tensor, resolutions: Tensor, n_rows: int) -> Non
         return
     offsets, finenesses = level_offsets.tolist(), resolutions.tolist()
     if offsets[0] != 0 or offsets[-1] != n_rows or any(a >= b for a, b in itertools.pairwise(offsets)):
-        raise ValueError(
-            "dreamfusion_fast.ops.hash_grid: level_offsets must rise from 0 to the rows of the table, "
-            f"{n_rows}, got {offsets}"
-        )
+        raise ValueError(f"hash_grid: level_offsets must rise from 0 to the rows of the table, {n_rows}, got {offsets}")
     if min(finenesses) < 1 or max(finenesses) > 2**24:
-        raise ValueError(f"dreamfusion_fast.ops.hash_grid: resolutions must lie in [1, 2^24], got {finenesses}")
+        raise ValueError(f"hash_grid: resolutions must lie in [1, 2^24], got {finenesses}")
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -168,7 +165,7 @@ def _forward(positions: Tensor, table: Tensor, level_offsets: Tensor, resolution
 
 
 @_forward.register_fake
-def _(positions: Tensor, table: Tensor, level_offsets: Tensor, resolutions: Tensor, smoothstep: bool) -> Tensor:
+def _(positions: Tensor, table: Tensor, level_offsets: Tensor, resolutions: Tensor, *_: Any) -> Tensor:
     return positions.new_empty(positions.shape[0], resolutions.shape[0] * table.shape[1])
 
 
@@ -188,25 +185,17 @@ def _backward_table(
 
 
 @_backward_table.register_fake
-def _(
-    grad_output: Tensor, positions: Tensor, n_rows: int, level_offsets: Tensor, resolutions: Tensor, smoothstep: bool
-) -> Tensor:
+def _(grad_output: Tensor, positions: Tensor, n_rows: int, offsets: Tensor, resolutions: Tensor, *_: Any) -> Tensor:
     return positions.new_empty(n_rows, grad_output.shape[1] // resolutions.shape[0])
 
 
 @torch.library.custom_op("dreamfusion_fast::hash_grid_backward_positions", mutates_args=())
 def _backward_positions(
-    grad_output: Tensor,
-    positions: Tensor,
-    table: Tensor,
-    level_offsets: Tensor,
-    resolutions: Tensor,
-    smoothstep: bool,
+    grad_output: Tensor, positions: Tensor, table: Tensor, level_offsets: Tensor, resolutions: Tensor, smoothstep: bool
 ) -> Tensor:
     check_levels(level_offsets, resolutions, table.shape[0])
     n_samples, (n_rows, n_features) = positions.shape[0], table.shape
-    positions, table = positions.contiguous(), _aligned(table)
-    grad_output = _aligned(grad_output)
+    positions, table, grad_output = positions.contiguous(), _aligned(table), _aligned(grad_output)
     level_offsets, resolutions = level_offsets.contiguous(), resolutions.contiguous()
     grad_positions = positions.new_empty(positions.shape)
     tensors = (pointer(grad_output), pointer(positions), pointer(table), pointer(grad_positions))
@@ -216,14 +205,7 @@ def _backward_positions(
 
 
 @_backward_positions.register_fake
-def _(
-    grad_output: Tensor,
-    positions: Tensor,
-    table: Tensor,
-    level_offsets: Tensor,
-    resolutions: Tensor,
-    smoothstep: bool,
-) -> Tensor:
+def _(grad_output: Tensor, positions: Tensor, *_: Any) -> Tensor:
     return positions.new_empty(positions.shape)
 
 
@@ -262,16 +244,8 @@ def _empty_where_not(needs: list[bool], *like: Tensor) -> tuple[Tensor, ...]:
 
 
 @_backward_backward.register_fake
-def _(
-    direction: Tensor,
-    grad_output: Tensor,
-    positions: Tensor,
-    table: Tensor,
-    level_offsets: Tensor,
-    resolutions: Tensor,
-    smoothstep: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(direction: Tensor, *tensors_and_needs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    grad_output, positions, table, *_, needs = tensors_and_needs
     to_output, to_table, to_positions = _empty_where_not(needs, grad_output, table, positions)
     return to_output, to_table, to_positions
 
@@ -325,14 +299,8 @@ def _backward_positions_backward(ctx: Any, direction: Tensor) -> tuple[Tensor | 
     needs = list(ctx.needs_input_grad[:3])
     gradients = _backward_backward(direction, *ctx.saved_tensors, ctx.smoothstep, [needs[0], needs[2], needs[1]])
     to_output, to_table, to_positions = gradients
-    return (
-        to_output if needs[0] else None,
-        to_positions if needs[1] else None,
-        to_table if needs[2] else None,
-        None,
-        None,
-        None,
-    )
+    chosen = (x if need else None for x, need in zip((to_output, to_positions, to_table), needs, strict=True))
+    return *chosen, None, None, None
 
 
 _backward_positions.register_autograd(_backward_positions_backward, setup_context=_save_backward_positions)
@@ -371,3 +339,8 @@ def hash_grid_reference(
             encoded = encoded + weight.unsqueeze(1) * level_table[rows]
         features.append(encoded)
     return torch.cat(features, 1)
+
+
+def hash_grid_position_gradient_reference(grad_output: Tensor, positions: Tensor, *grid: Any) -> Tensor:
+    """The PyTorch twin of `hash_grid_position_gradient`: differentiable any number of times."""
+    return torch.func.vjp(lambda positions: hash_grid_reference(positions, *grid), positions)[1](grad_output)[0]

@@ -139,37 +139,37 @@ def _check(
         check_same_length(op, name, tensor, "origins", origins)
     check_tensor(op, "aabb", aabb, [6], like=origins, same_dtype=True)
     if not 1 <= resolution <= 1290:
-        raise ValueError(f"dreamfusion_fast.ops.{op}: resolution must be between 1 and 1290, got {resolution}")
+        raise ValueError(f"{op}: resolution must be between 1 and 1290, got {resolution}")
     if not (1 <= cascades <= _MAX_CASCADES and cascades * resolution**3 < 2**31):
         raise ValueError(
-            f"dreamfusion_fast.ops.{op}: cascades must be between 1 and {_MAX_CASCADES}, of less than 2^31 cells "
+            f"{op}: cascades must be between 1 and {_MAX_CASCADES}, of less than 2^31 cells "
             f"together, got {cascades} of resolution {resolution}"
         )
     if cascades > 1 and resolution % 2 != 0:
-        raise ValueError(f"dreamfusion_fast.ops.{op}: resolution must be even with several cascades, got {resolution}")
+        raise ValueError(f"{op}: resolution must be even with several cascades, got {resolution}")
     if bitfield is not None:
         check_tensor(op, "bitfield", bitfield, [(cascades * resolution**3 + 7) // 8], (torch.uint8,), like=origins)
     if not 0 <= seed < 2**63:
-        raise ValueError(f"dreamfusion_fast.ops.{op}: seed must be in [0, 2^63), got {seed}")
+        raise ValueError(f"{op}: seed must be in [0, 2^63), got {seed}")
     if capacity is not None and not 0 <= capacity <= MAX_SAMPLES:
-        raise ValueError(f"dreamfusion_fast.ops.{op}: capacity must be between 0 and 2^31 - 1, got {capacity}")
+        raise ValueError(f"{op}: capacity must be between 0 and 2^31 - 1, got {capacity}")
 
 
 def _check_step(op: str, step: float) -> None:
     if not (step > 0.0 and math.isfinite(step)):
-        raise ValueError(f"dreamfusion_fast.ops.{op}: step must be a positive number, got {step}")
+        raise ValueError(f"{op}: step must be a positive number, got {step}")
 
 
 def _check_distances(op: str, distances: Tensor, origins: Tensor) -> None:
     check_tensor(op, "distances", distances, ["n + 1"], like=origins, same_dtype=True)
     if not 1 <= distances.shape[0] <= MAX_STEPS + 1:
-        raise ValueError(f"dreamfusion_fast.ops.{op}: distances must be 1 to 2^24 + 1, got {distances.shape[0]}")
+        raise ValueError(f"{op}: distances must be 1 to 2^24 + 1, got {distances.shape[0]}")
 
 
 def _check_rising(distances: Tensor) -> None:
     """On the CPU alone, and inside the op, where tensors have values."""
     if distances.device.type == "cpu" and not bool(distances.isfinite().all() & (distances.diff() > 0).all()):
-        raise ValueError("dreamfusion_fast.ops.march_lattice: distances must be finite and rise")
+        raise ValueError("march_lattice: distances must be finite and rise")
 
 
 @torch.library.custom_op("dreamfusion_fast::march", mutates_args=())
@@ -237,9 +237,7 @@ def _run(
     if capacity is None:
         size = int(totals[-1])  # the one wait for the GPU
         if size > MAX_SAMPLES:
-            raise RuntimeError(
-                f"dreamfusion_fast.ops.march: {size} samples, more than 2^31 - 1: march fewer rays at once"
-            )
+            raise RuntimeError(f"march: {size} samples, more than 2^31 - 1: march fewer rays at once")
         t, ray_indices = origins.new_empty(size), counts.new_empty(size)
     else:
         size = capacity
@@ -347,7 +345,7 @@ def march_reference(
     n_steps = int((spans / steps).ceil().amax().clamp(min=-2, max=MAX_STEPS - 2)) + 2 if n_rays > 0 else 0
 
     k = torch.arange(n_steps, device=origins.device).to(origins.dtype)
-    t = t_near[:, None] + (k + _offset_reference(origins, jitter, seed)[:, None]) * steps
+    t = t_near[:, None] + (k + offset_reference(origins, jitter, seed)[:, None]) * steps
     kept = crosses[:, None] & (t < t_far[:, None])
     kept = kept & _occupied_reference(origins, directions, t, aabb, bitfield, resolution, cascades)
     return _packed_reference(kept, t)
@@ -372,7 +370,7 @@ def march_lattice_reference(
     _check_distances(op, distances, origins)
     _check_rising(distances)
     lengths = distances.diff()
-    t = distances[:-1] + _offset_reference(origins, jitter, seed)[:, None] * lengths
+    t = distances[:-1] + offset_reference(origins, jitter, seed)[:, None] * lengths
     t = torch.minimum(t, distances[1:])
     kept = (t_near[:, None] <= t) & (t < t_far[:, None])
     kept = kept & (t_near.isfinite() & (directions != 0).any(dim=-1))[:, None]
@@ -380,7 +378,7 @@ def march_lattice_reference(
     return *_packed_reference(kept, t), lengths.expand_as(t)[kept]
 
 
-def _offset_reference(origins: Tensor, jitter: bool, seed: int) -> Tensor:
+def offset_reference(origins: Tensor, jitter: bool, seed: int) -> Tensor:
     """u of each ray."""
     if jitter:
         return uniform_reference(seed, torch.arange(origins.shape[0], device=origins.device), origins.dtype)

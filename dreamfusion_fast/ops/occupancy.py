@@ -30,7 +30,7 @@ def occupancy_update(grid: Tensor, cells: Tensor | None, density: Tensor, decay:
     """
     _check_update("occupancy_update", grid, cells, density, decay)
     if not grid.is_contiguous():
-        raise ValueError("dreamfusion_fast.ops.occupancy_update: grid must be contiguous, since it is changed in place")
+        raise ValueError("occupancy_update: grid must be contiguous, since it is changed in place")
     _occupancy_update(grid, cells, density.detach(), decay)
 
 
@@ -60,7 +60,7 @@ def _check_grid(op: str, grid: Tensor, dtypes: tuple[torch.dtype, ...]) -> int:
     check_tensor(op, "grid", grid, shape, dtypes)
     count = grid.numel()
     if not 0 < count < 2**31:
-        raise ValueError(f"dreamfusion_fast.ops.{op}: grid must have 1 to 2^31 - 1 cells, got {list(grid.shape)}")
+        raise ValueError(f"{op}: grid must have 1 to 2^31 - 1 cells, got {list(grid.shape)}")
     return count
 
 
@@ -74,7 +74,7 @@ def _check_update(op: str, grid: Tensor, cells: Tensor | None, density: Tensor, 
         check_tensor(op, "density", density, ["n"], like=grid, same_dtype=True)
         check_same_length(op, "density", density, "cells", cells)
     if not 0.0 <= decay <= 1.0:
-        raise ValueError(f"dreamfusion_fast.ops.{op}: decay must be between 0 and 1, got {decay}")
+        raise ValueError(f"{op}: decay must be between 0 and 1, got {decay}")
 
 
 def _check_pack(op: str, grid: Tensor, threshold: float | Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def _check_pack(op: str, grid: Tensor, threshold: float | Tensor) -> Tensor:
         check_tensor(op, "threshold", threshold, [], like=grid)
         return threshold.detach().to(grid.dtype)
     if math.isnan(threshold):
-        raise ValueError(f"dreamfusion_fast.ops.{op}: threshold must be a number, got {threshold}")
+        raise ValueError(f"{op}: threshold must be a number, got {threshold}")
     return grid.new_full((), threshold)
 
 
@@ -98,10 +98,7 @@ def _occupancy_update(grid: Tensor, cells: Tensor | None, density: Tensor, decay
         if cells.device.type == "cpu" and cells.numel() > 0:
             lowest, highest = (int(bound) for bound in cells.aminmax())
             if lowest < 0 or highest >= grid.numel():
-                raise IndexError(
-                    f"dreamfusion_fast.ops.occupancy_update: cells must be in [0, {grid.numel()}), "
-                    f"got {lowest} to {highest}"
-                )
+                raise IndexError(f"occupancy_update: cells must be in [0, {grid.numel()}), got {lowest} to {highest}")
         decayed = torch.empty_like(density)
     if density.numel() > 0:
         addresses = (pointer(grid), pointer(cells), pointer(density), pointer(decayed))

@@ -45,7 +45,7 @@ def _check(op: str, origins: Tensor, directions: Tensor, aabb: Tensor, near: flo
     check_same_length(op, "directions", directions, "origins", origins)
     check_tensor(op, "aabb", aabb, [6], like=origins, same_dtype=True)
     if math.isnan(near) or math.isnan(far):
-        raise ValueError(f"dreamfusion_fast.ops.{op}: near and far must be numbers, got {near} and {far}")
+        raise ValueError(f"{op}: near and far must be numbers, got {near} and {far}")
 
 
 @torch.library.custom_op("dreamfusion_fast::ray_box", mutates_args=())
@@ -86,3 +86,6 @@ def ray_box_reference(
     leave = torch.where(parallel, math.inf, torch.maximum(t_low, t_high)).amin(dim=-1).clamp(max=far)
     hit = hit & (enter < leave)
     return torch.where(hit, enter, math.inf), torch.where(hit, leave, math.inf)
+
+
+native_ray_box_reference = ray_box_reference

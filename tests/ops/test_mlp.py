@@ -1,4 +1,4 @@
-"""Fused MLP: torch products, kernels on a GPU and kernels in Triton's interpreter against the twin; the two ops."""
+"""Fused MLP: the two ops against their twins; `tiles/test_mlp_tile.py` has the passes that they are made of."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from interpreting import needs_triton, run_interpreted
-from mlp_cases import Case, cases, run
+from interpreting import needs_triton
 from torch import Tensor
 
-from dreamfusion_fast.ops import _mlp_launch, _mlp_torch, _triton
+from dreamfusion_fast.ops import _mlp_launch, _triton
 from dreamfusion_fast.ops._triton import triton_reason, triton_serves
 from dreamfusion_fast.ops.mlp import (
-    MlpGradients,
     mlp,
-    mlp_backward_into,
-    mlp_forward_into,
     mlp_reference,
     mlp_with_input_gradient,
     mlp_with_input_gradient_reference,
@@ -36,36 +32,6 @@ def network(
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_passes_match_the_twin(case: Case, device: torch.device) -> None:
-    """Torch products on the CPU, the kernels on the GPU."""
-    run(case, device)
-
-
-@pytest.mark.parametrize("case", cases()[::3], ids=str)
-def test_blocks_of_rows_add_up(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, rows are taken in blocks: here of five."""
-    monkeypatch.setattr(_mlp_torch, "_ROWS_ON_CPU", 5)
-    assert case.n == 0 or case.n > 5
-    run(case, CPU)
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, str]:
-    """The faults in each case when Triton's interpreter ran the kernels, in a process of its own."""
-    return run_interpreted("ops/mlp_cases.py")
-
-
-@needs_triton
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_kernels_in_the_interpreter_match_the_twin(case: Case, interpreted: dict[str, str]) -> None:
-    assert interpreted[str(case)] == ""
-
-
-def test_cases_are_named_apart() -> None:
-    assert len({str(case) for case in cases()}) == len(cases())
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -131,6 +97,19 @@ def test_ops_match_the_twin(n: int, precision: str, bias: bool, device: torch.de
             assert not actual.any()
         else:
             assert relative_error(actual, expected) < tolerance
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_a_wide_input_is_rounded_to_the_precision(precision: str, device: torch.device) -> None:
+    """And v, which is stored in the operands' type, comes back in that of x."""
+    weights, biases = network([7, 32, 32, 3], device, torch.float32)
+    x = torch.randn(113, 7, device=device)
+    y, v = mlp_with_input_gradient(x, weights, biases, "silu", precision)
+    expected = mlp_with_input_gradient(x.to(getattr(torch, precision)), weights, biases, "silu", precision)
+    assert v.dtype == torch.float32
+    assert torch.equal(y, expected[0])
+    assert torch.equal(v, expected[1].float())
+    assert torch.equal(mlp(x, weights, biases, "silu", precision), y)
 
 
 def test_gradients_of_some_inputs_only(device: torch.device) -> None:
@@ -211,34 +190,6 @@ def test_opcheck(bias: bool, device: torch.device) -> None:
         torch.library.opcheck(ops.mlp_backward.default, (x, parameters[:2], parameters[2:], "silu", "float32", *seeds))
 
 
-def test_same_sums_every_time(device: torch.device) -> None:
-    weights, biases = network([5, 16, 16, 2], device, torch.float32)
-    x, grad_y = torch.randn(5003, 5, device=device), torch.randn(5003, 2, device=device)
-    results = []
-    for _ in range(2):
-        gradients = MlpGradients(weights, biases)
-        mlp_backward_into(x, weights, biases, "relu", "float32", grad_y, None, gradients)
-        to_weights, to_biases = gradients.result()
-        results.append([*to_weights, *to_biases])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("sizes", "second", "to_x", "launches"),
-    [
-        ((2048, 4096, 256), False, True, [(19, 0, True)]),  # the default network: one launch
-        ((2048, 4096, 256), True, True, [(19, 0, True), (0, 19, False)]),
-        ((4096, 16384, 512), False, False, [(1, 0, False), (2, 0, False), (16, 0, False)]),
-        ((), True, True, [(0, 0, True)]),
-        ((), True, False, []),
-    ],
-)
-@needs_triton
-def test_launches(sizes: tuple[int, ...], second: bool, to_x: bool, launches: list[tuple[int, int, bool]]) -> None:
-    """Sums that do not fit into registers together are formed one after the other, and grad_x is written once."""
-    assert _mlp_launch._plan(sizes, second, to_x) == launches
-
-
 def test_reason_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert triton_reason("cpu") != ""
@@ -286,68 +237,3 @@ def test_wrong_arguments(change: dict[str, object], error: type[Exception], mess
     for function in (mlp, mlp_with_input_gradient):
         with pytest.raises(error, match=message):
             function(**arguments)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"grad_y": torch.rand(4, 3)}, ValueError, r"grad_y must have shape \[4, 2\], got \[4, 3\]"),
-        ({"grad_y": torch.rand(4, 2).half()}, TypeError, "grad_y must be torch.float32, got torch.float16"),
-        ({"grad_x": torch.rand(4, 3).half()}, TypeError, "grad_x must be torch.bfloat16 or torch.float32"),
-        ({"grad_input_gradient": torch.rand(3, 3)}, ValueError, r"grad_input_gradient must have shape \[4, 3\]"),
-        ({"count": torch.tensor([3])}, ValueError, "count must be a torch.int32 tensor with one element"),
-        ({"count": 3}, ValueError, "count must be a torch.int32 tensor with one element on cpu, got 3"),
-    ],
-    ids=lambda x: x if isinstance(x, str) else "",
-)
-def test_wrong_buffers(change: dict[str, object], error: type[Exception], message: str) -> None:
-    weights, biases = network([3, 16, 2], dtype=torch.float32)
-    arguments = {"grad_y": torch.rand(4, 2), "grad_x": None, "gradients": None, **change}
-    with pytest.raises(error, match=message):
-        mlp_backward_into(torch.rand(4, 3), weights, biases, "relu", "float32", **arguments)  # type: ignore[arg-type]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
-def test_nothing_waits_and_a_graph_replays_it(precision: str) -> None:
-    """Both passes captured in a CUDA graph, replayed with another x and another count, against calls without one."""
-    device = torch.device("cuda")
-    weights, biases = network([32, 64, 64, 4], device, torch.float32)
-    kind = getattr(torch, precision)
-    x, y = torch.randn(32, 1023, device=device).to(kind).t(), torch.empty(1023, 4, device=device)
-    v, grad_y = torch.empty_like(x), torch.randn(1023, 4, device=device)
-    u, grad_x = torch.randn(1023, 32, device=device), torch.empty(1023, 32, device=device)
-    count = torch.tensor([1023], dtype=torch.int32, device=device)
-    gradients = MlpGradients(weights, biases)
-
-    def step() -> list[Tensor]:
-        gradients.partials.zero_()
-        mlp_forward_into(x, weights, biases, "relu", precision, y, v, count)
-        mlp_backward_into(x, weights, biases, "relu", precision, grad_y, grad_x, gradients, u, count)
-        to_weights, to_biases = gradients.result()
-        assert to_biases is not None
-        return [*to_weights, *to_biases]
-
-    step()  # compiles
-    torch.cuda.synchronize()
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    x.copy_(torch.randn(1023, 32, device=device))
-    count.fill_(700)
-    for output in (y, v, grad_x):
-        output.zero_()
-    graph.replay()
-    replayed = [t.clone() for t in (y, v, grad_x, *captured)]
-    for output in (y, v, grad_x):
-        output.zero_()
-    expected = [*step(), y, v, grad_x]
-    for actual, wanted in zip(replayed, [*expected[-3:], *expected[:-3]], strict=True):
-        assert torch.equal(actual, wanted)
-    assert not y[700:].any()

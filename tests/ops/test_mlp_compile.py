@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dreamfusion_fast.ops import _mlp_launch
+from dreamfusion_fast.ops._mlp_torch import Network
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -29,8 +30,8 @@ def compiled(kernel: str, capability: int, sizes: list[int], precision: str, **c
     function = getattr(_mlp_launch._kernels(), f"{kernel}_kernel")
     weights = [torch.empty(b, a, device="meta") for a, b in pairwise(sizes)]
     biases = [torch.empty(size, device="meta") for size in sizes[1:]]
-    tuning = _mlp_launch.tuning(kernel, weights, precision)
-    settings = _mlp_launch._settings(kernel, weights, biases, "relu", precision, True, tuning)
+    network = Network(weights, biases, "relu", precision)
+    settings = _mlp_launch._settings(kernel, network, True, _mlp_launch.tuning(kernel, network))
     options = {name: settings.pop(name) for name in COMPILER_OPTIONS}
     constants = {**settings, **constants}
     for layer in range(len(weights), _mlp_launch.MAX_HIDDEN_LAYERS + 1):

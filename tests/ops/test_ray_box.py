@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.ops import march, march_reference, ray_box, ray_box_reference
-from dreamfusion_fast.ops.ray_box import _ray_box
+from dreamfusion_fast.ops.ray_box import _ray_box, native_ray_box
 
 DTYPES = [torch.float32, torch.float64]
 SIZES = [0, 1, 113, 1023]
@@ -29,10 +29,11 @@ def test_equals_its_twin_in_every_bit(n: int, dtype: torch.dtype, box: tuple[flo
     origins, directions = (tensor.to(device) for tensor in make_rays(n, dtype))
     aabb = torch.tensor(box, dtype=dtype, device=device)
     for near, far in [(0.0, math.inf), (0.3, 1.7), (-math.inf, math.inf)]:
-        found = ray_box(origins, directions, aabb, near, far)
         expected = ray_box_reference(origins, directions, aabb, near, far)
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=0)
+        for op in (ray_box, native_ray_box):
+            found = op(origins, directions, aabb, near, far)
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=0)
     if n == 1023:
         hits = found[0].isfinite()
         assert hits.any()

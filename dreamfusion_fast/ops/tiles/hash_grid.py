@@ -23,14 +23,16 @@ Source: Müller et al. 2022, "Instant Neural Graphics Primitives", sections 3 an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dreamfusion_fast.ops._checks import check_tensor
 from dreamfusion_fast.ops._native import call, pointer, strided
-from dreamfusion_fast.ops.hash_grid import FEATURES, check_levels
+from dreamfusion_fast.ops.hash_grid import FEATURES, check_levels, hash_grid_reference
 
 MAX_SAMPLES = 2**24
 # Levels that one thread of `encode` and `directional_derivative` goes through, at most 16. More reuse position and cell
@@ -79,9 +81,9 @@ class HashGridTileLayout:
         check_tensor(op, "level_offsets", offsets, [n_levels + 1], dtypes=[torch.int64], like=self.resolutions)
         for name, tensor in (("level_offsets", offsets), ("resolutions", self.resolutions)):
             if not tensor.is_contiguous():
-                raise ValueError(f"dreamfusion_fast.ops.{op}: {name} must be contiguous")
+                raise ValueError(f"{op}: {name} must be contiguous")
         if not 1 <= self.levels <= n_levels:
-            raise ValueError(f"dreamfusion_fast.ops.{op}: active_levels must lie in [1, {n_levels}], got {self.levels}")
+            raise ValueError(f"{op}: active_levels must lie in [1, {n_levels}], got {self.levels}")
 
     @property
     def levels(self) -> int:
@@ -113,12 +115,10 @@ def encode(
         RuntimeError: the native core for this device was not built.
     """
     if not checked:
-        _check("encode", positions, table, layout, count)
-        _check_channels("encode", "features", features, positions, layout.levels * table.shape[1])
-    if not _on_gpu(positions):
-        _encode_on_cpu(None, positions, table, layout, features, count)
-    else:
-        _encode_on_gpu(None, positions, table, layout, features, count)
+        _check("hash_grid_tile.encode", positions, table, layout, count)
+        _check_channels("hash_grid_tile.encode", "features", features, positions, layout.levels * table.shape[1])
+    run = _encode_on_gpu if _on_gpu(positions) else _encode_on_cpu
+    run(None, positions, table, layout, features, count)
 
 
 def directional_derivative(
@@ -143,13 +143,12 @@ def directional_derivative(
         TypeError, ValueError, RuntimeError: as `encode`.
     """
     if not checked:
-        _check("directional_derivative", positions, table, layout, count)
-        _check_vectors("directional_derivative", "direction", direction, positions)
-        _check_channels("directional_derivative", "derivative", derivative, positions, layout.levels * table.shape[1])
-    if not _on_gpu(positions):
-        _encode_on_cpu(direction, positions, table, layout, derivative, count)
-    else:
-        _encode_on_gpu(direction, positions, table, layout, derivative, count)
+        op = "hash_grid_tile.directional_derivative"
+        _check(op, positions, table, layout, count)
+        _check_vectors(op, "direction", direction, positions)
+        _check_channels(op, "derivative", derivative, positions, layout.levels * table.shape[1])
+    run = _encode_on_gpu if _on_gpu(positions) else _encode_on_cpu
+    run(direction, positions, table, layout, derivative, count)
 
 
 def derivative_before_scatter(
@@ -183,7 +182,7 @@ def derivative_before_scatter(
         return direction, grad_of_features
     if not checked:
         _check_scatter(grad_table, positions, layout, derivative, count, direction, grad_of_features)
-        _check("derivative_before_scatter", positions, table, layout, count)
+        _check("hash_grid_tile.derivative_before_scatter", positions, table, layout, count)
     n, channels = _live(positions, count), layout.levels * table.shape[1]
     p, d, v = _rows(positions, n, 3), _rows(direction, n, 3), _rows(grad_of_features, n, channels)
     out, levels = _rows(derivative, n, channels), _levels(layout, table.shape[0], n, table.shape[1])
@@ -214,7 +213,7 @@ def position_gradient(
     """
     channels = layout.levels * table.shape[1]
     if not checked:
-        op = "position_gradient"
+        op = "hash_grid_tile.position_gradient"
         _check(op, positions, table, layout, count)
         _check_channels(op, "grad_features", grad_features, positions, channels)
         _check_vectors(op, "gradient", gradient, positions)
@@ -288,12 +287,12 @@ def _check_scatter(
     direction: Tensor | None,
     grad_of_features: Tensor | None,
 ) -> None:
-    op = "scatter"
+    op = "hash_grid_tile.scatter"
     _check(op, positions, grad_table, layout, count, "grad_table", [positions.dtype])
     channels = layout.levels * grad_table.shape[1]
     _check_channels(op, "grad_features", grad_features, positions, channels)
     if (direction is None) != (grad_of_features is None):
-        raise ValueError(f"dreamfusion_fast.ops.tiles.hash_grid.{op}: direction and grad_of_features go together")
+        raise ValueError(f"{op}: direction and grad_of_features go together")
     if direction is not None and grad_of_features is not None:
         _check_vectors(op, "direction", direction, positions)
         _check_channels(op, "grad_of_features", grad_of_features, positions, channels)
@@ -309,58 +308,48 @@ def _check(
     table_dtypes: list[torch.dtype] | None = None,
 ) -> None:
     """The checks that the functions share; `table` is the table or its gradient."""
-    where = f"hash_grid_tile.{op}"
     on_gpu = _on_gpu(positions)
-    check_tensor(where, "positions", positions, ["n_samples", 3])
+    check_tensor(op, "positions", positions, ["n_samples", 3])
     if table_dtypes is None:
         narrow = on_gpu and positions.dtype == torch.float32
         table_dtypes = [torch.float16, torch.float32] if narrow else [positions.dtype]
-    check_tensor(where, table_name, table, ["n_rows", "n_features"], dtypes=table_dtypes, like=positions)
+    check_tensor(op, table_name, table, ["n_rows", "n_features"], dtypes=table_dtypes, like=positions)
     if table.shape[1] not in FEATURES:
-        raise ValueError(
-            f"dreamfusion_fast.ops.{where}: {table_name} must have 1, 2, 4 or 8 columns, got {list(table.shape)}"
-        )
+        raise ValueError(f"{op}: {table_name} must have 1, 2, 4 or 8 columns, got {list(table.shape)}")
     if not table.is_contiguous() or (on_gpu and table.data_ptr() % 16):
-        raise ValueError(f"dreamfusion_fast.ops.{where}: {table_name} must be contiguous and aligned to 16 bytes")
+        raise ValueError(f"{op}: {table_name} must be contiguous and aligned to 16 bytes")
     if positions.shape[0] > MAX_SAMPLES:
-        raise ValueError(f"dreamfusion_fast.ops.{where}: a tile has at most 2^24 samples, got {positions.shape[0]}")
-    _check_span(where, "positions", positions)
+        raise ValueError(f"{op}: a tile has at most 2^24 samples, got {positions.shape[0]}")
+    _check_span(op, "positions", positions)
     if layout.resolutions.device != positions.device:
         raise ValueError(
-            f"dreamfusion_fast.ops.{where}: layout is on {layout.resolutions.device}, "
-            f"the other arguments are on {positions.device}"
+            f"{op}: layout is on {layout.resolutions.device}, the other arguments are on {positions.device}"
         )
     if count is not None:
-        check_tensor(where, "count", count, [1], dtypes=[torch.int32], like=positions)
+        check_tensor(op, "count", count, [1], dtypes=[torch.int32], like=positions)
     if not on_gpu:
         check_levels(layout.level_offsets, layout.resolutions, table.shape[0])
 
 
 def _check_channels(op: str, name: str, tensor: Tensor, positions: Tensor, channels: int) -> None:
-    where = f"hash_grid_tile.{op}"
     narrow = _on_gpu(positions) and positions.dtype == torch.float32
     dtypes = [torch.float16, torch.bfloat16, torch.float32] if narrow else [positions.dtype]
-    check_tensor(where, name, tensor, [positions.shape[0], "levels * n_features"], dtypes=dtypes, like=positions)
+    check_tensor(op, name, tensor, [positions.shape[0], "levels * n_features"], dtypes=dtypes, like=positions)
     if tensor.shape[1] < channels:
-        raise ValueError(
-            f"dreamfusion_fast.ops.{where}: {name} must have at least {channels} channels, got {tensor.shape[1]}"
-        )
-    _check_span(where, name, tensor)
+        raise ValueError(f"{op}: {name} must have at least {channels} channels, got {tensor.shape[1]}")
+    _check_span(op, name, tensor)
 
 
 def _check_vectors(op: str, name: str, tensor: Tensor, positions: Tensor) -> None:
-    where = f"hash_grid_tile.{op}"
-    check_tensor(where, name, tensor, positions.shape, like=positions, same_dtype=True)
-    _check_span(where, name, tensor)
+    check_tensor(op, name, tensor, positions.shape, like=positions, same_dtype=True)
+    _check_span(op, name, tensor)
 
 
-def _check_span(where: str, name: str, tensor: Tensor) -> None:
+def _check_span(op: str, name: str, tensor: Tensor) -> None:
     """Kernels count elements in 32 bits."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     if tensor.numel() > 0 and last >= 2**32:
-        raise ValueError(
-            f"dreamfusion_fast.ops.{where}: {name} must span at most 2^32 elements, got strides {tensor.stride()}"
-        )
+        raise ValueError(f"{op}: {name} must span at most 2^32 elements, got strides {tensor.stride()}")
 
 
 def _levels(layout: HashGridTileLayout, n_rows: int, n_samples: int, n_features: int) -> tuple[int, ...]:
@@ -438,3 +427,71 @@ def _write_back(out: Tensor, tensor: Tensor) -> None:
     """Copies what was written for `tensor`, unless `_rows` gave out its own memory."""
     if out.data_ptr() != tensor.data_ptr():
         tensor[: out.shape[0], : out.shape[1]] = out
+
+
+def encode_reference(
+    positions: Tensor, table: Tensor, layout: HashGridTileLayout, features: Tensor, count: Tensor | None = None
+) -> None:
+    """The PyTorch twin of `encode`, as the others below for any float dtypes and any device; they wait for a GPU."""
+    _write_back(_encoding(table, layout)(positions[: _live(positions, count)]), features)
+
+
+def directional_derivative_reference(
+    direction: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    layout: HashGridTileLayout,
+    derivative: Tensor,
+    count: Tensor | None = None,
+) -> None:
+    """The PyTorch twin of `directional_derivative`."""
+    n = _live(positions, count)
+    _write_back(torch.func.jvp(_encoding(table, layout), (positions[:n],), (direction[:n],))[1], derivative)
+
+
+def derivative_before_scatter_reference(
+    direction: Tensor, grad_of_features: Tensor, grad_table: Tensor, *others: Any
+) -> tuple[Tensor, Tensor]:
+    """The PyTorch twin of `derivative_before_scatter`: it leaves all of the second order to `scatter`."""
+    directional_derivative_reference(direction, *others)
+    return direction, grad_of_features
+
+
+def position_gradient_reference(
+    grad_features: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    layout: HashGridTileLayout,
+    gradient: Tensor,
+    count: Tensor | None = None,
+) -> None:
+    """The PyTorch twin of `position_gradient`."""
+    encoding, backward = torch.func.vjp(_encoding(table, layout), positions[: _live(positions, count)])[:2]
+    n, channels = encoding.shape
+    _write_back(backward(grad_features[:n, :channels].to(encoding.dtype))[0], gradient)
+
+
+def scatter_reference(
+    grad_table: Tensor,
+    positions: Tensor,
+    layout: HashGridTileLayout,
+    grad_features: Tensor,
+    count: Tensor | None = None,
+    direction: Tensor | None = None,
+    grad_of_features: Tensor | None = None,
+) -> None:
+    """The PyTorch twin of `scatter`. Encodings are linear in the table, so that any table has the gradient."""
+    n, tangent = _live(positions, count), positions if direction is None else direction
+
+    def both_orders(table: Tensor) -> Tensor:
+        encoding, along = torch.func.jvp(_encoding(table, layout), (positions[:n],), (tangent[:n],))[:2]
+        total = (encoding * grad_features[:n, : encoding.shape[1]]).sum()
+        return total if grad_of_features is None else total + (along * grad_of_features[:n, : along.shape[1]]).sum()
+
+    grad_table += torch.func.grad(both_orders)(grad_table)
+
+
+def _encoding(table: Tensor, layout: HashGridTileLayout) -> Callable[[Tensor], Tensor]:
+    """The encoding by the active levels, as a function of the positions."""
+    levels = layout.level_offsets[: layout.levels + 1], layout.resolutions[: layout.levels]
+    return lambda positions: hash_grid_reference(positions, table.to(positions.dtype), *levels, layout.smoothstep)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.ops._native import call, pointer, strided
+from dreamfusion_fast.ops.occupancy import occupancy_unpack
 
 MAX_STEPS = 1 << 24  # steps of one ray; up to here float32 counts them exactly (kMaxSteps in march.h)
 _BLOCK = 8  # cells along a block (kBlock in march.h)
@@ -153,3 +154,76 @@ def tile_table(offsets: Tensor, size: int, n_tiles: int) -> list[tuple[Tensor, T
     if n_tiles > 0:
         call("tile_table", offsets, pointer(offsets), pointer(table), offsets.shape[0] - 1, size, n_tiles)
     return [(row[_RAYS], row[_COUNT]) for row in table.unbind()]
+
+
+def occupied_blocks_reference(bitfield: Tensor, resolution: int, cascades: int = 1) -> Tensor:
+    """The PyTorch twin of `occupied_blocks`."""
+    grid = occupancy_unpack(bitfield, resolution, cascades).view(cascades, *[resolution] * 3).float()
+    return torch.nn.functional.max_pool3d(grid, _BLOCK, ceil_mode=True).view(-1).to(torch.uint8)
+
+
+def count_samples_reference(rays: MarchedRays) -> tuple[Tensor, Tensor]:
+    """The PyTorch twin of `count_samples`; 0 is the first sample of a ray that has none."""
+    from dreamfusion_fast.ops.march import offset_reference  # which imports this module
+
+    offsets, t, _ = _march_reference(rays)
+    counts = offsets.diff()
+    first = torch.cat([t, t.new_zeros(1)])[offsets[:-1].long()]
+    u = offset_reference(rays.origins, rays.jitter, int(rays.seed))
+    if rays.distances is None:
+        k = ((first - rays.t_near) / rays.step - u).round()
+    else:
+        k = (rays.distances[:-1] + u[:, None] * rays.distances.diff() < first[:, None]).sum(1)
+    return counts, torch.where(counts > 0, k, 0).to(torch.int32)
+
+
+def march_totals_reference(rays: MarchedRays, counts: Tensor, tolerance: float) -> Tensor:
+    """The PyTorch twin of `march_totals`."""
+    valid = rays.origins.isfinite().all(1) & ((rays.directions.square().sum(1) - 1).abs() <= tolerance)
+    return torch.stack([counts.sum(), (~valid).sum()])
+
+
+def march_tile_reference(
+    rays: MarchedRays,
+    firsts: Tensor,
+    offsets: Tensor,
+    ray_range: Tensor,
+    first: int,
+    t: Tensor,
+    lengths: Tensor | None,
+    positions: Tensor,
+    box: Sequence[float],
+) -> None:
+    """The PyTorch twin of `march_tile`: marches everything, and needs neither `firsts` nor `ray_range`."""
+    starts, every_t, every_length = _march_reference(rays)
+    offsets = offsets.long()
+    sample = torch.arange(first, min(first + t.shape[0], int(offsets[-1])), device=t.device)
+    ray = torch.searchsorted(offsets, sample, right=True) - 1
+    source, n = starts[ray] + sample - offsets[ray], sample.shape[0]
+    t[:n] = every_t[source]
+    if lengths is not None:
+        lengths[:n] = every_length[source]
+    low, high = positions.new_tensor(box).split(3)
+    positions[:n] = (rays.origins[ray] + t[:n, None] * rays.directions[ray] - low) / (high - low)
+
+
+def tile_table_reference(offsets: Tensor, size: int, n_tiles: int) -> list[tuple[Tensor, Tensor]]:
+    """The PyTorch twin of `tile_table`."""
+    first = torch.arange(n_tiles, dtype=torch.int32, device=offsets.device) * size
+    low = torch.searchsorted(offsets[1:], first, right=True, out_int32=True)
+    high = torch.searchsorted(offsets[:-1], first + size, out_int32=True)
+    counts = (offsets[-1] - first).clamp(0, size)
+    return list(zip(torch.stack([low, high], 1).unbind(), counts[:, None].unbind(), strict=True))
+
+
+def _march_reference(rays: MarchedRays) -> tuple[Tensor, Tensor, Tensor]:
+    """Offsets, distances and lengths of all samples."""
+    from dreamfusion_fast.ops.march import march_lattice_reference, march_reference  # which imports this module
+
+    given = (rays.origins, rays.directions, rays.t_near, rays.t_far, rays.aabb, rays.bitfield, rays.resolution)
+    options = (rays.jitter, int(rays.seed), rays.cascades)
+    if rays.distances is None:
+        offsets, t, _ = march_reference(*given, rays.step, *options)
+        return offsets, t, torch.full_like(t, rays.step)
+    offsets, t, _, lengths = march_lattice_reference(*given, rays.distances, *options)
+    return offsets, t, lengths

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.ops._native import call, pointer, strided
-from dreamfusion_fast.ops.composite import composite_reference
+from dreamfusion_fast.ops.composite import OPAQUE_DEPTH, composite_reference
 from dreamfusion_fast.ops.sample_head import SampleHead, sample_head_reference
 
 # Columns of the sums; the constants of ray_sums.h.
@@ -196,3 +196,22 @@ def ray_sums_reference(
     columns += [sums[ORIENTATION], sums.get(DISTORTION, zero), sums[ENTROPY]]
     assert n == ray.shape[0]
     return torch.stack(columns, dim=1)
+
+
+# One twin for both passes over all tiles: autograd's gradient of it is what the tiles' backward writes.
+ray_sums_forward_reference = ray_sums_backward_reference = ray_sums_reference
+
+
+def ray_sums_visible_reference(
+    head: SampleHead, offsets: Tensor, lengths: Tensor, positions: Tensor, logits: Tensor, limit: float
+) -> tuple[Tensor, Tensor]:
+    """The PyTorch twin of `ray_sums_visible` over all tiles: depths `[n_rays]` and counts int32 `[n_rays]`."""
+    n_rays, starts = offsets.shape[0] - 1, offsets.long()
+    ray = torch.repeat_interleave(torch.arange(n_rays, device=offsets.device), starts.diff())
+    tau = sample_head_reference(head, positions, logits, None, None)[0] * lengths
+    # In float64, because the sum over all rays outgrows the ray's own.
+    optical = tau.double().clamp(max=OPAQUE_DEPTH)
+    before = optical.cumsum(0) - optical
+    visible = before - before[starts[ray]] <= limit
+    counts = torch.zeros(n_rays, dtype=torch.int32, device=ray.device).index_add(0, ray, visible.int())
+    return tau.new_zeros(n_rays).index_add(0, ray, tau), counts

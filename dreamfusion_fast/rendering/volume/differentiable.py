@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dreamfusion_fast.ops.mlp import MlpGradients
+from dreamfusion_fast.ops.tiles.mlp import MlpGradients
 from dreamfusion_fast.ops.tiles.ray_sums import COLOR, DEPTH, LOSSES, NORMAL, OPTICAL_DEPTH
 from dreamfusion_fast.rendering.volume.prepared import RaySums
 

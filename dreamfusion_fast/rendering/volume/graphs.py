@@ -23,7 +23,7 @@ from torch import Tensor
 from dreamfusion_fast.fields.tile_source import TileSource
 from dreamfusion_fast.gpu.capture import capturing
 from dreamfusion_fast.gpu.memory import is_out_of_memory
-from dreamfusion_fast.ops.mlp import MlpGradients
+from dreamfusion_fast.ops.tiles.mlp import MlpGradients
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.rays import Rays

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.fields.tile_source import TileSource
-from dreamfusion_fast.ops.mlp import MlpGradients, prepared_backward
 from dreamfusion_fast.ops.sample_head import SampleHead
 from dreamfusion_fast.ops.tiles import hash_grid as hash_grid_tile
 from dreamfusion_fast.ops.tiles.march import MarchedRays, count_samples, march_tile, tile_table
+from dreamfusion_fast.ops.tiles.mlp import MlpGradients, prepared_backward
 from dreamfusion_fast.ops.tiles.ray_sums import (
     N_PREFIX,
     N_SUMS,

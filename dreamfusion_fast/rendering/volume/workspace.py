@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dreamfusion_fast.fields.tile_source import TileSource
 from dreamfusion_fast.gpu.memory import free_bytes
-from dreamfusion_fast.ops.mlp import prepared_forward
+from dreamfusion_fast.ops.tiles.mlp import prepared_forward
 
 # A GPU is full from about 2^18 samples on; more only saves launches. A CPU, too, has work to do once per tile; beyond
 # 2^16 samples it is less than the noise of measuring it.

@@ -9,15 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.ops import hash_grid_layout, hash_grid_reference
+from dreamfusion_fast.ops import hash_grid_layout
 from dreamfusion_fast.ops.tiles import hash_grid as hash_grid_tile
 from dreamfusion_fast.ops.tiles.hash_grid import (
     HashGridTileLayout,
     derivative_before_scatter,
+    derivative_before_scatter_reference,
     directional_derivative,
+    directional_derivative_reference,
     encode,
+    encode_reference,
     position_gradient,
+    position_gradient_reference,
     scatter,
+    scatter_reference,
 )
 
 # A dense level, one hashed into a power of two (a mask), one hashed into an odd number of rows (a division). The second
@@ -113,42 +118,30 @@ class Tile:
         second = (self.direction, self.values) if second_order else (None, None)
         scatter(self.grad_table, self.positions, self.layout, self.grads, count, *second)
 
-    def run_in_turn(self, count: Tensor | None = None) -> None:
+    def run_in_turn(self, count: Tensor | None = None, twin: bool = False) -> None:
         """The same with what `directional_derivative` has in common with `scatter` done once."""
         encode(self.positions, self.table, self.layout, self.features, count)
         position_gradient(self.grads, self.positions, self.table, self.layout, self.gradient, count)
+        before = derivative_before_scatter_reference if twin else derivative_before_scatter
         place = (self.positions, self.table, self.layout, self.derivative, count)
-        second = derivative_before_scatter(self.direction, self.values, self.grad_table, *place)
-        scatter(self.grad_table, self.positions, self.layout, self.grads, count, *second)
+        second = before(self.direction, self.values, self.grad_table, *place)
+        last = scatter_reference if twin else scatter
+        last(self.grad_table, self.positions, self.layout, self.grads, count, *second)
 
     def results(self) -> list[Tensor]:
         return [self.features, self.gradient, self.derivative, self.grad_table]
 
     def expected(self, live: int, second_order: bool = True) -> list[Tensor]:
-        """The same results, as far as samples [0, live) go, in float64."""
-        positions, direction, table, g, v = (
-            x.double()
-            for x in (
-                self.positions[:live],
-                self.direction[:live],
-                self.table,
-                self.grads[:live],
-                self.values[:live],
-            )
-        )
-        positions.requires_grad_()
-        table.requires_grad_()
-        g.requires_grad_()
-        levels = self.layout.levels
-        offsets, resolutions = self.layout.level_offsets[: levels + 1], self.layout.resolutions[:levels]
-        features = hash_grid_reference(positions, table, offsets, resolutions, self.layout.smoothstep)
-        gradient, of_table = torch.autograd.grad(features, (positions, table), g, create_graph=True)
-        (derivative,) = torch.autograd.grad((gradient * direction).sum(), g)
-        grad_table = 1 + of_table
-        if second_order:
-            (of_values,) = torch.autograd.grad(features, positions, v, create_graph=True)
-            grad_table = grad_table + torch.autograd.grad((of_values * direction).sum(), table)[0]
-        return [features.detach(), gradient.detach(), derivative, grad_table.detach()]
+        """The same results, as far as samples [0, live) go, by the twins in float64."""
+        p, table, direction = self.positions[:live].double(), self.table.double(), self.direction.double()
+        layout, grads, values = self.layout, self.grads.double(), self.values.double()
+        features, gradient, derivative, grad_table = (x.clone().double() for x in self.results())
+        grad_table.fill_(1)
+        encode_reference(p, table, layout, features)
+        position_gradient_reference(grads, p, table, layout, gradient)
+        directional_derivative_reference(direction, p, table, layout, derivative)
+        scatter_reference(grad_table, p, layout, grads, None, *((direction, values) if second_order else (None, None)))
+        return [features[:live], gradient[:live], derivative[:live], grad_table]
 
     def check(self, live: int, second_order: bool = True) -> None:
         for actual, wanted in zip(self.results(), self.expected(live, second_order), strict=True):
@@ -207,12 +200,13 @@ def test_a_cell_that_is_left_and_entered_again(place: Place) -> None:
     tile.check(len(points))
 
 
+@pytest.mark.parametrize("twin", [False, True])
 @pytest.mark.parametrize("count", [None, 0, 60])
 @every_place
-def test_what_along_and_scatter_share_is_done_once(place: Place, count: int | None) -> None:
+def test_what_two_derivatives_share_is_done_once(place: Place, count: int | None, twin: bool) -> None:
     tile = Tile(place, torch.rand(113, 3, dtype=torch.float64), layout_of(place))
     live = None if count is None else torch.tensor([count], dtype=torch.int32, device=place.device)
-    tile.run_in_turn(live)
+    tile.run_in_turn(live, twin)
     tile.check(113 if count is None else count)
 
 

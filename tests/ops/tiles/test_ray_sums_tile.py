@@ -17,8 +17,9 @@ from dreamfusion_fast.ops.tiles.ray_sums import (
     SampleTile,
     ray_sums_backward,
     ray_sums_forward,
-    ray_sums_reference,
+    ray_sums_forward_reference,
     ray_sums_visible,
+    ray_sums_visible_reference,
 )
 
 STEP = 0.07
@@ -114,14 +115,15 @@ def streamed(s: dict, size: int, grad_sums: Tensor, distortion: bool, planes: bo
 
 
 def twin(s: dict, grad_sums: Tensor, distortion: bool) -> tuple[Tensor, ...]:
+    """Sums by the twin of both passes, and autograd's gradients in place of `ray_sums_backward_reference`."""
     s = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in s.items()}
     head = s["head"]
     if head.light is not None:
         s["head"] = replace(head, light=head.light.double())
     leaves = [x.requires_grad_() for x in (s["logits"], s["slopes"]) if x is not None]
-    sums = ray_sums_reference(**s, distortion=distortion)
+    sums = ray_sums_forward_reference(**s, distortion=distortion)
     gradients = torch.autograd.grad(sums, leaves, grad_sums.double())
-    return sums, *gradients, *([None] if s["slopes"] is None else [])
+    return sums.detach(), *gradients, *([None] if s["slopes"] is None else [])
 
 
 def assert_near(actual: Tensor | None, expected: Tensor | None, roundings: float) -> None:
@@ -202,27 +204,8 @@ def test_visible_samples_are_a_prefix_of_each_ray(size: int, device: torch.devic
     limit = 1.5
     for tile in tiles(s, size, planes=False):
         ray_sums_visible(s["head"], tile, depths, counts, limit)
-    everything = twin(s, s["t"].new_ones(len(COUNTS), N_SUMS), False)[0]
-    torch.testing.assert_close(depths, everything[:, OPTICAL_DEPTH].detach())
-    seen = []
-    for ray, count in enumerate(COUNTS):
-        first = sum(COUNTS[:ray])
-        part = {k: v[first : first + count] for k, v in s.items() if k in ("t", "lengths", "positions", "logits")}
-        part |= {
-            "directions": s["directions"][:1],
-            "slopes": None,
-            "head": replace(s["head"], shading="albedo", light=None),
-        }
-        taus = [
-            float(
-                ray_sums_reference(
-                    offsets=torch.tensor([0, n], dtype=torch.int32, device=device),
-                    **{k: v[:n] if k in ("t", "lengths", "positions", "logits") else v for k, v in part.items()},
-                    distortion=False,
-                )[0, 0]
-            )
-            for n in range(count)
-        ]
-        seen.append(sum(tau <= limit for tau in taus))
-    assert counts.tolist() == seen
-    assert 0 < sum(seen) < sum(COUNTS)
+    names = ("head", "offsets", "lengths", "positions", "logits")
+    everything, seen = ray_sums_visible_reference(**{name: s[name] for name in names}, limit=limit)
+    torch.testing.assert_close(depths, everything)
+    assert torch.equal(counts, seen)
+    assert 0 < int(seen.sum()) < sum(COUNTS)

@@ -11,16 +11,18 @@ import math
 import os
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.ops.mlp import (
+from dreamfusion_fast.ops.tiles.mlp import (
     MlpGradients,
-    mlp_backward_into,
-    mlp_forward_into,
-    mlp_with_input_gradient_reference,
+    prepared_backward,
+    prepared_backward_reference,
+    prepared_forward,
+    prepared_forward_reference,
 )
 
 UNTOUCHED = -7.0
@@ -44,7 +46,7 @@ class Case:
     bias: bool = True
     feature_major: bool = True
     float32_x: bool = False
-    """Whether x is float32, whatever the precision."""
+    """Whether x is float32, whatever the precision. Then there is no v."""
     second: bool = True
     """Whether v gets a gradient."""
     parameters: bool = True
@@ -100,72 +102,72 @@ def network(case: Case) -> tuple[list[Tensor], list[Tensor] | None]:
 
 
 def run(case: Case, device: torch.device, interpreted: bool = False) -> None:
-    """Both passes in two tiles, that is two calls with the same sums, against the twin in float64."""
+    """Both passes against the twin in float64."""
     torch.manual_seed(0)
     weights, biases = network(case)
-    operand = getattr(torch, case.precision)
-    kind = torch.float32 if case.float32_x else operand
+    kind = torch.float32 if case.float32_x else getattr(torch, case.precision)
     gradient_kind = torch.float32 if case.precision == "float32" else torch.bfloat16
     n, integers = case.n, case.activation == "relu"
 
     def numbers(columns: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         values = torch.randint(-2, 3, (n, columns)).double() if integers else torch.randn(n, columns).double()
         values = (values * scale).to(dtype)
+        values[n if case.count is None else case.count :] = math.nan  # must not be read
         return values if not case.feature_major else values.t().contiguous().t()
 
     x, grad_y, u = numbers(case.d_in, kind), numbers(case.d_out, torch.float32, SMALL), None
     if case.second:
         u = numbers(case.d_in, gradient_kind, SMALL)
-    end = n if case.count is None else min(n, case.count)
-    expected = _expected(case, x[:end], grad_y[:end], None if u is None else u[:end], weights, biases)
-    for tensor in (x, grad_y, u):
-        if tensor is not None:
-            tensor[end:] = math.nan  # must not be read
-
-    parameters = [None if p is None else [q.to(device, torch.float32) for q in p] for p in (weights, biases)]
-    network_arguments = (*parameters, case.activation, case.precision)
-    x, grad_y, u = x.to(device), grad_y.to(device), None if u is None else u.to(device)
-    y, v, grad_x = torch.empty_like(grad_y), torch.empty_like(x), torch.empty_like(x, dtype=gradient_kind)
-    for output in (y, v, grad_x):
-        output.fill_(UNTOUCHED)
-    gradients = MlpGradients(*parameters) if case.parameters else None
-    middle = n // 3
-    for rows in (slice(0, middle), slice(middle, n)):
-        count = None
-        if case.count is not None:
-            count = torch.tensor([case.count - rows.start], dtype=torch.int32, device=device)
-        tile = x[rows]
-        mlp_forward_into(tile, *network_arguments, y[rows], v[rows], count)
-        to_x, to_v = grad_x[rows] if case.to_x else None, None if u is None else u[rows]
-        mlp_backward_into(tile, *network_arguments, grad_y[rows], to_x, gradients, to_v, count)
-
-    actual = {"y": y[:end], "v": v[:end]}
-    for name, output in {**actual, "grad_x": grad_x}.items():
-        written = output if name != "grad_x" else output[: end if case.to_x else 0]
-        rest = {"y": y, "v": v, "grad_x": grad_x}[name][written.shape[0] :]
-        assert (rest == UNTOUCHED).all(), f"{name} was written beyond its rows"
-    if case.to_x:
-        actual["grad_x"] = grad_x[:end]
-    if gradients is not None:
-        to_weights, to_biases = gradients.result()
-        actual |= {f"grad_W{i}": gradient for i, gradient in enumerate(to_weights)}
-        actual |= {f"grad_b{i}": gradient for i, gradient in enumerate(to_biases or [])}
+    results = []
+    for twin in (False, True):
+        convert = Tensor.double if twin else partial(Tensor.to, device=device)
+        tensors = [None if tensor is None else convert(tensor) for tensor in (x, grad_y, u)]
+        parameters = [None if p is None else [convert(q.float()) for q in p] for p in (weights, biases)]
+        results.append(_passes(case, twin, *tensors, *parameters, torch.float64 if twin else gradient_kind))
+    actual, expected = results
+    assert actual.keys() == expected.keys()
     for name, value in actual.items():
         _assert_near(name, value.double().cpu(), expected[name], case, interpreted)
 
 
-def _expected(
-    case: Case, x: Tensor, grad_y: Tensor, u: Tensor | None, weights: list[Tensor], biases: list[Tensor] | None
+def _passes(
+    case: Case,
+    twin: bool,
+    x: Tensor,
+    grad_y: Tensor,
+    u: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor] | None,
+    gradient_kind: torch.dtype,
 ) -> dict[str, Tensor]:
-    x = x.double().requires_grad_()
-    parameters = [p.float().double().requires_grad_() for p in (*weights, *(biases or []))]
-    layers = len(weights)
-    y, v = mlp_with_input_gradient_reference(x, parameters[:layers], parameters[layers:] or None, case.activation)
-    outputs, seeds = ([y], [grad_y.double()]) if u is None else ([y, v], [grad_y.double(), u.double()])
-    first, *rest = torch.autograd.grad(outputs, [x, *parameters], seeds, allow_unused=True, materialize_grads=True)
-    expected = {"y": y.detach(), "v": v.detach(), "grad_x": first}
-    expected |= {f"grad_W{i}": gradient for i, gradient in enumerate(rest[:layers])}
-    return expected | {f"grad_b{i}": gradient for i, gradient in enumerate(rest[layers:])}
+    """Results of both passes over two tiles that add to the same sums: the rows that count, the others untouched."""
+    counted = case.count is not None
+    forward, backward = partial(prepared_forward, counted=counted), partial(prepared_backward, counted=counted)
+    if twin:
+        forward, backward = prepared_forward_reference, prepared_backward_reference
+    arguments = (weights, biases, case.activation, case.precision)
+    outputs = {"y": torch.full_like(grad_y, UNTOUCHED)}
+    if not case.float32_x:
+        outputs["v"] = torch.full_like(x, UNTOUCHED)
+    if case.to_x:
+        outputs["grad_x"] = torch.full_like(x, UNTOUCHED, dtype=gradient_kind)
+    gradients = MlpGradients(weights, biases) if case.parameters else None
+    for rows in (slice(0, case.n // 3), slice(case.n // 3, case.n)):
+        count = None
+        if case.count is not None:
+            count = torch.tensor([case.count - rows.start], dtype=torch.int32, device=x.device)
+        y, v, grad_x = (outputs[name][rows] if name in outputs else None for name in ("y", "v", "grad_x"))
+        forward(x[rows], *arguments, y, v)(count)
+        backward(x[rows], *arguments, grad_y[rows], grad_x, gradients, None if u is None else u[rows])(count)
+    end = case.n if case.count is None else min(case.n, case.count)
+    for name, output in outputs.items():
+        assert (output[end:] == UNTOUCHED).all(), f"{name} was written beyond its rows"
+    found = {name: output[:end] for name, output in outputs.items()}
+    if gradients is not None:
+        to_weights, to_biases = gradients.result()
+        found |= {f"grad_W{i}": gradient for i, gradient in enumerate(to_weights)}
+        found |= {f"grad_b{i}": gradient for i, gradient in enumerate(to_biases or [])}
+    return found
 
 
 def _assert_near(name: str, actual: Tensor, expected: Tensor, case: Case, interpreted: bool) -> None:

@@ -26,7 +26,7 @@ from dreamfusion_fast.rendering.renderer import RenderOutput
 from dreamfusion_fast.rendering.shading import Shading
 from dreamfusion_fast.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from dreamfusion_fast.training.config import Config
-from dreamfusion_fast.training.drawing import DrawnViews, ViewSampler
+from dreamfusion_fast.training.view_sampler import DrawnViews, ViewSampler
 from dreamfusion_fast.training.firm import firm_field
 from dreamfusion_fast.training.losses import LOSSES, RenderedViews, regularisers, render_options
 from dreamfusion_fast.training.memory_plan import MemoryLimit, MemoryPlan, MemoryPlanner

@@ -155,7 +155,7 @@ def test_every_loss_has_a_weight_of_its_name():
     assert set(LOSSES) == {field.name for field in dataclasses.fields(LossConfig)}
 
 
-@pytest.mark.parametrize("name", ["opacity", "entropy", "binary", "sample_entropy", "distortion"])
+@pytest.mark.parametrize("name", ["opacity", "ray_entropy", "binary", "sample_entropy", "distortion"])
 def test_opacity_losses_do_what_they_say(name):
     """Alone: the scene gets empty, rays hit or miss, samples absorb all or nothing, or few of a ray do."""
     loss = dataclasses.replace(NO_LOSS, **{name: Ramp(1.0, 1.0)})

@@ -218,7 +218,8 @@ class PipelineModel(DiffusionModel):
         self.load()
         told = [condition[name] for name in self._condition_names]
         times = len(told[0]) // len(noisy)
-        output = self._evaluate(noisy.to(self.dtype).repeat(times, 1, 1, 1), t.repeat(times), *told)
+        evaluate = self._call_unet if torch.is_grad_enabled() else self._evaluate
+        output = evaluate(noisy.to(self.dtype).repeat(times, 1, 1, 1), t.repeat(times), *told)
         return output[:, : noisy.shape[1]]
 
     def _call_unet(self, noisy: Tensor, t: Tensor, *condition: Tensor) -> Tensor:

@@ -29,7 +29,6 @@ ORDER = (
     "guidance.methods",
     "guidance.config",
     "guidance.cache",
-    "guidance.pipeline_files",
     "guidance.models",
     "guidance.distillation",
     "guidance.creation",

@@ -15,7 +15,7 @@ import torch
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance.config import KNOWN_GUIDANCE, GuidanceConfig
-from dreamfusion_fast.guidance.pipeline_files import TOKENIZER_FILES, content_hash, holds_tokenizer, is_pickle
+from dreamfusion_fast.guidance.models.pipeline_files import TOKENIZER_FILES, content_hash, holds_tokenizer, is_pickle
 
 _EXPECTED = (
     "a folder in diffusers' format holds model_index.json and the folders unet, scheduler, tokenizer, text_encoder "

@@ -14,6 +14,8 @@ from dreamfusion_fast.guidance import GuidanceConfig, GuidanceRequest, Views, cr
 from dreamfusion_fast.networks import offload as module
 from dreamfusion_fast.networks.offload import can_stream_weights, stream_weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 pytest.importorskip("accelerate")
 Pipelines = Callable[..., Path]
 VIEWS = (torch.tensor([3.1, 0.0]), torch.tensor([0.0, 0.1]))

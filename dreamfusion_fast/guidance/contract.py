@@ -59,10 +59,6 @@ class Views:
         background = None if self.background is None else self.background[rows]
         return Views(self.azimuth[rows], self.elevation[rows], background, self.shading)
 
-    def to(self, device: torch.device | str) -> Views:
-        background = None if self.background is None else self.background.to(device)
-        return Views(self.azimuth.to(device), self.elevation.to(device), background, self.shading)
-
 
 @dataclass(frozen=True)
 class PromptEmbeddings:
@@ -221,10 +217,6 @@ class DiffusionModel(UsesMemory, ABC):
             [K B, C, h, w]: B predictions under the first condition, then B under the second, and so on.
         """
 
-    def load(self) -> None:
-        """Load what `encode` and `predict` need, if that is put off until first use. May be called more than once."""
-        return  # most models are loaded when they are made
-
 
 class Guidance(UsesMemory, ABC):
     """Pulls images towards a prompt.
@@ -242,10 +234,6 @@ class Guidance(UsesMemory, ABC):
     @abstractmethod
     def embed(self, prompts: PromptSet | str) -> PromptEmbeddings:
         """Embed a prompt for every direction, once: from the cache if it was embedded before."""
-
-    def load(self) -> None:
-        """Load weights that are not loaded yet; without this, the first gradient does. May be called more than once."""
-        return  # guidances are free to load when they are made
 
     @abstractmethod
     def gradient(self, request: GuidanceRequest) -> GuidanceOutput:

@@ -20,7 +20,6 @@ from dreamfusion_fast.guidance.contract import (
     GuidanceRequest,
     PromptEmbeddings,
 )
-from dreamfusion_fast.guidance.memory import GuidanceMemory
 from dreamfusion_fast.guidance.methods import (
     ClassifierScoreDistillation,
     Method,
@@ -53,7 +52,7 @@ class ScoreDistillation(Guidance):
         cache: EmbeddingCache | None = None,
         method: Method | None = None,
     ):
-        self.model = model
+        self.model = self.inner = model
         self.config = config or GuidanceConfig()
         self.name = model.name
         self.image_size = model.image_size
@@ -163,26 +162,6 @@ class ScoreDistillation(Guidance):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """See `Guidance.load_state`."""
         self.method.load_state_dict(state)
-
-    def load(self) -> None:
-        """See `Guidance.load`."""
-        self.model.load()
-
-    def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
-        """See `UsesMemory.memory_needs`."""
-        return self.model.memory_needs(batch, render_size)
-
-    def set_recompute(self, on: bool) -> None:
-        """See `UsesMemory.set_recompute`."""
-        self.model.set_recompute(on)
-
-    def set_offload(self, on: bool) -> None:
-        """See `UsesMemory.set_offload`."""
-        self.model.set_offload(on)
-
-    def free_graphs(self) -> None:
-        """See `UsesMemory.free_graphs`."""
-        self.model.free_graphs()
 
     def _draw(self, x: Tensor, request: GuidanceRequest) -> tuple[Tensor, Tensor]:
         """Timesteps `[B]` int64 and noise `[B, ...]` of the whole batch, for an input `x` of the first part of it.

@@ -35,26 +35,39 @@ class GuidanceMemory:
 
 
 class UsesMemory:
-    """Memory needs of a model and of the guidance around it, and ways to need less. The defaults do nothing.
+    """What holds weights: its needs of memory, and ways to need less. By default, those of its `inner`, if it has one.
 
     `dreamfusion_fast.training.memory_plan` asks.
+
+    Attributes:
+        inner: the model inside a guidance.
     """
+
+    inner: UsesMemory | None = None
+
+    def load(self) -> None:
+        """Load weights that are not loaded yet; without this, their first use does. May be called more than once."""
+        if self.inner is not None:
+            self.inner.load()
 
     def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
         """Needs of one call with `batch` views of `render_size` pixels a side. What is per view may depend on both."""
-        return GuidanceMemory()
+        return GuidanceMemory() if self.inner is None else self.inner.memory_needs(batch, render_size)
 
     def set_recompute(self, on: bool) -> None:
         """Let the encoding keep less for its backward, and compute it again. Results stay the same up to rounding.
 
         Asked of those whose `memory_needs` say that it saves something.
         """
-        return  # nothing to do by default
+        if self.inner is not None:
+            self.inner.set_recompute(on)
 
     def set_offload(self, on: bool) -> None:
         """Keep weights in main memory while they are not in use. Asked of those whose `memory_needs` have any."""
-        return  # nothing to do by default
+        if self.inner is not None:
+            self.inner.set_offload(on)
 
     def free_graphs(self) -> None:
         """Give up captured CUDA graphs and their memory; they are captured again when next needed."""
-        return  # nothing to do by default
+        if self.inner is not None:
+            self.inner.free_graphs()

@@ -106,10 +106,9 @@ def write_tiny_prior(folder: Path) -> Path:
 
 def use_prior(folder: Path, patch: Any = None) -> None:
     """Let the package find its prior in `folder`; undone with `patch`, pytest's monkeypatch, if given."""
-    from dreamfusion_fast.guidance.models import embedded
     from dreamfusion_fast.guidance.models.embedded import guide, sample
 
     found = functools.partial(guide.EmbeddedPrior, folder=folder)
     put = setattr if patch is None else patch.setattr
-    put(embedded, "create_prior", lambda config, device: found(device, config.dtype, fused=config.fused))
+    put(guide, "EmbeddedPrior", found)
     put(sample, "EmbeddedPrior", found)

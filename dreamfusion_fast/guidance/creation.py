@@ -26,9 +26,9 @@ def create_model(config: GuidanceConfig, device: torch.device | str = "cpu") -> 
         raise UserError(f"device {device} was asked for, but this machine has no usable GPU: use device cpu")
     # Imported here: diffusers and transformers take seconds to import.
     if config.name == "embedded":
-        from dreamfusion_fast.guidance.models.embedded import create_prior
+        from dreamfusion_fast.guidance.models.embedded.guide import EmbeddedPrior
 
-        return create_prior(config, device)
+        return EmbeddedPrior(device, config.dtype, fused=config.fused)
 
     from dreamfusion_fast.guidance.models.pipelines import load_pipeline_model
 

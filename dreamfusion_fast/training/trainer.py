@@ -155,8 +155,10 @@ class Trainer:
                 if not is_out_of_memory(error):
                     raise
                 reason = what_was_wanted(error)
-            # Here, since the error's traceback holds all that the step had made.
-            self._step_down(reason, before)
+            # Undone here, since the error's traceback holds all that the step had made.
+            self.optimizer.zero_grad(set_to_none=True)
+            self.generator.set_state(before)
+            self._save_more(f"in step {self.steps_done + 1}", reason, self.planner.below(self.plan))
 
     def load_guidance(self) -> None:
         """Load the guidance's weights now and not in the first step.
@@ -177,12 +179,6 @@ class Trainer:
             while plan is not None and self.planner.parts(plan)["weights"] >= weights:
                 plan = self.planner.below(plan)
             self._save_more(f"while the weights of guidance {self.guidance.name!r} were loaded", reason, plan)
-
-    def _step_down(self, reason: str, before: Tensor) -> None:
-        """Undo what a step did before it ran out of memory, and save more."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.generator.set_state(before)
-        self._save_more(f"in step {self.steps_done + 1}", reason, self.planner.below(self.plan))
 
     def _save_more(self, when: str, reason: str, plan: MemoryPlan | None) -> None:
         """Follow a lower rung, and say so; DoesNotFitError where there is none."""

@@ -13,8 +13,7 @@ from safetensors.torch import load, save
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance.config import GuidanceConfig
 from dreamfusion_fast.guidance.contract import GuidanceRequest, Views
-from dreamfusion_fast.guidance.creation import create_guidance
-from dreamfusion_fast.guidance.models.embedded import create_prior
+from dreamfusion_fast.guidance.creation import create_guidance, create_model
 from dreamfusion_fast.guidance.models.embedded.guide import EmbeddedPrior
 from dreamfusion_fast.guidance.models.embedded.model import (
     CONDITION_WIDTH,
@@ -331,9 +330,9 @@ def test_the_same_weights_give_the_same_file(tmp_path):
     assert load_weights(tmp_path / "a.safetensors.gz")[1] == {}
 
 
-def test_create_prior_takes_the_dtype(folder, monkeypatch):
+def test_the_config_gives_the_dtype(folder, monkeypatch):
     use_prior(folder, monkeypatch)
-    prior = create_prior(GuidanceConfig(dtype="bfloat16"), torch.device("cpu"))
+    prior = create_model(GuidanceConfig(dtype="bfloat16"), torch.device("cpu"))
     noisy, t, condition, views = inputs(1)
     assert prior.predict(noisy, t, condition, views).dtype == torch.bfloat16
 
@@ -341,7 +340,7 @@ def test_create_prior_takes_the_dtype(folder, monkeypatch):
 def test_the_network_in_plain_torch_gives_the_same():
     """Of the real weights, whose widths the CPU core serves."""
     models = [
-        create_prior(GuidanceConfig(dtype="float32", fused=fused), torch.device("cpu")) for fused in (False, True)
+        create_model(GuidanceConfig(dtype="float32", fused=fused), torch.device("cpu")) for fused in (False, True)
     ]
     assert models[0]._evaluate == models[0]._repeated
     with torch.no_grad():  # with gradients enabled, it is always plain torch

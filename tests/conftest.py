@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from pipelines import own_pipeline, pipeline  # noqa: F401 (fixtures)
 
 from dreamfusion_fast.ops import _native
 
@@ -45,3 +47,25 @@ def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
         return messages
 
     return lines
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test reads or writes the embeddings of the person who runs it."""
+    monkeypatch.setenv("DREAMFUSION_FAST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tensors that are too small to share out, or whose bits are compared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 is to be float32, in convolutions, too."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

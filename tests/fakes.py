@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.fields.hash_field import HashGridFieldConfig
-from dreamfusion_fast.guidance.contract import T_RANGE, Guidance, PromptEmbeddings, SDSOutput, Views
-from dreamfusion_fast.guidance.memory import BatchPart
-from dreamfusion_fast.rendering.volume.renderer import RendererConfig
+from dreamfusion_fast.guidance.contract import Guidance, GuidanceOutput, GuidanceRequest, PromptEmbeddings, Views
+from dreamfusion_fast.rendering import RendererConfig
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.sections import (
     BackgroundConfig,
@@ -74,30 +73,19 @@ class BallGuidance(Guidance):
     def embed(self, prompts: Any) -> PromptEmbeddings:
         return PromptEmbeddings({"nothing": torch.zeros(PromptEmbeddings.ROWS, 1)})
 
-    def sds_gradient(
-        self,
-        images: Tensor,
-        embeddings: PromptEmbeddings,
-        views: Views,
-        t_range: tuple[float, float] = T_RANGE,
-        guidance_scale: float | None = None,
-        generator: torch.Generator | None = None,
-        grad_clip: float | None = None,
-        sds_share: float | None = None,
-        part: BatchPart | None = None,
-    ) -> SDSOutput:
+    def gradient(self, request: GuidanceRequest) -> GuidanceOutput:
+        images, views = request.images, request.views
         size = images.shape[-1]
         difference = images.detach() - target(views, size).to(images.device)
         gradient = self.strength * difference * (self.image_size / size) ** 2
         if len(self.calls) == self.nan_at:  # in the middle, since a ray in a corner meets nothing
             gradient[0, 0, images.shape[2] // 2, images.shape[3] // 2] = float("nan")
-        arrived: dict[str, Any] = {"images": images.detach(), "views": views, "t_range": t_range, "gradient": gradient}
+        arrived: dict[str, Any] = {"images": images.detach(), "gradient": gradient}
+        arrived |= {"views": views, "t_range": request.t_range, "sds_share": request.sds_share}
         images.register_hook(lambda grad: arrived.update(image_grad=grad))
         self.calls.append(arrived)
-        part = part or BatchPart(0, len(images))
-        t = torch.randint(0, 1000, (part.batch,), generator=generator)[part.first : part.first + len(images)]
-        residual = difference.square().flatten(1).mean(dim=1).sqrt()
-        return SDSOutput(gradient, t, gradient.flatten(1).norm(dim=1), residual, images.detach())
+        t = torch.randint(0, 1000, (len(images),), generator=request.generator)
+        return GuidanceOutput(gradient, t, difference.square().flatten(1).mean(dim=1).sqrt())
 
 
 def write_tiny_prior(folder: Path) -> Path:
@@ -118,10 +106,9 @@ def write_tiny_prior(folder: Path) -> Path:
 
 def use_prior(folder: Path, patch: Any = None) -> None:
     """Let the package find its prior in `folder`; undone with `patch`, pytest's monkeypatch, if given."""
-    from dreamfusion_fast.guidance.models import embedded
     from dreamfusion_fast.guidance.models.embedded import guide, sample
 
     found = functools.partial(guide.EmbeddedPrior, folder=folder)
     put = setattr if patch is None else patch.setattr
-    put(embedded, "create_prior", lambda config, device: found(device, config.dtype, fused=config.fused))
+    put(guide, "EmbeddedPrior", found)
     put(sample, "EmbeddedPrior", found)

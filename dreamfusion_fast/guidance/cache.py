@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dreamfusion_fast.guidance.prompts import Prompt
+from dreamfusion_fast.io import atomic_path
 
 # Part of every key: raised whenever the meaning of a stored file changes.
 _FORMAT = 1
@@ -58,7 +58,9 @@ class EmbeddingCache:
             return stored
         tensors = {name: value.detach().to("cpu").contiguous() for name, value in compute(texts).items()}
         try:
-            _write(path, tensors)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as temporary:  # also beside another process that does the same
+                save_file(tensors, temporary, metadata={"sha256": _digest(tensors)})
         except OSError as error:
             warnings.warn(f"prompt embeddings are not kept: cannot write {path} ({error.strerror})", stacklevel=2)
         return tensors
@@ -89,16 +91,3 @@ def _read(path: Path) -> dict[str, Tensor] | None:
         warnings.warn(f"the cached prompt embeddings {path} are damaged and are made again", stacklevel=3)
         return None
     return tensors
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write the whole file or nothing, also beside another process doing the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata={"sha256": _digest(tensors)})
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

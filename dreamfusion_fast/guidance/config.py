@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -79,18 +79,10 @@ class GuidanceConfig:
     cache: bool = True
 
     def __post_init__(self) -> None:
-        choices = {
-            "convention": Convention,
-            "weighting": Weighting,
-            "mode": Mode,
-            "dtype": DtypeName,
-            "text_device": TextDevice,
-            "text_dtype": TextDtype,
-        }
-        for field, choice in choices.items():
-            value = getattr(self, field)
-            if value not in get_args(choice):
-                raise UserError(f"guidance {field} must be one of {', '.join(get_args(choice))}, got {value!r}")
+        for name, kind in get_type_hints(type(self)).items():
+            value, choices = getattr(self, name), get_args(kind)
+            if get_origin(kind) is Literal and value not in choices:
+                raise UserError(f"guidance {name} must be one of {', '.join(choices)}, got {value!r}")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise UserError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
         if self.grad_clip is not None and not self.grad_clip > 0:
@@ -105,10 +97,4 @@ def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     """The dtype a config means on a device: "auto" is float16 on a GPU, float32 elsewhere."""
     if name == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
-    named = {
-        "float64": torch.float64,
-        "float32": torch.float32,
-        "float16": torch.float16,
-        "bfloat16": torch.bfloat16,
-    }
-    return named[name]
+    return getattr(torch, name)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.guidance.memory import BatchPart, GuidanceMemory
+from dreamfusion_fast.guidance.memory import UsesMemory
 from dreamfusion_fast.guidance.models.schedule import NoiseSchedule
 from dreamfusion_fast.guidance.prompts import VIEW_NAMES, Prompt, PromptSet, view_index
 
@@ -59,10 +59,6 @@ class Views:
         background = None if self.background is None else self.background[rows]
         return Views(self.azimuth[rows], self.elevation[rows], background, self.shading)
 
-    def to(self, device: torch.device | str) -> Views:
-        background = None if self.background is None else self.background.to(device)
-        return Views(self.azimuth.to(device), self.elevation.to(device), background, self.shading)
-
 
 @dataclass(frozen=True)
 class PromptEmbeddings:
@@ -103,50 +99,69 @@ class PromptEmbeddings:
         return {name: value.index_select(0, rows.to(value.device)) for name, value in self.tensors.items()}
 
 
-class SDSOutput(NamedTuple):
-    """The result of one guidance step; everything is detached and on the device of the images.
+@dataclass(frozen=True)
+class GuidanceRequest:
+    """Images that are to be pulled towards a prompt.
+
+    Args:
+        images: [B, 3, H, W] float32 or float64 in [0, 1], on the guidance's device; any H and W.
+        embeddings: from `Guidance.embed`, on the same device.
+        views: of the B images.
+        t_range: timesteps are drawn uniformly between these fractions of the model's noise schedule, ends included.
+            A run sets them by its `ScheduleConfig`.
+        generator: source of timesteps and noise. A CPU generator gives the same numbers on every device.
+        sds_share: share of the residual of score distillation; the rest is that of classifier score distillation.
+            Methods other than mode "sds" do not read it.
+        views_per_call: most views in one call of the model, for the memory of so many; None: all. Timesteps and noise
+            are drawn for the whole batch all the same.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, such as a t_range other than 0 <= low <= high <= 1.
+    """
+
+    images: Tensor
+    embeddings: PromptEmbeddings
+    views: Views
+    t_range: tuple[float, float] = T_RANGE
+    generator: torch.Generator | None = None
+    sds_share: float = 1.0
+    views_per_call: int | None = None
+
+    def __post_init__(self) -> None:
+        images, views, t_range = self.images, self.views, self.t_range
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must have shape [B, 3, H, W], got {tuple(images.shape)}")
+        if images.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"images must be float32 or float64, got {images.dtype}")
+        if len(images) == 0 or len(views) != len(images):
+            raise ValueError(f"one view per image and at least one are needed, got {len(views)} and {len(images)}")
+        if len(t_range) != 2 or not 0 <= t_range[0] <= t_range[1] <= 1:
+            raise ValueError(f"t_range: got {t_range}, want (low, high) with 0 <= low <= high <= 1")
+        if not 0 <= self.sds_share <= 1:
+            raise ValueError(f"sds_share: got {self.sds_share}, want 0 to 1")
+        if self.views_per_call is not None and self.views_per_call < 1:
+            raise ValueError(f"views_per_call: got {self.views_per_call}, want at least 1")
+
+
+class GuidanceOutput(NamedTuple):
+    """The answer to one request; everything is detached and on the device of the images.
 
     Attributes:
         gradient: [B, 3, H, W], dtype of the images: the gradient with respect to the images in [0, 1] of the objective
-            sum over views of <stop_gradient(w(t) (eps_hat - eps)), x>, where x is the model's input for the image.
-            It is summed over views, channels and pixels, and divided by nothing.
+            sum over views of <stop_gradient(w(t) residual), x>, where x is the model's input for the image and the
+            residual of score distillation is eps_hat - eps. It is summed over views, channels and pixels, and divided
+            by nothing.
         t: [B] int64, timestep of each view.
-        norm: [B] Euclidean norm of each view's gradient.
-        residual: [B] root mean square of eps_hat - eps over the model's input.
-        x0: [B, C, h, w] the model's estimate of the clean input, after clamping if that is on.
+        residual: [B] root mean square of the residual over the model's input.
+        loss: 0-dim, the guidance's own loss; None: it trains nothing.
+        parameter_gradients: of that loss, in the order of the parameters in `Guidance.parameter_groups`.
     """
 
     gradient: Tensor
     t: Tensor
-    norm: Tensor
     residual: Tensor
-    x0: Tensor
-
-
-class UsesMemory:
-    """Memory needs of a model and of the guidance around it, and ways to need less. The defaults do nothing.
-
-    `dreamfusion_fast.training.memory_plan` asks.
-    """
-
-    def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
-        """Needs of one call with `batch` views of `render_size` pixels a side. What is per view may depend on both."""
-        return GuidanceMemory()
-
-    def set_recompute(self, on: bool) -> None:
-        """Let the encoding keep less for its backward, and compute it again. Results stay the same up to rounding.
-
-        Asked of those whose `memory_needs` say that it saves something.
-        """
-        return  # nothing to do by default
-
-    def set_offload(self, on: bool) -> None:
-        """Keep weights in main memory while they are not in use. Asked of those whose `memory_needs` have any."""
-        return  # nothing to do by default
-
-    def free_graphs(self) -> None:
-        """Give up captured CUDA graphs and their memory; they are captured again when next needed."""
-        return  # nothing to do by default
+    loss: Tensor | None = None
+    parameter_gradients: Sequence[Tensor] = ()
 
 
 class DiffusionModel(UsesMemory, ABC):
@@ -187,7 +202,10 @@ class DiffusionModel(UsesMemory, ABC):
 
     @abstractmethod
     def predict(self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor], views: Views) -> Tensor:
-        """Evaluate all conditions in one batch; called under no_grad.
+        """Evaluate all conditions in one batch.
+
+        Called under no_grad, except by the loss of a method that trains parameters inside the network: with gradients
+        enabled the result has to have those of such parameters, or none at all, which is an error then.
 
         Args:
             noisy: [B, C, h, w], the same for all K conditions.
@@ -198,10 +216,6 @@ class DiffusionModel(UsesMemory, ABC):
         Returns:
             [K B, C, h, w]: B predictions under the first condition, then B under the second, and so on.
         """
-
-    def load(self) -> None:
-        """Load what `encode` and `predict` need, if that is put off until first use. May be called more than once."""
-        return  # most models are loaded when they are made
 
 
 class Guidance(UsesMemory, ABC):
@@ -221,38 +235,27 @@ class Guidance(UsesMemory, ABC):
     def embed(self, prompts: PromptSet | str) -> PromptEmbeddings:
         """Embed a prompt for every direction, once: from the cache if it was embedded before."""
 
-    def load(self) -> None:
-        """Load weights that are not loaded yet; without this, the first gradient does. May be called more than once."""
-        return  # guidances are free to load when they are made
-
     @abstractmethod
-    def sds_gradient(
-        self,
-        images: Tensor,
-        embeddings: PromptEmbeddings,
-        views: Views,
-        t_range: tuple[float, float] = T_RANGE,
-        guidance_scale: float | None = None,
-        generator: torch.Generator | None = None,
-        grad_clip: float | None = None,
-        sds_share: float | None = None,
-        part: BatchPart | None = None,
-    ) -> SDSOutput:
+    def gradient(self, request: GuidanceRequest) -> GuidanceOutput:
         """Gradient that makes the images more likely under the prompt.
-
-        Args:
-            images: [B, 3, H, W] in [0, 1], on the guidance's device; any H and W.
-            embeddings: from `embed`, on the same device.
-            views: of the B images.
-            t_range: timesteps are drawn uniformly between these fractions of the model's noise schedule, ends included.
-                A run sets them by its `ScheduleConfig`.
-            guidance_scale, grad_clip: in place of the config's for this call.
-            sds_share: share of the residual of score distillation; the rest is that of classifier score distillation.
-                None: all of it. With mode "csd" it counts as 0.
-            part: which views of a batch the images are; by default all.
-            generator: source of timesteps and noise. A CPU generator gives the same numbers on every device.
 
         Raises:
             NonFiniteError: images or gradient hold a NaN or an infinity.
-            ValueError: an argument that does not fit, such as a t_range other than 0 <= low <= high <= 1.
         """
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the guidance trains, as groups for Adam, each with "params" and "lr"; asked when a run starts."""
+        return []
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that change in a run, by name, for checkpoints."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Undo `state`.
+
+        Raises:
+            RuntimeError: something lacks, is unknown, or has another shape.
+        """
+        if state:
+            raise RuntimeError(f"guidance {self.name!r} has no state, got {', '.join(state)}")

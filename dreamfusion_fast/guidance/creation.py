@@ -16,19 +16,19 @@ def create_guidance(config: GuidanceConfig, device: torch.device | str = "cpu") 
     Raises:
         UserError: unknown name, a folder that is no pipeline, a hub id that cannot be had, a device that is absent.
     """
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {device} was asked for, but this machine has no usable GPU: use device cpu")
     return ScoreDistillation(create_model(config, device), config)
 
 
-def create_model(config: GuidanceConfig, device: torch.device) -> DiffusionModel:
-    """The diffusion model a config names; see `create_guidance`."""
+def create_model(config: GuidanceConfig, device: torch.device | str = "cpu") -> DiffusionModel:
+    """The diffusion model a config names; raises as `create_guidance` does."""
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {device} was asked for, but this machine has no usable GPU: use device cpu")
     # Imported here: diffusers and transformers take seconds to import.
     if config.name == "embedded":
-        from dreamfusion_fast.guidance.models.embedded import create_prior
+        from dreamfusion_fast.guidance.models.embedded.guide import EmbeddedPrior
 
-        return create_prior(config, device)
+        return EmbeddedPrior(device, config.dtype, fused=config.fused)
 
     from dreamfusion_fast.guidance.models.pipelines import load_pipeline_model
 

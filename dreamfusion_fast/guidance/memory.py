@@ -1,4 +1,4 @@
-"""The memory that a guidance needs, and the part of a batch that a call is about."""
+"""The memory that a guidance needs, and ways to need less."""
 
 from __future__ import annotations
 
@@ -34,22 +34,40 @@ class GuidanceMemory:
             )
 
 
-@dataclass(frozen=True)
-class BatchPart:
-    """Which views of a batch a call of `Guidance.sds_gradient` is about.
+class UsesMemory:
+    """What holds weights: its needs of memory, and ways to need less. By default, those of its `inner`, if it has one.
 
-    The guidance draws timesteps and noise for the whole batch, from the generator as it always does, and uses the
-    rows `first` to `first + B - 1` of them, B the number of images it is given. Called for each part in turn, with the
-    generator put back before each call, it so returns the rows that one call with the whole batch would have returned.
+    `dreamfusion_fast.training.memory_plan` asks.
 
     Attributes:
-        first: of the views, counted from 0.
-        batch: views of the whole batch.
+        inner: the model inside a guidance.
     """
 
-    first: int
-    batch: int
+    inner: UsesMemory | None = None
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.first < self.batch:
-            raise ValueError(f"BatchPart: got first {self.first} of batch {self.batch}, want 0 <= first < batch")
+    def load(self) -> None:
+        """Load weights that are not loaded yet; without this, their first use does. May be called more than once."""
+        if self.inner is not None:
+            self.inner.load()
+
+    def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
+        """Needs of one call with `batch` views of `render_size` pixels a side. What is per view may depend on both."""
+        return GuidanceMemory() if self.inner is None else self.inner.memory_needs(batch, render_size)
+
+    def set_recompute(self, on: bool) -> None:
+        """Let the encoding keep less for its backward, and compute it again. Results stay the same up to rounding.
+
+        Asked of those whose `memory_needs` say that it saves something.
+        """
+        if self.inner is not None:
+            self.inner.set_recompute(on)
+
+    def set_offload(self, on: bool) -> None:
+        """Keep weights in main memory while they are not in use. Asked of those whose `memory_needs` have any."""
+        if self.inner is not None:
+            self.inner.set_offload(on)
+
+    def free_graphs(self) -> None:
+        """Give up captured CUDA graphs and their memory; they are captured again when next needed."""
+        if self.inner is not None:
+            self.inner.free_graphs()

@@ -111,50 +111,39 @@ def load_checkpoint(path: str | Path, expected_config: Config | None = None) -> 
         raise UserError(f"checkpoint {path} is corrupt (its checksum is wrong); start the run again in another folder")
     config = Config.from_yaml(config_text, source=f"checkpoint {path}")
     if expected_config is not None:
-        check_same_architecture(config, expected_config, path)
+        different = differences(architecture(config), architecture(expected_config))
+        if different:
+            raise UserError(
+                f"checkpoint {path} is of another config ({'; '.join(different)}); use its own or another folder"
+            )
     return Checkpoint(tensors=tensors, meta=meta, config=config, step=step)
 
 
-def check_same_architecture(saved: Config, expected: Config, path: str | Path) -> None:
-    """Raise UserError naming every difference between the configs that decides names or shapes of parameters."""
-    different = differences(architecture(saved), architecture(expected))
-    if different:
-        raise UserError(
-            f"checkpoint {path} is of another config ({'; '.join(different)}); use its own or another folder"
-        )
-
-
-def flatten_optimizer(
-    optimizer: torch.optim.Optimizer, prefix: str = "optimizer"
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Split an optimiser's state into (tensors named `prefix`.<parameter index>.<name>, other values for JSON)."""
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Split an optimiser's state into (tensors named optimizer.<parameter index>.<name>, other values for JSON)."""
     state = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
     for index, entries in state["state"].items():
         for name, value in entries.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{prefix}.{index}.{name}"] = value
+                tensors[f"optimizer.{index}.{name}"] = value
             else:
                 values.setdefault(str(index), {})[name] = value
     return tensors, {"values": values, "param_groups": state["param_groups"]}
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    tensors: Mapping[str, torch.Tensor],
-    rest: Mapping[str, Any],
-    prefix: str = "optimizer",
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any]
 ) -> None:
-    """Undo flatten_optimizer: load the state into `optimizer`, which has parameters of the same shapes in the same
-    order.
+    """Undo flatten_optimizer: load the state into `optimizer`, which has parameters of the same shapes and order.
 
     Raises UserError where the parameters differ.
     """
     state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in rest["values"].items()}
     for name, value in tensors.items():
-        if name.startswith(prefix + "."):
-            number, entry = name[len(prefix) + 1 :].split(".", 1)
+        if name.startswith("optimizer."):
+            _, number, entry = name.split(".", 2)
             state.setdefault(int(number), {})[entry] = value
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, entries in state.items():

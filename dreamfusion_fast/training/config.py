@@ -59,6 +59,14 @@ def _without_t_range(values: Any, source: str) -> Any:
     return {**values, "guidance": {key: value for key, value in guidance.items() if key != "t_range"}}
 
 
+def _with_ray_entropy(values: Any) -> Any:
+    """`values` with loss.ray_entropy in place of loss.entropy, its name in older versions."""
+    loss = values.get("loss") if isinstance(values, Mapping) else None
+    if not isinstance(loss, Mapping) or "entropy" not in loss:
+        return values
+    return {**values, "loss": {"ray_entropy" if key == "entropy" else key: value for key, value in loss.items()}}
+
+
 @dataclass(frozen=True)
 class Config(Settings):
     """One run, from a prompt to a mesh."""
@@ -136,7 +144,7 @@ class Config(Settings):
         Raises:
             UserError: an unknown key, a wrong type, or a value that is refused.
         """
-        values = _without_t_range(values, source)
+        values = _with_ray_entropy(_without_t_range(values, source))
         if guidance is None:
             given = values.get("guidance") if isinstance(values, Mapping) else None
             guidance = given.get("name") if isinstance(given, Mapping) else None

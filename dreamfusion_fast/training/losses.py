@@ -63,7 +63,7 @@ def _binary(views: RenderedViews) -> Tensor:
 
 LOSSES: Mapping[str, Loss] = {
     "opacity": Loss(_opacity, shown=True),
-    "entropy": Loss(_ray_entropy, shown=True),
+    "ray_entropy": Loss(_ray_entropy, shown=True),
     "binary": Loss(_binary),
     "sample_entropy": Loss(lambda views: views.output.sample_entropy_loss, option="with_sample_entropy"),
     "distortion": Loss(lambda views: views.output.distortion_loss, option="with_distortion"),

@@ -88,7 +88,7 @@ class LossConfig(Settings):
     """Normals of visible samples that point away from the camera (Ref-NeRF)."""
     opacity: Ramp = Ramp(0.0, 0.0)
     """sqrt(opacity^2 + 0.01) per ray: empty space stays empty. Off by default: it takes the legs of chairs."""
-    entropy: Ramp = Ramp(0.0, 0.0)
+    ray_entropy: Ramp = Ramp(0.0, 0.0)
     """Binary entropy of the opacity per ray: a ray hits or it misses. Off by default, for the same reason."""
     sample_entropy: Ramp = Ramp(0.0, 0.003, 0.5, 0.9)
     """Binary entropy of the weight per sample: light is absorbed at one place, so that surfaces are hard."""

@@ -20,22 +20,23 @@ from torch import Tensor
 from dreamfusion_fast.errors import DoesNotFitError, NonFiniteError
 from dreamfusion_fast.gpu.memory import is_out_of_memory, what_was_wanted
 from dreamfusion_fast.gpu.stages import stage
-from dreamfusion_fast.guidance.contract import Guidance
+from dreamfusion_fast.guidance.contract import Guidance, GuidanceRequest
 from dreamfusion_fast.guidance.creation import create_guidance
 from dreamfusion_fast.rendering.shading import Shading
 from dreamfusion_fast.rendering.volume.renderer import RenderOutput
 from dreamfusion_fast.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from dreamfusion_fast.training.config import Config
-from dreamfusion_fast.training.drawing import DrawnViews, ViewSampler
 from dreamfusion_fast.training.firm import firm_field
 from dreamfusion_fast.training.losses import LOSSES, RenderedViews, regularisers, render_options
 from dreamfusion_fast.training.memory_plan import MemoryLimit, MemoryPlan, MemoryPlanner
 from dreamfusion_fast.training.optimizer_step import CapturedStep
-from dreamfusion_fast.training.parts import sds_gradient_in_parts
 from dreamfusion_fast.training.profile import StepProfiler
 from dreamfusion_fast.training.scenes import does_not_fit, make_scene, restore_scene
+from dreamfusion_fast.training.view_sampler import DrawnViews, ViewSampler
 
 _log = logging.getLogger(__name__)
+
+_AFTER_NAN = "lower --optim.lr-table or a loss weight and resume from the last checkpoint"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class StepResult:
 
     Attributes:
         step: steps done so far.
-        losses: name -> value before its weight; "sds" is the root mean square of eps_hat - eps.
+        losses: name -> value before its weight; "sds" is the root mean square of the distillation's residual, which
+            for score distillation is eps_hat - eps, and "method" the loss of a guidance that trains something.
         shading: how the views were shaded.
         size: height and width of the views, pixels.
         samples: points at which the field was evaluated for the images; a 0-dim tensor in a CUDA graph.
@@ -116,6 +118,9 @@ class Trainer:
             {"params": parameters, "peak": getattr(c, f"lr_{kind}")}
             for kind, parameters in self.scene.parameter_groups().items()
         ]
+        own = self.guidance.parameter_groups()
+        self._guidance_parameters = [parameter for group in own for parameter in group["params"]]
+        groups += own
         return torch.optim.Adam(groups, lr=c.lr_mlp, betas=c.betas, eps=c.eps, fused=True)
 
     def follow(self, plan: MemoryPlan) -> None:
@@ -149,8 +154,10 @@ class Trainer:
                 if not is_out_of_memory(error):
                     raise
                 reason = what_was_wanted(error)
-            # Here, since the error's traceback holds all that the step had made.
-            self._step_down(reason, before)
+            # Undone here, since the error's traceback holds all that the step had made.
+            self.optimizer.zero_grad(set_to_none=True)
+            self.generator.set_state(before)
+            self._save_more(f"in step {self.steps_done + 1}", reason, self.planner.below(self.plan))
 
     def load_guidance(self) -> None:
         """Load the guidance's weights now and not in the first step.
@@ -171,12 +178,6 @@ class Trainer:
             while plan is not None and self.planner.parts(plan)["weights"] >= weights:
                 plan = self.planner.below(plan)
             self._save_more(f"while the weights of guidance {self.guidance.name!r} were loaded", reason, plan)
-
-    def _step_down(self, reason: str, before: Tensor) -> None:
-        """Undo what a step did before it ran out of memory, and save more."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.generator.set_state(before)
-        self._save_more(f"in step {self.steps_done + 1}", reason, self.planner.below(self.plan))
 
     def _save_more(self, when: str, reason: str, plan: MemoryPlan | None) -> None:
         """Follow a lower rung, and say so; DoesNotFitError where there is none."""
@@ -199,19 +200,21 @@ class Trainer:
             output = self._render_training(drawn, render_options(weights))
             images = output.color.view(self.batch, size, size, 3).permute(0, 3, 1, 2)
         with stage("guidance"):
-            pull = sds_gradient_in_parts(
-                self.guidance,
+            request = GuidanceRequest(
                 images,
                 self.embeddings,
                 drawn.views,
+                config.schedule.t_range(progress),
+                self.generator,
+                config.schedule.sds_share.at(progress),
                 self.plan.views_per_call,
-                t_range=config.schedule.t_range(progress),
-                generator=self.generator,
-                sds_share=config.schedule.sds_share.at(progress),
             )
+            pull = self.guidance.gradient(request)
 
         values = regularisers(RenderedViews(output, self.batch, size, config.opaque), weights)
         losses = {"sds": pull.residual.mean()} | {name: value.detach() for name, value in values.items()}
+        if pull.loss is not None:
+            losses["method"] = pull.loss
         # The guidance's gradient is a sum over its pixels; per pixel it has one size whatever the model's resolution.
         per_pixel = 1.0 / (self.batch * self.guidance.image_size**2)
         weighted = [weights[name] * value for name, value in values.items() if weights[name]]
@@ -223,6 +226,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         with stage("render backward"):
             torch.autograd.backward([images, *weighted], [pull.gradient * per_pixel, *(None for _ in weighted)])
+        for parameter, gradient in zip(self._guidance_parameters, pull.parameter_gradients, strict=True):
+            parameter.grad = gradient
         with stage("optimiser"):
             self._optimizer_step()
         self.steps_done += 1
@@ -261,15 +266,16 @@ class Trainer:
         sums = {} if total is None else {"total": total}
         for name, value in (result.losses | sums).items():
             if not math.isfinite(float(value)):
-                raise NonFiniteError(
-                    f"the {name} loss became {float(value)} at step {result.step}: lower --optim.lr-table or a loss "
-                    "weight and resume from the last checkpoint"
-                )
+                raise NonFiniteError(f"the {name} loss became {float(value)} at step {result.step}: {_AFTER_NAN}")
 
     def check_parameters(self) -> None:
         """Raise NonFiniteError if a parameter is not finite; waits for the GPU."""
-        advice = "lower --optim.lr-table or a loss weight and resume from the last checkpoint"
-        self.scene.check_parameters(f"after step {self.steps_done}", f": {advice}")
+        when = f"after step {self.steps_done}"
+        self.scene.check_parameters(when, f": {_AFTER_NAN}")
+        if not all(parameter.detach().isfinite().all() for parameter in self._guidance_parameters):
+            raise NonFiniteError(
+                f"the parameters of {self.guidance.name} hold a NaN or an infinity {when}: {_AFTER_NAN}"
+            )
 
     def _set_learning_rates(self, progress: float) -> None:
         c = self.config.optim
@@ -277,7 +283,8 @@ class Trainer:
         cosine = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
         factor = warm * (c.final_lr_factor + (1.0 - c.final_lr_factor) * cosine)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+            if "peak" in group:  # the guidance's own groups keep their rates
+                group["lr"] = group["peak"] * factor
 
     def _render_training(self, drawn: DrawnViews, options: dict[str, bool]) -> RenderOutput:
         return self.scene.renderer.render(
@@ -293,6 +300,7 @@ class Trainer:
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Tensors and JSON values from which `restore` continues this run exactly."""
         tensors = {"generator": self.generator.get_state(), **self.scene.state()}
+        tensors |= {f"guidance.{name}": value for name, value in self.guidance.state().items()}
         moments, rest = flatten_optimizer(self.optimizer)
         meta: dict[str, object]
         meta = {"optimizer": rest, "guidance_revision": self.guidance.revision, "firmed": self.firmed}
@@ -306,6 +314,7 @@ class Trainer:
         """
         restore_scene(self.scene, checkpoint)
         try:
+            self.guidance.load_state(checkpoint.group("guidance"))
             restore_optimizer(self.optimizer, checkpoint.tensors, checkpoint.meta["optimizer"])
             self.generator.set_state(checkpoint.tensors["generator"])
         except (KeyError, RuntimeError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dreamfusion_fast.guidance.memory import BatchPart, GuidanceMemory
+from dreamfusion_fast.guidance.memory import GuidanceMemory
 
 
 @pytest.mark.parametrize(
@@ -18,9 +18,3 @@ from dreamfusion_fast.guidance.memory import BatchPart, GuidanceMemory
 def test_wrong_needs_are_named(values, words):
     with pytest.raises(ValueError, match=words):
         GuidanceMemory(**values)
-
-
-@pytest.mark.parametrize(("first", "batch"), [(-1, 2), (2, 2)])
-def test_wrong_parts_are_named(first, batch):
-    with pytest.raises(ValueError, match=f"got first {first} of batch {batch}"):
-        BatchPart(first, batch)

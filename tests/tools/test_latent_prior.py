@@ -25,7 +25,7 @@ from latent_prior.loop import seed_step
 from prior_data import captions, views
 from prior_data.batches import HELD_OUT_VIEWS, CatalogueSampler
 
-from dreamfusion_fast.guidance import GuidanceConfig, ScoreDistillation, Views, create_guidance
+from dreamfusion_fast.guidance import GuidanceConfig, GuidanceRequest, ScoreDistillation, Views, create_guidance
 
 WEIGHTS = train_latent_prior.PACKAGE_WEIGHTS
 CPU = torch.device("cpu")
@@ -290,7 +290,7 @@ def test_sds_gradient_through_the_folder(folder: Path, quick: bool) -> None:
     embeddings = guidance.embed("a teapot")
     images = torch.rand(2, 3, 64, 64, dtype=torch.float64)
     looking = Views(torch.tensor([0.0, 3.1]), torch.tensor([0.1, 0.1]))
-    out = guidance.sds_gradient(images, embeddings, looking, generator=torch.Generator().manual_seed(4))
+    out = guidance.gradient(GuidanceRequest(images, embeddings, looking, generator=torch.Generator().manual_seed(4)))
 
     assert (guidance.model._encoder is not None) == quick
     made = pipeline.Pipeline(folder, CPU)

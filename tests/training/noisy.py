@@ -8,8 +8,8 @@ import torch
 from fakes import BallGuidance, target
 from torch import Tensor
 
-from dreamfusion_fast.guidance.contract import DiffusionModel, SDSOutput
-from dreamfusion_fast.guidance.memory import BatchPart, GuidanceMemory
+from dreamfusion_fast.guidance.contract import DiffusionModel, GuidanceOutput, GuidanceRequest
+from dreamfusion_fast.guidance.memory import GuidanceMemory
 from dreamfusion_fast.guidance.models.schedule import VariancePreserving
 from dreamfusion_fast.guidance.prompts import Prompt
 
@@ -35,26 +35,16 @@ class NoisyGuidance(BallGuidance):
     def before(self, views: int) -> None:
         """Called first in each call; a test may raise here."""
 
-    def sds_gradient(  # type: ignore[override]
-        self,
-        images: Tensor,
-        embeddings: Any,
-        views: Any,
-        t_range: Any = None,
-        guidance_scale: Any = None,
-        generator: torch.Generator | None = None,
-        grad_clip: Any = None,
-        sds_share: Any = None,
-        part: BatchPart | None = None,
-    ) -> SDSOutput:
-        self.sizes.append(len(images))
-        part = part or BatchPart(0, len(images))
-        rows = slice(part.first, part.first + len(images))
-        t = torch.randint(0, 1000, (part.batch,), generator=generator)[rows]
-        noise = torch.randn(part.batch, *images.shape[1:], generator=generator)[rows]
-        self.before(len(images))
-        pull = images.detach() - target(views, images.shape[-1]) + 0.1 * noise
-        return SDSOutput(pull, t, pull.flatten(1).norm(dim=1), pull.square().flatten(1).mean(dim=1).sqrt(), pull)
+    def gradient(self, request: GuidanceRequest) -> GuidanceOutput:
+        images, batch = request.images.detach(), len(request.images)
+        t = torch.randint(0, 1000, (batch,), generator=request.generator)
+        noise = torch.randn(images.shape, generator=request.generator)
+        step = request.views_per_call or batch
+        for first in range(0, batch, step):
+            self.sizes.append(min(step, batch - first))
+            self.before(self.sizes[-1])
+        pull = images - target(request.views, images.shape[-1]) + 0.1 * noise
+        return GuidanceOutput(pull, t, pull.square().flatten(1).mean(dim=1).sqrt())
 
 
 class TinyLatentModel(DiffusionModel):

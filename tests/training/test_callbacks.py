@@ -82,7 +82,7 @@ def test_curves_hold_the_losses(trainer, tmp_path):
     curves.on_end(trainer)
     scalars = read_scalars(tmp_path)
     assert scalars["loss/sds"] == [(step, pytest.approx(losses[step]["sds"])) for step in (3, 6, 7)]
-    assert {"loss/opacity", "loss/entropy", "render/samples", "render/occupied"} <= scalars.keys()
+    assert {"loss/opacity", "loss/ray_entropy", "render/samples", "render/occupied"} <= scalars.keys()
     assert 0 < scalars["render/occupied"][-1][1] <= 1
 
 
@@ -133,7 +133,7 @@ def test_progress_bar_shows_rate_and_losses(trainer, monkeypatch):
     bar, losses = (line.strip() for line in printed.getvalue().strip().splitlines())
     for words in ("a [red] ball...", "7/7", "it/s", "left"):
         assert words in bar
-    for words in ("sds 0.", "opacity 0.", "entropy 0."):
+    for words in ("sds 0.", "opacity 0.", "ray_entropy 0."):
         assert words in losses
 
 

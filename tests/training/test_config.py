@@ -26,7 +26,7 @@ def test_changed_values_survive_a_file(tmp_path):
     config = dataclasses.replace(
         Config(prompt="x"),
         steps=7,
-        loss=LossConfig(entropy=Ramp(0.0, 0.5, 0.25, 0.75)),
+        loss=LossConfig(ray_entropy=Ramp(0.0, 0.5, 0.25, 0.75)),
         export=ExportConfig(threshold=3.5),
     )
     config.save(tmp_path / "config.yaml")
@@ -115,6 +115,12 @@ class Kinds:
     names: list[str] = dataclasses.field(default_factory=lambda: ["a"])
     table: dict[str, float] = dataclasses.field(default_factory=lambda: {"x": 1.0})
     maybe: tuple[float, float] | None = None
+
+
+def test_the_entropy_of_rays_under_its_old_name():
+    config = Config.from_yaml("prompt: x\nloss: {entropy: {start: 0.25}, opacity: {end: 0.5}}")
+    assert (config.loss.ray_entropy.start, config.loss.opacity.end) == (0.25, 0.5)
+    assert "\n  entropy:" not in config.to_yaml()
 
 
 def test_every_kind_of_field_round_trips():

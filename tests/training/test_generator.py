@@ -264,10 +264,10 @@ def test_memory_as_a_number_of_bytes(tmp_path, said):
 
 def test_out_of_memory_for_good_leaves_the_last_whole_step(tmp_path):
     class Starved(BallGuidance):
-        def sds_gradient(self, *arguments, **options):
+        def gradient(self, request):
             if len(self.calls) == 3:
                 raise torch.OutOfMemoryError("Tried to allocate 1.00 GiB")
-            return super().sds_gradient(*arguments, **options)
+            return super().gradient(request)
 
     with pytest.raises(UserError, match=r"out of memory in step 4 .*continue: dreamfusion-fast generate --resume"):
         generator_of(tmp_path / "run", Starved()).run()

@@ -11,7 +11,7 @@ from noisy import TinyLatentModel
 
 from dreamfusion_fast.errors import NonFiniteError, UserError
 from dreamfusion_fast.guidance.config import GuidanceConfig
-from dreamfusion_fast.guidance.contract import SDSOutput, Views
+from dreamfusion_fast.guidance.contract import GuidanceOutput, Views
 from dreamfusion_fast.guidance.distillation import ScoreDistillation
 from dreamfusion_fast.rendering import orbit_cameras
 from dreamfusion_fast.rendering.shading import Shading
@@ -156,7 +156,7 @@ def test_every_loss_has_a_weight_of_its_name():
     assert set(LOSSES) == {field.name for field in dataclasses.fields(LossConfig)}
 
 
-@pytest.mark.parametrize("name", ["opacity", "entropy", "binary", "sample_entropy", "distortion"])
+@pytest.mark.parametrize("name", ["opacity", "ray_entropy", "binary", "sample_entropy", "distortion"])
 def test_opacity_losses_do_what_they_say(name):
     """Alone: the scene gets empty, rays hit or miss, samples absorb all or nothing, or few of a ray do."""
     loss = dataclasses.replace(NO_LOSS, **{name: Ramp(1.0, 1.0)})
@@ -177,18 +177,12 @@ def test_what_is_above_the_threshold_becomes_opaque_and_the_rest_clear(threshold
 
 
 def test_share_of_score_distillation_follows_its_ramp():
-    shares = []
-
-    class Note(BallGuidance):
-        def sds_gradient(self, *arguments, sds_share=None, **options):
-            shares.append(sds_share)
-            return super().sds_gradient(*arguments, **options)
-
+    guidance = BallGuidance()
     schedule = dataclasses.replace(small_config().schedule, sds_share=Ramp(1.0, 0.2, 0.25, 0.75))
-    trainer = trainer_of(guidance=Note(), steps=4, schedule=schedule)
+    trainer = trainer_of(guidance=guidance, steps=4, schedule=schedule)
     for _ in range(4):
         trainer.step()
-    assert shares == pytest.approx([1.0, 1.0, 0.6, 0.2])
+    assert [call["sds_share"] for call in guidance.calls] == pytest.approx([1.0, 1.0, 0.6, 0.2])
 
 
 def test_views_per_step_are_those_that_the_device_makes_cheap():
@@ -329,10 +323,11 @@ def test_latent_model_with_a_render_of_its_own_size():
 class Pull(BallGuidance):
     """Pulls images towards grey, without a wait for the GPU."""
 
-    def sds_gradient(self, images, embeddings, views, t_range=None, generator=None, sds_share=None):
-        (t,) = send(images.device, torch.randint(0, 1000, (len(images),), generator=generator))
-        pull = images.detach() - 0.5
-        return SDSOutput(pull, t, pull.flatten(1).norm(dim=1), pull.flatten(1).norm(dim=1), pull)
+    def gradient(self, request):
+        images = request.images.detach()
+        (t,) = send(images.device, torch.randint(0, 1000, (len(images),), generator=request.generator))
+        pull = images - 0.5
+        return GuidanceOutput(pull, t, pull.flatten(1).norm(dim=1))
 
 
 @pytest.mark.gpu

@@ -2,6 +2,13 @@
 
 from dreamfusion_fast.guidance.methods.csd import ClassifierScoreDistillation
 from dreamfusion_fast.guidance.methods.method import Method, Predictions
+from dreamfusion_fast.guidance.methods.mixed import MixedScoreDistillation
 from dreamfusion_fast.guidance.methods.sds import ScoreDistillationSampling
 
-__all__ = ["ClassifierScoreDistillation", "Method", "Predictions", "ScoreDistillationSampling"]
+__all__ = [
+    "ClassifierScoreDistillation",
+    "Method",
+    "MixedScoreDistillation",
+    "Predictions",
+    "ScoreDistillationSampling",
+]

@@ -8,11 +8,11 @@ from dreamfusion_fast.guidance.methods.method import Method, Predictions
 
 
 class ScoreDistillationSampling(Method):
-    """eps_hat - eps, with eps_hat of classifier-free guidance."""
+    """eps_hat - eps, with eps_hat of the guided predictions."""
 
     def residual(self, predictions: Predictions) -> Tensor:
         """See `Method.residual`. Where estimates of x are clamped, eps_hat is that of the clamped one."""
-        p = predictions
+        p, output = predictions, self.guided(predictions)
         if p.x0_range is not None:
-            return p.level.error_of_clean(p.x0, p.clean)
-        return p.level.error(p.guided, p.noisy, p.clean, p.noise)
+            return p.level.error_of_clean(p.level.clean(output, p.noisy).clamp(*p.x0_range), p.clean)
+        return p.level.error(output, p.noisy, p.clean, p.noise)

@@ -15,7 +15,7 @@ import torch
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance.config import KNOWN_GUIDANCE, GuidanceConfig
-from dreamfusion_fast.guidance.pipeline_files import TOKENIZER_FILES, content_hash, holds_tokenizer, is_pickle
+from dreamfusion_fast.guidance.models.pipeline_files import TOKENIZER_FILES, content_hash, holds_tokenizer, is_pickle
 
 _EXPECTED = (
     "a folder in diffusers' format holds model_index.json and the folders unet, scheduler, tokenizer, text_encoder "
@@ -74,6 +74,10 @@ class PipelineSource(ABC):
         self._skeletons: dict[str, torch.nn.Module] = {}
         self.index = self._json("model_index.json")
 
+    def error(self, text: str) -> UserError:
+        """The error of what the pipeline is or lacks."""
+        return UserError(f"guidance {self.name!r}: {text}")
+
     @abstractmethod
     def _file(self, relative: str) -> Path:
         """A small file of the pipeline on this machine; raises UserError if there is none."""
@@ -104,17 +108,17 @@ class PipelineSource(ABC):
         loadable = [*found, *pickled] if self._allow_pickle else found
         if not loadable:
             if pickled:
-                raise UserError(
-                    f"guidance {self.name!r}: the weights of {component} are stored as pickles, which can run code on "
+                raise self.error(
+                    f"the weights of {component} are stored as pickles, which can run code on "
                     "loading: convert them to safetensors, or allow pickles if you trust their source"
                 )
             kinds = "*.safetensors or pickles" if self._allow_pickle else "*.safetensors"
-            raise UserError(f"guidance {self.name!r}: {component} holds no weights ({kinds})")
+            raise self.error(f"{component} holds no weights ({kinds})")
         if self.variant is not None:
             if not any(f".{self.variant}" in name for name in loadable):
                 refused = any(f".{self.variant}" in name for name in pickled)
-                raise UserError(
-                    f"guidance {self.name!r}: {component} holds no weights of the variant {self.variant!r}"
+                raise self.error(
+                    f"{component} holds no weights of the variant {self.variant!r}"
                     f"{' but pickles, which can run code on loading' if refused else ''}: leave guidance variant out, "
                     f"or {'allow pickles if you trust their source' if refused else 'name one that is there'}"
                 )
@@ -129,10 +133,7 @@ class PipelineSource(ABC):
         names = self._files_in(component)
         if names is not None and not holds_tokenizer(names):
             held = f"only {', '.join(names)}" if names else "nothing"
-            raise UserError(
-                f"guidance {self.name!r}: {component} holds {held}, but the files of a tokenizer are wanted: "
-                f"{TOKENIZER_FILES}"
-            )
+            raise self.error(f"{component} holds {held}, but the files of a tokenizer are wanted: {TOKENIZER_FILES}")
 
     def _variant(self, component: str) -> str | None:
         return "fp16" if component in self._only_fp16 else self.variant
@@ -166,7 +167,7 @@ class PipelineSource(ABC):
         if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
             size = size[0]
         if not isinstance(size, int) or size < 1:
-            raise UserError(f"guidance {self.name!r}: the unet's sample_size must be one positive number, got {size!r}")
+            raise self.error(f"the unet's sample_size must be one positive number, got {size!r}")
         return size
 
     @property
@@ -183,24 +184,23 @@ class PipelineSource(ABC):
         Raises:
             UserError: no such class, or the configuration does not fit it.
         """
-        if component not in self._skeletons:
-            self._skeletons[component] = self._make_skeleton(component)
-        return self._skeletons[component]
-
-    def _make_skeleton(self, component: str) -> torch.nn.Module:
+        if component in self._skeletons:
+            return self._skeletons[component]
         library, class_name = self.index[component]
         config = self.config(component)
         try:
             model_class = _component_class(library, class_name)
             with torch.device("meta"):
                 if library == "diffusers":
-                    return model_class.from_config(config)
-                return model_class(model_class.config_class.from_dict(config))
+                    model = model_class.from_config(config)
+                else:
+                    model = model_class(model_class.config_class.from_dict(config))
         except Exception as error:  # libraries check configurations with errors of many kinds
-            raise UserError(
-                f"guidance {self.name!r}: the configuration of {component} ({class_name}) describes no model: "
-                f"{one_line(error)}"
+            raise self.error(
+                f"the configuration of {component} ({class_name}) describes no model: {one_line(error)}"
             ) from error
+        self._skeletons[component] = model
+        return model
 
     def parameters(self, component: str) -> int:
         """Number of weights of a model, without loading them; raises UserError as `skeleton` does."""
@@ -232,9 +232,7 @@ class PipelineSource(ABC):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # as above, and files have their own
-            raise UserError(
-                f"guidance {self.name!r}: cannot load {component} ({class_name}): {one_line(error)}"
-            ) from error
+            raise self.error(f"cannot load {component} ({class_name}): {one_line(error)}") from error
         if dtype is None:
             self._require_words(component, loaded)
             return loaded
@@ -245,8 +243,8 @@ class PipelineSource(ABC):
     def _require_words(self, component: str, tokenizer: Any) -> None:
         """As `check_tokenizer`, for files that nobody could name before, and for what is in them."""
         if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) - {_SENTENCEPIECE_SPACE}:
-            raise UserError(
-                f"guidance {self.name!r}: {component} ({type(tokenizer).__name__}) knows no words, its vocabulary is "
+            raise self.error(
+                f"{component} ({type(tokenizer).__name__}) knows no words, its vocabulary is "
                 f"missing or empty: {TOKENIZER_FILES}"
             )
 
@@ -268,18 +266,17 @@ class PipelineSource(ABC):
         ]
         if faults:
             _, class_name = self.index[component]
-            raise UserError(
-                f"guidance {self.name!r}: the weights of {component} ({class_name}) are incomplete or another model's: "
-                f"{'; '.join(faults)}"
+            raise self.error(
+                f"the weights of {component} ({class_name}) are incomplete or another model's: {'; '.join(faults)}"
             )
 
     def _json(self, relative: str) -> dict[str, Any]:
         try:
             content = json.loads(self._file(relative).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"guidance {self.name!r}: cannot read {relative}: {one_line(error)}") from error
+            raise self.error(f"cannot read {relative}: {one_line(error)}") from error
         if not isinstance(content, dict):
-            raise UserError(f"guidance {self.name!r}: {relative} does not hold a JSON object")
+            raise self.error(f"{relative} does not hold a JSON object")
         return content
 
 
@@ -297,7 +294,7 @@ class LocalSource(PipelineSource):
     def _file(self, relative: str) -> Path:
         path = self._folder / relative
         if not path.is_file():
-            raise UserError(f"guidance {self.name!r} is no diffusers pipeline, it lacks {relative}: {_EXPECTED}")
+            raise self.error(f"no diffusers pipeline, it lacks {relative}: {_EXPECTED}")
         return path
 
     def _files_in(self, component: str) -> list[str]:
@@ -312,8 +309,8 @@ class LocalSource(PipelineSource):
             named = self._json(f"{component}/{index.name}").get("weight_map", {})
             missing = sorted({str(name) for name in named.values() if not (folder / str(name)).is_file()})
             if missing:
-                raise UserError(
-                    f"guidance {self.name!r}: {component} is incomplete, {len(missing)} of the files that {index.name} "
+                raise self.error(
+                    f"{component} is incomplete, {len(missing)} of the files that {index.name} "
                     f"names are not there: {', '.join(missing[:3])}"
                 )
 
@@ -361,9 +358,7 @@ class HubSource(PipelineSource):
         except errors.LocalEntryNotFoundError as error:
             raise UserError(self._unreachable()) from error
         except errors.EntryNotFoundError as error:
-            raise UserError(
-                f"guidance {self.name!r} is no diffusers pipeline, it lacks {relative}: {_EXPECTED}"
-            ) from error
+            raise self.error(f"no diffusers pipeline, it lacks {relative}: {_EXPECTED}") from error
         except Exception as error:  # the hub's HTTP library differs between versions, and so do its errors
             raise UserError(f"{self._unreachable()} ({one_line(error)})") from error
 

@@ -103,23 +103,18 @@ class PipelineModel(DiffusionModel):
         """Raise UserError for a U-Net that reads something which `_unet_arguments` does not give."""
         class_name, config = self._source.class_name("unet"), self._unet_config
         if class_name != "UNet2DConditionModel":
-            raise UserError(
-                f"guidance {self.name!r}: the unet is of class {class_name}, UNet2DConditionModel is wanted"
-            )
+            raise self._source.error(f"the unet is of class {class_name}, UNet2DConditionModel is wanted")
         if config.get("addition_embed_type") == "text_time" and "text_time" not in self._added_conditions:
-            raise UserError(
-                f"guidance {self.name!r}: the unet is one of SDXL, which reads two text encoders, but the pipeline has "
-                "no text_encoder_2"
+            raise self._source.error(
+                "the unet is one of SDXL, which reads two text encoders, but the pipeline has no text_encoder_2"
             )
         if config.get("addition_embed_type") in (None, "text") and "text_time" in self._added_conditions:
-            raise UserError(
-                f"guidance {self.name!r}: the pipeline has two text encoders, but the unet is not one of SDXL, which "
-                "reads both"
+            raise self._source.error(
+                "the pipeline has two text encoders, but the unet is not one of SDXL, which reads both"
             )
         if config.get("time_cond_proj_dim") is not None:
-            raise UserError(
-                f"guidance {self.name!r}: the unet is distilled and takes the guidance scale as an input: the model it "
-                "was made from can guide"
+            raise self._source.error(
+                "the unet is distilled and takes the guidance scale as an input: the model it was made from can guide"
             )
         read = {
             "class_embed_type": (None,),
@@ -129,9 +124,7 @@ class PipelineModel(DiffusionModel):
         }
         for field, served in read.items():
             if config.get(field) not in served:
-                raise UserError(
-                    f"guidance {self.name!r}: the unet reads more than text ({field} is {config[field]!r}): {_SERVED}"
-                )
+                raise self._source.error(f"the unet reads more than text ({field} is {config[field]!r}): {_SERVED}")
 
     def _check_text_width(self) -> None:
         config = self._unet_config
@@ -139,16 +132,15 @@ class PipelineModel(DiffusionModel):
         wanted = config.get(field, 1280)  # diffusers' default
         widths = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted]
         if not widths or not all(isinstance(width, int) for width in widths):
-            raise UserError(
-                f"guidance {self.name!r}: the unet's {field} must be a whole number, or one for each block, got "
-                f"{wanted!r}"
+            raise self._source.error(
+                f"the unet's {field} must be a whole number, or one for each block, got {wanted!r}"
             )
         width = self._text.hidden_width
         others = sorted({other for other in widths if other != width})
         if others:
             many = len(self._text_suffixes) > 1
-            raise UserError(
-                f"guidance {self.name!r}: the text encoder{'s give' if many else ' gives'} vectors of width {width}"
+            raise self._source.error(
+                f"the text encoder{'s give' if many else ' gives'} vectors of width {width}"
                 f"{' together' if many else ''}, the unet reads width {' and '.join(map(str, others))}: they were not "
                 "made for each other"
             )
@@ -159,13 +151,10 @@ class PipelineModel(DiffusionModel):
         prediction_type = config.get("prediction_type", "epsilon")
         other_kind = any(word in str(config.get("_class_name")) for word in ("Flow", "EDM"))
         if "num_train_timesteps" not in config or other_kind:
-            raise UserError(
-                f"guidance {self.name!r}: {config.get('_class_name')} is no diffusion noise schedule with timesteps"
-            )
+            raise self._source.error(f"{config.get('_class_name')} is no diffusion noise schedule with timesteps")
         if prediction_type not in _PREDICTION_TYPES:
-            raise UserError(
-                f"guidance {self.name!r}: prediction_type must be one of {', '.join(_PREDICTION_TYPES)}, "
-                f"got {prediction_type!r}"
+            raise self._source.error(
+                f"prediction_type must be one of {', '.join(_PREDICTION_TYPES)}, got {prediction_type!r}"
             )
         # Every scheduler of diffusers shares these fields; DDPM is the one that holds alphas_cumprod and nothing else.
         fields = (
@@ -179,7 +168,7 @@ class PipelineModel(DiffusionModel):
         try:
             scheduler: Any = DDPMScheduler(**{field: config[field] for field in fields if field in config})
         except (NotImplementedError, TypeError, ValueError) as error:
-            raise UserError(f"guidance {self.name!r}: the noise schedule cannot be made: {one_line(error)}") from error
+            raise self._source.error(f"the noise schedule cannot be made: {one_line(error)}") from error
         self.schedule = VariancePreserving(scheduler.alphas_cumprod.to(self.device), prediction_type)
 
     @property
@@ -218,7 +207,8 @@ class PipelineModel(DiffusionModel):
         self.load()
         told = [condition[name] for name in self._condition_names]
         times = len(told[0]) // len(noisy)
-        output = self._evaluate(noisy.to(self.dtype).repeat(times, 1, 1, 1), t.repeat(times), *told)
+        evaluate = self._call_unet if torch.is_grad_enabled() else self._evaluate
+        output = evaluate(noisy.to(self.dtype).repeat(times, 1, 1, 1), t.repeat(times), *told)
         return output[:, : noisy.shape[1]]
 
     def _call_unet(self, noisy: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
@@ -244,14 +234,14 @@ class PipelineModel(DiffusionModel):
         """Raise UserError unless the U-Net reads so many and predicts as many, or twice: with a learned variance."""
         config = self._unet_config
         if config.get("in_channels") != channels:
-            raise UserError(
-                f"guidance {self.name!r}: the unet reads {config.get('in_channels')} channels, {channels} are wanted: "
+            raise self._source.error(
+                f"the unet reads {config.get('in_channels')} channels, {channels} are wanted: "
                 "a text-to-image model is needed, not one for inpainting, editing or upscaling"
             )
         given = config.get("out_channels", 4)  # diffusers' default
         if given not in (channels, 2 * channels):
-            raise UserError(
-                f"guidance {self.name!r}: the unet's out_channels must be {channels}, as many as it reads, or "
+            raise self._source.error(
+                f"the unet's out_channels must be {channels}, as many as it reads, or "
                 f"{2 * channels} with a learned variance, got {given!r}"
             )
 
@@ -288,18 +278,14 @@ class LatentModel(PipelineModel):
         super().__init__(source, config, device)
         vae = source.config("vae")
         if source.class_name("vae") != "AutoencoderKL":
-            raise UserError(
-                f"guidance {self.name!r}: the vae is of class {source.class_name('vae')}, AutoencoderKL is wanted"
-            )
+            raise self._source.error(f"the vae is of class {source.class_name('vae')}, AutoencoderKL is wanted")
         if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
-            raise UserError(
-                f"guidance {self.name!r}: a vae with a latents_mean or latents_std per channel is not served"
-            )
+            raise self._source.error("a vae with a latents_mean or latents_std per channel is not served")
         self._check_channels(vae.get("latent_channels", 4))
-        self._scale = _number(vae, "scaling_factor", 0.18215, self.name)
-        self._shift = _number(vae, "shift_factor", 0.0, self.name)
+        self._scale = _number(vae, "scaling_factor", 0.18215, source)
+        self._shift = _number(vae, "shift_factor", 0.0, source)
         if self._scale == 0:
-            raise UserError(f"guidance {self.name!r}: the vae's scaling_factor is 0, which leaves nothing of an image")
+            raise self._source.error("the vae's scaling_factor is 0, which leaves nothing of an image")
         upcast = self._may_upcast and vae.get("force_upcast", False) and self.dtype == torch.float16
         self._vae_dtype = torch.float32 if upcast else self.dtype
         self.image_size = source.image_size
@@ -382,14 +368,14 @@ class SDXLModel(LatentModel):
         per_number = self._unet_config.get("addition_time_embed_dim")
         wanted = self._unet_config.get("projection_class_embeddings_input_dim")
         if not isinstance(per_number, int) or not isinstance(wanted, int):
-            raise UserError(
-                f"guidance {self.name!r}: the unet's configuration lacks addition_time_embed_dim or "
+            raise self._source.error(
+                "the unet's configuration lacks addition_time_embed_dim or "
                 "projection_class_embeddings_input_dim, which SDXL has"
             )
         room = wanted - per_number * len(sizes)
         if self._text.pooled_width != room:
-            raise UserError(
-                f"guidance {self.name!r}: text_encoder_2 gives pooled vectors of width {self._text.pooled_width}, the "
+            raise self._source.error(
+                f"text_encoder_2 gives pooled vectors of width {self._text.pooled_width}, the "
                 f"unet reads width {room} beside {len(sizes)} numbers: they were not made for each other"
             )
 
@@ -409,11 +395,11 @@ def resize(images: Tensor, size: int) -> Tensor:
     )
 
 
-def _number(config: dict[str, Any], field: str, default: float, name: str) -> float:
+def _number(config: dict[str, Any], field: str, default: float, source: PipelineSource) -> float:
     """A finite number of an autoencoder's configuration; the default where it is null or not there."""
     value = config.get(field)
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UserError(f"guidance {name!r}: the vae's {field} must be a number, got {value!r}")
+        raise source.error(f"the vae's {field} must be a number, got {value!r}")
     return float(value)

@@ -30,7 +30,6 @@ _CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 _T5_TOKENS = 77
 # Weights may take this part of the memory that is free; the rest is for activations and what the allocator loses.
 _FREE_SHARE = 0.6
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class PromptEncoder:
@@ -72,23 +71,22 @@ class PromptEncoder:
         self._check()
 
     def _check(self) -> None:
-        name = self._source.name
         for suffix in self._suffixes:
             class_name = self._source.class_name(f"text_encoder{suffix}")
             # Of two encoders the last gives a pooled output as well.
             pooled = self._two and suffix == self._suffixes[-1]
             wanted = ("CLIPTextModelWithProjection",) if pooled else _CLASSES if self._two else (*_CLASSES, "BertModel")
             if class_name not in wanted:
-                raise UserError(
-                    f"guidance {name!r}: text_encoder{suffix} is of class {class_name}, wanted is {' or '.join(wanted)}"
+                raise self._source.error(
+                    f"text_encoder{suffix} is of class {class_name}, wanted is {' or '.join(wanted)}"
                 )
         on_gpu = self._device.type == "cuda"
         if self._wanted_device == "cuda" and not on_gpu:
             raise UserError(f"guidance text_device cuda: this run is on {self._device}, use text_device auto or cpu")
         if self._wanted_dtype == "float16" and any(map(self._is_t5, self._suffixes)):
             raise UserError(
-                f"guidance text_dtype float16: the text encoder of {name!r} is a T5, whose activations overflow in "
-                "float16: use auto, bfloat16, float32 or int8"
+                f"guidance text_dtype float16: the text encoder of {self._source.name!r} is a T5, whose activations "
+                "overflow in float16: use auto, bfloat16, float32 or int8"
             )
         if self._wanted_dtype == "int8":
             if not on_gpu:
@@ -154,12 +152,14 @@ class PromptEncoder:
                 break
             except torch.OutOfMemoryError:
                 if placement == placements[-1]:
-                    raise UserError(
-                        f"guidance {self._source.name!r}: text_encoder{suffix} does not fit into the memory of "
+                    raise self._source.error(
+                        f"text_encoder{suffix} does not fit into the memory of "
                         f"{self._device}: use guidance text_device auto and text_dtype auto"
                     ) from None
             finally:
-                self._release()
+                gc.collect()
+                if self._device.type == "cuda":
+                    torch.cuda.empty_cache()
         if not (hidden.isfinite().all() and first.isfinite().all()):
             raise NonFiniteError(
                 f"guidance {self._source.name!r}: text_encoder{suffix} gives NaN or infinity in "
@@ -192,11 +192,6 @@ class PromptEncoder:
 
             return cpu_offload(encoder, execution_device=self._device)
         return encoder.to(self._device) if placement == "gpu" else encoder
-
-    def _release(self) -> None:
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _tokenize(self, texts: list[Prompt]) -> dict[str, Any]:
         """The inputs of each encoder, by suffix: "input_ids" and "attention_mask", both [n, tokens]."""
@@ -269,7 +264,7 @@ class PromptEncoder:
         if self._wanted_dtype == "int8":
             return "int8", torch.bfloat16 if has_bfloat16 else torch.float16
         if self._wanted_dtype != "auto":
-            return self._wanted_dtype, _DTYPES[self._wanted_dtype]
+            return self._wanted_dtype, getattr(torch, self._wanted_dtype)
         # Not every transformers version can mask in float64.
         dtype = torch.float32 if self._model_dtype == torch.float64 else self._model_dtype
         if not self._is_t5(suffix):

@@ -31,7 +31,11 @@ class EmbeddedPrior(DiffusionModel):
         device: where it runs.
         dtype: arithmetic; "auto" is bfloat16 on a GPU and on CPUs that multiply it in hardware, else float32.
         folder: weights; default: the package's own.
-        fused: run the network by the CPU core's layers, or as a CUDA graph; False: in plain torch.
+        fused: run the network by the CPU core's layers, or as a CUDA graph; False: in plain torch. With gradients
+            enabled it is in plain torch.
+
+    Attributes:
+        network: a `PriorNetwork`. With `fused` on a CPU its weights are packed, and changes of it are not seen.
     """
 
     name = "the embedded prior"
@@ -49,7 +53,7 @@ class EmbeddedPrior(DiffusionModel):
             if not (folder / file).is_file():
                 raise UserError(f"the embedded prior's {file} is missing from {folder}: install the package again")
         self._dtype = _fast_dtype(self.device) if dtype == "auto" else resolve_dtype(dtype, self.device)
-        network = load_prior(folder).to(self.device, self._dtype)
+        self.network = network = load_prior(folder).to(self.device, self._dtype)
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # in torch's docs only
         # Not with the parts of `fused_unet`: a run is over in 1000 steps, and their kernels take seconds to compile.
         self._captured = CapturedFunction(network, fused)
@@ -91,7 +95,8 @@ class EmbeddedPrior(DiffusionModel):
         """`predict` with what is known of the views spelled out."""
         view = known.vector(len(noisy), self.device)
         vector = torch.cat([condition["pooled"], view.repeat(len(condition["pooled"]) // len(noisy), 1)], dim=1)
-        return self._evaluate(noisy.to(self._dtype), t, condition["tokens"].to(self._dtype), vector.to(self._dtype))
+        evaluate = self._repeated if torch.is_grad_enabled() else self._evaluate
+        return evaluate(noisy.to(self._dtype), t, condition["tokens"].to(self._dtype), vector.to(self._dtype))
 
     def free_graphs(self) -> None:
         """See `UsesMemory.free_graphs`."""
@@ -101,7 +106,8 @@ class EmbeddedPrior(DiffusionModel):
         """The network with the arguments of `CpuNetwork`: all conditions share image and timestep."""
         times = len(tokens) // len(noisy)
         images = noisy.repeat(times, 1, 1, 1).contiguous(memory_format=torch.channels_last)
-        return self._captured(images, t.repeat(times), tokens, vector)
+        network = self.network if torch.is_grad_enabled() else self._captured
+        return network(images, t.repeat(times), tokens, vector)
 
 
 def _fast_dtype(device: torch.device) -> torch.dtype:

@@ -17,9 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreamfusion_fast.errors import UserError
-
-from .quantize import load_weights, save_weights
+from .quantize import load_network, save_weights
 from .text_encoder import WEIGHTS, WIDTH
 from .unet import PriorUNet
 
@@ -95,11 +93,6 @@ def _masked(values: Tensor, known: Tensor | None) -> Tensor:
     return values if known is None else values * known[:, None]
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether two settings are equal; a file's lists are the tuples of the code."""
-    return list(a) == list(b) if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) else a == b
-
-
 class PriorNetwork(nn.Module):
     """v-prediction for 64x64 images.
 
@@ -115,7 +108,8 @@ class PriorNetwork(nn.Module):
         super().__init__()
         self.config = dict(UNET_CONFIG if config is None else config)
         for key, value in UNET_CONFIG.items():
-            if key not in _FREE and not _same(self.config.get(key), value):
+            # A file's lists are the tuples of the code.
+            if key not in _FREE and json.dumps(self.config.get(key)) != json.dumps(value):
                 raise ValueError(f"{key}: got {self.config.get(key)}, want {value}")
         if self.config.keys() != UNET_CONFIG.keys():
             raise ValueError(f"unknown settings: {sorted(self.config.keys() - UNET_CONFIG.keys())}")
@@ -161,12 +155,4 @@ def load_prior(folder: Path = WEIGHTS) -> PriorNetwork:
     Raises:
         UserError: the file is damaged, or the network it describes has other parameters.
     """
-    path = folder / "prior.safetensors.gz"
-    try:
-        state, metadata = load_weights(path)
-        network = PriorNetwork(json.loads(metadata["config"]))
-        network.load_state_dict(state)
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        why = " ".join(str(error).split())
-        raise UserError(f"the embedded prior's {path} cannot be read ({why}): install the package again") from error
-    return network.eval().requires_grad_(False)
+    return load_network(folder / "prior.safetensors.gz", PriorNetwork)

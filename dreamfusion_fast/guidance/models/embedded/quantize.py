@@ -12,15 +12,19 @@ import io
 import json
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
+from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.io import write_bytes
+
+Network = TypeVar("Network", bound=nn.Module)
 
 SCALE_SUFFIX = ".int8_scale"
 _SMALLEST_QUANTIZED = 4096
@@ -112,6 +116,26 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     except (gzip.BadGzipFile, EOFError, zlib.error, SafetensorError) as error:
         raise ValueError(f"no whole safetensors file under gzip: {error}") from error
     return dequantize_state_dict(stored), _split(content)[0].get("__metadata__", {})
+
+
+def load_network(path: Path, make: Callable[[dict[str, Any]], Network]) -> Network:
+    """The network that a file of `save_weights` describes, float32, in evaluation mode, its parameters frozen.
+
+    Args:
+        path: its metadata has the network's settings as JSON, under "config".
+        make: from settings to a network.
+
+    Raises:
+        UserError: the file is damaged, or the network has other parameters.
+    """
+    try:
+        state, metadata = load_weights(path)
+        network = make(json.loads(metadata["config"]))
+        network.load_state_dict(state)
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"the embedded prior's {path} cannot be read ({why}): install the package again") from error
+    return network.eval().requires_grad_(False)
 
 
 def _split(content: bytes) -> tuple[dict[str, Any], bytes]:

@@ -45,10 +45,7 @@ def sample_images(
         raise UserError(f"n and steps must be at least 1, got {n} and {steps}")
     model = EmbeddedPrior(device)
     embedded = model.embed_texts([Prompt(""), Prompt(prompt)])
-    pair = {
-        k: torch.cat([v[:1].expand(n, *v.shape[1:]), v[1:].expand(n, *v.shape[1:])]).to(device)
-        for k, v in embedded.items()
-    }
+    pair = {name: value.repeat_interleave(n, dim=0).to(device) for name, value in embedded.items()}
     known = ViewCondition(
         background=torch.ones(n, 3, device=device), shading=torch.zeros(n, dtype=torch.long, device=device)
     )

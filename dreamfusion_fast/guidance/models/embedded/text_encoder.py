@@ -6,16 +6,13 @@ Made by `tools/build_text_encoder.py`.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dreamfusion_fast.errors import UserError
-
 from .bert import Bert
-from .quantize import load_weights
+from .quantize import load_network
 
 WEIGHTS = Path(__file__).parent / "weights"
 MAX_TOKENS = 20
@@ -38,15 +35,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         from tokenizers import Tokenizer
 
-        path = folder / "text_encoder.safetensors.gz"
-        try:
-            state, metadata = load_weights(path)
-            self.bert = Bert(json.loads(metadata["config"]))
-            self.bert.load_state_dict(state)
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            why = " ".join(str(error).split())
-            raise UserError(f"the embedded prior's {path} cannot be read ({why}): install the package again") from error
-        self.bert.eval().requires_grad_(False)
+        self.bert = load_network(folder / "text_encoder.safetensors.gz", Bert)
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.enable_truncation(MAX_TOKENS)
         self.tokenizer.enable_padding(length=MAX_TOKENS, pad_id=self.tokenizer.token_to_id("[PAD]"))

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dreamfusion_fast.errors import UserError
-from dreamfusion_fast.guidance import GuidanceConfig, create_guidance, pipeline_files
+from dreamfusion_fast.guidance import GuidanceConfig, create_guidance
 from dreamfusion_fast.guidance.contract import Guidance
+from dreamfusion_fast.guidance.models import pipeline_files
+from dreamfusion_fast.guidance.models.pipeline_files import content_hash, holds_tokenizer
 from dreamfusion_fast.guidance.models.pipeline_source import HubSource, open_source
-from dreamfusion_fast.guidance.pipeline_files import content_hash, holds_tokenizer
 
 pytest.importorskip("diffusers")
 

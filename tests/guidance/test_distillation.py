@@ -15,13 +15,14 @@ from dreamfusion_fast.errors import NonFiniteError, UserError
 from dreamfusion_fast.guidance import (
     DiffusionModel,
     GuidanceConfig,
+    GuidanceRequest,
     PromptEmbeddings,
     PromptSet,
     ScoreDistillation,
     Views,
     create_guidance,
 )
-from dreamfusion_fast.guidance.memory import BatchPart
+from dreamfusion_fast.guidance.methods import Predictions, ScoreDistillationSampling
 from dreamfusion_fast.guidance.models.schedule import VariancePreserving
 from dreamfusion_fast.guidance.prompts import Prompt
 
@@ -111,7 +112,7 @@ def test_gradient_is_the_known_one(prediction_type: str, convention: Any, clip: 
     model = PointModel(prediction_type)
     config = GuidanceConfig(guidance_scale=3.0, convention=convention, clip_x0=clip, weighting=weighting)
     images = _images()
-    out = ScoreDistillation(model, config).sds_gradient(images, _embeddings(), _views())
+    out = ScoreDistillation(model, config).gradient(GuidanceRequest(images, _embeddings(), _views()))
 
     alpha, sigma = _levels(model, out.t)
     x0 = (NULL if convention == "null" else TEXT) + 3.0 * (TEXT - NULL)
@@ -121,8 +122,6 @@ def test_gradient_is_the_known_one(prediction_type: str, convention: Any, clip: 
     x = 2 * images - 1
     expected = 2 * WEIGHTS[weighting](alpha, sigma) * alpha / sigma * (x - x0)
     torch.testing.assert_close(out.gradient, expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(out.x0, x0.expand_as(x), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(out.norm, expected.pow(2).sum((1, 2, 3)).sqrt())
     residual = alpha / sigma * (x - x0)
     torch.testing.assert_close(out.residual, residual.pow(2).mean((1, 2, 3)).sqrt())
 
@@ -133,7 +132,7 @@ def test_classifier_score_distillation(prediction_type: str) -> None:
     model.clip_x0 = True
     images = _images()
     guidance = ScoreDistillation(model, GuidanceConfig(guidance_scale=3.0, mode="csd"))
-    out = guidance.sds_gradient(images, _embeddings(), _views())
+    out = guidance.gradient(GuidanceRequest(images, _embeddings(), _views()))
     alpha, sigma = _levels(model, out.t)
     expected = 2 * sigma * alpha * 3.0 * (NULL - TEXT)
     torch.testing.assert_close(out.gradient, expected.expand_as(images), rtol=1e-10, atol=1e-10)
@@ -144,32 +143,56 @@ def test_classifier_score_distillation(prediction_type: str) -> None:
 def test_shares_of_both_residuals_add_up(prediction_type: str, clip: bool) -> None:
     images, config = _images(), GuidanceConfig(guidance_scale=3.0, clip_x0=clip)
 
-    def run(share: float | None, mode: Any = "sds") -> Any:
+    def run(share: float, mode: Any = "sds") -> Any:
         guidance = ScoreDistillation(PointModel(prediction_type), replace(config, mode=mode, clip_x0=None))
         guidance.clip_x0 = clip and mode == "sds"
         generator = torch.Generator().manual_seed(3)
-        return guidance.sds_gradient(images, _embeddings(), _views(), generator=generator, sds_share=share)
+        return guidance.gradient(GuidanceRequest(images, _embeddings(), _views(), generator=generator, sds_share=share))
 
-    distilled, classified = run(None).gradient, run(None, "csd").gradient
-    assert torch.equal(run(1.0).gradient, distilled)
+    distilled, classified = run(1.0).gradient, run(1.0, "csd").gradient
+    assert not torch.allclose(classified, distilled)
     assert torch.equal(run(0.0).gradient, classified)
-    assert torch.equal(run(1.0, "csd").gradient, classified)
+    assert torch.equal(run(0.3, "csd").gradient, classified)
     torch.testing.assert_close(run(0.3).gradient, 0.3 * distilled + 0.7 * classified, rtol=1e-12, atol=1e-12)
+
+
+class Away(ScoreDistillationSampling):
+    """Towards the text and away from two directions, each under a condition of its own, as in Perp-Neg."""
+
+    conditions = ("null", "text", "back", "side")
+
+    def guided(self, predictions: Predictions) -> Tensor:
+        null, text, back, side = predictions.outputs.values()
+        return null + predictions.scale * (text - null) - 0.5 * (back - null) - 0.25 * (side - null)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_method_that_combines_other_conditions(clip: bool) -> None:
+    images, model = _images(), PointModel()
+    guidance = ScoreDistillation(model, GuidanceConfig(guidance_scale=3.0, clip_x0=clip), method=Away())
+    out = guidance.gradient(GuidanceRequest(images, _embeddings(), _views()))
+    x0 = NULL + 3.0 * (TEXT - NULL) - 0.5 * (VALUES[2] - NULL) - 0.25 * (VALUES[1] - NULL)
+    assert (x0.abs() > 1).any(), "nothing to clamp"
+    alpha, sigma = _levels(model, out.t)
+    expected = 2 * sigma * alpha * (2 * images - 1 - (x0.clamp(-1, 1) if clip else x0))
+    torch.testing.assert_close(out.gradient, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
 def test_shares_outside_their_range_are_refused(share: float) -> None:
     with pytest.raises(ValueError, match=f"sds_share: got {share}, want 0 to 1"):
-        ScoreDistillation(PointModel()).sds_gradient(_images(), _embeddings(), _views(), sds_share=share)
+        ScoreDistillation(PointModel()).gradient(GuidanceRequest(_images(), _embeddings(), _views(), sds_share=share))
 
 
 def test_conventions_differ_by_one_also_in_the_default_scale() -> None:
     gradients = [
-        ScoreDistillation(PointModel(), GuidanceConfig(convention=convention, guidance_scale=scale)).sds_gradient(
-            torch.full((3, 3, 6, 6), 0.5, dtype=torch.float64),
-            _embeddings(),
-            _views(),
-            generator=torch.Generator().manual_seed(3),
+        ScoreDistillation(PointModel(), GuidanceConfig(convention=convention, guidance_scale=scale)).gradient(
+            GuidanceRequest(
+                torch.full((3, 3, 6, 6), 0.5, dtype=torch.float64),
+                _embeddings(),
+                _views(),
+                generator=torch.Generator().manual_seed(3),
+            )
         )
         for convention, scale in [("null", None), ("null", 7.5), ("text", None), ("text", 6.5)]
     ]
@@ -178,10 +201,10 @@ def test_conventions_differ_by_one_also_in_the_default_scale() -> None:
 
 
 def test_gradient_clipping_is_per_pixel_and_keeps_direction() -> None:
-    images, config = _images(), GuidanceConfig(guidance_scale=3.0)
+    images = _images()
     free, clipped = (
-        ScoreDistillation(PointModel(), config).sds_gradient(
-            images, _embeddings(), _views(), generator=torch.Generator().manual_seed(1), grad_clip=limit
+        ScoreDistillation(PointModel(), GuidanceConfig(guidance_scale=3.0, grad_clip=limit)).gradient(
+            GuidanceRequest(images, _embeddings(), _views(), generator=torch.Generator().manual_seed(1))
         )
         for limit in (None, 0.5)
     )
@@ -199,7 +222,7 @@ def test_noise_is_standard_normal_and_follows_the_schedule() -> None:
     model = PointModel()
     images = torch.rand(64, 3, 6, 6, dtype=torch.float64)
     views = Views(torch.zeros(64), torch.zeros(64))
-    out = ScoreDistillation(model).sds_gradient(images, _embeddings(), views)
+    out = ScoreDistillation(model).gradient(GuidanceRequest(images, _embeddings(), views))
     alpha, sigma = _levels(model, out.t)
     noise = (model.noisy[0] - alpha * (2 * images - 1)) / sigma
     assert abs(noise.mean()) < 5 / math.sqrt(noise.numel())
@@ -213,7 +236,7 @@ def test_noise_is_standard_normal_and_follows_the_schedule() -> None:
 )
 def test_timesteps_fill_the_range(t_range: tuple[float, float], expected: set[int]) -> None:
     images, views = torch.rand(200, 3, 6, 6), Views(torch.zeros(200), torch.zeros(200))
-    out = ScoreDistillation(PointModel()).sds_gradient(images, _embeddings(), views, t_range=t_range)
+    out = ScoreDistillation(PointModel()).gradient(GuidanceRequest(images, _embeddings(), views, t_range=t_range))
     assert set(out.t.tolist()) == expected
 
 
@@ -221,7 +244,7 @@ def test_timesteps_fill_the_range(t_range: tuple[float, float], expected: set[in
 def test_a_range_that_is_none_is_refused(t_range: tuple[float, float]) -> None:
     images, views = torch.rand(2, 3, 6, 6), Views(torch.zeros(2), torch.zeros(2))
     with pytest.raises(ValueError, match=r"t_range: got .*, want .* 0 <= low <= high <= 1"):
-        ScoreDistillation(PointModel()).sds_gradient(images, _embeddings(), views, t_range=t_range)
+        ScoreDistillation(PointModel()).gradient(GuidanceRequest(images, _embeddings(), views, t_range=t_range))
 
 
 def test_resized_images_get_the_gradient_through_the_resize() -> None:
@@ -231,7 +254,9 @@ def test_resized_images_get_the_gradient_through_the_resize() -> None:
 
     model = Halving()
     images = torch.rand(3, 3, 12, 12, dtype=torch.float64)
-    out = ScoreDistillation(model, GuidanceConfig(guidance_scale=1.0)).sds_gradient(images, _embeddings(), _views())
+    out = ScoreDistillation(model, GuidanceConfig(guidance_scale=1.0)).gradient(
+        GuidanceRequest(images, _embeddings(), _views())
+    )
     alpha, sigma = _levels(model, out.t)
     pull = sigma * alpha * (model.encode(images) - TEXT)
     expected = 2 * pull.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3) / 4
@@ -243,7 +268,7 @@ def test_same_seed_same_numbers(device: torch.device) -> None:
         guidance = ScoreDistillation(PointModel("v_prediction", on))
         images = torch.linspace(0, 1, 324).view(3, 3, 6, 6).to(on)
         generator = torch.Generator().manual_seed(5)
-        return guidance.sds_gradient(images, _embeddings(on), _views(on), generator=generator)
+        return guidance.gradient(GuidanceRequest(images, _embeddings(on), _views(on), generator=generator))
 
     here, there = run(CPU), run(device)
     assert there.gradient.device.type == device.type
@@ -252,30 +277,33 @@ def test_same_seed_same_numbers(device: torch.device) -> None:
     assert here.gradient.dtype == torch.float32
 
 
-def test_parts_of_a_batch_give_what_the_batch_gives() -> None:
-    """With the generator put back before each part."""
-    guidance = ScoreDistillation(PointModel(), GuidanceConfig(cache=False))
-    images, views, generator = _images(), _views(), torch.Generator().manual_seed(4)
-    before = generator.get_state()
-    whole = guidance.sds_gradient(images, _embeddings(), views, generator=generator)
-    after = generator.get_state()
-    parts = []
-    for rows in (slice(0, 1), slice(1, 3)):
-        generator.set_state(before)
-        part = BatchPart(rows.start, 3)
-        parts.append(guidance.sds_gradient(images[rows], _embeddings(), views[rows], generator=generator, part=part))
-        assert torch.equal(generator.get_state(), after)
-    for name in ("gradient", "t", "norm", "residual", "x0"):
-        torch.testing.assert_close(
-            torch.cat([getattr(part, name) for part in parts]), getattr(whole, name), rtol=1e-14, atol=0
-        )
+@pytest.mark.parametrize("views_per_call", [1, 2, 3, 9])
+def test_parts_of_a_batch_give_what_the_batch_gives(views_per_call: int) -> None:
+    images, results, states = _images(), [], []
+    for parts in (None, views_per_call):
+        model, generator = PointModel(), torch.Generator().manual_seed(4)
+        guidance = ScoreDistillation(model, GuidanceConfig(cache=False))
+        request = GuidanceRequest(images, _embeddings(), _views(), generator=generator, views_per_call=parts)
+        results.append(guidance.gradient(request))
+        states.append(generator.get_state())
+    assert max(map(len, model.noisy)) == min(views_per_call, 3)
+    assert torch.equal(*states)
+    whole, parts = results
+    assert torch.equal(whole.t, parts.t)
+    for name in ("gradient", "residual"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-14, atol=0)
+
+
+def test_no_views_at_a_time_are_refused() -> None:
+    with pytest.raises(ValueError, match="views_per_call: got 0, want at least 1"):
+        GuidanceRequest(_images(), _embeddings(), _views(), views_per_call=0)
 
 
 def test_images_are_left_alone() -> None:
     images = _images().requires_grad_(True)
-    out = ScoreDistillation(PointModel()).sds_gradient(images, _embeddings(), _views())
+    out = ScoreDistillation(PointModel()).gradient(GuidanceRequest(images, _embeddings(), _views()))
     assert images.grad is None
-    assert not any(value.requires_grad for value in out)
+    assert not any(value.requires_grad for value in (out.gradient, out.t, out.residual))
     (2 * images).backward(out.gradient)
     torch.testing.assert_close(images.grad, 2 * out.gradient)
 
@@ -284,9 +312,11 @@ def test_works_inside_no_grad_and_on_strided_images() -> None:
     images = torch.rand(3, 6, 6, 3, dtype=torch.float64).permute(0, 3, 1, 2)
     guidance = ScoreDistillation(PointModel())
     with torch.no_grad():
-        inside = guidance.sds_gradient(images, _embeddings(), _views(), generator=torch.Generator().manual_seed(0))
-    outside = guidance.sds_gradient(
-        images.contiguous(), _embeddings(), _views(), generator=torch.Generator().manual_seed(0)
+        inside = guidance.gradient(
+            GuidanceRequest(images, _embeddings(), _views(), generator=torch.Generator().manual_seed(0))
+        )
+    outside = guidance.gradient(
+        GuidanceRequest(images.contiguous(), _embeddings(), _views(), generator=torch.Generator().manual_seed(0))
     )
     torch.testing.assert_close(inside.gradient, outside.gradient)
 
@@ -327,16 +357,16 @@ def test_images_that_are_not_finite_are_an_error(value: float) -> None:
     images = _images()
     images[1, 0, 2, 3] = value
     with pytest.raises(NonFiniteError, match="guidance call 1: the rendered images"):
-        ScoreDistillation(PointModel()).sds_gradient(images, _embeddings(), _views())
+        ScoreDistillation(PointModel()).gradient(GuidanceRequest(images, _embeddings(), _views()))
 
 
 def test_gradient_that_is_not_finite_is_an_error() -> None:
     model = PointModel()
     guidance = ScoreDistillation(model)
-    guidance.sds_gradient(_images(), _embeddings(), _views())
+    guidance.gradient(GuidanceRequest(_images(), _embeddings(), _views()))
     model.poison = True
     with pytest.raises(NonFiniteError, match="guidance call 2: the gradient from points"):
-        guidance.sds_gradient(_images(), _embeddings(), _views())
+        guidance.gradient(GuidanceRequest(_images(), _embeddings(), _views()))
 
 
 @pytest.mark.gpu
@@ -345,18 +375,18 @@ def test_gpu_reports_later_and_does_not_wait() -> None:
     model = PointModel(device=cuda)
     guidance, embeddings, views = ScoreDistillation(model), _embeddings(cuda), _views(cuda)
     images = _images(cuda)
-    guidance.sds_gradient(images, embeddings, views)
+    guidance.gradient(GuidanceRequest(images, embeddings, views))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            guidance.sds_gradient(images, embeddings, views)
+            guidance.gradient(GuidanceRequest(images, embeddings, views))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     model.poison = True
 
     def two_calls() -> None:
         for _ in range(2):
-            guidance.sds_gradient(images, embeddings, views)
+            guidance.gradient(GuidanceRequest(images, embeddings, views))
             torch.cuda.synchronize()
 
     with pytest.raises(NonFiniteError, match="guidance call 5: the gradient"):
@@ -399,7 +429,7 @@ def test_config_says_what_is_wrong(fields: dict[str, Any], message: str) -> None
 )
 def test_wrong_images_are_refused(images: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        ScoreDistillation(PointModel()).sds_gradient(images, _embeddings(), _views())
+        ScoreDistillation(PointModel()).gradient(GuidanceRequest(images, _embeddings(), _views()))
 
 
 def test_wrong_views_and_embeddings_are_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -72,7 +74,10 @@ def test_methods_say_the_same_for_every_kind_of_output(kind):
         """The output of this kind that means the noise `eps`."""
         return outputs((noisy - level.sigma * eps) / level.alpha, eps, level)[kind]
 
-    p = Predictions({"null": said(null), "text": said(text)}, x, noise, noisy, level, 7.0, "null", None)
+    given = {"null": said(null), "text": said(text)}
+    nobody = Mock()
+    p = Predictions(nobody, nobody, nobody, nobody, x, noise, noisy, level, 7.0, outputs=given)
     torch.testing.assert_close(ScoreDistillationSampling().residual(p), null + 7.0 * (text - null) - noise)
     torch.testing.assert_close(ClassifierScoreDistillation().residual(p), 7.0 * (text - null))
-    torch.testing.assert_close(p.x0, (noisy - level.sigma * (null + 7.0 * (text - null))) / level.alpha)
+    x0 = level.clean(ScoreDistillationSampling().guided(p), noisy)
+    torch.testing.assert_close(x0, (noisy - level.sigma * (null + 7.0 * (text - null))) / level.alpha)

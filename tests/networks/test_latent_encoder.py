@@ -11,6 +11,8 @@ from torch import Tensor
 from dreamfusion_fast.networks import latent_encoder as module
 from dreamfusion_fast.networks.latent_encoder import LatentEncoder, unserved
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def make_vae(dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
     """Three levels, of which the first has as many channels as the second, and weights that make every part matter."""

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.guidance import GuidanceConfig, Views, create_guidance
+from dreamfusion_fast.guidance import GuidanceConfig, GuidanceRequest, Views, create_guidance
 from dreamfusion_fast.networks import offload as module
 from dreamfusion_fast.networks.offload import can_stream_weights, stream_weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 pytest.importorskip("accelerate")
 Pipelines = Callable[..., Path]
@@ -27,7 +29,7 @@ def gradient_of(guidance: Any, device: str) -> Tensor:
     views = Views(*(value.to(device) for value in VIEWS))
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
     generator = torch.Generator().manual_seed(4)
-    return guidance.sds_gradient(images, guidance.embed("a teapot"), views, generator=generator).gradient
+    return guidance.gradient(GuidanceRequest(images, guidance.embed("a teapot"), views, generator=generator)).gradient
 
 
 def is_streamed(unet: torch.nn.Module) -> bool:

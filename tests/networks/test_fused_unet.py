@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from dreamfusion_fast.networks.fused_unet import FusedAttention, FusedResidualBlock, _pointwise, fuse
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def make_unet(**changes: Any) -> Any:
     from diffusers import UNet2DConditionModel

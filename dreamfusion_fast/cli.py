@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 from dreamfusion_fast import __version__
 from dreamfusion_fast.errors import UserError, missing_package
-from dreamfusion_fast.settings import SettingError, settings_in, unchecked
+from dreamfusion_fast.settings import Range, SettingError, Settings, settings_in, unchecked
 
 if TYPE_CHECKING:
     from dreamfusion_fast.export import Agreement
@@ -258,20 +258,20 @@ def _sample(arguments: list[str]) -> int:
     from dreamfusion_fast.io import make_folder
 
     @dataclasses.dataclass(frozen=True)
-    class Sample:
+    class Sample(Settings):
         prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
         """The subject of the pictures; may end in front view, side view, back view or overhead view."""
-        n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 9
+        n: Annotated[int, tyro.conf.arg(aliases=["-n"]), Range(1, 1024)] = 9
         """Number of pictures."""
         out: str = "grid.png"
         """Picture to write. One that exists is refused, unless --overwrite is given."""
         overwrite: bool = False
         """Replace an existing picture."""
-        seed: int = 0
+        seed: Annotated[int, Range(0, 2**63 - 1)] = 0
         """Seeds the noise."""
-        guidance_scale: float = 3.0
+        guidance_scale: Annotated[float, Range(-1000, 1000)] = 3.0
         """Strength of classifier-free guidance; 1 for none."""
-        steps: int = 40
+        steps: Annotated[int, Range(1, 1000)] = 40
         """Denoising steps."""
         device: str = "auto"
         """auto (the GPU if there is one), cpu, cuda or cuda:1."""
@@ -279,9 +279,6 @@ def _sample(arguments: list[str]) -> int:
     given = _parse(Sample, arguments, "sample", "Draw pictures with the embedded 2D prior, without any 3D.")
     if not given.prompt.strip():
         raise UserError('the prompt is empty; say what to draw, such as "an armchair, side view"')
-    for name in ("n", "steps"):
-        if getattr(given, name) < 1:
-            raise UserError(f"--{name} has to be at least 1, not {getattr(given, name)}")
     out = Path(given.out).expanduser()
     if out.suffix.lower() != ".png":
         raise UserError(f"--out has to end in .png, not {given.out!r}")

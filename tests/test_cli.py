@@ -293,8 +293,10 @@ def test_sample_overwrites_only_when_told(capsys, fake_prior, tmp_path):
 def test_wrong_sample_options_are_one_line(capsys, fake_prior, tmp_path):
     assert "the prompt is empty" in fails(capsys, "sample", "")
     assert "PROMPT" in fails(capsys, "sample")
-    assert "--n has to be at least 1" in fails(capsys, "sample", "x", "-n", "0")
-    assert "--steps has to be at least 1" in fails(capsys, "sample", "x", "--steps", "0")
+    assert "--n: got 0, want 1 to 1024" in fails(capsys, "sample", "x", "-n", "0")
+    assert "--steps: got 0, want 1 to 1000" in fails(capsys, "sample", "x", "--steps", "0")
+    assert "--guidance-scale: got nan" in fails(capsys, "sample", "x", "--guidance-scale", "nan")
+    assert "--steps: got 1000000000, want 1 to" in fails(capsys, "sample", "x", "--steps", "1000000000")
     assert "has to end in .png" in fails(capsys, "sample", "x", "--out", "a.jpg")
     (tmp_path / "file").write_text("")
     assert "is a file" in fails(capsys, "sample", "x", "--out", str(tmp_path / "file" / "a.png"))

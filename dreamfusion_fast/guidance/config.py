@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal
 
 import torch
 
-from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance.methods.cfg import Convention
 from dreamfusion_fast.guidance.models.schedule import Weighting
+from dreamfusion_fast.settings import Range, Settings
 
 Mode = Literal["sds", "csd"]
 DtypeName = Literal["auto", "float64", "float32", "float16", "bfloat16"]
@@ -31,7 +30,7 @@ KNOWN_GUIDANCE: dict[str, str | None] = {
 
 
 @dataclass
-class GuidanceConfig:
+class GuidanceConfig(Settings):
     """Which diffusion model guides, and how.
 
     Args:
@@ -61,12 +60,12 @@ class GuidanceConfig:
     """
 
     name: str = "embedded"
-    guidance_scale: float | None = None
+    guidance_scale: Annotated[float | None, Range(-1e6, 1e6)] = None
     convention: Convention = "null"
     weighting: Weighting = "sds"
     mode: Mode = "sds"
     clip_x0: bool | None = None
-    grad_clip: float | None = None
+    grad_clip: Annotated[float | None, Range(0, open="low")] = None
     negative_prompt: str = ""
     view_dependent: bool = True
     dtype: DtypeName = "auto"
@@ -78,19 +77,11 @@ class GuidanceConfig:
     allow_pickle: bool = False
     cache: bool = True
 
-    def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            value, choices = getattr(self, name), get_args(kind)
-            if get_origin(kind) is Literal and value not in choices:
-                raise UserError(f"guidance {name} must be one of {', '.join(choices)}, got {value!r}")
-        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
-            raise UserError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
-        if self.grad_clip is not None and not self.grad_clip > 0:
-            raise UserError(f"guidance grad_clip must be above 0, got {self.grad_clip}")
+    def check_together(self) -> None:
         if self.mode == "csd" and self.clip_x0:
-            raise UserError("guidance clip_x0 cannot be used with mode csd, which has no clean-image estimate to clamp")
+            self.refuse("clip_x0", "mode", want="no clip_x0 with csd, which has no clean-image estimate to clamp")
         if self.text_dtype == "int8" and self.text_device == "cpu":
-            raise UserError("guidance text_dtype int8 runs on a GPU only: use text_device auto, or text_dtype bfloat16")
+            self.refuse("text_dtype", "text_device", want="a GPU for int8: text_device auto, or text_dtype bfloat16")
 
 
 def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:

@@ -403,13 +403,13 @@ def test_clamping_latents_is_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"convention": "both"}, "convention must be one of null, text, got 'both'"),
-        ({"weighting": "x"}, "weighting must be one of"),
-        ({"mode": "vsd"}, "mode must be one of sds, csd"),
-        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"convention": "both"}, "convention: got 'both', want one of null, text"),
+        ({"weighting": "x"}, "weighting: got 'x', want one of"),
+        ({"mode": "vsd"}, "mode: got 'vsd', want one of sds, csd"),
+        ({"dtype": "int8"}, "dtype: got 'int8', want one of"),
         ({"guidance_scale": math.nan}, "finite"),
         ({"grad_clip": 0.0}, "above 0"),
-        ({"mode": "csd", "clip_x0": True}, "cannot be used with mode csd"),
+        ({"mode": "csd", "clip_x0": True}, "want no clip_x0 with csd"),
     ],
 )
 def test_config_says_what_is_wrong(fields: dict[str, Any], message: str) -> None:

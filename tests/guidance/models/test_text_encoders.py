@@ -388,12 +388,12 @@ def test_choices_that_this_machine_or_encoder_cannot_follow(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"text_device": "gpu"}, "guidance text_device must be one of auto, cpu, cuda, got 'gpu'"),
+        ({"text_device": "gpu"}, "text_device: got 'gpu', want one of auto, cpu, cuda"),
         (
             {"text_dtype": "int4"},
-            "guidance text_dtype must be one of auto, float32, bfloat16, float16, int8, got 'int4'",
+            "text_dtype: got 'int4', want one of auto, float32, bfloat16, float16, int8",
         ),
-        ({"text_dtype": "int8", "text_device": "cpu"}, "int8 runs on a GPU only"),
+        ({"text_dtype": "int8", "text_device": "cpu"}, "want a GPU for int8"),
     ],
 )
 def test_choices_that_make_no_sense(options: dict[str, Any], message: str) -> None:

@@ -64,14 +64,11 @@ class HashGridTileLayout:
         level_offsets: ``[n_levels + 1]`` int64, contiguous, on the samples' device; see `hash_grid_layout`.
         resolutions: ``[n_levels]`` int32, likewise.
         smoothstep: as in `hash_grid`.
-        active_levels: how many levels, from the coarsest one, take part; None: all. The channels of others are neither
-            read nor written.
     """
 
     level_offsets: Tensor
     resolutions: Tensor
     smoothstep: bool = False
-    active_levels: int | None = None
 
     def __post_init__(self) -> None:
         op = "HashGridTileLayout"
@@ -82,13 +79,13 @@ class HashGridTileLayout:
         for name, tensor in (("level_offsets", offsets), ("resolutions", self.resolutions)):
             if not tensor.is_contiguous():
                 raise ValueError(f"{op}: {name} must be contiguous")
-        if not 1 <= self.levels <= n_levels:
-            raise ValueError(f"{op}: active_levels must lie in [1, {n_levels}], got {self.levels}")
+        if n_levels < 1:
+            raise ValueError(f"{op}: resolutions: got none, want at least one level")
 
     @property
     def levels(self) -> int:
-        """How many levels take part."""
-        return self.resolutions.shape[0] if self.active_levels is None else self.active_levels
+        """How many there are."""
+        return self.resolutions.shape[0]
 
 
 def encode(
@@ -492,6 +489,6 @@ def scatter_reference(
 
 
 def _encoding(table: Tensor, layout: HashGridTileLayout) -> Callable[[Tensor], Tensor]:
-    """The encoding by the active levels, as a function of the positions."""
-    levels = layout.level_offsets[: layout.levels + 1], layout.resolutions[: layout.levels]
+    """The encoding, as a function of the positions."""
+    levels = layout.level_offsets, layout.resolutions
     return lambda positions: hash_grid_reference(positions, table.to(positions.dtype), *levels, layout.smoothstep)

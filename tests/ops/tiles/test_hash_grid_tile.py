@@ -80,10 +80,10 @@ every_place = pytest.mark.parametrize("place", places())
 gpu_places = pytest.mark.parametrize("place", [p for p in places() if p.values[0].device == "cuda"])  # type: ignore[attr-defined]
 
 
-def layout_of(place: Place, smoothstep: bool = False, active_levels: int | None = None) -> HashGridTileLayout:
+def layout_of(place: Place, smoothstep: bool = False) -> HashGridTileLayout:
     offsets = torch.tensor([0, *ROWS]).cumsum(0).to(place.device)
     resolutions = torch.tensor(RESOLUTIONS, dtype=torch.int32, device=place.device)
-    return HashGridTileLayout(offsets, resolutions, smoothstep, active_levels)
+    return HashGridTileLayout(offsets, resolutions, smoothstep)
 
 
 class Tile:
@@ -235,25 +235,6 @@ def test_only_so_many_samples_are_touched(place: Place, count: int) -> None:
         beyond[live:] = math.nan
     tile.run(torch.tensor([count], dtype=torch.int32, device=place.device))
     tile.check(live)
-
-
-@every_place
-def test_inactive_levels_are_left_alone(place: Place) -> None:
-    """Buffers are as wide as all levels, and poisoned where the third level would read or write."""
-    whole = Tile(place, points_along_rays(113), layout_of(place))
-    tile = Tile(place, points_along_rays(113), layout_of(place, active_levels=2))
-    for name in ("features", "derivative", "grads", "values"):
-        wide = getattr(whole, name)
-        wide[:, 4:] = math.nan
-        wide[:, :4] = getattr(tile, name)
-        setattr(tile, name, wide)
-    tile.run()
-    for wide in (tile.features, tile.derivative):
-        assert wide[:, 4:].isnan().all()
-    assert (tile.grad_table[sum(ROWS[:2]) :] == 1).all()
-    for name in ("features", "derivative", "grads", "values"):
-        setattr(tile, name, getattr(tile, name)[:, :4])
-    tile.check(113)
 
 
 @every_place
@@ -411,8 +392,6 @@ def test_wrong_arguments_of_the_derivatives() -> None:
         ({"resolutions": torch.tensor(RESOLUTIONS)}, TypeError, "resolutions must be torch.int32"),
         ({"level_offsets": torch.zeros(3, dtype=torch.int64)}, ValueError, r"level_offsets must have shape \[4\]"),
         ({"level_offsets": torch.zeros(4, 2, dtype=torch.int64)[:, 0]}, ValueError, "level_offsets must be contiguous"),
-        ({"active_levels": 4}, ValueError, r"active_levels must lie in \[1, 3\], got 4"),
-        ({"active_levels": 0}, ValueError, r"active_levels must lie in \[1, 3\], got 0"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

@@ -361,9 +361,9 @@ def test_views_drawn_beside_the_last_step_are_those_drawn_in_line():
         seen = []
         render = trainer.scene.renderer.render
 
-        def watched(rays, *arguments, render=render, seen=seen, **options):
-            output = render(rays, *arguments, **options)
-            seen.append((rays.origins.clone(), rays.directions.clone(), output.samples))
+        def watched(prepared, *arguments, render=render, seen=seen, **options):
+            output = render(prepared, *arguments, **options)
+            seen.append((prepared.rays.origins.clone(), prepared.rays.directions.clone(), output.samples))
             return output
 
         trainer.scene.renderer.render = watched

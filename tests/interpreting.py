@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import dreamfusion_fast
+from dreamfusion_fast.ops._triton import version_reason
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(version_reason() != "", reason=version_reason())
 
 
 def run_interpreted(script: str) -> dict[str, str]:

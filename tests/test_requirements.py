@@ -43,16 +43,20 @@ for name in ("scipy", "safetensors", "tyro", "yaml"):
 INSTALL = r' is not installed: pip install "dreamfusion-fast\[generate\]"'
 
 RENDER = """
-import importlib, importlib.util, math, pkgutil
+import importlib, math, pkgutil
 
 import torch
 
 from dreamfusion_fast import HashGridField, HashGridFieldConfig, OccupancyGrid, Rays, VolumeRenderer
 from dreamfusion_fast import fields, ops, rendering
 
+try:
+    import triton
+except ModuleNotFoundError:  # not there, or so old that it needs setuptools without saying so
+    triton = None
 for package in (ops, fields, rendering):
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        if not module.name.endswith("_triton") or importlib.util.find_spec("triton"):
+        if triton or not module.name.endswith("_triton"):
             importlib.import_module(module.name)
 
 density = torch.tensor(0.7, requires_grad=True)

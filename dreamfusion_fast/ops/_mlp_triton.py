@@ -196,7 +196,7 @@ def _add_row_sums(sums, g, BLOCK: tl.constexpr):
     As a product with ones: a sum across threads would cost more than the products around it. All ones, because a matrix
     of one number takes no registers.
     """
-    return _dot(tl.full((16, BLOCK), 1.0, dtype=g.dtype), g, sums)
+    return _dot(tl.full((16, BLOCK), 1.0, dtype=tl.float32).to(g.dtype), g, sums)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
@@ -16,6 +17,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _LEAST_CAPABILITY = (8, 0)
+_LEAST_TRITON = (3, 4)  # 3.3, the triton of torch 2.7, fails to compile the widest MLPs for compute capability 9.0
 
 
 def triton_reason(device: torch.device | str) -> str:
@@ -27,13 +29,9 @@ def triton_reason(device: torch.device | str) -> str:
     device = torch.device(device)
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton compiles for GPUs, and a CPU runs matrix products as well without it"
-    if not installed():
-        return "triton is not installed (PyTorch's CUDA builds for Linux bring it)"
-    if device.type == "cpu":
-        return ""
-    if device.type != "cuda":
+    if device.type not in ("cpu", "cuda"):
         return f"no Triton kernels for device {device}"
-    return _gpu_reason(device)
+    return version_reason() or ("" if device.type == "cpu" else _gpu_reason(device))
 
 
 def triton_serves(device: torch.device | str) -> bool:
@@ -54,9 +52,17 @@ def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @functools.cache
-def installed() -> bool:
-    """Whether there is a triton to import."""
-    return importlib.util.find_spec("triton") is not None
+def version_reason() -> str:
+    """Why the triton that is installed does not serve; empty when it does."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (PyTorch's CUDA builds for Linux bring it)"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # nightly builds of PyTorch bring it under another name
+        return ""
+    if tuple(int(number) for number in version.split(".")[:2]) < _LEAST_TRITON:
+        return f"triton {version} is older than {'.'.join(map(str, _LEAST_TRITON))}, which torch 2.8 brings"
+    return ""
 
 
 @functools.cache

@@ -1,7 +1,5 @@
 """Alpha compositing of packed samples along rays (Max 1995; NeRF, Mildenhall et al. 2020, eq. 3)."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

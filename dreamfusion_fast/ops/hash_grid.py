@@ -5,10 +5,8 @@ backward of that one. Autograd formulas connect them, so that the encoding can b
 normals needs. None of them stores anything per corner: each recomputes cells and weights from the positions.
 """
 
-from __future__ import annotations
-
 import itertools
-from typing import Any
+from typing import Any, Sequence  # noqa: UP035 - the one that custom_op of torch 2.4 reads
 
 import torch
 from torch import Tensor
@@ -218,7 +216,7 @@ def _backward_backward(
     level_offsets: Tensor,
     resolutions: Tensor,
     smoothstep: bool,
-    needs: list[bool],
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``sum(direction * _backward_positions(...))``; empty where `needs` says that one is not needed."""
     check_levels(level_offsets, resolutions, table.shape[0])
@@ -239,7 +237,7 @@ def _backward_backward(
     return to_output, to_table, to_positions
 
 
-def _empty_where_not(needs: list[bool], *like: Tensor) -> tuple[Tensor, ...]:
+def _empty_where_not(needs: Sequence[bool], *like: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.new_empty(tensor.shape if need else (0,)) for tensor, need in zip(like, needs, strict=True))
 
 
@@ -320,8 +318,9 @@ def hash_grid_reference(
 ) -> Tensor:
     """The PyTorch twin of `hash_grid`: any float dtype, any device, differentiable any number of times."""
     features = []
-    bounds = level_offsets.tolist()
-    for level, resolution in enumerate(resolutions.tolist()):
+    # Not by tolist, which fails within torch.func.grad in torch 2.6 and older.
+    bounds, sizes = ([int(number) for number in numbers.cpu()] for numbers in (level_offsets, resolutions))
+    for level, resolution in enumerate(sizes):
         level_table = table[bounds[level] : bounds[level + 1]]
         scaled = positions.clamp(0, 1) * resolution
         cell = scaled.detach().floor().clamp(max=resolution - 1)

@@ -1,7 +1,5 @@
 """Marching rays through the occupancy grid to ordered, packed samples."""
 
-from __future__ import annotations
-
 import math
 
 import torch

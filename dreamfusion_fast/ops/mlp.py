@@ -17,10 +17,7 @@ gradient is 1e-6 and less per sample, which float16, whose normal numbers end at
 zero, and there is no loss scale that holds for all samples.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Sequence  # noqa: UP035 - the one that custom_op of torch 2.4 reads
 
 import torch
 import torch.nn.functional as F
@@ -141,20 +138,20 @@ def _check(
 
 
 @torch.library.custom_op("dreamfusion_fast::mlp", mutates_args=())
-def _forward(x: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str, precision: str) -> Tensor:
+def _forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str, precision: str) -> Tensor:
     y = weights[0].new_empty(x.shape[0], weights[-1].shape[0])
     prepared_forward(x, weights, biases or None, activation, precision, y, counted=False)(None)
     return y
 
 
 @_forward.register_fake
-def _(x: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str, precision: str) -> Tensor:
+def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str, precision: str) -> Tensor:
     return weights[0].new_empty(x.shape[0], weights[-1].shape[0])
 
 
 @torch.library.custom_op("dreamfusion_fast::mlp_with_input_gradient", mutates_args=())
 def _forward_with_input_gradient(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str, precision: str
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str, precision: str
 ) -> tuple[Tensor, Tensor]:
     y = weights[0].new_empty(x.shape[0], weights[-1].shape[0])
     # A kernel stores v in the type of its operands: Triton 3.6 fails to compile another.
@@ -165,15 +162,17 @@ def _forward_with_input_gradient(
 
 
 @_forward_with_input_gradient.register_fake
-def _(x: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str, precision: str) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str, precision: str
+) -> tuple[Tensor, Tensor]:
     return weights[0].new_empty(x.shape[0], weights[-1].shape[0]), torch.empty_like(x)
 
 
 @torch.library.custom_op("dreamfusion_fast::mlp_backward", mutates_args=())
 def _backward(
     x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
     activation: str,
     precision: str,
     grad_y: Tensor,

@@ -1,7 +1,5 @@
 """The occupancy grid's two operations: a decaying maximum of the density per cell, and its threshold as a bitfield."""
 
-from __future__ import annotations
-
 import math
 
 import torch

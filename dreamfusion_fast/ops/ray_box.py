@@ -1,7 +1,5 @@
 """Where rays enter and leave an axis-aligned box."""
 
-from __future__ import annotations
-
 import math
 
 import torch

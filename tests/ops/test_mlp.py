@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 from itertools import pairwise
 
 import pytest
@@ -195,8 +197,26 @@ def test_reason_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton_reason("cpu") != ""
     assert not triton_serves("cpu")
     assert triton_reason("meta") != ""
-    monkeypatch.setattr(_triton, "installed", lambda: False)
-    assert "triton is not installed" in triton_reason("cuda")
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        (None, "triton is not installed"),
+        ("3.3.1", "triton 3.3.1 is older than 3.4"),
+        ("2.10", "triton 2.10 is older than 3.4"),
+        ("3.4.0", ""),
+        ("3.10.0+git1", ""),
+    ],
+)
+def test_reason_says_which_triton_does_not_serve(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, reason: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: version)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    said = _triton.version_reason.__wrapped__()
+    assert said.startswith(reason)
+    assert (said == "") == (reason == "")
 
 
 @needs_triton

@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from interpreting import needs_triton
 
 from dreamfusion_fast.ops import _mlp_launch
 from dreamfusion_fast.ops._mlp_torch import Network
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+pytestmark = [
+    needs_triton,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
+]
 
 # What one program may have on the smallest of the GPUs with tensor cores that Triton serves (8.6, 8.9, 12.0).
 SHARED_BYTES = 99 * 1024

@@ -5,8 +5,8 @@ from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.rays import InvalidRaysError, Rays
 from dreamfusion_fast.rendering.shading import Shading, sample_lights, shade
-from dreamfusion_fast.rendering.volume.prepared import PreparedRays
-from dreamfusion_fast.rendering.volume.renderer import RenderOutput, VolumeRenderer
+from dreamfusion_fast.rendering.volume.prepared import PreparedRays, RenderOutput
+from dreamfusion_fast.rendering.volume.renderer import VolumeRenderer
 from dreamfusion_fast.rendering.volume.sampling import cone_distances
 
 __all__ = [

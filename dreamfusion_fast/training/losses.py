@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.rendering.volume.renderer import RenderOutput
+from dreamfusion_fast.rendering import RenderOutput
 from dreamfusion_fast.training.opaque import OpaqueThresholds, cross_entropy
 
 _OPACITY_EPS = 0.01  # under the root of the opacity loss (DreamFusion, appendix A.2)

@@ -22,8 +22,8 @@ from dreamfusion_fast.gpu.memory import is_out_of_memory, what_was_wanted
 from dreamfusion_fast.gpu.stages import stage
 from dreamfusion_fast.guidance.contract import Guidance, GuidanceRequest
 from dreamfusion_fast.guidance.creation import create_guidance
+from dreamfusion_fast.rendering import RenderOutput
 from dreamfusion_fast.rendering.shading import Shading
-from dreamfusion_fast.rendering.volume.renderer import RenderOutput
 from dreamfusion_fast.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.firm import firm_field

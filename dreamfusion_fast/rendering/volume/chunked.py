@@ -22,7 +22,7 @@ from dreamfusion_fast.ops.tiles.ray_sums import ENTROPY_EPS
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.rays import Rays
 from dreamfusion_fast.rendering.shading import shade
-from dreamfusion_fast.rendering.volume.prepared import RaySums, RenderRequest
+from dreamfusion_fast.rendering.volume.prepared import RenderOutput, RenderRequest
 from dreamfusion_fast.rendering.volume.recompute import Recomputation
 from dreamfusion_fast.rendering.volume.sampling import SampledSpace
 
@@ -66,7 +66,7 @@ class ChunkedRender:
     request: RenderRequest
     recompute: Recomputation = dataclasses.field(default_factory=Recomputation)
 
-    def sums(self, space: SampledSpace) -> RaySums:
+    def output(self, space: SampledSpace) -> RenderOutput:
         """Render all rays."""
         request, rays = self.request, self.request.rays
         n_rays = len(rays)
@@ -87,15 +87,15 @@ class ChunkedRender:
         opacity, depth, accumulated, losses = (
             column[0] if len(column) == 1 else torch.cat(column) for column in zip(*parts, strict=True)
         )
-        orientation, distortion, entropy = losses.sum(dim=0).unbind()
-        return RaySums(
+        orientation, distortion, entropy = (losses.sum(dim=0) / max(n_rays, 1)).unbind()
+        return RenderOutput(
             color=accumulated[:, :3],
             opacity=opacity,
             depth=depth,
             normal=accumulated[:, 3:] if request.normals else None,
-            orientation=orientation if request.normals else None,
-            distortion=distortion if request.distortion else None,
-            entropy=entropy if request.entropy else None,
+            orientation_loss=orientation if request.normals else None,
+            distortion_loss=distortion if request.distortion else None,
+            sample_entropy_loss=entropy if request.entropy else None,
             samples=samples,
         )
 

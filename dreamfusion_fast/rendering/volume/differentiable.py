@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from dreamfusion_fast.ops.tiles.mlp import MlpGradients
 from dreamfusion_fast.ops.tiles.ray_sums import COLOR, DEPTH, LOSSES, NORMAL, OPTICAL_DEPTH
-from dreamfusion_fast.rendering.volume.prepared import RaySums
+from dreamfusion_fast.rendering.volume.prepared import RenderOutput
 
 
 class FieldRender(Protocol):
@@ -38,20 +38,20 @@ class FieldRender(Protocol):
     ) -> tuple[Tensor | None, MlpGradients | None]: ...
 
 
-def differentiable_sums(render: FieldRender) -> RaySums:
+def differentiable_output(render: FieldRender) -> RenderOutput:
     """Run a render, differentiable to the field's parameters. Raises what its `forward` does."""
     # Inside forward, gradients are always off.
     training = torch.is_grad_enabled()
     color, opacity, depth, normal, losses = _Streamed.apply(render, training, *render.parameters)
-    orientation, distortion, entropy = (None, None, None) if losses is None else losses.unbind()
-    return RaySums(
+    orientation, distortion, entropy = (None, None, None) if losses is None else (losses / max(len(color), 1)).unbind()
+    return RenderOutput(
         color=color,
         opacity=opacity,
         depth=depth,
         normal=normal,
-        orientation=orientation if render.normals else None,
-        distortion=distortion if render.distortion else None,
-        entropy=entropy if render.entropy else None,
+        orientation_loss=orientation if render.normals else None,
+        distortion_loss=distortion if render.distortion else None,
+        sample_entropy_loss=entropy if render.entropy else None,
         samples=render.samples,
         overflowed=render.overflowed,
     )

@@ -1,4 +1,4 @@
-"""A render from what it is made of to what comes back before backgrounds: the same for every way to render."""
+"""What a render is made of and what comes back: the same for every way to render."""
 
 from __future__ import annotations
 
@@ -46,24 +46,32 @@ class RenderRequest:
     entropy: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class RaySums:
-    """Sums over the samples of each ray, and over all rays for the losses.
+@dataclass(frozen=True)
+class RenderOutput:
+    """The result of a render.
 
     Attributes:
-        color, normal: `[n_rays, 3]`; the normal is None if it was not asked for.
-        opacity, depth: `[n_rays]`.
-        orientation, distortion, entropy: 0-dim, summed over rays; None if not asked for.
-        samples: how many were evaluated; in a CUDA graph a 0-dim tensor.
-        overflowed: in a CUDA graph, bool 0-dim: more samples than the graph was captured for. Else None.
+        color: `[n_rays, 3]`; what :meth:`VolumeRenderer.render` returns has the background in it.
+        opacity: `[n_rays]`, sum of the weights.
+        depth: `[n_rays]`, sum of weight * distance (divide by opacity for the expected depth), scene units.
+        normal: `[n_rays, 3]`, sum of weight * normal, or None when no normals were computed.
+        orientation_loss: 0-dim, mean over rays of sum sg(w) max(0, n . v)^2 (DreamFusion, appendix A.2; v the ray's
+            direction), or None without normals.
+        samples: how many samples were evaluated; in a CUDA graph a 0-dim int64 tensor.
+        distortion_loss: 0-dim, mean over rays of sum_ij w_i w_j |t_i - t_j| + 1/3 sum w_i^2 length_i in scene units
+            (mip-NeRF 360, equation 15), or None.
+        sample_entropy_loss: 0-dim, mean over rays of the sum of the samples' binary entropies
+            -w log w - (1 - w) log(1 - w), w clamped to [1e-5, 1 - 1e-5], or None.
+        overflowed: in a CUDA graph of a streamed render, bool 0-dim: there were more samples than the graph was
+            captured for, and everything else is NaN: capture again, and render again. None elsewhere.
     """
 
     color: Tensor
     opacity: Tensor
     depth: Tensor
     normal: Tensor | None
-    orientation: Tensor | None
-    distortion: Tensor | None
-    entropy: Tensor | None
+    orientation_loss: Tensor | None
     samples: int | Tensor
+    distortion_loss: Tensor | None = None
+    sample_entropy_loss: Tensor | None = None
     overflowed: Tensor | None = None

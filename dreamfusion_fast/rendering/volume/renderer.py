@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,9 +25,9 @@ from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.rays import InvalidRaysError, Rays
 from dreamfusion_fast.rendering.shading import AMBIENT, DIFFUSE, Shading
 from dreamfusion_fast.rendering.volume.chunked import ChunkedRender
-from dreamfusion_fast.rendering.volume.differentiable import FieldRender, differentiable_sums
+from dreamfusion_fast.rendering.volume.differentiable import FieldRender, differentiable_output
 from dreamfusion_fast.rendering.volume.graphs import RenderGraphs
-from dreamfusion_fast.rendering.volume.prepared import PreparedRays, RaySums, RenderRequest
+from dreamfusion_fast.rendering.volume.prepared import PreparedRays, RenderOutput, RenderRequest
 from dreamfusion_fast.rendering.volume.sample_count import SampleCount
 from dreamfusion_fast.rendering.volume.sampling import SampledSpace
 from dreamfusion_fast.rendering.volume.streaming import StreamedRender
@@ -37,37 +37,6 @@ Background = Tensor | Callable[[Tensor], Tensor] | None
 
 # Part of a grid's extent by which the field's box may stick out of it: a field's may have been rounded to 16 bits.
 _BOX_TOLERANCE = 1e-3
-
-
-@dataclass(frozen=True)
-class RenderOutput:
-    """The result of a render.
-
-    Attributes:
-        color: `[n_rays, 3]`, background included.
-        opacity: `[n_rays]`, sum of the weights.
-        depth: `[n_rays]`, sum of weight * distance (divide by opacity for the expected depth), scene units.
-        normal: `[n_rays, 3]`, sum of weight * normal, or None when no normals were computed.
-        orientation_loss: 0-dim, mean over rays of sum sg(w) max(0, n . v)^2 (DreamFusion, appendix A.2; v the ray's
-            direction), or None without normals.
-        samples: how many samples were evaluated; in a CUDA graph a 0-dim int64 tensor.
-        distortion_loss: 0-dim, mean over rays of sum_ij w_i w_j |t_i - t_j| + 1/3 sum w_i^2 length_i in scene units
-            (mip-NeRF 360, equation 15), or None.
-        sample_entropy_loss: 0-dim, mean over rays of the sum of the samples' binary entropies
-            -w log w - (1 - w) log(1 - w), w clamped to [1e-5, 1 - 1e-5], or None.
-        overflowed: in a CUDA graph of a streamed render, bool 0-dim: there were more samples than the graph was
-            captured for, and everything else is NaN: capture again, and render again. None elsewhere.
-    """
-
-    color: Tensor
-    opacity: Tensor
-    depth: Tensor
-    normal: Tensor | None
-    orientation_loss: Tensor | None
-    samples: int | Tensor
-    distortion_loss: Tensor | None = None
-    sample_entropy_loss: Tensor | None = None
-    overflowed: Tensor | None = None
 
 
 class VolumeRenderer(nn.Module):
@@ -283,30 +252,15 @@ class VolumeRenderer(nn.Module):
             entropy=with_sample_entropy,
         )
         if source is not None:
-            sums = self._stream(source, request)
+            output = self._stream(source, request)
         else:
             rays.validate()
-            sums = ChunkedRender(self.field, self.config, request).sums(self._space(rays))
-        color = sums.color
+            output = ChunkedRender(self.field, self.config, request).output(self._space(rays))
+        color = output.color
         if background is not None:
             behind = background(rays.directions) if callable(background) else background
-            color = color + (1.0 - sums.opacity)[:, None] * behind.to(color.dtype)
-        rays_or_one = max(n_rays, 1)
-
-        def mean(loss: Tensor | None) -> Tensor | None:
-            return None if loss is None else loss / rays_or_one
-
-        return RenderOutput(
-            color,
-            sums.opacity,
-            sums.depth,
-            sums.normal,
-            mean(sums.orientation),
-            sums.samples,
-            mean(sums.distortion),
-            mean(sums.entropy),
-            sums.overflowed,
-        )
+            color = color + (1.0 - output.opacity)[:, None] * behind.to(color.dtype)
+        return replace(output, color=color)
 
     def _usable_count(self, prepared: PreparedRays) -> SampleCount | None:
         """The count of prepared rays, unless something was changed since, or replays of a graph may change it."""
@@ -379,7 +333,7 @@ class VolumeRenderer(nn.Module):
             raise TypeError(f"rays: got {rays.origins.dtype}, want {dtype}, the field's: rays.to(dtype={dtype})")
         return source
 
-    def _stream(self, source: TileSource, request: RenderRequest) -> RaySums:
+    def _stream(self, source: TileSource, request: RenderRequest) -> RenderOutput:
         rays = request.rays
         _check_device("light", request.light, rays)
         expected = self._expected_samples.get(len(rays))
@@ -390,13 +344,13 @@ class VolumeRenderer(nn.Module):
         if render is None:
             render = make(request)
         try:
-            sums = differentiable_sums(render)
+            output = differentiable_output(render)
         except InvalidRaysError:  # found when the samples were counted, without a wait of its own
             rays.validate()  # says which one, and why
             raise
-        if isinstance(sums.samples, int):
-            self._expected_samples[len(rays)] = sums.samples
-        return sums
+        if isinstance(output.samples, int):
+            self._expected_samples[len(rays)] = output.samples
+        return output
 
     def _streamed(self, source: TileSource, expected: int | None, request: RenderRequest) -> StreamedRender:
         rays = request.rays

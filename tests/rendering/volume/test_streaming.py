@@ -309,7 +309,7 @@ def test_bad_arguments_are_named() -> None:
         view.render(rays, shading="lambertian", light=LIGHTS[:40])
     with pytest.raises(ValueError, match=r"background: got shape \[41, 4\], want \[3\] or \[41, 3\]"):
         view.render(rays, torch.ones(41, 4, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"RendererConfig\.memory_budget: got 0, want at least 1 byte"):
+    with pytest.raises(ValueError, match=r"RendererConfig\.memory_budget: got 0, want at least 1"):
         RendererConfig(memory_budget=0)
     for seed in (-1, 2**63):
         with pytest.raises(ValueError, match=rf"seed: got {seed}, want 0 <= seed < 2\^63"):

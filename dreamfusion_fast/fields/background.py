@@ -52,27 +52,6 @@ class MlpBackground(nn.Module):
         return torch.sigmoid(self.network(torch.cat([directions, phases.sin(), phases.cos()], dim=1)))
 
 
-class SolidBackground(nn.Module):
-    """One fixed colour for every ray, as a callable background.
-
-    Args:
-        color: `[3]`, each in [0, 1].
-    """
-
-    color: Tensor
-
-    def __init__(self, color: tuple[float, float, float] | Tensor = (1.0, 1.0, 1.0)) -> None:
-        super().__init__()
-        value = torch.as_tensor(color, dtype=torch.float32).detach().clone()
-        if value.shape != (3,) or not bool(((value >= 0) & (value <= 1)).all()):
-            raise ValueError(f"color: got {value.tolist()}, want three numbers in [0, 1]")
-        self.register_buffer("color", value)
-
-    def forward(self, directions: Tensor) -> Tensor:
-        """The colour, `[n_rays, 3]`."""
-        return self.color.to(directions.dtype).expand(directions.shape[0], 3)
-
-
 def random_colors(count: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
     """Random solid background colours `[count, 3]`, uniform in [0, 1]; drawn on the generator's device."""
     source = generator.device if generator is not None else torch.device(device)

@@ -1,11 +1,11 @@
-"""Backgrounds: learned, solid, random."""
+"""Backgrounds: learned, random."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from dreamfusion_fast.fields import MlpBackground, SolidBackground, per_view, random_colors
+from dreamfusion_fast.fields import MlpBackground, per_view, random_colors
 
 
 @pytest.mark.parametrize("count", [0, 1, 113])
@@ -38,14 +38,6 @@ def test_mlp_background_is_reproducible() -> None:
     a, b = (MlpBackground(generator=torch.Generator().manual_seed(3)) for _ in range(2))
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         assert torch.equal(p, q)
-
-
-def test_solid_background() -> None:
-    colors = SolidBackground((0.25, 0.5, 1.0))(torch.zeros(4, 3, dtype=torch.float64))
-    assert colors.tolist() == [[0.25, 0.5, 1.0]] * 4
-    assert colors.dtype == torch.float64
-    with pytest.raises(ValueError, match=r"color: got \[0.0, 2.0, 0.0\]"):
-        SolidBackground((0.0, 2.0, 0.0))
 
 
 def test_random_colors_and_per_view() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.fields import HashGridField, HashGridFieldConfig, MlpBackground, SolidBackground
+from dreamfusion_fast.fields import HashGridField, HashGridFieldConfig, MlpBackground
 from dreamfusion_fast.rendering import (
     InvalidRaysError,
     OccupancyGrid,
@@ -241,7 +241,6 @@ def test_backgrounds(kind: str) -> None:
         "color": (torch.tensor([0.2, 0.4, 0.6]), torch.tensor([0.2, 0.4, 0.6])),
         "rows": (rows, rows),
         "callable": (mlp, mlp(rays.directions)),
-        "module": (SolidBackground(), torch.ones(3)),
     }[kind]
     bare = VolumeRenderer(gaussian).render(rays)
     output = VolumeRenderer(gaussian).render(rays, background=given)

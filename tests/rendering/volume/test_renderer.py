@@ -231,7 +231,7 @@ def test_near_and_far_clip() -> None:
     torch.testing.assert_close(output.opacity, torch.tensor([1 - math.exp(-0.5)]), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["none", "color", "rows", "callable", "module"])
+@pytest.mark.parametrize("kind", ["none", "color", "rows", "callable"])
 def test_backgrounds(kind: str) -> None:
     rays = random_rays(113, torch.float32)
     rows = torch.rand(113, 3)

@@ -40,6 +40,11 @@ _BEGINS = 0.06
 _FAR_OUTSIDE = 2.0
 
 
+def threshold_advice(largest: float) -> str:
+    """Advice for a density that has no surface, `largest` at most: half of nothing would be no threshold."""
+    return f"export with a --threshold, such as {largest / 2:.2g}, or train longer" if largest > 0 else "train longer"
+
+
 def seen_distance(grid: DensityGrid) -> NDArray[np.float32]:
     """Signed distance to the surface that is seen, positive inside, exact near the surface only.
 
@@ -85,7 +90,7 @@ def seen_distance(grid: DensityGrid) -> NDArray[np.float32]:
         largest = float(grid.values.max())
         raise UserError(
             f"there is no surface: the field is nowhere opaque (its largest density is {largest:.4g}); "
-            f"export with a --threshold, such as {largest / 2:.2g}, or train longer"
+            f"{threshold_advice(largest)}"
         )
     result = torch.full_like(density, -_FAR_OUTSIDE * voxel)
     result[around] = second.clamp(-_FAR_OUTSIDE * voxel, 1.0)

@@ -20,7 +20,7 @@ from dreamfusion_fast.export.mesh import (
     without_degenerate,
 )
 from dreamfusion_fast.export.raster import rasterize_view
-from dreamfusion_fast.export.seen import seen_distance
+from dreamfusion_fast.export.seen import seen_distance, threshold_advice
 from dreamfusion_fast.export.views import rings
 
 # Elevation in degrees and number of the views of which one at least has to see a piece, and their height and width.
@@ -71,7 +71,7 @@ def extract_mesh(
     else:
         raise UserError(
             f"there is no surface: the density never exceeds the threshold {threshold:.4g} (its largest value is "
-            f"{largest:.4g}); export with a lower --threshold, such as {largest / 2:.2g}, or train longer"
+            f"{largest:.4g}); {threshold_advice(largest)}"
         )
     mesh = keep_visible(keep_large_components(_zero_surface(inside, grid), min_component))
     if smooth_iterations:

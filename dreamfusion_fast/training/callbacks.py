@@ -43,7 +43,10 @@ PREVIEW_VIEWS = 4
 
 
 class Callback:
-    """Override what is of interest. Every method gets the trainer, to read and to render, not to change."""
+    """Override what is of interest. Every method gets the trainer, to read and to render, not to change.
+
+    What a method raises ends the run, after a checkpoint was saved.
+    """
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step of this call; `trainer.steps_done` is above 0 when a run is resumed."""
@@ -52,7 +55,7 @@ class Callback:
         """After every step."""
 
     def on_end(self, trainer: Trainer) -> None:
-        """After the last step, after an interruption, and when a step raised."""
+        """After the last step, after an interruption, and when a step raised: wherever `on_start` was called."""
 
 
 def due(result: StepResult, every: int, last: int) -> bool:

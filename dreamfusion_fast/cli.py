@@ -8,18 +8,22 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 from dreamfusion_fast import __version__
-from dreamfusion_fast.errors import UserError, missing_package
+from dreamfusion_fast.errors import Interrupted, UserError, missing_package
 from dreamfusion_fast.settings import Range, SettingError, Settings, settings_in, unchecked
+from dreamfusion_fast.signals import stop_signals
+from dreamfusion_fast.streams import unfailing_output
 
 if TYPE_CHECKING:
     from dreamfusion_fast.export import Agreement
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PROG = "dreamfusion-fast"
+# Errors of the surroundings, wherever a file is written.
+_OUTER_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG)
 USAGE = f"""\
 Text to textured 3D mesh, by score distillation.
 
@@ -45,8 +51,15 @@ usage:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (by default the process's) and return the exit code.
 
-    0: done. 2: a user error, reported in one line on stderr. 130: interrupted.
+    0: done. 2: a user error, reported in one line on stderr. 128 and the number of a signal: interrupted by it, 130 for
+    Ctrl-C. Output that cannot be written is dropped, and changes nothing else.
     """
+    with unfailing_output(), stop_signals():
+        return _reported(argv)
+
+
+def _reported(argv: Sequence[str] | None) -> int:
+    """The exit code of a command, whose errors are printed."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("DREAMFUSION_FAST_DEBUG", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -55,12 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(arguments)
     except SystemExit as stop:  # argparse and tyro have printed their message
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output, such as head, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 128 + (interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT)
     except Exception as error:
         message = _message(error)
         if debug or message is None:
@@ -112,8 +122,13 @@ def _message(error: Exception) -> str | None:
         return " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError):
         return missing_package(error)
-    if type(error).__name__ == "OutOfMemoryError":
-        return "the GPU is out of memory; close what else uses it, choose a smaller --guidance.name, or --device cpu"
+    if "torch" in sys.modules:
+        from dreamfusion_fast.gpu.memory import is_out_of_memory, what_was_wanted
+
+        if is_out_of_memory(error):
+            return f"out of memory ({what_was_wanted(error)}); close what else uses it, or choose smaller settings"
+    if isinstance(error, OSError) and error.errno in _OUTER_ERRORS:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return None
 
 

@@ -17,6 +17,18 @@ def missing_package(error: ModuleNotFoundError) -> str | None:
     return f'{package} is not installed: pip install "dreamfusion-fast[generate]"'
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the process to end: Ctrl-C, SIGTERM or SIGHUP.
+
+    Attributes:
+        number: of the signal. The command line exits with 128 and this.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 class NonFiniteError(UserError):
     """A NaN or an infinity appeared where training needs a finite number."""
 

@@ -232,7 +232,7 @@ def test_errors_in_the_run_are_one_line(capsys, fake):
     fake.error = UserError("the loss is\nnot finite")
     assert fails(capsys, "generate", "x") == "error: the loss is not finite"
     fake.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
-    assert "out of memory; close what else uses it" in fails(capsys, "generate", "x")
+    assert "out of memory (Tried to allocate a lot); close what else uses it" in fails(capsys, "generate", "x")
 
 
 def test_bugs_and_debug_show_a_traceback(fake, monkeypatch):

@@ -13,6 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "dreamfusion_fast"
 # From the ground up. A module belongs to the longest entry that its name begins with.
 ORDER = (
     "errors",
+    "signals",
+    "streams",
     "settings",
     "io",
     "ops",

@@ -1,7 +1,8 @@
-"""Memory that a process may still allocate on a GPU, torch's limit to it, and which errors mean that it ran out."""
+"""Memory that a process may still allocate on a GPU, torch's limit to it, and which errors mean that memory ran out."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ _WORDS = (
     "CUDA error: out of memory",
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
+    "std::bad_alloc",
 )
 
 
@@ -65,6 +67,8 @@ def _that_says_so(error: BaseException) -> BaseException | None:
     seen: set[int] = set()
     while link is not None and id(link) not in seen:
         if isinstance(link, (torch.OutOfMemoryError, MemoryError)):
+            return link
+        if isinstance(link, OSError) and link.errno == errno.ENOMEM:  # of a mapping, or of a process to start
             return link
         if not isinstance(link, RuntimeError):
             return None

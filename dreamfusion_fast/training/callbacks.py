@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import sys
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -20,23 +23,30 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from dreamfusion_fast.errors import NonFiniteError
 from dreamfusion_fast.export import save_png, tile
 from dreamfusion_fast.export.turntable import to_uint8
 from dreamfusion_fast.io import RunFolder
 from dreamfusion_fast.rendering.cameras import orbit_cameras
 from dreamfusion_fast.rendering.shading import Shading
+from dreamfusion_fast.streams import UnfailingStream, unfailing
 from dreamfusion_fast.training.checkpoint import save_checkpoint
 from dreamfusion_fast.training.trainer import StepResult, Trainer
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+_log = logging.getLogger(__name__)
+
 PREVIEW_SIZE = 128
 PREVIEW_VIEWS = 4
 
 
 class Callback:
-    """Override what is of interest. Every method gets the trainer, to read and to render, not to change."""
+    """Override what is of interest. Every method gets the trainer, to read and to render, not to change.
+
+    What a method raises ends the run, after a checkpoint was saved.
+    """
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step of this call; `trainer.steps_done` is above 0 when a run is resumed."""
@@ -45,12 +55,51 @@ class Callback:
         """After every step."""
 
     def on_end(self, trainer: Trainer) -> None:
-        """After the last step, after an interruption, and when a step raised."""
+        """After the last step, after an interruption, and when a step raised: wherever `on_start` was called."""
 
 
 def due(result: StepResult, every: int, last: int) -> bool:
     """Whether something done every `every` steps (0: never) is due; at the last step it is, if it is done at all."""
     return every > 0 and (result.step % every == 0 or result.step == last)
+
+
+class Shown(Callback):
+    """Another callback, which shows progress and so can never end a run: at its first error it is switched off.
+
+    Args:
+        name: of what is shown, for the message.
+        callback: what shows it.
+    """
+
+    def __init__(self, name: str, callback: Callback) -> None:
+        self._name = name
+        self._callback: Callback | None = callback
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._call("on_start", trainer)
+
+    def on_step(self, trainer: Trainer, result: StepResult) -> None:
+        self._call("on_step", trainer, result)
+
+    def on_end(self, trainer: Trainer) -> None:
+        self._call("on_end", trainer)
+
+    def _call(self, method: str, trainer: Trainer, *arguments: StepResult) -> None:
+        callback = self._callback
+        if callback is None:
+            return
+        try:
+            getattr(callback, method)(trainer, *arguments)
+        except Exception as error:
+            self._callback = None
+            with contextlib.suppress(Exception):  # threads and redirected streams end all the same
+                callback.on_end(trainer)
+            _log.warning("%s: switched off, the run goes on (%s)", self._name, one_line(error))
+
+
+def one_line(error: BaseException) -> str:
+    """An error in a message: its kind, and the beginning of what it says."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder="...")
 
 
 class _BarAndLosses(Progress):
@@ -69,9 +118,12 @@ class ProgressBar(Callback):
     def __init__(self, every: int) -> None:
         self._every = every
         self._progress: _BarAndLosses | None = None
+        self._stream: UnfailingStream | None = None
         self._task = TaskID(0)
 
     def on_start(self, trainer: Trainer) -> None:
+        # rich draws in a thread of its own as well, and leaves the process where a pipe is closed.
+        self._stream = unfailing(sys.stdout) if sys.stdout is not None else None
         self._progress = _BarAndLosses(
             TextColumn("{task.description}"),
             BarColumn(bar_width=14),
@@ -80,6 +132,7 @@ class ProgressBar(Callback):
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            console=Console(file=cast("IO[str] | None", self._stream)),
         )
         prompt, steps = textwrap.shorten(trainer.config.prompt, 20, placeholder="..."), trainer.config.steps
         self._task = self._progress.add_task(escape(prompt), total=steps, completed=trainer.steps_done, rate="")
@@ -94,10 +147,16 @@ class ProgressBar(Callback):
             fields["rate"] = f"{task.speed:.1f} it/s" if task.speed else ""
             self._progress.losses = "  ".join(f"{name} {float(value):.3f}" for name, value in result.losses.items())
         self._progress.update(self._task, completed=result.step, **fields)
+        self._check_stream()
 
     def on_end(self, trainer: Trainer) -> None:
         if self._progress is not None:
             self._progress.stop()
+            self._check_stream()
+
+    def _check_stream(self) -> None:
+        if self._stream is not None and self._stream.error is not None:
+            raise self._stream.error
 
 
 class Preview(Callback):
@@ -144,15 +203,37 @@ class Curves(Callback):
 
 
 class Checkpoints(Callback):
-    """checkpoint.safetensors every so many steps and at the end, but never one that holds a NaN."""
+    """checkpoint.safetensors every so many steps and at the end, but never one that holds a NaN.
 
-    def __init__(self, folder: RunFolder, every: int) -> None:
+    Args:
+        folder: of the run.
+        every: steps; 0: none but the one at the end.
+        step: of the checkpoint that is there.
+    """
+
+    def __init__(self, folder: RunFolder, every: int, step: int = 0) -> None:
         self._folder, self._every = folder, every
         self._saved: tuple[int, bool] | None = None
+        self.step = step
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         if due(result, self._every, trainer.config.steps):
+            self.try_save(trainer)
+
+    def try_save(self, trainer: Trainer) -> None:
+        """As `save`, but where writing fails, say so and go on: what is in memory is worth more than its copy.
+
+        Raises:
+            NonFiniteError: as `save`.
+        """
+        try:
             self.save(trainer)
+        except NonFiniteError:
+            raise
+        except Exception as error:
+            _log.warning(
+                "no checkpoint of step %d, that of step %d is kept (%s)", trainer.steps_done, self.step, one_line(error)
+            )
 
     def save(self, trainer: Trainer) -> None:
         """Write a checkpoint now, unless there is one of this step and stage.
@@ -168,4 +249,4 @@ class Checkpoints(Callback):
         save_checkpoint(
             self._folder.checkpoint, tensors=tensors, config=trainer.config, step=trainer.steps_done, meta=meta
         )
-        self._saved = state
+        self._saved, self.step = state, trainer.steps_done

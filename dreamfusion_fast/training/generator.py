@@ -7,9 +7,7 @@ import dataclasses
 import logging
 import os
 import shlex
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dreamfusion_fast.errors import DoesNotFitError, NonFiniteError, UserError
+from dreamfusion_fast.errors import DoesNotFitError, Interrupted, NonFiniteError, UserError
 from dreamfusion_fast.export import TexturedMesh, export_field, render_mesh, render_preview, render_turntable
 from dreamfusion_fast.guidance.config import GuidanceConfig
 from dreamfusion_fast.guidance.contract import Guidance
@@ -25,7 +23,16 @@ from dreamfusion_fast.guidance.creation import create_guidance
 from dreamfusion_fast.io import RunFolder, default_run_folder, make_folder, open_run_folder, prepare_run_folder
 from dreamfusion_fast.rendering.cameras import orbit_cameras
 from dreamfusion_fast.scene import Scene
-from dreamfusion_fast.training.callbacks import Callback, Checkpoints, Curves, Preview, ProgressBar
+from dreamfusion_fast.signals import StopRequest, stop_signals
+from dreamfusion_fast.training.callbacks import (
+    Callback,
+    Checkpoints,
+    Curves,
+    Preview,
+    ProgressBar,
+    Shown,
+    one_line,
+)
 from dreamfusion_fast.training.checkpoint import Checkpoint, load_checkpoint
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.device import current, resolve_device
@@ -132,11 +139,16 @@ class Generator:
     def run(self) -> RunResult:
         """Optimise, then export.
 
+        Whatever ends it early, a checkpoint of the last whole step is written, unless that holds a NaN, and it is
+        logged how to continue. What only shows progress, such as the preview, is switched off where it fails.
+
         Raises:
-            KeyboardInterrupt: on Ctrl-C, after a checkpoint was written and it was said how to continue.
+            Interrupted: a KeyboardInterrupt on Ctrl-C, SIGTERM or SIGHUP, after the step in progress; at the second
+                one at once and without a checkpoint. In the main thread only.
             UserError: a used or unwritable folder, a NaN in training, no surface to export, too little memory.
+            Exception: what a callback raised.
         """
-        with current(self.device), capped(self.config.memory, self.device):
+        with stop_signals(), current(self.device), capped(self.config.memory, self.device):
             return self._run()
 
     def _run(self) -> RunResult:
@@ -155,25 +167,28 @@ class Generator:
             self._folder = None if new else folder
             raise
         config.save(folder.config)
-        checkpoints = Checkpoints(folder, config.log.checkpoint_every)
+        checkpoints = Checkpoints(folder, config.log.checkpoint_every, trainer.steps_done)
         if new:
             checkpoints.save(trainer)  # from here on the run can be resumed, whatever happens
         for line in trainer.planner.lines(trainer.plan):
             _log.info(line)
         if config.guidance.name != "embedded":
             self._load(trainer, folder)
+
+        def progress() -> str:
+            done, saved = trainer.steps_done, checkpoints.step
+            return f"after step {done} of {config.steps}" + (f", saved is step {saved}" if saved != done else "")
+
         try:
-            self._train(trainer, folder, checkpoints)
+            with _resumable(folder, progress), stop_signals(deferred=True) as stop:
+                self._train(trainer, folder, checkpoints, stop)
         finally:  # also on Ctrl-C
             profile = None if profiler is None else profiler.result()
             if profile is not None:
                 _log.info(profile.table())
-        try:
-            self._scene = trainer.scene
+        self._scene = trainer.scene
+        with _resumable(folder, lambda: "during the export"):
             return RunResult(folder.path, trainer.steps_done, self._export(trainer.scene, folder), profile)
-        except KeyboardInterrupt:
-            _log.warning("stopped during the export; continue: %s", _resume_command(folder))
-            raise
 
     def _resumed_guidance(self) -> Guidance | None:
         """The model of a resumed run at the commit that it began with, or None where a new one is as good.
@@ -202,48 +217,47 @@ class Generator:
         compiled = self.device.type != "cpu" and self.config.guidance.fused and not trainer.plan.offload
         later = "; its kernels are compiled and captured in the first step" if compiled else ""
         _log.info("loading %s%s", trainer.guidance.name, later)
-        try:
+        with _resumable(folder, lambda: f"before step {trainer.steps_done + 1}"):
             trainer.load_guidance()
-        except DoesNotFitError as error:
-            raise _to_be_resumed(error, folder) from error
-        except KeyboardInterrupt:
-            _log.warning("stopped before step %d; continue: %s", trainer.steps_done + 1, _resume_command(folder))
-            raise
 
-    def _train(self, trainer: Trainer, folder: RunFolder, checkpoints: Checkpoints) -> None:
-        log, steps = self.config.log, self.config.steps
+    def _train(self, trainer: Trainer, folder: RunFolder, checkpoints: Checkpoints, stop: StopRequest) -> None:
+        log = self.config.log
         callbacks: list[Callback] = [checkpoints]
         if log.progress_bar:
-            callbacks.append(ProgressBar(log.log_every))
+            callbacks.append(Shown("progress bar", ProgressBar(log.log_every)))
         if log.preview_every:
-            callbacks.append(Preview(folder.preview, log.preview_every))
+            callbacks.append(Shown(folder.preview.name, Preview(folder.preview, log.preview_every)))
         if log.tensorboard:
-            callbacks.append(Curves(folder.tensorboard, log.log_every))
+            callbacks.append(Shown("curves", Curves(folder.tensorboard, log.log_every)))
         callbacks += self.callbacks
-        for callback in callbacks:
-            callback.on_start(trainer)
-        try:
-            with _interruptible() as interrupted:
-                while trainer.steps_done < steps and not interrupted.is_set():
-                    result = trainer.step()
-                    for callback in callbacks:
-                        callback.on_step(trainer, result)
-                checkpoints.save(trainer)
-                if self.config.firm.steps and not trainer.firmed and not interrupted.is_set():
-                    trainer.firm(interrupted.is_set)
-                    checkpoints.save(trainer)
-        except NonFiniteError as error:
-            raise UserError(f"{error}; the last good checkpoint is {folder.checkpoint}") from error
-        except DoesNotFitError as error:
-            checkpoints.save(trainer)  # of the last whole step
-            raise _to_be_resumed(error, folder) from error
-        finally:
+        with contextlib.ExitStack() as ending:  # each that was started is ended, the last one first
             for callback in callbacks:
-                callback.on_end(trainer)
-        if interrupted.is_set():
-            resume = _resume_command(folder)
-            _log.warning("stopped after step %d of %d; continue: %s", trainer.steps_done, steps, resume)
-            raise KeyboardInterrupt
+                ending.callback(callback.on_end, trainer)
+                callback.on_start(trainer)
+            try:
+                self._optimise(trainer, callbacks, checkpoints, stop)
+            except NonFiniteError as error:
+                raise UserError(f"{error}; the last good checkpoint is {folder.checkpoint}") from error
+            except Interrupted:  # the second signal: at once
+                raise
+            except BaseException:
+                with contextlib.suppress(NonFiniteError):
+                    checkpoints.try_save(trainer)  # of the last whole step
+                raise
+        if stop.number is not None:
+            raise Interrupted(stop.number)
+
+    def _optimise(
+        self, trainer: Trainer, callbacks: Sequence[Callback], checkpoints: Checkpoints, stop: StopRequest
+    ) -> None:
+        while trainer.steps_done < self.config.steps and not stop.made():
+            result = trainer.step()
+            for callback in callbacks:
+                callback.on_step(trainer, result)
+        checkpoints.try_save(trainer)
+        if self.config.firm.steps and not trainer.firmed and not stop.made():
+            trainer.firm(stop.made)
+            checkpoints.try_save(trainer)
 
     def export(self, out: str | Path | None = None) -> TexturedMesh:
         """Make mesh, turntable and preview of a finished or resumed run again, into `out` or its own folder."""
@@ -280,41 +294,39 @@ class Generator:
             camera = orbit_cameras(1, e.elevation_deg, start_deg=azimuth)
             return render_mesh(mesh.unwrapped, mesh.texture, camera, 0, e.turntable_size)
 
-        render_preview(picture, folder.preview, e.preview_views)
+        with _dispensable(folder.preview):
+            render_preview(picture, folder.preview, e.preview_views)
         if e.turntable_frames:
-            render_turntable(
-                picture,
-                folder.turntable,
-                n_frames=e.turntable_frames,
-                fps=e.turntable_fps,
-                threads=min(os.cpu_count() or 1, _PICTURE_THREADS),
-            )
+            with _dispensable(folder.turntable):
+                render_turntable(
+                    picture,
+                    folder.turntable,
+                    n_frames=e.turntable_frames,
+                    fps=e.turntable_fps,
+                    threads=min(os.cpu_count() or 1, _PICTURE_THREADS),
+                )
         return mesh
 
 
-def _resume_command(folder: RunFolder) -> str:
-    return f"dreamfusion-fast generate --resume {shlex.quote(str(folder.path))}"
-
-
-def _to_be_resumed(error: DoesNotFitError, folder: RunFolder) -> UserError:
-    return UserError(f"{error}; with such settings added, continue: {_resume_command(folder)}")
+@contextlib.contextmanager
+def _resumable(folder: RunFolder, when: Callable[[], str]) -> Iterator[None]:
+    """Within it, whatever ends the run, it is said when it was and how to continue."""
+    resume = f"dreamfusion-fast generate --resume {shlex.quote(str(folder.path))}"
+    try:
+        yield
+    except DoesNotFitError as error:
+        raise UserError(f"{error}; with such settings added, continue: {resume}") from error
+    except BaseException:
+        _log.warning("stopped %s; continue: %s", when(), resume)
+        raise
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Within it, the first Ctrl-C sets the event, so that the step in progress ends whole; a second one interrupts."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may install handlers
-        yield stop
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    previous = signal.signal(signal.SIGINT, handle)
+def _dispensable(picture: Path) -> Iterator[None]:
+    """Within it, what goes wrong costs this picture of the mesh alone."""
     try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, previous)
+        yield
+    except Exception as error:
+        _log.warning(
+            "no %s (%s); the mesh is there, and dreamfusion-fast export makes it again", picture.name, one_line(error)
+        )

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ from dreamfusion_fast.training.optimizer_step import CapturedStep
 from dreamfusion_fast.training.profile import StepProfiler
 from dreamfusion_fast.training.scenes import does_not_fit, make_scene, restore_scene
 from dreamfusion_fast.training.view_sampler import DrawnViews, ViewSampler
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -110,7 +113,6 @@ class Trainer:
         self.embeddings = self.guidance.embed(config.prompt)
         self.steps_done = 0
         self.firmed = False  # whether the last stage is done
-        self._occupancy_is_of = -1  # the step that has updated it, if it was due
 
     def _make_optimizer(self) -> torch.optim.Adam:
         c = self.config.optim
@@ -138,26 +140,13 @@ class Trainer:
         self.guidance.set_offload(plan.offload)
 
     def step(self) -> StepResult:
-        """One optimiser step on `batch` random views.
+        """One optimiser step on `batch` random views. Where it raises, nothing has changed since the last step.
 
         Raises:
             NonFiniteError: images, losses or gradients hold a NaN or an infinity.
-            DoesNotFitError: out of memory, and there is nothing left to save. Nothing has changed since the last step.
+            DoesNotFitError: out of memory, and there is nothing left to save.
         """
-        size = self.config.schedule.size(self.steps_done / self.config.steps)
-        before = self.generator.get_state()
-        while True:
-            try:
-                with nullcontext() if self.profiler is None else self.profiler.step(size, self.batch):
-                    return self._step(size)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = what_was_wanted(error)
-            # Undone here, since the error's traceback holds all that the step had made.
-            self.optimizer.zero_grad(set_to_none=True)
-            self.generator.set_state(before)
-            self._save_more(f"in step {self.steps_done + 1}", reason, self.planner.below(self.plan))
+        return self._fitting(self._step_or_undo, f"in step {self.steps_done + 1}", self._one_below)
 
     def load_guidance(self) -> None:
         """Load the guidance's weights now and not in the first step.
@@ -167,32 +156,70 @@ class Trainer:
         Raises:
             DoesNotFitError: out of memory, and no rung is left on which fewer are.
         """
+
+        def fewer_weights() -> MemoryPlan | None:
+            weights, plan = self.planner.parts(self.plan)["weights"], self._one_below()
+            while plan is not None and self.planner.parts(plan)["weights"] >= weights:
+                plan = self.planner.below(plan)
+            return plan
+
+        when = f"while the weights of guidance {self.guidance.name!r} were loaded"
+        self._fitting(self.guidance.load, when, fewer_weights)
+
+    def _one_below(self) -> MemoryPlan | None:
+        return self.planner.below(self.plan)
+
+    def _fitting(self, action: Callable[[], T], when: str, below: Callable[[], MemoryPlan | None]) -> T:
+        """What `action` returns. Where memory runs out, it is repeated with the plan that `below` returns.
+
+        Args:
+            action: leaves everything as it was where it raises.
+            when: it runs, for messages.
+
+        Raises:
+            DoesNotFitError: out of memory, and `below` has no plan.
+        """
         while True:
             try:
-                return self.guidance.load()
+                return action()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 reason = what_was_wanted(error)
-            weights, plan = self.planner.parts(self.plan)["weights"], self.planner.below(self.plan)
-            while plan is not None and self.planner.parts(plan)["weights"] >= weights:
-                plan = self.planner.below(plan)
-            self._save_more(f"while the weights of guidance {self.guidance.name!r} were loaded", reason, plan)
+            # Memory is freed here, since the error's traceback holds all that the action had made.
+            plan = below()
+            if plan is None:
+                raise DoesNotFitError(
+                    f"out of memory {when} ({reason}), and nothing is left to save: {self.planner.advice(self.plan)}"
+                )
+            saved = ", ".join(plan.savings(self.batch, self.plan))
+            _log.warning("out of memory %s (%s); from here on %s", when, reason, saved)
+            self.follow(plan)
 
-    def _save_more(self, when: str, reason: str, plan: MemoryPlan | None) -> None:
-        """Follow a lower rung, and say so; DoesNotFitError where there is none."""
-        if plan is None:
-            raise DoesNotFitError(
-                f"out of memory {when} ({reason}), and nothing is left to save: {self.planner.advice(self.plan)}"
-            )
-        saved = ", ".join(plan.savings(self.batch, self.plan))
-        _log.warning("out of memory %s (%s); from here on %s", when, reason, saved)
-        self.follow(plan)
+    def _step_or_undo(self) -> StepResult:
+        """One step. Where it raises, all that a checkpoint holds is as it was before."""
+        step, occupancy = self.steps_done, self.scene.occupancy
+        size = self.config.schedule.size(step / self.config.steps)
+        draws = self.generator.get_state()
+        kept = (occupancy.grid, occupancy.bitfield) if step % occupancy.every == 0 else ()
+        before = [buffer.clone() for buffer in kept]
+        try:
+            with nullcontext() if self.profiler is None else self.profiler.step(size, self.batch):
+                return self._step(size)
+        except BaseException:
+            if self.steps_done == step:  # else it is done, and what raised is the profiler
+                self.optimizer.zero_grad(set_to_none=True)
+                self.generator.set_state(draws)
+                for buffer, value in zip(kept, before, strict=True):
+                    buffer.copy_(value)
+            raise
 
     def _step(self, size: int) -> StepResult:
         config, progress = self.config, self.steps_done / self.config.steps
         self._set_learning_rates(progress)
-        self._update_occupancy()
+        if self.steps_done % self.scene.occupancy.every == 0:
+            with stage("occupancy"):
+                self.scene.occupancy.update(self.scene.field, self.steps_done)
         weights = {name: getattr(config.loss, name).at(progress) for name in LOSSES}
         with stage("cameras"):
             drawn = self._sampler.draw(size, progress, self.scene.renderer)
@@ -242,24 +269,12 @@ class Trainer:
 
         Raises:
             NonFiniteError: the field did not stay finite; it is left as it was.
+            DoesNotFitError: out of memory, and there is nothing left to save; the field is left as it was.
         """
-        self.firmed = firm_field(self.scene, self.config, stop)
+        self.firmed = self._fitting(
+            lambda: firm_field(self.scene, self.config, stop), "in the last stage", self._one_below
+        )
         return self.firmed
-
-    def _update_occupancy(self) -> None:
-        """Once per step, however often the step is repeated, and whole or not at all."""
-        occupancy = self.scene.occupancy
-        if self.steps_done % occupancy.every or self._occupancy_is_of == self.steps_done:
-            return
-        with stage("occupancy"):
-            before = occupancy.grid.clone(), occupancy.bitfield.clone()
-            try:
-                occupancy.update(self.scene.field, self.steps_done)
-            except Exception:
-                occupancy.grid.copy_(before[0])
-                occupancy.bitfield.copy_(before[1])
-                raise
-        self._occupancy_is_of = self.steps_done
 
     def check_finite(self, result: StepResult, total: Tensor | None = None) -> None:
         """Raise NonFiniteError if a loss of `result`, or their weighted sum, is not finite; waits for the GPU."""
@@ -321,4 +336,3 @@ class Trainer:
             raise does_not_fit(error) from error
         self.steps_done = checkpoint.step
         self.firmed = bool(checkpoint.meta.get("firmed", False))
-        self._occupancy_is_of = -1

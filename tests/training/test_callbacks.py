@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import sys
+import threading
 
 import pytest
-import rich.console
 import torch
 from fakes import BallGuidance, small_config
 from PIL import Image
@@ -17,10 +18,12 @@ from dreamfusion_fast.rendering.shading import Shading
 from dreamfusion_fast.training.callbacks import (
     PREVIEW_SIZE,
     PREVIEW_VIEWS,
+    Callback,
     Checkpoints,
     Curves,
     Preview,
     ProgressBar,
+    Shown,
     due,
 )
 from dreamfusion_fast.training.checkpoint import load_checkpoint
@@ -126,8 +129,8 @@ def test_a_checkpoint_with_nan_is_not_written(trainer, tmp_path):
 
 def test_progress_bar_shows_rate_and_losses(trainer, monkeypatch):
     printed = io.StringIO()
-    console = rich.console.Console(file=printed, width=80)
-    monkeypatch.setattr("rich.progress.get_console", lambda: console)
+    monkeypatch.setattr("sys.stdout", printed)
+    monkeypatch.setenv("COLUMNS", "80")
     trainer.config = dataclasses.replace(trainer.config, prompt="a [red] ball beside a blue one")
     run(trainer, ProgressBar(2))
     bar, losses = (line.strip() for line in printed.getvalue().strip().splitlines())
@@ -139,3 +142,59 @@ def test_progress_bar_shows_rate_and_losses(trainer, monkeypatch):
 
 def test_progress_bar_that_never_started_can_end(trainer):
     ProgressBar(1).on_end(trainer)
+
+
+@pytest.mark.parametrize("method", ["on_start", "on_step", "on_end"])
+def test_what_only_shows_is_switched_off_where_it_fails(trainer, said, method):
+    class Broken(Callback):
+        told: list[str] = []  # noqa: RUF012
+
+        def __getattribute__(self, name):
+            if name.startswith("on_"):
+                self.told.append(name)
+                if name == method:
+                    raise OSError(28, "No space left on device")
+            return super().__getattribute__(name)
+
+    broken = Broken()
+    run(trainer, Shown("picture", broken), steps=3)
+    told = {"on_start": ["on_start"], "on_step": ["on_start", "on_step"], "on_end": ["on_start"] + ["on_step"] * 3}
+    assert broken.told == told[method] + (["on_end"] if method != "on_end" else ["on_end", "on_end"])
+    assert said() == ["picture: switched off, the run goes on (OSError: [Errno 28] No space left on device)"]
+
+
+def test_a_progress_bar_that_cannot_be_written_is_switched_off(trainer, monkeypatch, said):
+    """Without an error in the thread that draws it, nor an exit by rich."""
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    threads = threading.enumerate()
+    monkeypatch.setattr("sys.stdout", Terminal())
+    run(trainer, Shown("progress bar", ProgressBar(1)))
+    assert said() == ["progress bar: switched off, the run goes on (BrokenPipeError: [Errno 32] Broken pipe)"]
+    assert threading.enumerate() == threads
+    assert isinstance(sys.stdout, Terminal)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_tried_again(trainer, tmp_path, monkeypatch, said):
+    folder = RunFolder(tmp_path)
+    checkpoints = Checkpoints(folder, 2)
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    for step in range(1, 7):
+        with monkeypatch.context() as patch:
+            if step == 4:
+                patch.setattr("dreamfusion_fast.training.callbacks.save_checkpoint", full)
+            checkpoints.on_step(trainer, trainer.step())
+        assert step == 1 or load_checkpoint(folder.checkpoint).step == checkpoints.step
+        assert checkpoints.step == {1: 0, 4: 2, 5: 2}.get(step, step - step % 2)
+    assert said() == [
+        "no checkpoint of step 4, that of step 2 is kept (OSError: [Errno 28] No space left on device)",
+    ]

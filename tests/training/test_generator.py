@@ -178,7 +178,7 @@ def test_a_run_that_is_done_is_not_firmed_again(tmp_path):
     assert_same_tensors(before, tensors_of(tmp_path / "run"))
 
 
-def test_second_ctrl_c_stops_at_once(tmp_path):
+def test_second_ctrl_c_stops_at_once(tmp_path, said):
     def twice():
         interrupt()
         interrupt()
@@ -187,6 +187,7 @@ def test_second_ctrl_c_stops_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         generator_of(tmp_path / "run", callbacks=[record]).run()
     assert load_checkpoint(tmp_path / "run" / "checkpoint.safetensors").step == 0  # the one of the start
+    assert said()[-1].startswith("stopped after step 2 of 12, saved is step 0; continue: ")
 
 
 def test_ctrl_c_during_the_export_says_how_to_continue(tmp_path, said, monkeypatch):

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.ops._checks import check_same_length, check_tensor
+from dreamfusion_fast.ops._checks import check_number, check_same_length, check_tensor
 from dreamfusion_fast.ops._native import call, pointer
 
 
@@ -42,8 +42,8 @@ def _check(op: str, origins: Tensor, directions: Tensor, aabb: Tensor, near: flo
     check_tensor(op, "directions", directions, ["n_rays", 3], like=origins, same_dtype=True)
     check_same_length(op, "directions", directions, "origins", origins)
     check_tensor(op, "aabb", aabb, [6], like=origins, same_dtype=True)
-    if math.isnan(near) or math.isnan(far):
-        raise ValueError(f"{op}: near and far must be numbers, got {near} and {far}")
+    for name, value in (("near", near), ("far", far)):
+        check_number(op, name, value, "a number", lambda number: not math.isnan(number))
 
 
 @torch.library.custom_op("dreamfusion_fast::ray_box", mutates_args=())

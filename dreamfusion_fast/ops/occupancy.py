@@ -47,7 +47,8 @@ def occupancy_pack(grid: Tensor, threshold: float | Tensor) -> Tensor:
         TypeError, ValueError: an argument of the wrong dtype, shape or device.
         RuntimeError: the native core for this device was not built.
     """
-    return _occupancy_pack(grid.detach(), _check_pack("occupancy_pack", grid, threshold))
+    threshold = _check_pack("occupancy_pack", grid, threshold)
+    return _occupancy_pack(grid.detach(), threshold)
 
 
 def check_cells(op: str, resolution: int, cascades: int, most: int = 2**31 - 1) -> None:

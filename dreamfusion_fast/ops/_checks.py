@@ -73,7 +73,7 @@ def check_number(
         ValueError: one that does not fit.
     """
     kinds = (numbers.Integral, torch.SymInt) if whole else (numbers.Real, torch.SymInt, torch.SymFloat)
-    if not isinstance(value, kinds):
+    if isinstance(value, bool) or not isinstance(value, kinds):
         raise TypeError(f"{op}: {name} must be {wanted}{' (an integer)' if whole else ''}, got {shown(value)}")
     try:
         fitting = fits(value)
@@ -81,6 +81,11 @@ def check_number(
         fitting = False
     if not fitting:
         raise ValueError(f"{op}: {name} must be {wanted}, got {shown(value)}")
+
+
+def positive_in(dtype: torch.dtype) -> Callable[[Any], bool]:
+    """For `check_number`: above 0 and finite also when it has become this type."""
+    return lambda number: torch.finfo(dtype).tiny <= number <= torch.finfo(dtype).max
 
 
 def check_flag(op: str, name: str, value: Any) -> None:

@@ -1,12 +1,11 @@
 """Alpha compositing of packed samples along rays (Max 1995; NeRF, Mildenhall et al. 2020, eq. 3)."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.ops._checks import check_number, check_same_length, check_tensor, check_transforms
+from dreamfusion_fast.ops._checks import check_number, check_same_length, check_tensor, check_transforms, positive_in
 from dreamfusion_fast.ops._native import call, pointer
 
 # exp(-800) is zero in float32 and float64: a sample this thick is opaque, and an infinite density gives no inf - inf.
@@ -64,7 +63,7 @@ def _check(op: str, density: Tensor, values: Tensor, t: Tensor, step: float | Te
         check_tensor(op, "step", step, ["n_samples"], like=density, same_dtype=True)
         check_same_length(op, "step", step, "density", density)
     else:
-        check_number(op, "step", step, "positive and finite", lambda number: number > 0 and math.isfinite(number))
+        check_number(op, "step", step, "positive and finite", positive_in(density.dtype))
 
 
 def _check_values(lengths: Tensor | None, offsets: Tensor, n_samples: int) -> None:

@@ -100,10 +100,10 @@ def hash_grid_layout(
     Raises:
         TypeError, ValueError: no integer, or one out of its range.
     """
-    op, finest = "hash_grid_layout", 2**24
+    op, most = "hash_grid_layout", 2**24
     check_number(op, "levels", levels, "at least 1 and at most 1024", lambda number: 1 <= number <= 1024, whole=True)
-    wanted = "at most 2^24 and at least base_resolution"
-    check_number(op, "finest_resolution", finest_resolution, wanted, lambda number: number <= finest, whole=True)
+    wanted = "between base_resolution and 2^24"
+    check_number(op, "finest_resolution", finest_resolution, wanted, lambda number: 1 <= number <= most, whole=True)
     wanted = f"at least 1 and at most finest_resolution, {finest_resolution}"
     check_number(
         op, "base_resolution", base_resolution, wanted, lambda number: 1 <= number <= finest_resolution, whole=True

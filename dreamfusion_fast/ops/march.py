@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.ops._checks import check_flag, check_number, check_same_length, check_tensor
+from dreamfusion_fast.ops._checks import check_flag, check_number, check_same_length, check_tensor, positive_in
 from dreamfusion_fast.ops._native import call, pointer
 from dreamfusion_fast.ops.occupancy import bitfield_size, check_cells, occupancy_unpack
 from dreamfusion_fast.ops.ray_box import ray_box_reference
@@ -70,7 +70,7 @@ def march(
         RuntimeError: more than 2^31 - 1 samples, or the native core for this device was not built.
     """
     _check("march", origins, directions, t_near, t_far, aabb, bitfield, resolution, jitter, seed, capacity, cascades)
-    _check_step("march", step)
+    _check_step("march", step, origins)
     rays = (origins.detach(), directions.detach(), t_near.detach(), t_far.detach(), aabb.detach())
     return _march(*rays, bitfield, resolution, step, jitter, seed, capacity, cascades)
 
@@ -162,8 +162,8 @@ def _check(
         check_number(op, "capacity", capacity, wanted, lambda number: 0 <= number <= MAX_SAMPLES, whole=True)
 
 
-def _check_step(op: str, step: float) -> None:
-    check_number(op, "step", step, "a positive number", lambda number: number > 0 and math.isfinite(number))
+def _check_step(op: str, step: float, origins: Tensor) -> None:
+    check_number(op, "step", step, "a positive number", positive_in(origins.dtype))
 
 
 def _check_distances(op: str, distances: Tensor, origins: Tensor) -> None:
@@ -341,9 +341,9 @@ def march_reference(
     _check(
         "march_reference", origins, directions, t_near, t_far, aabb, bitfield, resolution, jitter, seed, None, cascades
     )
-    _check_step("march_reference", step)
+    _check_step("march_reference", step, origins)
     n_rays = origins.shape[0]
-    steps = origins.new_full((), step)
+    steps = origins.new_full((), float(step))
 
     # How many k to visit: until t_far, or until the ray has left a box a little larger than the last cascade's.
     centre, half = 0.5 * (aabb[:3] + aabb[3:]), (0.5 + 1e-3) * 2 ** (cascades - 1) * (aabb[3:] - aabb[:3])

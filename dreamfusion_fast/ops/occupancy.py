@@ -67,8 +67,9 @@ def bitfield_size(resolution: int, cascades: int) -> int:
 
 
 def _check_grid(op: str, grid: Tensor, dtypes: tuple[torch.dtype, ...]) -> int:
-    cascaded = isinstance(grid, Tensor) and grid.dim() == 4
-    size = grid.shape[-3] if cascaded or (isinstance(grid, Tensor) and grid.dim() == 3) else 0
+    dims = grid.dim() if isinstance(grid, Tensor) and not grid.is_nested else 0  # check_tensor says what else it is
+    cascaded = dims == 4
+    size = grid.shape[-3] if dims in (3, 4) else 0
     shape: list[int | str] = [size, size, size] if size > 0 else ["R", "R", "R >= 1"]
     if cascaded:
         shape = ["C", *shape]
@@ -98,8 +99,10 @@ def _check_pack(op: str, grid: Tensor, threshold: float | Tensor) -> Tensor:
     if isinstance(threshold, Tensor):
         check_tensor(op, "threshold", threshold, [], like=grid)
         return threshold.detach().to(grid.dtype)
-    check_number(op, "threshold", threshold, "a number", lambda number: not math.isnan(number))
-    return grid.new_full((), threshold)
+    most = torch.finfo(grid.dtype).max
+    wanted = "a number that the grid's type holds"
+    check_number(op, "threshold", threshold, wanted, lambda number: math.isinf(number) or abs(number) <= most)
+    return grid.new_full((), float(threshold))
 
 
 def _check_cells(op: str, cells: Tensor, grid: Tensor) -> None:

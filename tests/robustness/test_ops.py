@@ -343,7 +343,7 @@ def hostile_tensor(make: Maker, given: Tensor) -> Any:
         return make.choose(
             given[None],
             given.reshape(-1),
-            given[..., :0],
+            given[..., :0] if given.dim() else given[None],
             given[:0] if given.dim() else given[None],
             torch.cat([given, given]) if given.dim() else given[None],
             given.sum(),
@@ -383,8 +383,14 @@ def hostile(make: Maker, given: Any) -> Any:
 
 
 def twin_can_follow(name: str, arguments: Arguments) -> bool:
-    """Not where it would visit millions of samples."""
-    return name != "march" or (arguments["step"] >= 1e-3 and float(arguments["origins"].abs().amax()) < 1e3)
+    """Not where it would visit millions of samples, needs values, or has other NaN where infinities are added up."""
+    if name == "hash_grid_position_gradient":
+        return all(bool(arguments[key].isfinite().all()) for key in ("grad_output", "table"))
+    if name == "composite":  # the twin's sum runs over all rays, and takes a NaN along to the next
+        return not bool(arguments["density"].isnan().any())
+    if name == "occupancy_unpack":
+        return arguments["bitfield"].device.type != "meta"
+    return name != "march" or (arguments["step"] >= 1e-3 and not bool((arguments["origins"].abs() > 1e3).any()))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -396,6 +402,8 @@ def test_hostile_calls_end_in_a_line_that_names_the_argument(name: str) -> None:
         arguments = MAKERS[name](make)
         for key in {make.choose(*arguments), make.choose(*arguments)}:
             arguments[key] = hostile(make, arguments[key])
+        if name == "march" and isinstance(arguments["step"], float) and 0 < arguments["step"] < 1e-9:
+            return  # 2^24 samples of each ray, as it says: right, but gigabytes
         try:
             actual = call_op(name, arguments)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:

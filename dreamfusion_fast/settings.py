@@ -247,6 +247,9 @@ def _convert_plain(hint: Any, value: Any, from_file: bool) -> Any:
 
 
 def shown(value: Any) -> str:
-    """`value` in a message, shortened."""
-    text = repr(value)
+    """`value` in a message, shortened to a part of one line."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes no integers of thousands of digits
+        text = f"a number of too many digits, or a {type(value).__name__} of such"
     return text if len(text) <= 60 else text[:57] + "..."

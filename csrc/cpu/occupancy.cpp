@@ -1,7 +1,5 @@
 #include "dreamfusion_fast/occupancy.h"
 
-#include <algorithm>
-
 #include "parallel.h"
 
 namespace dff::cpu {
@@ -13,7 +11,7 @@ Status occupancy_update(const OccupancyUpdate& op, const Launch& launch) {
   // On one thread: cells may be listed twice, and a few hundred thousand of them take a millisecond.
   for (int64_t i = 0; i < op.n; ++i) {
     const int64_t cell = op.cells[i];
-    if (cell >= 0 && cell < op.n_cells) op.grid[cell] = std::max(op.grid[cell], op.decayed[i]);
+    if (cell >= 0 && cell < op.n_cells) op.grid[cell] = larger_known(op.decayed[i], op.grid[cell]);
   }
   return nullptr;
 }

@@ -5,7 +5,8 @@ namespace dff::cuda {
 namespace {
 
 // The bits of floats without a sign are ordered as signed integers are, those with one as unsigned integers the other
-// way round. So the integer maximum of the one and minimum of the other is the float maximum, whatever stands there.
+// way round. So the integer maximum of the one and minimum of the other is the float maximum, whatever number stands
+// there, or the NaN of all bits, which every number replaces.
 __device__ __forceinline__ void atomic_max(float* target, float value) {
   if (__float_as_int(value) >= 0) {
     atomicMax(reinterpret_cast<int*>(target), __float_as_int(value));
@@ -19,7 +20,8 @@ struct OccupancyMerge {
 
   __device__ void operator()(int64_t i) const {
     const int64_t cell = update.cells[i];
-    if (cell >= 0 && cell < update.n_cells) atomic_max(&update.grid[cell], update.decayed[i]);
+    const float decayed = update.decayed[i];
+    if (cell >= 0 && cell < update.n_cells && decayed == decayed) atomic_max(&update.grid[cell], decayed);
   }
 };
 

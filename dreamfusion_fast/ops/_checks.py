@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,12 +34,15 @@ def check_tensor(
         same_dtype: whether it must share the dtype of `like`, too.
 
     Raises:
-        TypeError: no tensor, or another dtype.
+        TypeError: no tensor, one that is not dense, or another dtype.
         ValueError: another shape or device.
     """
     where = f"{op}: {name}"
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{where} must be a torch.Tensor, got {type(tensor).__name__}")
+        raise TypeError(f"{where} must be a torch.Tensor, got {shown(tensor)}")
+    # Of others there is no one address with strides, which is all that the native core knows of a tensor.
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"{where} must be a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}")
     fits = tensor.dim() == len(shape) and all(
         isinstance(wanted, str) or size == wanted for size, wanted in zip(tensor.shape, shape, strict=True)
     )
@@ -49,6 +54,59 @@ def check_tensor(
         raise TypeError(f"{where} must be {' or '.join(str(dtype) for dtype in allowed)}, got {tensor.dtype}")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{where} is on {tensor.device}, the other arguments are on {like.device}")
+
+
+def check_number(
+    op: str, name: str, value: Any, wanted: str, fits: Callable[[Any], bool] = lambda _: True, whole: bool = False
+) -> None:
+    """Checks an argument that is a number, of Python or NumPy.
+
+    Args:
+        op, name: of the op and of the argument, for the message.
+        value: the argument.
+        wanted: what follows "must be", for the message.
+        fits: whether a number will do; one that overflows there will not.
+        whole: whether it has to be an integer.
+
+    Raises:
+        TypeError: no number, or not a whole one.
+        ValueError: one that does not fit.
+    """
+    kinds = (numbers.Integral, torch.SymInt) if whole else (numbers.Real, torch.SymInt, torch.SymFloat)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"{op}: {name} must be {wanted}{' (an integer)' if whole else ''}, got {shown(value)}")
+    try:
+        fitting = fits(value)
+    except OverflowError:
+        fitting = False
+    if not fitting:
+        raise ValueError(f"{op}: {name} must be {wanted}, got {shown(value)}")
+
+
+def positive_in(dtype: torch.dtype) -> Callable[[Any], bool]:
+    """For `check_number`: above 0 and finite also when it has become this type."""
+    return lambda number: torch.finfo(dtype).tiny <= number <= torch.finfo(dtype).max
+
+
+def check_flag(op: str, name: str, value: Any) -> None:
+    """Raises TypeError unless it is a bool, of Python or NumPy, or 0 or 1."""
+    if type(value).__name__ not in ("bool", "bool_", "SymBool") and not (isinstance(value, int) and value in (0, 1)):
+        raise TypeError(f"{op}: {name} must be True or False, got {shown(value)}")
+
+
+def as_list(op: str, name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The list that an op takes. Raises TypeError where it is none; `check_tensor` looks at its elements."""
+    if not isinstance(tensors, Iterable) or isinstance(tensors, (str, bytes, Tensor)):
+        raise TypeError(f"{op}: {name} must be a list of tensors, got {shown(tensors)}")
+    return list(tensors)
+
+
+def shown(value: Any) -> str:
+    """An argument in a message: numbers and text as they are, of what would be long or several lines the type."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"a number of {value.bit_length()} bits"
+    short = isinstance(value, (numbers.Number, str, type(None))) and len(repr(value)) <= 60
+    return repr(value) if short else type(value).__name__
 
 
 def check_same_length(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

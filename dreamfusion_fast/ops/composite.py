@@ -1,12 +1,11 @@
 """Alpha compositing of packed samples along rays (Max 1995; NeRF, Mildenhall et al. 2020, eq. 3)."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.ops._checks import check_same_length, check_tensor, check_transforms
+from dreamfusion_fast.ops._checks import check_number, check_same_length, check_tensor, check_transforms, positive_in
 from dreamfusion_fast.ops._native import call, pointer
 
 # exp(-800) is zero in float32 and float64: a sample this thick is opaque, and an infinite density gives no inf - inf.
@@ -22,7 +21,8 @@ def composite(
     ``T_i = exp(-sum_{j<i} density_j * step_j)``, weight ``w_i = T_i alpha_i``.
 
     Args:
-        density: ``[n_samples]``, float32 or float64, per scene unit, at least 0; +inf is an opaque sample.
+        density: ``[n_samples]``, float32 or float64, per scene unit; +inf is an opaque sample. One below
+            0 counts as 0 and gets no gradient.
         values: ``[n_samples, n_channels]``, same dtype, what is accumulated (colour, normals, ...); n_channels >= 1.
         t: ``[n_samples]``, same dtype, distance of each sample along its ray. It gets no gradient.
         step: length of a sample, in scene units: a number for all, or a tensor ``[n_samples]``, same dtype, with the
@@ -62,8 +62,8 @@ def _check(op: str, density: Tensor, values: Tensor, t: Tensor, step: float | Te
     if isinstance(step, Tensor):
         check_tensor(op, "step", step, ["n_samples"], like=density, same_dtype=True)
         check_same_length(op, "step", step, "density", density)
-    elif not (step > 0 and math.isfinite(step)):
-        raise ValueError(f"{op}: step must be positive and finite, got {step}")
+    else:
+        check_number(op, "step", step, "positive and finite", positive_in(density.dtype))
 
 
 def _check_values(lengths: Tensor | None, offsets: Tensor, n_samples: int) -> None:
@@ -173,7 +173,7 @@ def composite_reference(
         density, values, t = density[:-n_unused], values[:-n_unused], t[:-n_unused]
         step = step[:-n_unused] if isinstance(step, Tensor) else step
     ray = torch.repeat_interleave(torch.arange(n_rays, device=density.device), starts.diff())
-    optical = (density * step).clamp(max=OPAQUE_DEPTH)
+    optical = (density.clamp(min=0) * step).clamp(max=OPAQUE_DEPTH)
     # One running sum over all rays, less its value where the ray starts; in float64, because it outgrows the ray's own.
     inclusive = torch.cumsum(optical.double(), 0)
     before_ray = torch.cat([inclusive.new_zeros(1), inclusive])[starts[:-1]]

@@ -11,7 +11,7 @@ from typing import Any, Sequence  # noqa: UP035 - the one that custom_op of torc
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.ops._checks import check_tensor, check_transforms
+from dreamfusion_fast.ops._checks import check_flag, check_number, check_tensor, check_transforms
 from dreamfusion_fast.ops._native import call, pointer
 
 PRIME_Y = 2654435761
@@ -44,7 +44,7 @@ def hash_grid(
             table is found on the CPU only; on a GPU, where the check would wait, its features are NaN.
         RuntimeError: the native core for this device was not built, or torch.func differentiates an argument.
     """
-    _check("hash_grid", positions, table, level_offsets, resolutions)
+    _check("hash_grid", positions, table, level_offsets, resolutions, smoothstep)
     check_transforms("hash_grid", positions, table)
     return _forward(positions, table, level_offsets, resolutions, smoothstep)
 
@@ -73,7 +73,7 @@ def hash_grid_position_gradient(
     Raises:
         TypeError, ValueError, RuntimeError: as `hash_grid`.
     """
-    _check("hash_grid_position_gradient", positions, table, level_offsets, resolutions)
+    _check("hash_grid_position_gradient", positions, table, level_offsets, resolutions, smoothstep)
     shape = [positions.shape[0], resolutions.shape[0] * table.shape[1]]
     check_tensor("hash_grid_position_gradient", "grad_output", grad_output, shape, like=positions, same_dtype=True)
     check_transforms("hash_grid_position_gradient", grad_output, positions, table)
@@ -88,22 +88,27 @@ def hash_grid_layout(
     Resolutions form a geometric progression from base_resolution to finest_resolution (Müller et al. 2022, eq. 2, 3).
     A level with resolution N gets ``min((N + 1)^3, 2^log2_rows)`` rows, rounded up to a multiple of 8.
 
+    Args:
+        levels: 1 to 1024.
+        base_resolution, finest_resolution: cells per axis of the first and of the last level, 1 to 2^24.
+        log2_rows: of the most rows that a level gets, 3 to 30.
+
     Returns:
         ``level_offsets [levels + 1]`` int64, the first row of each level and, last, the rows of the table;
         ``resolutions [levels]`` int32. Both on the CPU.
 
     Raises:
-        ValueError: a count out of its range.
+        TypeError, ValueError: no integer, or one out of its range.
     """
-    if levels < 1:
-        raise ValueError(f"hash_grid_layout: levels must be at least 1, got {levels}")
-    if not 1 <= base_resolution <= finest_resolution <= 2**24:
-        raise ValueError(
-            "hash_grid_layout: wanted 1 <= base_resolution <= finest_resolution <= 2^24, "
-            f"got {base_resolution} and {finest_resolution}"
-        )
-    if not 3 <= log2_rows <= 30:
-        raise ValueError(f"hash_grid_layout: log2_rows must lie in [3, 30], got {log2_rows}")
+    op, most = "hash_grid_layout", 2**24
+    check_number(op, "levels", levels, "at least 1 and at most 1024", lambda number: 1 <= number <= 1024, whole=True)
+    wanted = "between base_resolution and 2^24"
+    check_number(op, "finest_resolution", finest_resolution, wanted, lambda number: 1 <= number <= most, whole=True)
+    wanted = f"at least 1 and at most finest_resolution, {finest_resolution}"
+    check_number(
+        op, "base_resolution", base_resolution, wanted, lambda number: 1 <= number <= finest_resolution, whole=True
+    )
+    check_number(op, "log2_rows", log2_rows, "between 3 and 30", lambda number: 3 <= number <= 30, whole=True)
     growth = (finest_resolution / base_resolution) ** (1.0 / max(levels - 1, 1))
     # The small addition keeps the last level from falling below finest_resolution by the rounding of the power.
     finenesses = [int(base_resolution * growth**level + 1e-6) for level in range(levels)]
@@ -113,7 +118,10 @@ def hash_grid_layout(
     return level_offsets, torch.tensor(finenesses, dtype=torch.int32)
 
 
-def _check(op: str, positions: Tensor, table: Tensor, level_offsets: Tensor, resolutions: Tensor) -> None:
+def _check(
+    op: str, positions: Tensor, table: Tensor, level_offsets: Tensor, resolutions: Tensor, smoothstep: bool
+) -> None:
+    check_flag(op, "smoothstep", smoothstep)
     check_tensor(op, "positions", positions, ["n_samples", 3])
     check_tensor(op, "table", table, ["n_rows", "n_features"], like=positions, same_dtype=True)
     if table.shape[1] not in FEATURES:
@@ -322,8 +330,9 @@ def hash_grid_reference(
     bounds, sizes = ([int(number) for number in numbers.cpu()] for numbers in (level_offsets, resolutions))
     for level, resolution in enumerate(sizes):
         level_table = table[bounds[level] : bounds[level + 1]]
-        scaled = positions.clamp(0, 1) * resolution
-        cell = scaled.detach().floor().clamp(max=resolution - 1)
+        # A NaN stays one, and so does what it is a factor of; its own gradient, too, is not cut off.
+        scaled = torch.where(positions.isnan(), positions, positions.clamp(0, 1)) * resolution
+        cell = scaled.detach().floor().clamp(max=resolution - 1).nan_to_num()
         upper = scaled - cell
         if smoothstep:
             upper = upper * upper * (3 - 2 * upper)

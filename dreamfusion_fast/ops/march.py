@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.ops._checks import check_same_length, check_tensor
+from dreamfusion_fast.ops._checks import check_flag, check_number, check_same_length, check_tensor, positive_in
 from dreamfusion_fast.ops._native import call, pointer
-from dreamfusion_fast.ops.occupancy import occupancy_unpack
+from dreamfusion_fast.ops.occupancy import bitfield_size, check_cells, occupancy_unpack
 from dreamfusion_fast.ops.ray_box import ray_box_reference
 from dreamfusion_fast.ops.tiles.march import MAX_STEPS, MarchedRays, count_samples, occupied_blocks
 
@@ -69,8 +69,8 @@ def march(
         TypeError, ValueError: an argument of the wrong dtype, shape, device or range.
         RuntimeError: more than 2^31 - 1 samples, or the native core for this device was not built.
     """
-    _check("march", origins, directions, t_near, t_far, aabb, bitfield, resolution, seed, capacity, cascades)
-    _check_step("march", step)
+    _check("march", origins, directions, t_near, t_far, aabb, bitfield, resolution, jitter, seed, capacity, cascades)
+    _check_step("march", step, origins)
     rays = (origins.detach(), directions.detach(), t_near.detach(), t_far.detach(), aabb.detach())
     return _march(*rays, bitfield, resolution, step, jitter, seed, capacity, cascades)
 
@@ -107,7 +107,20 @@ def march_lattice(
             are not finite, are found on the CPU only: on a GPU the check would wait.
         RuntimeError: more than 2^31 - 1 samples, or the native core for this device was not built.
     """
-    _check("march_lattice", origins, directions, t_near, t_far, aabb, bitfield, resolution, seed, capacity, cascades)
+    _check(
+        "march_lattice",
+        origins,
+        directions,
+        t_near,
+        t_far,
+        aabb,
+        bitfield,
+        resolution,
+        jitter,
+        seed,
+        capacity,
+        cascades,
+    )
     _check_distances("march_lattice", distances, origins)
     rays = (origins.detach(), directions.detach(), t_near.detach(), t_far.detach(), aabb.detach())
     return _march_lattice(*rays, bitfield, resolution, distances.detach(), jitter, seed, capacity, cascades)
@@ -122,6 +135,7 @@ def _check(
     aabb: Tensor,
     bitfield: Tensor | None,
     resolution: int,
+    jitter: bool,
     seed: int,
     capacity: int | None,
     cascades: int,
@@ -136,26 +150,20 @@ def _check(
         check_tensor(op, name, tensor, shape, like=origins, same_dtype=True)
         check_same_length(op, name, tensor, "origins", origins)
     check_tensor(op, "aabb", aabb, [6], like=origins, same_dtype=True)
-    if not 1 <= resolution <= 1290:
-        raise ValueError(f"{op}: resolution must be between 1 and 1290, got {resolution}")
-    if not (1 <= cascades <= _MAX_CASCADES and cascades * resolution**3 < 2**31):
-        raise ValueError(
-            f"{op}: cascades must be between 1 and {_MAX_CASCADES}, of less than 2^31 cells "
-            f"together, got {cascades} of resolution {resolution}"
-        )
+    check_cells(op, resolution, cascades, _MAX_CASCADES)
     if cascades > 1 and resolution % 2 != 0:
         raise ValueError(f"{op}: resolution must be even with several cascades, got {resolution}")
     if bitfield is not None:
-        check_tensor(op, "bitfield", bitfield, [(cascades * resolution**3 + 7) // 8], (torch.uint8,), like=origins)
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"{op}: seed must be in [0, 2^63), got {seed}")
-    if capacity is not None and not 0 <= capacity <= MAX_SAMPLES:
-        raise ValueError(f"{op}: capacity must be between 0 and 2^31 - 1, got {capacity}")
+        check_tensor(op, "bitfield", bitfield, [bitfield_size(resolution, cascades)], (torch.uint8,), like=origins)
+    check_flag(op, "jitter", jitter)
+    check_number(op, "seed", seed, "in [0, 2^63)", lambda number: 0 <= number < 2**63, whole=True)
+    if capacity is not None:
+        wanted = "between 0 and 2^31 - 1, or None"
+        check_number(op, "capacity", capacity, wanted, lambda number: 0 <= number <= MAX_SAMPLES, whole=True)
 
 
-def _check_step(op: str, step: float) -> None:
-    if not (step > 0.0 and math.isfinite(step)):
-        raise ValueError(f"{op}: step must be a positive number, got {step}")
+def _check_step(op: str, step: float, origins: Tensor) -> None:
+    check_number(op, "step", step, "a positive number", positive_in(origins.dtype))
 
 
 def _check_distances(op: str, distances: Tensor, origins: Tensor) -> None:
@@ -330,10 +338,12 @@ def march_reference(
 
     Every operation is done alone and in the order of the native core, because the results have to agree in every bit.
     """
-    _check("march_reference", origins, directions, t_near, t_far, aabb, bitfield, resolution, seed, None, cascades)
-    _check_step("march_reference", step)
+    _check(
+        "march_reference", origins, directions, t_near, t_far, aabb, bitfield, resolution, jitter, seed, None, cascades
+    )
+    _check_step("march_reference", step, origins)
     n_rays = origins.shape[0]
-    steps = origins.new_full((), step)
+    steps = origins.new_full((), float(step))
 
     # How many k to visit: until t_far, or until the ray has left a box a little larger than the last cascade's.
     centre, half = 0.5 * (aabb[:3] + aabb[3:]), (0.5 + 1e-3) * 2 ** (cascades - 1) * (aabb[3:] - aabb[:3])
@@ -364,7 +374,7 @@ def march_lattice_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The PyTorch twin of `march_lattice`, as `march_reference` is that of `march`."""
     op = "march_lattice_reference"
-    _check(op, origins, directions, t_near, t_far, aabb, bitfield, resolution, seed, None, cascades)
+    _check(op, origins, directions, t_near, t_far, aabb, bitfield, resolution, jitter, seed, None, cascades)
     _check_distances(op, distances, origins)
     _check_rising(distances)
     lengths = distances.diff()

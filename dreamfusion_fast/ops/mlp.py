@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dreamfusion_fast.ops._checks import check_tensor, check_transforms
+from dreamfusion_fast.ops._checks import as_list, check_tensor, check_transforms, shown
 from dreamfusion_fast.ops._mlp_launch import MAX_ROWS
 from dreamfusion_fast.ops._mlp_torch import OPERANDS
 from dreamfusion_fast.ops.tiles.mlp import MlpGradients, prepared_backward, prepared_forward, split
@@ -58,9 +58,9 @@ def mlp(
         TypeError, ValueError: an argument of the wrong dtype, shape, device or name.
         RuntimeError: torch.func or torch.vmap transforms an argument.
     """
-    _check("mlp", x, weights, biases, activation, precision)
-    check_transforms("mlp", x, *weights, *(biases or ()), vmap=False)
-    return _forward(x, list(weights), list(biases or ()), activation, precision)
+    weights, biases = _check("mlp", x, weights, biases, activation, precision)
+    check_transforms("mlp", x, *weights, *biases, vmap=False)
+    return _forward(x, weights, biases, activation, precision)
 
 
 def mlp_with_input_gradient(
@@ -82,9 +82,9 @@ def mlp_with_input_gradient(
     Raises:
         TypeError, ValueError, RuntimeError: as `mlp`.
     """
-    _check("mlp_with_input_gradient", x, weights, biases, activation, precision)
-    check_transforms("mlp_with_input_gradient", x, *weights, *(biases or ()), vmap=False)
-    return _forward_with_input_gradient(x, list(weights), list(biases or ()), activation, precision)
+    weights, biases = _check("mlp_with_input_gradient", x, weights, biases, activation, precision)
+    check_transforms("mlp_with_input_gradient", x, *weights, *biases, vmap=False)
+    return _forward_with_input_gradient(x, weights, biases, activation, precision)
 
 
 def mlp_reference(
@@ -110,11 +110,13 @@ def mlp_with_input_gradient_reference(
 
 def _check(
     op: str, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, activation: str, precision: str
-) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation must be {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"{op}: precision must be {', '.join(PRECISIONS)}, got {precision!r}")
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and biases as the op takes them."""
+    for name, value, choices in (("activation", activation, ACTIVATIONS), ("precision", precision, PRECISIONS)):
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"{op}: {name} must be {', '.join(choices)}, got {shown(value)}")
+    weights = as_list(op, "weights", weights)
+    biases = None if biases is None else as_list(op, "biases", biases)
     if len(weights) < 2:
         raise ValueError(f"{op}: weights must be those of at least two layers, got {len(weights)}")
     if biases is not None and len(biases) != len(weights):
@@ -135,6 +137,7 @@ def _check(
     check_tensor(op, "x", x, ["n", weights[0].shape[1]], kinds, like=weights[0])
     if x.shape[0] > MAX_ROWS:
         raise ValueError(f"{op}: x must have at most 2^30 rows, got {x.shape[0]}")
+    return weights, biases or []
 
 
 @torch.library.custom_op("dreamfusion_fast::mlp", mutates_args=())

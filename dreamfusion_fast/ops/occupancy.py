@@ -5,20 +5,21 @@ import math
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.ops._checks import INTEGERS, check_same_length, check_tensor
+from dreamfusion_fast.ops._checks import INTEGERS, check_number, check_same_length, check_tensor
 from dreamfusion_fast.ops._native import call, pointer
 
 
 def occupancy_update(grid: Tensor, cells: Tensor | None, density: Tensor, decay: float) -> None:
     """Lets the listed cells decay and raises them to the density seen now: ``max(grid * decay, density)``, in place.
 
-    A cell listed several times decays once and takes the largest of its densities. The rule is that of the occupancy
+    A cell listed several times decays once and takes the largest of its densities. A NaN is a value that is not known:
+    one of the grid gives way to any density, and stays where there is none but NaN. The rule is that of the occupancy
     grids of instant-ngp (Mueller et al. 2022). No waiting for the GPU.
 
     Args:
         grid: ``[R, R, R]`` or, with C cascades, ``[C, R, R, R]`` float32, contiguous; changed in place.
         cells: ``[n]`` int32 or int64, flat indices ``((c * R + x) * R + y) * R + z``; None = all cells in order.
-        density: ``[n]`` float32. A NaN in it is ignored. An infinite one never decays: clamp them first.
+        density: ``[n]`` float32. A NaN in it is left out. An infinite one never decays: clamp them first.
         decay: factor in [0, 1].
 
     Raises:
@@ -46,12 +47,29 @@ def occupancy_pack(grid: Tensor, threshold: float | Tensor) -> Tensor:
         TypeError, ValueError: an argument of the wrong dtype, shape or device.
         RuntimeError: the native core for this device was not built.
     """
-    return _occupancy_pack(grid.detach(), _check_pack("occupancy_pack", grid, threshold))
+    threshold = _check_pack("occupancy_pack", grid, threshold)
+    return _occupancy_pack(grid.detach(), threshold)
+
+
+def check_cells(op: str, resolution: int, cascades: int, most: int = 2**31 - 1) -> None:
+    """Raises TypeError or ValueError unless there can be so many grids, `most` or fewer, of this resolution."""
+    check_number(op, "resolution", resolution, "between 1 and 1290", lambda number: 1 <= number <= 1290, whole=True)
+    check_number(op, "cascades", cascades, f"between 1 and {most}", lambda number: 1 <= number <= most, whole=True)
+    if cascades * resolution**3 >= 2**31:
+        raise ValueError(
+            f"{op}: cascades must be of less than 2^31 cells together, got {cascades} of resolution {resolution}"
+        )
+
+
+def bitfield_size(resolution: int, cascades: int) -> int:
+    """Bytes of the bitfield of so many grids."""
+    return (cascades * resolution**3 + 7) // 8
 
 
 def _check_grid(op: str, grid: Tensor, dtypes: tuple[torch.dtype, ...]) -> int:
-    cascaded = isinstance(grid, Tensor) and grid.dim() == 4
-    size = grid.shape[-3] if cascaded or (isinstance(grid, Tensor) and grid.dim() == 3) else 0
+    dims = grid.dim() if isinstance(grid, Tensor) and not grid.is_nested else 0  # check_tensor says what else it is
+    cascaded = dims == 4
+    size = grid.shape[-3] if dims in (3, 4) else 0
     shape: list[int | str] = [size, size, size] if size > 0 else ["R", "R", "R >= 1"]
     if cascaded:
         shape = ["C", *shape]
@@ -71,8 +89,7 @@ def _check_update(op: str, grid: Tensor, cells: Tensor | None, density: Tensor, 
         check_tensor(op, "cells", cells, ["n"], INTEGERS, like=grid)
         check_tensor(op, "density", density, ["n"], like=grid, same_dtype=True)
         check_same_length(op, "density", density, "cells", cells)
-    if not 0.0 <= decay <= 1.0:
-        raise ValueError(f"{op}: decay must be between 0 and 1, got {decay}")
+    check_number(op, "decay", decay, "between 0 and 1", lambda number: 0 <= number <= 1)
 
 
 def _check_pack(op: str, grid: Tensor, threshold: float | Tensor) -> Tensor:
@@ -82,9 +99,18 @@ def _check_pack(op: str, grid: Tensor, threshold: float | Tensor) -> Tensor:
     if isinstance(threshold, Tensor):
         check_tensor(op, "threshold", threshold, [], like=grid)
         return threshold.detach().to(grid.dtype)
-    if math.isnan(threshold):
-        raise ValueError(f"{op}: threshold must be a number, got {threshold}")
-    return grid.new_full((), threshold)
+    most = torch.finfo(grid.dtype).max
+    wanted = "a number that the grid's type holds"
+    check_number(op, "threshold", threshold, wanted, lambda number: math.isinf(number) or abs(number) <= most)
+    return grid.new_full((), float(threshold))
+
+
+def _check_cells(op: str, cells: Tensor, grid: Tensor) -> None:
+    """On the CPU alone, and inside the op, where tensors have values."""
+    if cells.device.type == "cpu" and cells.numel() > 0:
+        lowest, highest = (int(bound) for bound in cells.aminmax())
+        if lowest < 0 or highest >= grid.numel():
+            raise IndexError(f"{op}: cells must be in [0, {grid.numel()}), got {lowest} to {highest}")
 
 
 @torch.library.custom_op("dreamfusion_fast::occupancy_update", mutates_args=("grid",))
@@ -93,10 +119,7 @@ def _occupancy_update(grid: Tensor, cells: Tensor | None, density: Tensor, decay
     decayed = grid
     if cells is not None:
         cells = cells.to(torch.int64).contiguous()
-        if cells.device.type == "cpu" and cells.numel() > 0:
-            lowest, highest = (int(bound) for bound in cells.aminmax())
-            if lowest < 0 or highest >= grid.numel():
-                raise IndexError(f"occupancy_update: cells must be in [0, {grid.numel()}), got {lowest} to {highest}")
+        _check_cells("occupancy_update", cells, grid)
         decayed = torch.empty_like(density)
     if density.numel() > 0:
         addresses = (pointer(grid), pointer(cells), pointer(density), pointer(decayed))
@@ -124,13 +147,16 @@ def _(grid: Tensor, threshold: Tensor) -> Tensor:
 def occupancy_update_reference(grid: Tensor, cells: Tensor | None, density: Tensor, decay: float) -> None:
     """The PyTorch twin of `occupancy_update`: float32 or float64, any device."""
     _check_update("occupancy_update_reference", grid, cells, density, decay)
-    flat = grid.detach().view(-1)
-    old = (flat if cells is None else flat[cells.long()]) * decay
-    new = torch.where(density > old, density, old)
+    flat, density = grid.detach().view(-1), density.detach()
     if cells is None:
-        flat.copy_(new)
-    else:
-        flat.scatter_reduce_(0, cells.long(), new, "amax", include_self=False)
+        flat.copy_(torch.fmax(density, flat * decay))
+        return
+    cells = cells.long()
+    _check_cells("occupancy_update_reference", cells, grid)
+    new = torch.fmax(density, flat[cells] * decay)
+    known = ~new.isnan()
+    flat[cells] = math.nan
+    flat.scatter_reduce_(0, cells[known], new[known], "amax", include_self=False)
 
 
 def occupancy_pack_reference(grid: Tensor, threshold: float | Tensor) -> Tensor:
@@ -142,7 +168,18 @@ def occupancy_pack_reference(grid: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 def occupancy_unpack(bitfield: Tensor, resolution: int, cascades: int = 1) -> Tensor:
-    """The bool grid of a bitfield made by `occupancy_pack`: ``[R, R, R]``, of several cascades ``[C, R, R, R]``."""
+    """The bool grid of a bitfield made by `occupancy_pack`: ``[R, R, R]``, of several cascades ``[C, R, R, R]``.
+
+    Args:
+        bitfield: uint8 ``[ceil(C * R^3 / 8)]``.
+        resolution: R, 1 to 1290.
+        cascades: C, of less than 2^31 cells together.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape or range.
+    """
+    check_cells("occupancy_unpack", resolution, cascades)
+    check_tensor("occupancy_unpack", "bitfield", bitfield, [bitfield_size(resolution, cascades)], (torch.uint8,))
     bits = (bitfield[:, None] >> torch.arange(8, dtype=torch.uint8, device=bitfield.device)) & 1
     shape = (cascades, resolution, resolution, resolution)
     return bits.reshape(-1)[: cascades * resolution**3].bool().view(shape if cascades > 1 else shape[1:])

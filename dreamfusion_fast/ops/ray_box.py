@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.ops._checks import check_same_length, check_tensor
+from dreamfusion_fast.ops._checks import check_number, check_same_length, check_tensor
 from dreamfusion_fast.ops._native import call, pointer
 
 
@@ -42,8 +42,8 @@ def _check(op: str, origins: Tensor, directions: Tensor, aabb: Tensor, near: flo
     check_tensor(op, "directions", directions, ["n_rays", 3], like=origins, same_dtype=True)
     check_same_length(op, "directions", directions, "origins", origins)
     check_tensor(op, "aabb", aabb, [6], like=origins, same_dtype=True)
-    if math.isnan(near) or math.isnan(far):
-        raise ValueError(f"{op}: near and far must be numbers, got {near} and {far}")
+    for name, value in (("near", near), ("far", far)):
+        check_number(op, name, value, "a number", lambda number: not math.isnan(number))
 
 
 @torch.library.custom_op("dreamfusion_fast::ray_box", mutates_args=())
@@ -74,6 +74,7 @@ def ray_box_reference(
 ) -> tuple[Tensor, Tensor]:
     """The PyTorch twin of `ray_box`: any dtype, any device, differentiable where the ray hits."""
     _check("ray_box_reference", origins, directions, aabb, near, far)
+    near, far = origins.new_tensor([float(near), float(far)]).tolist()  # what lies beyond the type is infinite in it
     low, high = aabb[:3], aabb[3:]
     parallel = directions == 0
     # Parallel to a slab: inside for ever or never. The divisor 1 only keeps 0 / 0 out of the other branch.

@@ -164,6 +164,24 @@ def test_opaque_sample(dense: float, place: int, device: torch.device) -> None:
         assert_near(a, e, roundings=64)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_negative_density_is_none(kind: str, device: torch.device) -> None:
+    density, values, t, offsets = scene([7, 0, 40], 3, torch.float64, device)
+    step, density = steps(kind, t), density - 3.0
+    gradients = []
+    for function, given in ((composite, density), (composite_reference, density), (composite, density.clamp(min=0))):
+        given = given.clone().requires_grad_()
+        outputs = function(given, values, t, step, offsets)
+        assert (outputs[1] >= 0).all()
+        sum(output.square().sum() for output in outputs).backward()
+        gradients.append(given.grad)
+    negative = density < 0
+    assert 0 < negative.sum() < density.numel()
+    for gradient in gradients[:2]:
+        assert (gradient[negative] == 0).all()
+        torch.testing.assert_close(gradient[~negative], gradients[2][~negative])
+
+
 def test_opacity_never_exceeds_one(device: torch.device) -> None:
     density, values, t, offsets = scene([1000] * 20, 1, torch.float32, device)
     opacity = composite(density * 10, values, t, STEP, offsets)[1]

@@ -147,8 +147,14 @@ def test_nan_position_gives_nan_and_reads_nothing_else(device: torch.device) -> 
     table, *levels = grid(device)
     positions = points(5, device)
     positions[2, 1] = math.nan
-    output = hash_grid(positions, table, *levels)
-    assert output.isnan().all(1).tolist() == [False, False, True, False, False]
+    for encode, gradient in (
+        (hash_grid, hash_grid_position_gradient),
+        (hash_grid_reference, hash_grid_position_gradient_reference),
+    ):
+        output = encode(positions, table, *levels)
+        assert output.isnan().all(1).tolist() == [False, False, True, False, False]
+        slopes = gradient(torch.ones_like(output), positions, table, *levels)
+        assert slopes.isnan().tolist() == [[False] * 3, [False] * 3, [True, False, True], [False] * 3, [False] * 3]
 
 
 def test_strided_and_misaligned_arguments(device: torch.device) -> None:
@@ -222,10 +228,10 @@ def test_layout() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 16, 32, 15), "levels must be at least 1, got 0"),
-        ((2, 0, 32, 15), "got 0 and 32"),
-        ((2, 33, 32, 15), "base_resolution <= finest_resolution"),
-        ((2, 16, 32, 2), r"log2_rows must lie in \[3, 30\], got 2"),
+        ((0, 16, 32, 15), "levels must be at least 1 and at most 1024, got 0"),
+        ((2, 0, 32, 15), "base_resolution must be at least 1 and at most finest_resolution, 32, got 0"),
+        ((2, 33, 32, 15), "base_resolution must be at least 1 and at most finest_resolution, 32, got 33"),
+        ((2, 16, 32, 2), "log2_rows must be between 3 and 30, got 2"),
     ],
 )
 def test_impossible_layout(arguments: tuple[int, int, int, int], message: str) -> None:

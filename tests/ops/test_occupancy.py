@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -50,6 +52,22 @@ def test_update_by_hand(device: torch.device) -> None:
     assert grid.view(-1).tolist() == [1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 0.5, 1.0]
     occupancy_update(grid, torch.tensor([6, 6], device=device), torch.full((2,), torch.nan, device=device), 0.5)
     assert grid[1, 1, 0].item() == 0.25
+
+
+def test_update_of_cells_that_are_not_known(device: torch.device) -> None:
+    nan, inf = math.nan, math.inf
+    before = torch.tensor([nan, nan, nan, nan, 1.0, nan, -2.0, inf], device=device).view(2, 2, 2)
+    cells = torch.tensor([0, 1, 1, 2, 2, 4, 4, 5, 6, 7], device=device)
+    density = torch.tensor([3.0, nan, -4.0, nan, nan, nan, 0.1, -inf, nan, 5.0], device=device)
+    expected = [3.0, -4.0, nan, nan, 0.5, -inf, -1.0, inf]
+    for update in (occupancy_update, occupancy_update_reference):
+        grid = before.clone()
+        update(grid, cells, density, 0.5)
+        torch.testing.assert_close(grid.view(-1).cpu(), torch.tensor(expected), equal_nan=True, rtol=0, atol=0)
+        grid = before.clone()
+        update(grid, None, torch.tensor([3.0, nan, -4.0, 0.0, nan, -inf, nan, nan], device=device), 0.5)
+        expected_of_all = torch.tensor([3.0, nan, -4.0, 0.0, 0.5, -inf, -1.0, inf])
+        torch.testing.assert_close(grid.view(-1).cpu(), expected_of_all, equal_nan=True, rtol=0, atol=0)
 
 
 def test_update_takes_strided_density(device: torch.device) -> None:
@@ -123,6 +141,24 @@ def test_pack_bad_input() -> None:
         occupancy_pack(torch.zeros(2, 2, 2), float("nan"))
     with pytest.raises(ValueError, match="grid must have shape"):
         occupancy_pack(torch.zeros(2, 2), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"bitfield": None}, TypeError, "bitfield must be a torch.Tensor, got None"),
+        ({"bitfield": torch.zeros(8)}, TypeError, "bitfield must be torch.uint8, got torch.float32"),
+        ({"bitfield": torch.zeros(9, dtype=torch.uint8)}, ValueError, r"bitfield must have shape \[8\], got \[9\]"),
+        ({"resolution": 4.0}, TypeError, r"resolution must be between 1 and 1290 \(an integer\), got 4.0"),
+        ({"resolution": 10**5000}, ValueError, "resolution must be between 1 and 1290, got a number of 16610 bits"),
+        ({"cascades": 0}, ValueError, "cascades must be between 1 and"),
+        ({"resolution": 1290, "cascades": 2}, ValueError, "cascades must be of less than 2"),
+    ],
+)
+def test_unpack_bad_input(change: dict, error: type[Exception], message: str) -> None:
+    arguments = {"bitfield": torch.zeros(8, dtype=torch.uint8), "resolution": 4, "cascades": 1}
+    with pytest.raises(error, match=rf"^occupancy_unpack: {message}"):
+        occupancy_unpack(**{**arguments, **change})
 
 
 @pytest.mark.gpu

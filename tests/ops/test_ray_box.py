@@ -135,7 +135,7 @@ def test_opcheck(device: torch.device) -> None:
         ({"aabb": torch.zeros(4)}, ValueError, r"aabb must have shape \[6\]"),
         ({"aabb": [0.0] * 6}, TypeError, "aabb must be a torch.Tensor, got list"),
         ({"aabb": torch.zeros(6, device="meta")}, ValueError, "aabb is on meta, the other arguments are on cpu"),
-        ({"near": math.nan}, ValueError, "near and far must be numbers"),
+        ({"near": math.nan}, ValueError, "near must be a number, got nan"),
     ],
 )
 def test_bad_input(change: dict, error: type[Exception], message: str) -> None:

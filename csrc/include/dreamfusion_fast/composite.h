@@ -6,7 +6,9 @@
 // T is the exponential of a running sum, not a running product of (1 - alpha): alpha rounded near 1 has lost what is
 // left of the light, the sum keeps it, its error in T is bounded (T * tau * eps peaks at tau = 1), and lanes can scan a
 // sum. An infinite density is an opaque sample: exp(-inf) = 0 everywhere, and nothing here subtracts two optical
-// depths.
+// depths. A negative density counts as none, and gets no gradient: taken as it is, it makes light out of nothing, with
+// weights below 0 and exp(-sum) as large as it likes. A clamp costs no more than a comparison, where a check on a GPU
+// would have to wait.
 #pragma once
 
 #include "dreamfusion_fast/common.h"
@@ -15,7 +17,7 @@ namespace dff {
 
 template <typename Scalar>
 struct CompositeForward {
-  const Scalar* density;   // [n_samples], >= 0, may be infinite
+  const Scalar* density;   // [n_samples], may be infinite; below 0 counts as 0
   const Scalar* values;    // [n_samples, n_channels]
   const Scalar* t;         // [n_samples], distance along the ray
   const int32_t* offsets;  // [n_rays + 1], first sample of each ray
@@ -41,7 +43,7 @@ struct CompositeBackward {
   const Scalar* grad_opacity;      // [n_rays], or null
   const Scalar* grad_depth;        // [n_rays], or null
   const Scalar* grad_accumulated;  // [n_rays, n_channels], or null
-  Scalar* grad_density;            // [n_samples], out; holds the transmittance between the two passes
+  Scalar* grad_density;            // [n_samples], out; between the passes, T_{i+1} or -1
   Scalar* grad_values;             // [n_samples, n_channels], out
   int64_t n_rays;
   int64_t n_samples;
@@ -79,6 +81,12 @@ DFF_HD auto sample_length(const Params& p, int64_t i) {
   return kLengths ? p.lengths[i] : p.step;
 }
 
+template <bool kLengths, typename Params>
+DFF_HD auto optical_depth(const Params& p, int64_t i) {
+  const auto density = p.density[i];
+  return (density < 0 ? 0 : density) * sample_length<kLengths>(p, i);  // a NaN stays one
+}
+
 // Channels are summed this many at a time, so that any number of them fits into registers.
 constexpr int kCompositeChannels = 4;
 
@@ -90,7 +98,7 @@ DFF_HD void composite_forward_ray(const CompositeForward<Scalar>& p, int64_t ray
   Scalar depth = 0;
   for (int64_t chunk = begin; chunk < end; chunk += Group::kWidth) {
     const int64_t i = chunk + group.lane();
-    const Scalar tau = i < end ? p.density[i] * sample_length<kLengths>(p, i) : Scalar(0);
+    const Scalar tau = i < end ? optical_depth<kLengths>(p, i) : Scalar(0);
     Scalar total;
     const Scalar before = passed + group.exclusive_sum(tau, &total);
     passed += total;
@@ -136,11 +144,12 @@ DFF_HD void composite_backward_ray(const CompositeBackward<Scalar>& p, int64_t r
   Scalar passed = 0;
   for (int64_t chunk = begin; chunk < end; chunk += Group::kWidth) {
     const int64_t i = chunk + group.lane();
-    const Scalar tau = i < end ? p.density[i] * sample_length<kLengths>(p, i) : Scalar(0);
+    const Scalar tau = i < end ? optical_depth<kLengths>(p, i) : Scalar(0);
     Scalar total;
     const Scalar before = passed + group.exclusive_sum(tau, &total);
     passed += total;
-    if (i < end) p.grad_density[i] = std::exp(-(before + tau));
+    // The sign tells the second pass of a density below 0, which need not read it again.
+    if (i < end) p.grad_density[i] = p.density[i] < Scalar(0) ? Scalar(-1) : std::exp(-(before + tau));
   }
   group.sync();  // the second pass walks backwards: each lane reads what another one wrote
 
@@ -165,8 +174,11 @@ DFF_HD void composite_backward_ray(const CompositeBackward<Scalar>& p, int64_t r
     Scalar total;
     const Scalar suffix = behind + group.exclusive_sum(grad * weight, &total);
     behind += total;
-    if (i >= begin)
-      p.grad_density[i] = sample_length<kLengths>(p, i) * (p.grad_density[i] * grad - suffix + from_opacity);
+    if (i >= begin) {
+      const Scalar passing = p.grad_density[i];
+      const Scalar to_density = sample_length<kLengths>(p, i) * (passing * grad - suffix + from_opacity);
+      p.grad_density[i] = passing < Scalar(0) ? Scalar(0) : to_density;
+    }
   }
 }
 

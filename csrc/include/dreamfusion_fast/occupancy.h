@@ -2,9 +2,14 @@
 // each.
 #pragma once
 
+#include <cstring>
+
 #include "dreamfusion_fast/common.h"
 
 namespace dff {
+
+// The larger of two values of which a NaN is not known; NaN where neither is.
+DFF_HD float larger_known(float a, float b) { return a > b || b != b ? a : b; }
 
 // An update of the grid. As a function it is the first half: what each listed cell becomes, read from the old grid.
 // That is not written back at once, because a cell listed twice would then decay twice.
@@ -12,7 +17,7 @@ struct OccupancyUpdate {
   float* grid;           // [n_cells]
   const int64_t* cells;  // [n] flat index (x * R + y) * R + z; nullptr: all cells in order, n = n_cells
   const float* density;  // [n]
-  float* decayed;        // [n] max(grid * decay, density); may be grid itself where cells is nullptr
+  float* decayed;        // [n] larger_known(grid * decay, density); may be grid itself where cells is nullptr
   float decay;
   int64_t n;
   int64_t n_cells;
@@ -20,18 +25,19 @@ struct OccupancyUpdate {
   DFF_HD void operator()(int64_t i) const {
     const int64_t cell = cells == nullptr ? i : cells[i];
     if (cell < 0 || cell >= n_cells) return;
-    const float old = grid[cell] * decay;
-    decayed[i] = density[i] > old ? density[i] : old;
+    decayed[i] = larger_known(density[i], grid[cell] * decay);
   }
 };
 
-// Empties the listed cells, for the maxima of the second half.
+// Makes the listed cells unknown, for the maxima of the second half: a NaN whose bits lie below all numbers' in the
+// order in which the GPU compares them.
 struct OccupancyClear {
   OccupancyUpdate update;
 
   DFF_HD void operator()(int64_t i) const {
     const int64_t cell = update.cells[i];
-    if (cell >= 0 && cell < update.n_cells) update.grid[cell] = -INFINITY;
+    const uint32_t unknown = 0xffffffffu;
+    if (cell >= 0 && cell < update.n_cells) std::memcpy(&update.grid[cell], &unknown, sizeof unknown);
   }
 };
 

@@ -22,7 +22,7 @@ from dreamfusion_fast.export import TexturedMesh, export_field, render_mesh, ren
 from dreamfusion_fast.guidance.config import GuidanceConfig
 from dreamfusion_fast.guidance.contract import Guidance
 from dreamfusion_fast.guidance.creation import create_guidance
-from dreamfusion_fast.io import RunFolder, default_run_folder, make_folder, open_run_folder, prepare_run_folder
+from dreamfusion_fast.io import RunFolder, claimed, claimed_new, open_run_folder
 from dreamfusion_fast.rendering.cameras import orbit_cameras
 from dreamfusion_fast.scene import Scene
 from dreamfusion_fast.training.callbacks import Callback, Checkpoints, Curves, Preview, ProgressBar
@@ -107,6 +107,7 @@ class Generator:
         self._guidance = guidance
         self._checkpoint: Checkpoint | None = None
         self._folder: RunFolder | None = None
+        self._begun = False
         self._scene: Scene | None = None
 
     @classmethod
@@ -122,7 +123,7 @@ class Generator:
         Raises:
             UserError: `run` holds no run, its checkpoint is corrupt, or of another config than `config`.
         """
-        folder = open_run_folder(run)
+        folder = open_run_folder(run, writable=False)  # an export to elsewhere only reads it
         checkpoint = load_checkpoint(folder.checkpoint, config)
         generator = cls.__new__(cls)
         generator._setup(checkpoint.config if config is None else config, callbacks, guidance)
@@ -130,34 +131,37 @@ class Generator:
         return generator
 
     def run(self) -> RunResult:
-        """Optimise, then export.
+        """Optimise, then export. Once: to go on with what was made, `Generator.resume` its folder.
 
         Raises:
             KeyboardInterrupt: on Ctrl-C, after a checkpoint was written and it was said how to continue.
-            UserError: a used or unwritable folder, a NaN in training, no surface to export, too little memory.
+            UserError: a used or unwritable folder, one that another process writes to, a second call, a NaN in
+                training, no surface to export, no video (the mesh is there), too little memory.
         """
-        with current(self.device), capped(self.config.memory, self.device):
-            return self._run()
+        with current(self.device), capped(self.config.memory, self.device), self._claimed() as folder:
+            return self._run(folder)
 
-    def _run(self) -> RunResult:
+    @contextlib.contextmanager
+    def _claimed(self) -> Iterator[RunFolder]:
+        """The run's folder, which is this run's alone until the block ends."""
+        if self._begun:
+            raise UserError("this Generator has run; continue with Generator.resume(folder), or make another one")
+        of = self._folder
+        with claimed_new(self.config.out, self.config.prompt) if of is None else claimed(of.path) as folder:
+            if self._checkpoint is not None:  # another process may have gone on since resume() read it
+                self._checkpoint = load_checkpoint(folder.checkpoint, self.config)
+            yield folder
+
+    def _run(self, folder: RunFolder) -> RunResult:
         config = self.config
         profiler = StepProfiler(self.device) if config.profile else None
-        new = self._folder is None
-        if self._folder is None:
-            self._folder = prepare_run_folder(config.out or default_run_folder(config.prompt))
-        folder = self._folder
-        try:
-            guidance = self._resumed_guidance() if self._guidance is None else self._guidance
-            trainer = self._trainer(guidance, profiler)
-        except BaseException:
-            with contextlib.suppress(OSError):  # a folder that was there before, with files of others in it, stays
-                folder.path.rmdir()
-            self._folder = None if new else folder
-            raise
-        config.save(folder.config)
+        guidance = self._resumed_guidance() if self._guidance is None else self._guidance
+        trainer = self._trainer(guidance, profiler)
+        self._folder, self._begun = folder, True
         checkpoints = Checkpoints(folder, config.log.checkpoint_every)
-        if new:
+        if self._checkpoint is None:
             checkpoints.save(trainer)  # from here on the run can be resumed, whatever happens
+        config.save(folder.config)
         for line in trainer.planner.lines(trainer.plan):
             _log.info(line)
         if config.guidance.name != "embedded":
@@ -249,8 +253,7 @@ class Generator:
         """Make mesh, turntable and preview of a finished or resumed run again, into `out` or its own folder."""
         if self._folder is None:
             raise UserError("there is nothing to export yet: run() first, or Generator.resume(folder)")
-        folder = self._folder if out is None else RunFolder(make_folder(out))
-        with current(self.device):
+        with current(self.device), claimed(self._folder.path if out is None else out) as folder:
             return self._export(self.scene(), folder)
 
     def scene(self) -> Scene:
@@ -282,13 +285,17 @@ class Generator:
 
         render_preview(picture, folder.preview, e.preview_views)
         if e.turntable_frames:
-            render_turntable(
-                picture,
-                folder.turntable,
-                n_frames=e.turntable_frames,
-                fps=e.turntable_fps,
-                threads=min(os.cpu_count() or 1, _PICTURE_THREADS),
-            )
+            try:
+                render_turntable(
+                    picture,
+                    folder.turntable,
+                    n_frames=e.turntable_frames,
+                    fps=e.turntable_fps,
+                    threads=min(os.cpu_count() or 1, _PICTURE_THREADS),
+                )
+            except UserError as error:
+                kept = f"{folder.mesh.name} and {folder.preview.name} are in {folder.path}"
+                raise UserError(f"{folder.turntable.name} was not made: {error}; {kept}") from error
         return mesh
 
 

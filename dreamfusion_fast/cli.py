@@ -187,6 +187,7 @@ def _generate(arguments: list[str]) -> int:
         raise UserError("give --config or --resume, not both; a resumed run has its own config")
 
     from dreamfusion_fast.io import open_run_folder
+    from dreamfusion_fast.training.checkpoint import run_config
     from dreamfusion_fast.training.config import Config
     from dreamfusion_fast.training.device import resolve_device
 
@@ -194,7 +195,7 @@ def _generate(arguments: list[str]) -> int:
     if known.config is not None:
         base = Config.load(known.config, guidance=known.guidance)
     elif known.resume is not None:
-        base = dataclasses.replace(Config.load(open_run_folder(known.resume).config), out=known.resume)
+        base = dataclasses.replace(run_config(open_run_folder(known.resume)), out=known.resume)
     config = _parse(
         Config,
         rest,
@@ -237,7 +238,7 @@ def _export(arguments: list[str]) -> int:
     import tyro
 
     from dreamfusion_fast.io import make_folder, open_run_folder
-    from dreamfusion_fast.training.config import Config
+    from dreamfusion_fast.training.checkpoint import run_config
     from dreamfusion_fast.training.device import resolve_device
     from dreamfusion_fast.training.sections import ExportConfig
 
@@ -255,7 +256,7 @@ def _export(arguments: list[str]) -> int:
     run = _parse(Export, arguments, "export", description).run
     # The run's own settings are the defaults, and only now is it known which run.
     folder = open_run_folder(run, writable=False)
-    saved = Config.load(folder.config)
+    saved = run_config(folder)
     given = _parse(Export, arguments, "export", description, Export(run=run, settings=saved.export))
     resolve_device(given.device)
     out = make_folder(given.out or run)

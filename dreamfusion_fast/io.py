@@ -1,19 +1,35 @@
 """Files: whole or not at all, and the rules of a run folder.
 
-A run folder holds everything one run wrote. Nothing in it is ever overwritten by another run: `prepare_run_folder`
-refuses a folder that already holds one, `open_run_folder` refuses a folder that holds none.
+A run folder holds everything one run wrote. Nothing in it is ever overwritten by another run: `claimed_new` refuses a
+folder that already holds one, `open_run_folder` refuses a folder that holds none. Who writes to a folder has claimed it
+(`claimed`): the lock is the kernel's, so it ends with its process, however that ends.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import logging
 import os
 import re
+import secrets
+import socket
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from dreamfusion_fast.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+LOCK = ".dreamfusion-fast.lock"
+"""In a claimed folder, the file that is locked. Its text names the holder."""
+
+
+class TakenError(UserError):
+    """The folder holds a run, or another run or export is writing to it."""
 
 
 @contextmanager
@@ -25,24 +41,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     to exist.
     """
     target = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = target.with_name(f".{target.stem[:40]}.{secrets.token_hex(8)}.tmp{target.suffix}")
+    # As open() does, so that the kernel applies the umask, which a process can read only by changing it.
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files that only the owner can read; results should be as readable as any other file.
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    current = os.umask(0o022)
-    os.umask(current)
-    return current
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -68,49 +76,148 @@ class RunFolder:
         self.preview = path / "preview.png"
         self.tensorboard = path / "tensorboard"  # a folder of event files
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All of the above that are files."""
+        return self.config, self.checkpoint, self.mesh, self.turntable, self.preview
+
     def existing(self) -> list[Path]:
-        """Those of the files above that exist."""
-        names = (self.config, self.checkpoint, self.mesh, self.turntable, self.preview, self.tensorboard)
-        return [name for name in names if os.path.lexists(name)]
+        """Those of the paths above that exist."""
+        return [name for name in (*self.files, self.tensorboard) if os.path.lexists(name)]
+
+    def check_unused(self) -> None:
+        """Raise TakenError where the folder holds a run, or a part of one."""
+        used = self.existing()
+        if used:
+            resume = f"continue it with --resume {self.path}" if self.checkpoint in used else "move it away"
+            raise TakenError(
+                f"output folder {self.path} already holds a run ({used[0].name}); {resume} or choose another with --out"
+            )
+
+    def remove_temporary(self) -> None:
+        """Remove what `atomic_path` left of this folder's files in a process that was killed. Only for its holder."""
+        names = "|".join(rf"{re.escape(file.stem)}\.[0-9a-f]{{16}}\.tmp{re.escape(file.suffix)}" for file in self.files)
+        for name in os.listdir(self.path):
+            if re.fullmatch(rf"\.(?:{names})", name):
+                (self.path / name).unlink(missing_ok=True)
 
 
-def prepare_run_folder(path: str | os.PathLike[str]) -> RunFolder:
-    """Make the folder of a new run, or raise UserError where that is impossible or would overwrite an older run.
+@contextmanager
+def claimed(path: str | os.PathLike[str]) -> Iterator[RunFolder]:
+    """Make the folder where there is none, and keep other runs and exports out of it until the block ends.
 
-    A folder that holds other files only is taken as it is.
+    Temporary files of a process that was killed are removed. A folder made here that is empty at the end is removed.
+
+    Raises:
+        TakenError: another process, or another claim of this one, holds the folder.
+        UserError: it cannot be made or written to.
     """
     folder = RunFolder(Path(path).expanduser())
-    used = folder.existing()
-    if used:
-        raise UserError(
-            f"output folder {folder.path} already holds a run ({used[0].name}); "
-            f"continue it with --resume {folder.path} or choose another with --out"
-        )
-    make_folder(folder.path)
-    return folder
+    made = not os.path.lexists(folder.path)
+    lock = _lock(folder.path)
+    try:
+        folder.remove_temporary()
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            (folder.path / LOCK).unlink(missing_ok=True)  # before it is unlocked: from then on it may be another's
+        os.close(lock)
+        if made:
+            with contextlib.suppress(OSError):
+                folder.path.rmdir()
+
+
+def _lock(folder: Path) -> int:
+    """The descriptor of the folder's lock, held until it is closed or the process ends; errors as in `claimed`."""
+    import fcntl  # not on Windows, where the rest of this module works
+
+    attempts = 100  # a folder that takes no files, as in /proc, looks like one that is removed again and again
+    while True:
+        _make(folder)
+        try:
+            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            attempts -= 1
+            if isinstance(error, FileNotFoundError) and attempts:  # whoever made the folder has just removed it
+                continue
+            raise _not_writable(folder, error) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = " ".join(os.read(lock, 400).decode(errors="replace").split()) or "another process"
+            os.close(lock)
+            raise TakenError(
+                f"output folder {folder} is in use by {holder}; wait until that has ended, or choose another with --out"
+            ) from None
+        except OSError as error:
+            _log.warning("cannot lock %s (%s): see to it that nothing else writes to it", folder, error.strerror)
+        try:
+            found = os.stat(folder / LOCK)
+            if (found.st_dev, found.st_ino) == (os.fstat(lock).st_dev, os.fstat(lock).st_ino):
+                since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+                os.truncate(lock, 0)
+                os.write(lock, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode())
+                return lock
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            os.close(lock)
+            raise _not_writable(folder, error) from error
+        os.close(lock)  # a holder removed it between our open and our lock
+
+
+@contextmanager
+def claimed_new(out: str | os.PathLike[str], prompt: str) -> Iterator[RunFolder]:
+    """Claim the folder of a new run, as `claimed` does.
+
+    Args:
+        out: the folder; if empty, the first of `default_run_folders` that holds no run and that nobody has claimed.
+        prompt: of the run.
+
+    Raises:
+        UserError: as `claimed`, and where the folder holds a run. One that holds other files only is taken as it is.
+    """
+    with contextlib.ExitStack() as stack:
+        for path in [out] if out else default_run_folders(prompt):
+            try:
+                RunFolder(Path(path).expanduser()).check_unused()  # a run's folder is not touched for its lock
+                folder = stack.enter_context(claimed(path))
+                folder.check_unused()  # another run may have ended between the two
+                break
+            except TakenError:
+                if out:
+                    raise
+                stack.close()
+        yield folder
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
     """Make a folder where there is none; UserError where that fails or no file can be written to it."""
     folder = Path(path).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output folder {folder} is a file; choose another with --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make output folder {folder}: {error.strerror}; choose another with --out") from error
+    _make(folder)
     check_writable(folder)
     return folder
 
 
+def _make(folder: Path) -> None:
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"output folder {folder} is a file; choose another with --out")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make output folder {folder}: {error.strerror}; choose another with --out") from error
+
+
 def open_run_folder(path: str | os.PathLike[str], *, writable: bool = True) -> RunFolder:
-    """Open the folder of an existing run; UserError where it holds none, or cannot be written to."""
+    """Open the folder of an existing run; UserError where it holds none, or cannot be written to.
+
+    A run is its checkpoint, which has a copy of config.yaml.
+    """
     folder = RunFolder(Path(path).expanduser())
     if not folder.path.is_dir():
         raise UserError(f"{folder.path} is no folder; give the output folder of an earlier run")
-    for needed in (folder.config, folder.checkpoint):
-        if not needed.is_file():
-            raise UserError(f"{folder.path} holds no {needed.name}; give the output folder of an earlier run")
+    if not folder.checkpoint.is_file():
+        raise UserError(f"{folder.path} holds no {folder.checkpoint.name}; give the output folder of an earlier run")
     if writable:
         check_writable(folder.path)
     return folder
@@ -122,15 +229,14 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"cannot write to folder {folder}: {error.strerror}; choose another with --out") from error
+        raise _not_writable(folder, error) from error
 
 
-def default_run_folder(prompt: str, parent: str | os.PathLike[str] = "out") -> Path:
-    """The first of out/<prompt>, out/<prompt>-2, ... that holds no run yet."""
+def _not_writable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write to folder {folder}: {error.strerror}; choose another with --out")
+
+
+def default_run_folders(prompt: str, parent: str | os.PathLike[str] = "out") -> Iterable[Path]:
+    """The folders out/<prompt>, out/<prompt>-2, ... without end, whether or not they are there."""
     slug = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "run"
-    path = Path(parent) / slug
-    number = 1
-    while RunFolder(path).existing():
-        number += 1
-        path = Path(parent) / f"{slug}-{number}"
-    return path
+    return itertools.chain([Path(parent) / slug], (Path(parent) / f"{slug}-{n}" for n in itertools.count(2)))

@@ -17,7 +17,7 @@ from PIL import Image
 from dreamfusion_fast import cli
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.export import Agreement
-from dreamfusion_fast.io import prepare_run_folder
+from dreamfusion_fast.io import RunFolder
 from dreamfusion_fast.training.checkpoint import save_checkpoint
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.sections import ExportConfig
@@ -60,7 +60,8 @@ def fake(monkeypatch):
 @pytest.fixture
 def run_folder(tmp_path):
     """A finished run."""
-    folder = prepare_run_folder(tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
     config = Config(prompt="a chair", steps=77, out=str(folder.path), export=ExportConfig(resolution=99))
     config.save(folder.config)
     save_checkpoint(folder.checkpoint, tensors={"a": torch.zeros(3)}, config=config, step=5)

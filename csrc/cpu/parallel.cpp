@@ -2,6 +2,8 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdio>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <thread>
@@ -121,15 +123,35 @@ Pool& pool() {
 
 thread_local bool inside_body = false;
 
+// Whether this process was forked and goes on with its parent's program. Linux keeps that as a flag of the process
+// (PF_FORKNOEXEC), the ninth field of /proc/self/stat. Taken as false where it cannot be read.
+bool forked_without_exec() {
+  bool forked = false;
+#if defined(__linux__)
+  if (std::FILE* file = std::fopen("/proc/self/stat", "r")) {
+    char text[512] = "";
+    text[std::fread(text, 1, sizeof(text) - 1, file)] = '\0';
+    std::fclose(file);
+    const char* name_end = std::strrchr(text, ')');  // of the program's name, which may hold anything
+    unsigned flags = 0;
+    if (name_end != nullptr && std::sscanf(name_end + 1, " %*c %*d %*d %*d %*d %*d %u", &flags) == 1)
+      forked = (flags & 0x40u) != 0;
+  }
+#endif
+  return forked;
+}
+
 // Runs the job on the threads that torch's own operations run on. After each of these OpenMP's threads wait awake for
 // some milliseconds, in which threads of our own would have to share the processors with them.
 //
-// OpenMP's threads do not survive a fork, and a child that asks for them waits forever: only the process that this
-// library was loaded in may.
+// OpenMP's threads do not survive a fork, and a child that asks for them waits forever, in torch's own operations too:
+// only the process that this library was loaded in may, and not even that one where it was forked before. Then its
+// parent, or a parent of that, may have used them.
 const int loaded_in = static_cast<int>(DFF_PROCESS_ID());
+const bool loaded_after_fork = forked_without_exec();
 
 bool run_on_openmp(Job& job, int threads) {
-  if (!DFF_OPENMP || loaded_in != static_cast<int>(DFF_PROCESS_ID())) return false;
+  if (!DFF_OPENMP || loaded_after_fork || loaded_in != static_cast<int>(DFF_PROCESS_ID())) return false;
 #if defined(__linux__) && defined(__GNUC__)
   GOMP_parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job, static_cast<unsigned>(threads), 0);
 #endif

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from dreamfusion_fast.io import atomic_path
 
 RenderImageFn = Callable[[float], ArrayLike | torch.Tensor]
 
-_QUALITY = 8.0  # of the video, 0 to 10
+_CRF = 10  # constant rate factor of the video: 0 is lossless, 51 the worst
 
 
 def render_turntable(
@@ -30,7 +32,7 @@ def render_turntable(
     fps: int = 24,
     threads: int = 1,
 ) -> None:
-    """Write an H.264 video (yuv420p, plays everywhere) of the camera going once around the object.
+    """Write an MP4 video (H.264, yuv420p, plays everywhere) of the camera going once around the object.
 
     Args:
         render_image: azimuth in degrees (0 is the front, positive towards +x) to an image [height, width, 3]: floats in
@@ -42,39 +44,72 @@ def render_turntable(
         threads: in which render_image is called.
 
     Raises:
-        UserError: there is no ffmpeg.
+        UserError: there is no ffmpeg, or it failed. An older video is kept then.
     """
-    for name, value in (("n_frames", n_frames), ("threads", threads)):
+    for name, value in (("n_frames", n_frames), ("fps", fps), ("threads", threads)):
         if value < 1:
             raise ValueError(f"{name} has to be at least 1, not {value}")
-    import imageio_ffmpeg  # 70 MB of ffmpeg that everything but a video does without
-
-    try:
-        imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError as error:
-        raise UserError("no ffmpeg for turntable.mp4; install it, or go without: --turntable-frames 0") from error
-    with atomic_path(path) as temporary, ExitStack() as closing:
+    with ExitStack() as closing:
         pool = ThreadPoolExecutor(threads)
         closing.callback(pool.shutdown, cancel_futures=True)
         images = pool.map(render_image, (360.0 * index / n_frames for index in range(n_frames)))
         frames = (_even(to_uint8(image)) for image in images)
-        first = next(frames)
-        height, width, _ = first.shape
-        writer = imageio_ffmpeg.write_frames(
-            str(temporary),
-            (width, height),
-            fps=fps,
-            quality=_QUALITY,
-            macro_block_size=2,
-            ffmpeg_log_level="error",
-            output_params=["-movflags", "+faststart"],
+        try:
+            with atomic_path(path) as temporary:
+                _encode(frames, temporary, fps)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _encode(frames: Iterator[NDArray[np.uint8]], path: Path, fps: int) -> None:
+    """Have ffmpeg write frames [height, width, 3] of one size to the file `path`, which exists; UserError if it fails.
+
+    It gets the file open and not by name: where this process is killed, ffmpeg would make the file anew, or write to
+    one that another process has put there.
+    """
+    import imageio_ffmpeg  # 70 MB of ffmpeg that everything but a video does without
+
+    first = next(frames)
+    height, width, _ = first.shape
+    with open(path, "rb+") as file:
+        options = f"-v error -y -f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i - -an"
+        options += (
+            f" -vcodec h264 -pix_fmt yuv420p -crf {_CRF} -f mp4 -movflags +faststart /proc/self/fd/{file.fileno()}"
         )
-        closing.callback(writer.close)
-        writer.send(None)
-        for index, frame in enumerate(chain([first], frames)):
-            if frame.shape != first.shape:
-                raise ValueError(f"frame {index} has shape {frame.shape}, the first one {first.shape}")
-            writer.send(np.ascontiguousarray(frame))
+        try:
+            process = subprocess.Popen(
+                [imageio_ffmpeg.get_ffmpeg_exe(), *options.split()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=[file.fileno()],
+                start_new_session=True,  # Ctrl-C is for this process, which ends ffmpeg when it has to end
+            )
+        except (RuntimeError, OSError) as error:  # not found; found and no program
+            problem = " ".join(str(error).split())
+            raise UserError(f"no ffmpeg ({problem}); install it, or go without: --turntable-frames 0") from error
+    assert process.stdin is not None
+    assert process.stderr is not None
+    with process, ThreadPoolExecutor(1) as reader:
+        said = reader.submit(process.stderr.read)  # all along, since ffmpeg waits for whoever reads it
+        try:
+            for index, frame in enumerate(chain([first], frames)):
+                if frame.shape != first.shape:
+                    raise ValueError(f"frame {index} has shape {frame.shape}, the first one {first.shape}")
+                process.stdin.write(frame.tobytes())
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass  # ffmpeg has ended; its status says why
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+        status = process.wait()
+        if status or not path.stat().st_size:
+            last = said.result().decode(errors="replace").strip().splitlines()[-1:]
+            raise UserError(f"ffmpeg failed with status {status}" + "".join(f" ({line.strip()})" for line in last))
 
 
 def tile(images: list[NDArray[np.uint8]], columns: int) -> NDArray[np.uint8]:

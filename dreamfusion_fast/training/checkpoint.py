@@ -1,15 +1,16 @@
 """Checkpoints: one safetensors file with everything needed to continue, checked before it is believed.
 
 Tensors (parameters, buffers, optimiser moments, random number states) are stored under dotted names; all else is JSON
-in the file's metadata. A file is written whole or not at all, carries a checksum of its tensors, and says which
-configuration it belongs to.
+in the file's metadata. A file is written whole or not at all, carries a checksum of all that it holds, and has a copy
+of the configuration that it belongs to.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dreamfusion_fast.errors import UserError
-from dreamfusion_fast.io import atomic_path
+from dreamfusion_fast.io import RunFolder, atomic_path
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.config_io import architecture, differences
 
 FORMAT = "dreamfusion_fast checkpoint"
-VERSION = 1
+VERSION = 2
+OLDEST_VERSION = 1  # its checksum is of the tensors alone
+
+
+# Raised by torch, safetensors and our own code for values of a wrong form, among them RecursionError.
+_BAD_VALUES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,10 @@ def save_checkpoint(
         "format": FORMAT,
         "version": str(VERSION),
         "step": str(step),
-        "checksum": str(_checksum(stored)),
         "config": config.to_yaml(),
         "meta": json.dumps(dict(meta or {})),
     }
+    metadata["checksum"] = str(_checksum(stored, metadata))
     with atomic_path(path) as temporary:
         save_file(stored, temporary, metadata=metadata)
 
@@ -86,29 +92,35 @@ def load_checkpoint(path: str | Path, expected_config: Config | None = None) -> 
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
+
+    def corrupt(problem: object) -> UserError:
+        said = " ".join(str(problem).split())
+        return UserError(f"checkpoint {path} is corrupt ({said}); start the run again in another folder")
+
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"checkpoint {path} is corrupt ({_one_line(error)}); start the run again in another folder"
-        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    except (SafetensorError, *_BAD_VALUES) as error:
+        raise corrupt(error) from error
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is a safetensors file, but no checkpoint of dreamfusion_fast")
-    if metadata.get("version") != str(VERSION):
-        raise UserError(
-            f"checkpoint {path} has format {metadata.get('version')}, this dreamfusion_fast reads {VERSION}"
-        )
+    version = metadata.get("version")
+    if version not in [str(number) for number in range(OLDEST_VERSION, VERSION + 1)]:
+        raise UserError(f"checkpoint {path} has format {version}, this dreamfusion_fast reads up to {VERSION}")
     try:
+        checksum = int(metadata.pop("checksum"))
         step = int(metadata["step"])
-        checksum = int(metadata["checksum"])
         meta = json.loads(metadata["meta"])
         config_text = metadata["config"]
-    except (KeyError, ValueError) as error:
-        raise UserError(f"checkpoint {path} is corrupt (bad metadata: {_one_line(error)})") from error
-    if checksum != _checksum(tensors):
-        raise UserError(f"checkpoint {path} is corrupt (its checksum is wrong); start the run again in another folder")
+        if step < 0 or not isinstance(meta, dict):
+            raise ValueError(f"step {step}, meta of type {type(meta).__name__}")
+    except _BAD_VALUES as error:
+        raise corrupt(f"bad metadata: {error}") from error
+    if checksum != _checksum(tensors, {} if version == "1" else metadata):
+        raise corrupt("its checksum is wrong")
     config = Config.from_yaml(config_text, source=f"checkpoint {path}")
     if expected_config is not None:
         different = differences(architecture(config), architecture(expected_config))
@@ -117,6 +129,25 @@ def load_checkpoint(path: str | Path, expected_config: Config | None = None) -> 
                 f"checkpoint {path} is of another config ({'; '.join(different)}); use its own or another folder"
             )
     return Checkpoint(tensors=tensors, meta=meta, config=config, step=step)
+
+
+def run_config(folder: RunFolder) -> Config:
+    """The configuration of a run: its config.yaml, or, where that is lost, the copy in its checkpoint."""
+    if folder.config.is_file():
+        return Config.load(folder.config)
+    return load_checkpoint(folder.checkpoint).config
+
+
+@contextmanager
+def restoring() -> Iterator[None]:
+    """Within it, an error because of what a checkpoint holds is a UserError in one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except _BAD_VALUES as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"the checkpoint does not fit this config: {said or type(error).__name__}") from error
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -138,7 +169,7 @@ def restore_optimizer(
 ) -> None:
     """Undo flatten_optimizer: load the state into `optimizer`, which has parameters of the same shapes and order.
 
-    Raises UserError where the parameters differ.
+    Raises UserError where the parameters differ, and what `restoring` catches where `rest` has another form.
     """
     state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in rest["values"].items()}
     for name, value in tensors.items():
@@ -156,21 +187,16 @@ def restore_optimizer(
                 )
     # JSON has no tuples; Adam unpacks betas either way, but a saved group should compare equal to the original.
     groups = [{key: tuple(v) if key == "betas" else v for key, v in group.items()} for group in rest["param_groups"]]
-    try:
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-    except ValueError as error:
-        raise UserError(f"the checkpoint's optimiser does not fit this config: {_one_line(error)}") from error
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _checksum(tensors: Mapping[str, torch.Tensor]) -> int:
+def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> int:
     total = 0
     for name in sorted(tensors):
         value = tensors[name]
         total = zlib.crc32(f"{name} {value.dtype} {list(value.shape)}".encode(), total)
         if value.numel():
             total = zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
+    for item in sorted(metadata.items()):
+        total = zlib.crc32(repr(item).encode(), total)
     return total
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

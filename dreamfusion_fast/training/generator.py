@@ -20,7 +20,7 @@ from dreamfusion_fast.export import TexturedMesh, export_field, render_mesh, ren
 from dreamfusion_fast.guidance.config import GuidanceConfig
 from dreamfusion_fast.guidance.contract import Guidance
 from dreamfusion_fast.guidance.creation import create_guidance
-from dreamfusion_fast.io import RunFolder, default_run_folder, make_folder, open_run_folder, prepare_run_folder
+from dreamfusion_fast.io import RunFolder, claimed, claimed_new, open_run_folder
 from dreamfusion_fast.rendering.cameras import orbit_cameras
 from dreamfusion_fast.scene import Scene
 from dreamfusion_fast.signals import StopRequest, stop_signals
@@ -114,6 +114,7 @@ class Generator:
         self._guidance = guidance
         self._checkpoint: Checkpoint | None = None
         self._folder: RunFolder | None = None
+        self._begun = False
         self._scene: Scene | None = None
 
     @classmethod
@@ -129,7 +130,7 @@ class Generator:
         Raises:
             UserError: `run` holds no run, its checkpoint is corrupt, or of another config than `config`.
         """
-        folder = open_run_folder(run)
+        folder = open_run_folder(run, writable=False)  # an export to elsewhere only reads it
         checkpoint = load_checkpoint(folder.checkpoint, config)
         generator = cls.__new__(cls)
         generator._setup(checkpoint.config if config is None else config, callbacks, guidance)
@@ -137,7 +138,7 @@ class Generator:
         return generator
 
     def run(self) -> RunResult:
-        """Optimise, then export.
+        """Optimise, then export. Once: to go on with what was made, `Generator.resume` its folder.
 
         Whatever ends it early, a checkpoint of the last whole step is written, unless that holds a NaN, and it is
         logged how to continue. What only shows progress, such as the preview, is switched off where it fails.
@@ -145,31 +146,39 @@ class Generator:
         Raises:
             Interrupted: a KeyboardInterrupt on Ctrl-C, SIGTERM or SIGHUP, after the step in progress; at the second
                 one at once and without a checkpoint. In the main thread only.
-            UserError: a used or unwritable folder, a NaN in training, no surface to export, too little memory.
+            UserError: a used or unwritable folder, one that another process writes to, a second call, a NaN in
+                training, no surface to export, too little memory.
             Exception: what a callback raised.
         """
-        with stop_signals(), current(self.device), capped(self.config.memory, self.device):
-            return self._run()
+        with (
+            stop_signals(),
+            current(self.device),
+            capped(self.config.memory, self.device),
+            self._claimed() as folder,
+        ):
+            return self._run(folder)
 
-    def _run(self) -> RunResult:
+    @contextlib.contextmanager
+    def _claimed(self) -> Iterator[RunFolder]:
+        """The run's folder, which is this run's alone until the block ends."""
+        if self._begun:
+            raise UserError("this Generator has run; continue with Generator.resume(folder), or make another one")
+        of = self._folder
+        with claimed_new(self.config.out, self.config.prompt) if of is None else claimed(of.path) as folder:
+            if self._checkpoint is not None:  # another process may have gone on since resume() read it
+                self._checkpoint = load_checkpoint(folder.checkpoint, self.config)
+            yield folder
+
+    def _run(self, folder: RunFolder) -> RunResult:
         config = self.config
         profiler = StepProfiler(self.device) if config.profile else None
-        new = self._folder is None
-        if self._folder is None:
-            self._folder = prepare_run_folder(config.out or default_run_folder(config.prompt))
-        folder = self._folder
-        try:
-            guidance = self._resumed_guidance() if self._guidance is None else self._guidance
-            trainer = self._trainer(guidance, profiler)
-        except BaseException:
-            with contextlib.suppress(OSError):  # a folder that was there before, with files of others in it, stays
-                folder.path.rmdir()
-            self._folder = None if new else folder
-            raise
-        config.save(folder.config)
+        guidance = self._resumed_guidance() if self._guidance is None else self._guidance
+        trainer = self._trainer(guidance, profiler)
+        self._folder, self._begun = folder, True
         checkpoints = Checkpoints(folder, config.log.checkpoint_every, trainer.steps_done)
-        if new:
+        if self._checkpoint is None:
             checkpoints.save(trainer)  # from here on the run can be resumed, whatever happens
+        config.save(folder.config)
         for line in trainer.planner.lines(trainer.plan):
             _log.info(line)
         if config.guidance.name != "embedded":
@@ -263,8 +272,7 @@ class Generator:
         """Make mesh, turntable and preview of a finished or resumed run again, into `out` or its own folder."""
         if self._folder is None:
             raise UserError("there is nothing to export yet: run() first, or Generator.resume(folder)")
-        folder = self._folder if out is None else RunFolder(make_folder(out))
-        with current(self.device):
+        with current(self.device), claimed(self._folder.path if out is None else out) as folder:
             return self._export(self.scene(), folder)
 
     def scene(self) -> Scene:

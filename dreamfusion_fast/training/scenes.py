@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.fields.background import MlpBackground
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.volume.renderer import VolumeRenderer
 from dreamfusion_fast.scene import Scene
-from dreamfusion_fast.training.checkpoint import Checkpoint
+from dreamfusion_fast.training.checkpoint import Checkpoint, restoring
 from dreamfusion_fast.training.config import Config
 
 
@@ -52,12 +51,5 @@ def scene_of(checkpoint: Checkpoint, config: Config, device: torch.device) -> Sc
 
 def restore_scene(scene: Scene, checkpoint: Checkpoint) -> None:
     """Put a scene into the state that a checkpoint holds; UserError as in `scene_of`."""
-    try:
+    with restoring():
         scene.restore(checkpoint.group)
-    except (KeyError, RuntimeError) as error:  # load_state_dict raises the latter
-        raise does_not_fit(error) from error
-
-
-def does_not_fit(error: Exception) -> UserError:
-    """The error of a checkpoint that is of another config."""
-    return UserError(f"the checkpoint does not fit this config: {' '.join(str(error).split())}")

@@ -25,14 +25,14 @@ from dreamfusion_fast.guidance.contract import Guidance, GuidanceRequest
 from dreamfusion_fast.guidance.creation import create_guidance
 from dreamfusion_fast.rendering import RenderOutput
 from dreamfusion_fast.rendering.shading import Shading
-from dreamfusion_fast.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
+from dreamfusion_fast.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer, restoring
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.firm import firm_field
 from dreamfusion_fast.training.losses import LOSSES, RenderedViews, regularisers, render_options
 from dreamfusion_fast.training.memory_plan import MemoryLimit, MemoryPlan, MemoryPlanner
 from dreamfusion_fast.training.optimizer_step import CapturedStep
 from dreamfusion_fast.training.profile import StepProfiler
-from dreamfusion_fast.training.scenes import does_not_fit, make_scene, restore_scene
+from dreamfusion_fast.training.scenes import make_scene, restore_scene
 from dreamfusion_fast.training.view_sampler import DrawnViews, ViewSampler
 
 T = TypeVar("T")
@@ -328,11 +328,9 @@ class Trainer:
             UserError: it lacks something, or something in it has another shape.
         """
         restore_scene(self.scene, checkpoint)
-        try:
+        with restoring():
             self.guidance.load_state(checkpoint.group("guidance"))
             restore_optimizer(self.optimizer, checkpoint.tensors, checkpoint.meta["optimizer"])
             self.generator.set_state(checkpoint.tensors["generator"])
-        except (KeyError, RuntimeError) as error:
-            raise does_not_fit(error) from error
         self.steps_done = checkpoint.step
         self.firmed = bool(checkpoint.meta.get("firmed", False))

@@ -137,15 +137,16 @@ def test_bad_input_changes_nothing(tmp_path, config_file, capsys):
 
 
 def test_nan_in_training_is_one_line_and_keeps_the_checkpoint(tmp_path, config_file, capsys, monkeypatch):
-    from dreamfusion_fast.guidance.models.embedded.guide import EmbeddedPrior
+    from dreamfusion_fast.guidance.models.embedded import guide
 
-    calls, evaluate = [], EmbeddedPrior.evaluate
+    prior = guide.EmbeddedPrior.func  # the fixture has put a partial in its place
+    calls, evaluate = [], prior.evaluate
 
     def broken(self, noisy, *rest):
         calls.append(noisy)
         return evaluate(self, noisy, *rest) * (float("nan") if len(calls) > 2 else 1.0)
 
-    monkeypatch.setattr(EmbeddedPrior, "evaluate", broken)
+    monkeypatch.setattr(prior, "evaluate", broken)
     out = tmp_path / "run"
     every = ("--log.checkpoint-every", "1")
     line = fails(capsys, "generate", "a cup", "--config", config_file, "--out", out, *every)

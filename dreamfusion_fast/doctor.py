@@ -187,10 +187,15 @@ def _memory() -> list[Check]:
 
 
 def _disk() -> list[Check]:
+    from dreamfusion_fast.errors import UserError
     from dreamfusion_fast.guidance.cache import default_cache_dir
 
     checks = []
-    places: dict[str, Path] = {"disk, this folder": Path.cwd(), "disk, cache": default_cache_dir()}
+    places: dict[str, Path] = {"disk, this folder": Path.cwd()}
+    try:
+        places["disk, cache"] = default_cache_dir()
+    except UserError as error:
+        checks.append(Check("disk, cache", "note", str(error)))
     for name, place in places.items():
         existing = next(folder for folder in (place, *place.parents) if folder.is_dir())
         free = shutil.disk_usage(existing).free

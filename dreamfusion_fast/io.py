@@ -13,7 +13,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.errors import UserError, one_line
+from dreamfusion_fast.settings import shown
+
+
+def user_path(given: str | os.PathLike[str], name: str) -> Path:
+    """The path that a person gave, "~" expanded. Whether something is there is left to the caller.
+
+    Args:
+        given: the path.
+        name: for the message, such as "output folder".
+
+    Raises:
+        UserError: no path of this system: a NUL in it, too long, "~" of an unknown user, a folder that may not be
+            looked into.
+    """
+    try:
+        path = Path(given).expanduser()
+        os.lstat(path)
+        return path
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (OSError, RuntimeError, ValueError) as error:  # the latter two are pathlib's, and the system's for a NUL
+        why = error.strerror if isinstance(error, OSError) else one_line(error)
+        raise UserError(f"{name} {shown(os.fspath(given))}: {why}") from error
 
 
 @contextmanager
@@ -79,7 +102,7 @@ def prepare_run_folder(path: str | os.PathLike[str]) -> RunFolder:
 
     A folder that holds other files only is taken as it is.
     """
-    folder = RunFolder(Path(path).expanduser())
+    folder = RunFolder(user_path(path, "output folder"))
     used = folder.existing()
     if used:
         raise UserError(
@@ -92,7 +115,7 @@ def prepare_run_folder(path: str | os.PathLike[str]) -> RunFolder:
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
     """Make a folder where there is none; UserError where that fails or no file can be written to it."""
-    folder = Path(path).expanduser()
+    folder = user_path(path, "output folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output folder {folder} is a file; choose another with --out")
     try:
@@ -105,7 +128,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 def open_run_folder(path: str | os.PathLike[str], *, writable: bool = True) -> RunFolder:
     """Open the folder of an existing run; UserError where it holds none, or cannot be written to."""
-    folder = RunFolder(Path(path).expanduser())
+    folder = RunFolder(user_path(path, "run folder"))
     if not folder.path.is_dir():
         raise UserError(f"{folder.path} is no folder; give the output folder of an earlier run")
     for needed in (folder.config, folder.checkpoint):

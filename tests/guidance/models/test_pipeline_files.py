@@ -20,7 +20,7 @@ from dreamfusion_fast.guidance import GuidanceConfig, create_guidance
 from dreamfusion_fast.guidance.contract import Guidance
 from dreamfusion_fast.guidance.models import pipeline_files
 from dreamfusion_fast.guidance.models.pipeline_files import content_hash, holds_tokenizer
-from dreamfusion_fast.guidance.models.pipeline_source import HubSource, open_source
+from dreamfusion_fast.guidance.models.pipeline_source import open_source
 
 pytest.importorskip("diffusers")
 
@@ -108,8 +108,6 @@ def _hub(monkeypatch: pytest.MonkeyPatch, snapshot: Path, listing: list[str] | N
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda hub_id, relative, revision: snapshot / relative)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", files)
-    cached = {"pretrained_model_name_or_path": str(snapshot), "local_files_only": True}
-    monkeypatch.setattr(HubSource, "_location", property(lambda self: cached))
 
 
 @pytest.mark.parametrize(("kind", "component"), TOKENIZERS)

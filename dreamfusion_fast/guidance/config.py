@@ -37,8 +37,8 @@ class GuidanceConfig(Settings):
     """Which diffusion model guides, and how.
 
     Args:
-        name: "embedded", another name of `KNOWN_GUIDANCE`, a folder in diffusers' format, or a hub id "owner/name". Of a
-            folder that is there, the absolute path is kept.
+        name: "embedded", another name of `KNOWN_GUIDANCE`, a folder in diffusers' format, or a hub id "owner/name".
+            The path of a folder is made absolute.
         guidance_scale: s in eps_null + s (eps_text - eps_null); None takes the model's own default.
         convention: "null" as above, as in diffusers; "text" for eps_text + s (eps_text - eps_null), as in the
             DreamFusion paper (s = 100 there is s = 101 here).

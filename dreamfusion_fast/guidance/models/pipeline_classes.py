@@ -24,23 +24,23 @@ _CLASSES = {
     **dict.fromkeys(("tokenizer", "tokenizer_2"), ("transformers", _TOKENIZERS)),
 }
 # What a text encoder's configuration may say. Others name code, kernels or quantisation to be fetched or run.
-_ENCODER_FIELDS = frozenset(
+_ENCODER_FIELDS = (
     "model_type vocab_size hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads "
     "max_position_embeddings hidden_act layer_norm_eps attention_dropout initializer_factor initializer_range "
     "pad_token_id bos_token_id eos_token_id decoder_start_token_id tie_word_embeddings use_cache is_encoder_decoder "
     "d_model d_kv d_ff num_layers num_decoder_layers num_heads relative_attention_num_buckets "
     "relative_attention_max_distance dropout_rate layer_norm_epsilon feed_forward_proj "
-    "hidden_dropout_prob attention_probs_dropout_prob type_vocab_size position_embedding_type".split()
+    "hidden_dropout_prob attention_probs_dropout_prob type_vocab_size position_embedding_type"
 )
 # Of a tokenizer's; others name files.
-_TOKENIZER_FIELDS = frozenset(
+_TOKENIZER_FIELDS = (
     "bos_token eos_token unk_token pad_token sep_token cls_token mask_token additional_special_tokens "
     "added_tokens_decoder add_prefix_space add_bos_token add_eos_token clean_up_tokenization_spaces errors extra_ids "
     "model_max_length do_lower_case do_basic_tokenize strip_accents tokenize_chinese_chars legacy "
-    "padding_side truncation_side".split()
+    "padding_side truncation_side"
 )
 # SDXL has 1,680 tensors of weights, and no size in a published configuration comes near the other limit.
-_MOST_TENSORS, _LARGEST_NUMBER = 20_000, 10**6
+_MOST_TENSORS, _LARGEST_NUMBER = 5_000, 10**6
 
 
 def check_class(component: str, library: str, class_name: str) -> None:
@@ -76,14 +76,14 @@ def check_numbers(config: Any, name: str = "") -> None:
 def model_settings(model_class: Any, library: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a model's configuration that describes a network."""
     if library == "transformers":
-        return {key: value for key, value in config.items() if key in _ENCODER_FIELDS}
+        return {key: value for key, value in config.items() if key in _ENCODER_FIELDS.split()}
     known = inspect.signature(model_class.__init__).parameters.keys() - {"self"}
     return {"_class_name": model_class.__name__} | {key: value for key, value in config.items() if key in known}
 
 
 def tokenizer_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a tokenizer's configuration that names no files and no code."""
-    return {key: value for key, value in config.items() if key in _TOKENIZER_FIELDS}
+    return {key: value for key, value in config.items() if key in _TOKENIZER_FIELDS.split()}
 
 
 def skeleton(model_class: Any, library: str, settings: dict[str, Any]) -> torch.nn.Module:

@@ -94,7 +94,7 @@ class PipelineSource(ABC):
         kind = self.index.get("_class_name", "a pipeline")
         if not isinstance(kind, str):
             raise self.error(f"it is of class {kind!r}, which is code of its own and is not run; {_EXPECTED}")
-        self.kind = kind
+        self.kind = one_line(kind, 60)
 
     def error(self, text: str) -> UserError:
         """The error of what the pipeline is or lacks."""

@@ -190,8 +190,11 @@ class PipelineModel(DiffusionModel):
             UserError: its configuration describes no model, or one that cannot be evaluated.
         """
         size, unet = self._source.sample_size, self._source.skeleton("unet")
+        hidden = self._text.hidden_width
+        if hidden is None:
+            raise self._source.error("the text encoder's configuration lacks its width")
         with self._source.faults("the configuration of unet describes a model that cannot be evaluated"):
-            widths = {"hidden": (1, 77, self._text.hidden_width), "pooled": (1, self._text.pooled_width)}
+            widths = {"hidden": (1, 77, hidden), "pooled": (1, self._text.pooled_width or 1)}
             condition = {name: torch.zeros(*widths[name], device="meta") for name in self._condition_names}
             noisy = torch.zeros(1, self._unet_config["in_channels"], size, size, device="meta")
             arguments = tree_map_only(Tensor, lambda value: value.to("meta").float(), self._unet_arguments(condition))
@@ -326,7 +329,8 @@ class LatentModel(PipelineModel):
     def try_out(self) -> None:
         """See `PipelineModel.try_out`; the autoencoder's encoder, too."""
         super().try_out()
-        size, vae = self._source.sample_size, self._source.skeleton("vae")
+        size: int = self._source.sample_size
+        vae: Any = self._source.skeleton("vae")
         with (
             self._source.faults("the configuration of vae describes a model that cannot be evaluated"),
             torch.no_grad(),

@@ -109,7 +109,8 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
     Raises:
         OSError: no such file, or one that cannot be read.
-        ValueError: not gzip, cut off, far larger than any prior, no safetensors file inside, or one that `dequantize_state_dict` refuses.
+        ValueError: not gzip, cut off, far larger than any prior, no safetensors file inside, or one that
+            `dequantize_state_dict` refuses.
     """
     packed = Path(path).read_bytes()
     try:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dreamfusion_fast.errors import UserError, one_line
-from dreamfusion_fast.settings import shown
 
 
 def user_path(given: str | os.PathLike[str], name: str) -> Path:
@@ -30,13 +29,13 @@ def user_path(given: str | os.PathLike[str], name: str) -> Path:
     """
     try:
         path = Path(given).expanduser()
-        os.lstat(path)
+        os.stat(path)
         return path
     except (FileNotFoundError, NotADirectoryError):
         return path
     except (OSError, RuntimeError, ValueError) as error:  # the latter two are pathlib's, and the system's for a NUL
         why = error.strerror if isinstance(error, OSError) else one_line(error)
-        raise UserError(f"{name} {shown(os.fspath(given))}: {why}") from error
+        raise UserError(f"{name} {one_line(repr(os.fspath(given)))}: {why}") from error
 
 
 @contextmanager

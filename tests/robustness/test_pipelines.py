@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from watching import watched
+from watching import TooLongError, watched
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance import GuidanceConfig, Views, create_guidance
@@ -27,7 +27,7 @@ pytest.importorskip("diffusers")
 
 Pipelines = Callable[..., Path]
 LONG = os.environ.get("DREAMFUSION_FAST_LONG_TESTS", "0") not in ("", "0")
-SAMPLE = 40  # of each kind's changed values
+SAMPLE = 12  # of each kind's changed values
 
 EVIL = 'import pathlib\npathlib.Path(__file__).with_name("marker").touch()\nclass Evil:\n    pass\n'
 VALUES: list[Any] = [
@@ -126,14 +126,18 @@ def test_any_value_may_be_any_other(hostile: Pipelines, kind: str) -> None:
     ]
     assert len(cases) > 1000
     _attempt(folder, seconds=60)  # imports take time
-    for path, place, value in cases if LONG else random.Random(1).sample(cases, SAMPLE):
+    faults = []
+    for path, place, value in random.Random(1).sample(cases, len(cases) if LONG else SAMPLE):
         before = path.read_text()
         path.write_text(json.dumps(_replaced(json.loads(before), place, value)))
         try:
             _attempt(folder)
-        except BaseException as error:
-            pytest.fail(f"{path.relative_to(folder)} {place} {str(value)[:40]!r}: {type(error).__name__} {error}")
+        except (Exception, TooLongError) as error:
+            faults.append(
+                f"{path.relative_to(folder)} {place} {str(value)[:40]!r}: {type(error).__name__} {error}"[:300]
+            )
         path.write_text(before)
+    assert not faults, "\n".join(faults)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +258,8 @@ CONTENTS: dict[str, bytes] = {
 @pytest.mark.parametrize("content", CONTENTS)
 def test_files_that_hold_something_else(hostile: Pipelines, content: str) -> None:
     folder = hostile("latent")
-    for path in [*_json_files(folder), folder / "tokenizer" / "vocab.json", folder / "tokenizer" / "merges.txt"]:
+    paths = [*_json_files(folder), folder / "tokenizer" / "vocab.json", folder / "tokenizer" / "merges.txt"]
+    for path in paths if LONG else random.Random(content).sample(paths, 4):
         before = path.read_bytes()
         path.write_bytes(CONTENTS[content])
         message = _attempt(folder, seconds=30)

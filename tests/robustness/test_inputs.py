@@ -74,9 +74,10 @@ def test_paths_within_what_may_not_be_looked_into(tmp_path: Path, monkeypatch: p
     def denied(path: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"folder '.*shut/a': Permission denied"):
+    with monkeypatch.context() as patch:
         patch.setattr(os, "stat", denied)
-        user_path(tmp_path / "shut" / "a", "output folder")
+        with pytest.raises(UserError, match=r"folder '.*shut/a': Permission denied"):
+            user_path(tmp_path / "shut" / "a", "output folder")
 
 
 YAML = {

@@ -355,8 +355,9 @@ class PipelineSource(ABC):
             report: what `from_pretrained` gives for output_loading_info.
         """
         missing = sorted(report["missing_keys"])
-        other = [
-            f"{name} {list(found)} in place of {list(wanted)}" for name, found, wanted in report["mismatched_keys"]
+        other = [  # transformers before 5 gives names alone
+            item if isinstance(item, str) else f"{item[0]} {list(item[1])} in place of {list(item[2])}"
+            for item in report["mismatched_keys"]
         ]
         faults = [
             f"{what} {len(names)} of its tensors ({', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''})"

@@ -184,9 +184,14 @@ def test_weights_of_another_shape(own_pipeline: Pipelines, component: str, name:
         folder, component, lambda tensors: {k: v[:-1].clone() if name in k else v for k, v in tensors.items()}
     )
     tensor = next(value for key, value in sorted(before.items()) if name in key)
+    import transformers
+
     found, wanted = [len(tensor) - 1, *tensor.shape[1:]], list(tensor.shape)
-    message = rf"the weights of {component} .*of another shape are \d of its tensors \(.*{name} "
-    with pytest.raises(UserError, match=message + re.escape(f"{found} in place of {wanted}")):
+    message = rf"the weights of {component} .*of another shape are \d of its tensors \(.*{name}"
+    shapes = re.escape(f" {found} in place of {wanted}")
+    if component == "text_encoder" and int(transformers.__version__.split(".")[0]) < 5:
+        shapes = r"\)"  # it tells names alone
+    with pytest.raises(UserError, match=message + shapes):
         _use(folder, component)
 
 

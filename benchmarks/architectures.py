@@ -204,7 +204,9 @@ class RandomWeights(PipelineSource):
         texts = TEXT_ENCODERS[self._unet]
         t5, kind = self._vae is None, f"StableDiffusion{'XL' if sdxl else ''}Pipeline"
         parts = {name: ["transformers", "T5EncoderModel" if t5 else "CLIPTextModel"] for name in texts}
-        parts |= {name.replace("text_encoder", "tokenizer"): ["transformers", "PreTrainedTokenizer"] for name in texts}
+        parts |= {
+            name.replace("text_encoder", "tokenizer"): ["transformers", "PreTrainedTokenizerFast"] for name in texts
+        }
         if sdxl:
             parts["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
         if not t5:
@@ -234,10 +236,6 @@ class RandomWeights(PipelineSource):
 
     def _files_in(self, component: str) -> None:
         return None
-
-    @property
-    def _location(self) -> dict[str, Any]:
-        return {}
 
     def identity(self, components: list[str]) -> str:
         return f"random weights of {self._unet}: {components}"

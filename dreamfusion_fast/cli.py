@@ -271,7 +271,7 @@ def _export(arguments: list[str]) -> int:
 def _sample(arguments: list[str]) -> int:
     import tyro
 
-    from dreamfusion_fast.io import make_folder
+    from dreamfusion_fast.io import make_folder, user_path
 
     @dataclasses.dataclass(frozen=True)
     class Sample(Settings):
@@ -295,7 +295,7 @@ def _sample(arguments: list[str]) -> int:
     given = _parse(Sample, arguments, "sample", "Draw pictures with the embedded 2D prior, without any 3D.")
     if not given.prompt.strip():
         raise UserError('the prompt is empty; say what to draw, such as "an armchair, side view"')
-    out = Path(given.out).expanduser()
+    out = user_path(given.out, "--out")
     if out.suffix.lower() != ".png":
         raise UserError(f"--out has to end in .png, not {given.out!r}")
     if out.exists() and not given.overwrite:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from dreamfusion_fast import __version__
+from dreamfusion_fast.errors import one_line
 
 Status = Literal["ok", "note", "missing"]
 _DISTRIBUTION = "dreamfusion-fast"
@@ -112,7 +113,7 @@ def _gpus() -> list[Check]:
                 free, total = torch.cuda.mem_get_info(index)
                 memory = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
             except RuntimeError as error:
-                memory = f"cannot be used: {_one_line(error)}"
+                memory = f"cannot be used: {one_line(error)}"
             text = f"{properties.name}, compute capability {properties.major}.{properties.minor}, {memory}"
             checks.append(Check(f"GPU {index}", "ok" if "free" in memory else "missing", text))
         return checks
@@ -173,7 +174,7 @@ def _ffmpeg() -> list[Check]:
         imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as error:
         remedy = "install ffmpeg, or go without the video: --export.turntable-frames 0"
-        return [Check("ffmpeg", "missing", _one_line(error), remedy)]
+        return [Check("ffmpeg", "missing", one_line(error), remedy)]
     return [Check("ffmpeg", "ok", imageio_ffmpeg.get_ffmpeg_version())]
 
 
@@ -187,10 +188,15 @@ def _memory() -> list[Check]:
 
 
 def _disk() -> list[Check]:
+    from dreamfusion_fast.errors import UserError
     from dreamfusion_fast.guidance.cache import default_cache_dir
 
     checks = []
-    places: dict[str, Path] = {"disk, this folder": Path.cwd(), "disk, cache": default_cache_dir()}
+    places: dict[str, Path] = {"disk, this folder": Path.cwd()}
+    try:
+        places["disk, cache"] = default_cache_dir()
+    except UserError as error:
+        checks.append(Check("disk, cache", "note", str(error)))
     for name, place in places.items():
         existing = next(folder for folder in (place, *place.parents) if folder.is_dir())
         free = shutil.disk_usage(existing).free
@@ -225,7 +231,3 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -9,6 +9,13 @@ class UserError(Exception):
     """
 
 
+def one_line(error: BaseException | str, limit: int = 200) -> str:
+    """The first line of a message, shortened, and what a terminal might obey escaped."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 def missing_package(error: ModuleNotFoundError) -> str | None:
     """One line that says how to get the package whose import failed; None for a module of this package, a bug."""
     package = (error.name or "").partition(".")[0]

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.errors import UserError, one_line
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +30,28 @@ LOCK = ".dreamfusion-fast.lock"
 
 class TakenError(UserError):
     """The folder holds a run, or another run or export is writing to it."""
+
+
+def user_path(given: str | os.PathLike[str], name: str) -> Path:
+    """The path that a person gave, "~" expanded. Whether something is there is left to the caller.
+
+    Args:
+        given: the path.
+        name: for the message, such as "output folder".
+
+    Raises:
+        UserError: no path of this system: a NUL in it, too long, "~" of an unknown user, a folder that may not be
+            looked into.
+    """
+    try:
+        path = Path(given).expanduser()
+        os.stat(path)
+        return path
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (OSError, RuntimeError, ValueError) as error:  # the latter two are pathlib's, and the system's for a NUL
+        why = error.strerror if isinstance(error, OSError) else one_line(error)
+        raise UserError(f"{name} {one_line(repr(os.fspath(given)))}: {why}") from error
 
 
 @contextmanager
@@ -112,7 +134,7 @@ def claimed(path: str | os.PathLike[str]) -> Iterator[RunFolder]:
         TakenError: another process, or another claim of this one, holds the folder.
         UserError: it cannot be made or written to.
     """
-    folder = RunFolder(Path(path).expanduser())
+    folder = RunFolder(user_path(path, "output folder"))
     made = not os.path.lexists(folder.path)
     lock = _lock(folder.path)
     try:
@@ -180,7 +202,7 @@ def claimed_new(out: str | os.PathLike[str], prompt: str) -> Iterator[RunFolder]
     with contextlib.ExitStack() as stack:
         for path in [out] if out else default_run_folders(prompt):
             try:
-                RunFolder(Path(path).expanduser()).check_unused()  # a run's folder is not touched for its lock
+                RunFolder(user_path(path, "output folder")).check_unused()  # a run's folder is not touched for its lock
                 folder = stack.enter_context(claimed(path))
                 folder.check_unused()  # another run may have ended between the two
                 break
@@ -193,7 +215,7 @@ def claimed_new(out: str | os.PathLike[str], prompt: str) -> Iterator[RunFolder]
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
     """Make a folder where there is none; UserError where that fails or no file can be written to it."""
-    folder = Path(path).expanduser()
+    folder = user_path(path, "output folder")
     _make(folder)
     check_writable(folder)
     return folder
@@ -213,7 +235,7 @@ def open_run_folder(path: str | os.PathLike[str], *, writable: bool = True) -> R
 
     A run is its checkpoint, which has a copy of config.yaml.
     """
-    folder = RunFolder(Path(path).expanduser())
+    folder = RunFolder(user_path(path, "run folder"))
     if not folder.path.is_dir():
         raise UserError(f"{folder.path} is no folder; give the output folder of an earlier run")
     if not folder.checkpoint.is_file():

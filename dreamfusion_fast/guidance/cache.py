@@ -15,25 +15,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance.prompts import Prompt
-from dreamfusion_fast.io import atomic_path
+from dreamfusion_fast.io import atomic_path, user_path
 
 # Part of every key: raised whenever the meaning of a stored file changes.
 _FORMAT = 1
 
 
 def default_cache_dir() -> Path:
-    """DREAMFUSION_FAST_CACHE if it is set, else the folder the platform keeps caches in."""
+    """DREAMFUSION_FAST_CACHE if it is set, else the folder the platform keeps caches in; UserError if there is none."""
     chosen = os.environ.get("DREAMFUSION_FAST_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
+        return user_path(chosen, "DREAMFUSION_FAST_CACHE")
+    try:
+        return _platform_cache() / "dreamfusion_fast"
+    except RuntimeError as error:  # neither HOME is set, nor has this user a home
+        raise UserError("there is no home folder for a cache: set HOME or DREAMFUSION_FAST_CACHE") from error
+
+
+def _platform_cache() -> Path:
     if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "dreamfusion_fast"
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 class EmbeddingCache:
@@ -41,19 +47,26 @@ class EmbeddingCache:
 
     Args:
         directory: where to keep them; `default_cache_dir` and its folder "embeddings" if None. A folder that cannot be
-            written costs a warning and the time to embed again, not the run.
+            written, or none at all, costs a warning and the time to embed again, not the run.
     """
 
     def __init__(self, directory: Path | str | None = None):
-        self.directory = Path(directory) if directory is not None else default_cache_dir() / "embeddings"
+        self.directory: Path | None = None if directory is None else Path(directory)
+        if directory is None:
+            try:
+                self.directory = default_cache_dir() / "embeddings"
+            except UserError as error:
+                warnings.warn(f"prompt embeddings are not kept: {error}", stacklevel=2)
 
     def get_or_compute(
         self, identity: str, texts: list[Prompt], compute: Callable[[list[Prompt]], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         """The stored embeddings of these texts by the model with this identity, on the CPU, or `compute(texts)`."""
+        if self.directory is None:
+            return compute(texts)
         key = hashlib.sha256(json.dumps([_FORMAT, identity, texts]).encode()).hexdigest()
         path = self.directory / f"{key}.safetensors"
-        stored = _read(path)
+        stored = _read(path, len(texts))
         if stored is not None:
             return stored
         tensors = {name: value.detach().to("cpu").contiguous() for name, value in compute(texts).items()}
@@ -76,8 +89,8 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a whole, undamaged file; None, with a warning, for a damaged one, and None for no file."""
+def _read(path: Path, rows: int) -> dict[str, Tensor] | None:
+    """The tensors `[rows, ..., width]` of a whole, undamaged file; None for no file and, with a warning, any other."""
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -87,7 +100,8 @@ def _read(path: Path) -> dict[str, Tensor] | None:
     except (SafetensorError, OSError) as error:
         warnings.warn(f"the cached prompt embeddings {path} cannot be read and are made again ({error})", stacklevel=3)
         return None
-    if not tensors or metadata.get("sha256") != _digest(tensors):
+    shaped = all(value.ndim >= 2 and len(value) == rows and value.is_floating_point() for value in tensors.values())
+    if not tensors or not shaped or metadata.get("sha256") != _digest(tensors):
         warnings.warn(f"the cached prompt embeddings {path} are damaged and are made again", stacklevel=3)
         return None
     return tensors

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -9,6 +11,7 @@ import torch
 
 from dreamfusion_fast.guidance.methods.cfg import Convention
 from dreamfusion_fast.guidance.models.schedule import Weighting
+from dreamfusion_fast.io import user_path
 from dreamfusion_fast.settings import Range, Settings
 
 Mode = Literal["sds", "csd"]
@@ -35,6 +38,7 @@ class GuidanceConfig(Settings):
 
     Args:
         name: "embedded", another name of `KNOWN_GUIDANCE`, a folder in diffusers' format, or a hub id "owner/name".
+            The path of a folder is made absolute.
         guidance_scale: s in eps_null + s (eps_text - eps_null); None takes the model's own default.
         convention: "null" as above, as in diffusers; "text" for eps_text + s (eps_text - eps_null), as in the
             DreamFusion paper (s = 100 there is s = 101 here).
@@ -78,6 +82,12 @@ class GuidanceConfig(Settings):
     cache: bool = True
 
     def check_together(self) -> None:
+        if self.name not in KNOWN_GUIDANCE:
+            folder = user_path(self.name, "guidance")
+            if folder.is_dir():  # a run is resumed from elsewhere, too, and a/b there is a model on the hub
+                self.name = os.path.abspath(folder)
+        if self.variant is not None and not re.fullmatch(r"[\w-]+", self.variant):
+            self.refuse("variant", want="letters and digits, such as fp16")
         if self.mode == "csd" and self.clip_x0:
             self.refuse("clip_x0", "mode", want="no clip_x0 with csd, which has no clean-image estimate to clamp")
         if self.text_dtype == "int8" and self.text_device == "cpu":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -23,7 +22,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from dreamfusion_fast.errors import NonFiniteError
+from dreamfusion_fast.errors import NonFiniteError, one_line
 from dreamfusion_fast.export import save_png, tile
 from dreamfusion_fast.export.turntable import to_uint8
 from dreamfusion_fast.io import RunFolder
@@ -94,12 +93,9 @@ class Shown(Callback):
             self._callback = None
             with contextlib.suppress(Exception):  # threads and redirected streams end all the same
                 callback.on_end(trainer)
-            _log.warning("%s: switched off, the run goes on (%s)", self._name, one_line(error))
-
-
-def one_line(error: BaseException) -> str:
-    """An error in a message: its kind, and the beginning of what it says."""
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder="...")
+            _log.warning(
+                "%s: switched off, the run goes on (%s)", self._name, one_line(f"{type(error).__name__}: {error}")
+            )
 
 
 class _BarAndLosses(Progress):
@@ -232,7 +228,10 @@ class Checkpoints(Callback):
             raise
         except Exception as error:
             _log.warning(
-                "no checkpoint of step %d, that of step %d is kept (%s)", trainer.steps_done, self.step, one_line(error)
+                "no checkpoint of step %d, that of step %d is kept (%s)",
+                trainer.steps_done,
+                self.step,
+                one_line(f"{type(error).__name__}: {error}"),
             )
 
     def save(self, trainer: Trainer) -> None:

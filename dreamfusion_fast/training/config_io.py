@@ -16,11 +16,15 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from dreamfusion_fast.errors import UserError
-from dreamfusion_fast.io import write_text
+from dreamfusion_fast.errors import UserError, one_line
+from dreamfusion_fast.io import user_path, write_text
 from dreamfusion_fast.settings import SettingError, WrongValueError, convert, shown
 
 T = TypeVar("T")
+
+# Characters and levels; a whole config has 5,000 and 3.
+_LARGEST_YAML, _DEEPEST_YAML = 2**17, 16
+_TOO_LARGE = f"has more than {_LARGEST_YAML} characters, which no config has"
 
 
 def to_dict(value: Any) -> Any:
@@ -60,21 +64,42 @@ def save_yaml(config: Any, path: str | Path) -> None:
 def load_yaml(path: str | Path) -> Any:
     """The values of the YAML file `path`. UserError where it cannot be read."""
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        with user_path(path, "config").open("rb") as file:
+            text = file.read(_LARGEST_YAML + 1).decode("utf-8")
     except OSError as error:
         raise UserError(f"cannot read config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
+        if error.start > _LARGEST_YAML - 4:  # cut within a letter
+            raise UserError(f"config {path} {_TOO_LARGE}") from error
         raise UserError(f"config {path} is no text file") from error
     return parse_yaml(text, source=str(path))
 
 
 def parse_yaml(text: str, *, source: str = "config") -> Any:
     """Like load_yaml, from text; an empty one holds an empty dict."""
+    if len(text) > _LARGEST_YAML:
+        raise UserError(f"{source} {_TOO_LARGE}")
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is no valid YAML: {' '.join(str(error).split())}") from error
+        values = yaml.load(text, _Loader)
+    except Exception as error:  # of many kinds: PyYAML leaves dates, numbers and tags to Python
+        raise UserError(f"{source} is no valid YAML: {one_line(' '.join(str(error).split()))}") from error
     return {} if values is None else values
+
+
+class _Loader(yaml.SafeLoader):
+    """Within limits. Aliases are refused, since a few hundred bytes of them can stand for a billion values."""
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases are not taken: *{self.peek_event().anchor}")
+        if self._depth == _DEEPEST_YAML:
+            raise yaml.YAMLError(f"more than {_DEEPEST_YAML} levels deep")
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 def differences(first: Any, second: Any, prefix: str = "") -> list[str]:

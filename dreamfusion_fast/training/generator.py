@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dreamfusion_fast.errors import DoesNotFitError, Interrupted, NonFiniteError, UserError
+from dreamfusion_fast.errors import DoesNotFitError, Interrupted, NonFiniteError, UserError, one_line
 from dreamfusion_fast.export import TexturedMesh, export_field, render_mesh, render_preview, render_turntable
 from dreamfusion_fast.guidance.config import GuidanceConfig
 from dreamfusion_fast.guidance.contract import Guidance
@@ -31,7 +31,6 @@ from dreamfusion_fast.training.callbacks import (
     Preview,
     ProgressBar,
     Shown,
-    one_line,
 )
 from dreamfusion_fast.training.checkpoint import Checkpoint, load_checkpoint
 from dreamfusion_fast.training.config import Config
@@ -336,5 +335,7 @@ def _dispensable(picture: Path) -> Iterator[None]:
         yield
     except Exception as error:
         _log.warning(
-            "no %s (%s); the mesh is there, and dreamfusion-fast export makes it again", picture.name, one_line(error)
+            "no %s (%s); the mesh is there, and dreamfusion-fast export makes it again",
+            picture.name,
+            one_line(f"{type(error).__name__}: {error}"),
         )

@@ -8,13 +8,13 @@ written.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.fields import HashGridFieldConfig
 from dreamfusion_fast.guidance.config import KNOWN_GUIDANCE, GuidanceConfig
 from dreamfusion_fast.guidance.models.pipeline_source import open_source
+from dreamfusion_fast.io import user_path
 from dreamfusion_fast.rendering import RendererConfig
 from dreamfusion_fast.training.sections import (
     ExportConfig,
@@ -36,12 +36,14 @@ def is_small(name: str) -> bool:
     Of a folder its configuration decides, here and now; a hub id is taken for that of a published model. Nothing is
     downloaded, and what cannot be read counts as large: the guidance says what is wrong with it.
     """
-    if name in KNOWN_GUIDANCE or not Path(name).expanduser().is_dir():
+    if name in KNOWN_GUIDANCE:
         return name == "embedded"
     try:
+        if not user_path(name, "guidance").is_dir():
+            return False
         source = open_source(GuidanceConfig(name=name))
         return source.image_size < (_SMALL_PIXEL if source.class_name("vae") is None else _SMALL_LATENT)
-    except (UserError, TypeError):
+    except (UserError, OSError):
         return False
 
 

@@ -1,13 +1,30 @@
-"""Files of a pipeline's folders: what their names promise, and hashes of what is in them."""
+"""Files of a pipeline's folders: which are read, JSON within limits, hashes of contents, and a folder for a library.
+
+A pipeline is a stranger's. The libraries that load its parts look for many more files than a part needs, and some of
+these name others to be read or run. So they never see the pipeline's folder, but one with the chosen files alone.
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_TOKENIZER_DATA = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+# By library: of safetensors, and of pickles.
+_WEIGHTS = {
+    "diffusers": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
+    "transformers": ("model.safetensors", "pytorch_model.bin"),
+}
+# Bytes, levels, digits: far more than any published model's.
+_LARGEST_JSON, _DEEPEST_JSON, _LONGEST_INTEGER = 2**24, 32, 40
 _READ_AT_ONCE = 2**20
 TOKENIZER_FILES = "tokenizer.json, vocab.json with merges.txt, vocab.txt, or a sentencepiece *.model"
 
@@ -43,3 +60,65 @@ def _content_hash(path: Path, state: tuple[int, ...]) -> str:
         while size := file.readinto(buffer):
             digest.update(buffer[:size])
     return digest.hexdigest()
+
+
+def weights_file(names: Sequence[str], library: str, variant: str | None, pickled: bool) -> tuple[str, str] | None:
+    """The file of a model's weights, or the index of several, and its name without the variant; None: not there."""
+    usual = _WEIGHTS[library][pickled]
+    stem, _, ending = usual.rpartition(".")
+    index = f"{usual}.index.json"
+    if variant is None:
+        choices = {usual: usual, index: index}
+    else:  # libraries put the variant into the name of an index in several places
+        choices = {f"{stem}.{variant}.{ending}": usual, f"{usual}.index.{variant}.json": index}
+        choices |= dict.fromkeys((f"{stem}.{variant}.{ending}.index.json", f"{usual}.{variant}.index.json"), index)
+    return next(((name, plain) for name, plain in choices.items() if name in names), None)
+
+
+def tokenizer_files(names: Sequence[str]) -> list[str]:
+    """Those of these names that are a tokenizer's data; `TOKENIZER_SETTINGS` are not."""
+    return [name for name in names if name in _TOKENIZER_DATA or name.endswith(".model")]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: no JSON, no object, or one that is too large or too deep.
+    """
+    with path.open("rb") as file:
+        data = file.read(_LARGEST_JSON + 1)
+    if len(data) > _LARGEST_JSON:
+        raise ValueError(f"more than {_LARGEST_JSON >> 20} MiB")
+    try:
+        content = json.loads(data.decode("utf-8"), parse_int=_integer)
+    except RecursionError:
+        raise ValueError(f"more than {_DEEPEST_JSON} levels deep") from None
+    if not isinstance(content, dict):
+        raise ValueError("it does not hold a JSON object")
+    level: list[Any] = [content]
+    for _ in range(_DEEPEST_JSON):
+        below = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [value for values in below for value in values if isinstance(value, (dict, list))]
+    if level:
+        raise ValueError(f"more than {_DEEPEST_JSON} levels deep")
+    return content
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _LONGEST_INTEGER:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+@contextmanager
+def staged(files: Mapping[str, Path | dict[str, Any]]) -> Iterator[Path]:
+    """A temporary folder that holds these files and no others: links to them, or JSON that is written."""
+    with tempfile.TemporaryDirectory(prefix="dreamfusion-fast-") as folder:
+        for name, content in files.items():
+            if isinstance(content, Path):
+                (Path(folder) / name).symlink_to(content.resolve())
+            else:
+                (Path(folder) / name).write_text(json.dumps(content), encoding="utf-8")
+        yield Path(folder)

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.util
-import json
+import logging
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.errors import UserError, one_line
 from dreamfusion_fast.guidance.config import KNOWN_GUIDANCE, GuidanceConfig
-from dreamfusion_fast.guidance.models.pipeline_files import TOKENIZER_FILES, content_hash, holds_tokenizer, is_pickle
+from dreamfusion_fast.guidance.models import pipeline_classes
+from dreamfusion_fast.guidance.models.pipeline_files import (
+    TOKENIZER_FILES,
+    TOKENIZER_SETTINGS,
+    content_hash,
+    holds_tokenizer,
+    is_pickle,
+    read_json,
+    staged,
+    tokenizer_files,
+    weights_file,
+)
+from dreamfusion_fast.io import user_path
+
+_log = logging.getLogger(__name__)
 
 _EXPECTED = (
     "a folder in diffusers' format holds model_index.json and the folders unet, scheduler, tokenizer, text_encoder "
@@ -25,6 +40,10 @@ _EXPECTED = (
 _SENTENCEPIECE_SPACE = "\u2581"
 # Names of tensors that a message holds at most.
 _NAMED = 3
+# Height and width of a model's input, far above any published one's.
+_LARGEST_SAMPLE = 4096
+# Weights that a configuration may describe and files lack before memory is taken for them: what lacks is said by name.
+_LACKING = 10**7
 
 
 def open_source(config: GuidanceConfig) -> PipelineSource:
@@ -34,7 +53,7 @@ def open_source(config: GuidanceConfig) -> PipelineSource:
         UserError: neither a known name, nor a pipeline folder, nor the form of a hub id; or the hub does not have it.
     """
     name = KNOWN_GUIDANCE.get(config.name) or config.name
-    path = Path(name).expanduser()
+    path = user_path(name, "guidance")
     if path.is_dir():
         return LocalSource(path, config)
     if path.exists():
@@ -55,6 +74,7 @@ class PipelineSource(ABC):
     Attributes:
         name: for messages.
         index: the contents of model_index.json.
+        kind: the class of the pipeline, for messages.
         revision: commit of the hub's repository; None: a folder.
     """
 
@@ -68,15 +88,27 @@ class PipelineSource(ABC):
             )
         self.name = name
         self.variant = config.variant
-        # Components whose files carry ".fp16" in their names and nothing else is there.
-        self._only_fp16: set[str] = set()
         self._allow_pickle = config.allow_pickle
         self._skeletons: dict[str, torch.nn.Module] = {}
         self.index = self._json("model_index.json")
+        kind = self.index.get("_class_name", "a pipeline")
+        if not isinstance(kind, str):
+            raise self.error(f"it is of class {kind!r}, which is code of its own and is not run; {_EXPECTED}")
+        self.kind = one_line(kind, 60)
 
     def error(self, text: str) -> UserError:
         """The error of what the pipeline is or lacks."""
-        return UserError(f"guidance {self.name!r}: {text}")
+        return UserError(one_line(f"guidance {self.name!r}: {text}", 1000))
+
+    @contextmanager
+    def faults(self, what: str) -> Iterator[None]:
+        """Within it, errors are the pipeline's: libraries meet what they do not expect with errors of many kinds."""
+        try:
+            yield
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise self.error(f"{what}: {one_line(error)}") from error
 
     @abstractmethod
     def _file(self, relative: str) -> Path:
@@ -86,44 +118,63 @@ class PipelineSource(ABC):
     def identity(self, components: list[str]) -> str:
         """A string that changes whenever one of the components changes."""
 
-    @property
-    @abstractmethod
-    def _location(self) -> dict[str, Any]:
-        """The arguments by which `from_pretrained` finds the pipeline."""
-
     @abstractmethod
     def _files_in(self, component: str) -> list[str] | None:
-        """Names of all files in the component's folder; None if nobody can say now."""
+        """Names of all files in the component's folder, "" for the pipeline's; None if nobody can say now."""
 
     def check_weights(self, component: str) -> None:
-        """Raise UserError if the component's weights are known to be missing or only stored as pickles.
-
-        A component with weights of the variant "fp16" alone is loaded from these.
-        """
+        """Raise UserError if the component's weights are known to be missing or only stored as pickles."""
         names = self._files_in(component)
-        if names is None:
-            return
-        found = [name for name in names if name.endswith(".safetensors")]
+        if names is not None:
+            self._weights(component, names)
+
+    def _weights(self, component: str, names: list[str]) -> dict[str, Any]:
+        """The files of a model's weights, as `staged` takes them, but for their names in place of paths.
+
+        A component with weights of the variant "fp16" alone is loaded from these. An index of several files is checked,
+        and is the one that a library reads.
+        """
+        library, _ = self._class(component)
+        for pickled in (False, True)[: 1 + self._allow_pickle]:
+            for variant in (None, "fp16") if self.variant is None else (self.variant,):
+                found = weights_file(names, library, variant, pickled)
+                if found is not None:
+                    name, plain = found
+                    return self._shards(component, name, plain, names) if name.endswith(".json") else {plain: name}
+        raise self.error(self._no_weights(component, names))
+
+    def _no_weights(self, component: str, names: list[str]) -> str:
         pickled = [name for name in names if is_pickle(name)]
-        loadable = [*found, *pickled] if self._allow_pickle else found
-        if not loadable:
-            if pickled:
-                raise self.error(
-                    f"the weights of {component} are stored as pickles, which can run code on "
-                    "loading: convert them to safetensors, or allow pickles if you trust their source"
-                )
-            kinds = "*.safetensors or pickles" if self._allow_pickle else "*.safetensors"
-            raise self.error(f"{component} holds no weights ({kinds})")
         if self.variant is not None:
-            if not any(f".{self.variant}" in name for name in loadable):
-                refused = any(f".{self.variant}" in name for name in pickled)
-                raise self.error(
-                    f"{component} holds no weights of the variant {self.variant!r}"
-                    f"{' but pickles, which can run code on loading' if refused else ''}: leave guidance variant out, "
-                    f"or {'allow pickles if you trust their source' if refused else 'name one that is there'}"
-                )
-        elif found and all(".fp16" in name for name in found):
-            self._only_fp16.add(component)
+            refused = not self._allow_pickle and any(f".{self.variant}" in name for name in pickled)
+            return (
+                f"{component} holds no weights of the variant {self.variant!r}"
+                f"{' but pickles, which can run code on loading' if refused else ''}: leave guidance variant out, "
+                f"or {'allow pickles if you trust their source' if refused else 'name one that is there'}"
+            )
+        if pickled and not self._allow_pickle:
+            return (
+                f"the weights of {component} are stored as pickles, which can run code on "
+                "loading: convert them to safetensors, or allow pickles if you trust their source"
+            )
+        return f"{component} holds no weights ({'*.safetensors or pickles' if self._allow_pickle else '*.safetensors'})"
+
+    def _shards(self, component: str, index: str, plain: str, names: list[str]) -> dict[str, Any]:
+        """As `_weights`, of the files that an index names: plain names of files of one kind, all of them there."""
+        ending = "." + plain.removesuffix(".index.json").rpartition(".")[2]
+        named = self._json(f"{component}/{index}").get("weight_map")
+        if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
+            raise self.error(f"{component}/{index} holds no weight_map of tensors to names of files")
+        shards = sorted(set(named.values()))
+        for name in shards:
+            if "/" in name or "\\" in name or not name.endswith(ending):
+                raise self.error(f"{component}/{index} names the file {name!r}, wanted are names that end in {ending}")
+        if missing := [name for name in shards if name not in names]:
+            raise self.error(
+                f"{component} is incomplete, {len(missing)} of the files that {index} "
+                f"names are not there: {', '.join(missing[:3])}"
+            )
+        return {plain: {"metadata": {"total_size": 0}, "weight_map": named}, **{name: name for name in shards}}
 
     def check_tokenizer(self, component: str) -> None:
         """Raise UserError if the files of a tokenizer's vocabulary are known to be missing.
@@ -135,9 +186,6 @@ class PipelineSource(ABC):
             held = f"only {', '.join(names)}" if names else "nothing"
             raise self.error(f"{component} holds {held}, but the files of a tokenizer are wanted: {TOKENIZER_FILES}")
 
-    def _variant(self, component: str) -> str | None:
-        return "fp16" if component in self._only_fp16 else self.variant
-
     def class_name(self, component: str) -> str | None:
         """Class of a component, or None if the pipeline has none of this name."""
         entry = self.index.get(component)
@@ -145,16 +193,42 @@ class PipelineSource(ABC):
             return None
         return str(entry[1])
 
+    def _class(self, component: str) -> tuple[str, str]:
+        """Library and class of a component; raises UserError for one that is not served, see `pipeline_classes`."""
+        class_name, library = self.class_name(component), str((self.index.get(component) or [None])[0])
+        if class_name is None:
+            raise self.error(f"{self.kind} has no {component}: {_EXPECTED}")
+        try:
+            pipeline_classes.check_class(component, library, class_name)
+        except ValueError as error:
+            raise self.error(str(error)) from error
+        return library, class_name
+
     def require(self, components: list[str]) -> None:
-        """Raise UserError unless every component is there."""
+        """Raise UserError unless every component is there, of a class that is served."""
         missing = [component for component in components if self.class_name(component) is None]
         if missing:
-            kind = self.index.get("_class_name", "a pipeline")
-            raise UserError(f"guidance {self.name!r} ({kind}) has no {', '.join(missing)}: {_EXPECTED}")
+            raise UserError(f"guidance {self.name!r} ({self.kind}) has no {', '.join(missing)}: {_EXPECTED}")
+        for component in components:
+            self._class(component)
+
+    def warn_of_adapters(self) -> None:
+        """Say which LoRA and other adapters lie in the pipeline: they are not applied."""
+        for component in ("", "unet", "text_encoder", "text_encoder_2"):
+            for name in self._files_in(component) or ():
+                if "lora" in name.lower() or name.startswith("adapter_"):
+                    where = f"{component}/{name}" if component else name
+                    _log.warning(one_line(f"guidance {self.name!r}: {where} is ignored, adapters are not applied"))
 
     def config(self, component: str) -> dict[str, Any]:
-        """Configuration of a model or scheduler."""
-        return self._json(f"{component}/{'scheduler_config' if component == 'scheduler' else 'config'}.json")
+        """Configuration of a model or scheduler; raises UserError for a number that no size of one is."""
+        relative = f"{component}/{'scheduler_config' if component == 'scheduler' else 'config'}.json"
+        content = self._json(relative)
+        try:
+            pipeline_classes.check_numbers(content)
+        except ValueError as error:
+            raise self.error(f"{relative}: {error}") from error
+        return content
 
     @property
     def sample_size(self) -> int:
@@ -166,8 +240,10 @@ class PipelineSource(ABC):
         size = self.config("unet").get("sample_size")
         if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
             size = size[0]
-        if not isinstance(size, int) or size < 1:
-            raise self.error(f"the unet's sample_size must be one positive number, got {size!r}")
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= _LARGEST_SAMPLE:
+            raise self.error(
+                f"the unet's sample_size must be one positive number up to {_LARGEST_SAMPLE}, got {size!r}"
+            )
         return size
 
     @property
@@ -176,6 +252,8 @@ class PipelineSource(ABC):
         if self.class_name("vae") is None:
             return self.sample_size
         levels = self.config("vae").get("block_out_channels", (64,))
+        if not isinstance(levels, (list, tuple)) or not 1 <= len(levels) <= 8:
+            raise self.error(f"the vae's block_out_channels must be a list of 1 to 8 numbers, got {levels!r}")
         return self.sample_size * 2 ** (len(levels) - 1)
 
     def skeleton(self, component: str) -> torch.nn.Module:
@@ -186,19 +264,11 @@ class PipelineSource(ABC):
         """
         if component in self._skeletons:
             return self._skeletons[component]
-        library, class_name = self.index[component]
-        config = self.config(component)
-        try:
-            model_class = _component_class(library, class_name)
-            with torch.device("meta"):
-                if library == "diffusers":
-                    model = model_class.from_config(config)
-                else:
-                    model = model_class(model_class.config_class.from_dict(config))
-        except Exception as error:  # libraries check configurations with errors of many kinds
-            raise self.error(
-                f"the configuration of {component} ({class_name}) describes no model: {one_line(error)}"
-            ) from error
+        library, class_name = self._class(component)
+        with self.faults(f"the configuration of {component} ({class_name}) describes no model"):
+            model_class = pipeline_classes.component_class(component, library, class_name)
+            settings = pipeline_classes.model_settings(model_class, library, self.config(component))
+            model = pipeline_classes.skeleton(model_class, library, settings)
         self._skeletons[component] = model
         return model
 
@@ -216,29 +286,58 @@ class PipelineSource(ABC):
             UserError: it cannot be loaded, its weights are pickles and the config does not allow them, or they are not
                 all there; for a tokenizer, its vocabulary is not there.
         """
-        library, class_name = self.index[component]
-        options = {**self._location, "subfolder": component, **options}
-        if dtype is not None:
-            self.check_weights(component)
+        library, class_name = self._class(component)
+        with self.faults(f"cannot load {component} ({class_name})"):
+            names = self._names(component)
+            model_class = pipeline_classes.component_class(component, library, class_name)
+            if dtype is None:
+                with staged(self._tokenizer_files(component, names)) as folder:
+                    tokenizer = model_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+                self._require_words(component, tokenizer)
+                return tokenizer
+            files = self._model_files(component, names, model_class)
             options[_dtype_keyword(library)] = dtype
             options["use_safetensors"] = None if self._allow_pickle else True
-            options["variant"] = self._variant(component)
             # Tensors of another shape are to be told like those that are missing, not as an error of each library.
             options["output_loading_info"] = options["ignore_mismatched_sizes"] = True
+            if library == "transformers":  # diffusers runs no code of a model's folder and knows no such option
+                options["trust_remote_code"] = False
             if _needs_low_memory_flag(library):
                 options["low_cpu_mem_usage"] = True
-        try:
-            loaded = _component_class(library, class_name).from_pretrained(**options)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # as above, and files have their own
-            raise self.error(f"cannot load {component} ({class_name}): {one_line(error)}") from error
-        if dtype is None:
-            self._require_words(component, loaded)
-            return loaded
-        model, report = loaded
+            with staged(files) as folder:
+                model, report = model_class.from_pretrained(folder, local_files_only=True, **options)
         self._require_all_weights(component, report)
         return model.eval().requires_grad_(False)
+
+    def _names(self, component: str) -> list[str]:
+        """As `_files_in`; raises UserError if nobody can say."""
+        names = self._files_in(component)
+        if names is None:
+            raise self.error(f"cannot tell which files {component} has")
+        return names
+
+    def _tokenizer_files(self, component: str, names: list[str]) -> dict[str, Path | dict[str, Any]]:
+        """As `staged` takes them, the settings without what names files or code."""
+        files: dict[str, Path | dict[str, Any]] = {
+            name: self._file(f"{component}/{name}") for name in tokenizer_files(names)
+        }
+        for name in TOKENIZER_SETTINGS:
+            if name in names:
+                files[name] = pipeline_classes.tokenizer_settings(self._json(f"{component}/{name}"))
+        return files
+
+    def _model_files(self, component: str, names: list[str], model_class: Any) -> dict[str, Path | dict[str, Any]]:
+        """As `staged` takes them; raises UserError if the weights do not come near what is described."""
+        library, _ = self._class(component)
+        files = {
+            name: self._file(f"{component}/{file}") if isinstance(file, str) else file
+            for name, file in self._weights(component, names).items()
+        }
+        held = sum(file.stat().st_size for file in files.values() if isinstance(file, Path))
+        described = self.parameters(component)
+        if described > held + _LACKING:
+            raise self.error(f"{component} is described as {described} numbers, and its weights have {held} bytes")
+        return {"config.json": pipeline_classes.model_settings(model_class, library, self.config(component)), **files}
 
     def _require_words(self, component: str, tokenizer: Any) -> None:
         """As `check_tokenizer`, for files that nobody could name before, and for what is in them."""
@@ -256,8 +355,9 @@ class PipelineSource(ABC):
             report: what `from_pretrained` gives for output_loading_info.
         """
         missing = sorted(report["missing_keys"])
-        other = [
-            f"{name} {list(found)} in place of {list(wanted)}" for name, found, wanted in report["mismatched_keys"]
+        other = [  # transformers before 5 gives names alone
+            item if isinstance(item, str) else f"{item[0]} {list(item[1])} in place of {list(item[2])}"
+            for item in report["mismatched_keys"]
         ]
         faults = [
             f"{what} {len(names)} of its tensors ({', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''})"
@@ -265,19 +365,16 @@ class PipelineSource(ABC):
             if names
         ]
         if faults:
-            _, class_name = self.index[component]
+            _, class_name = self._class(component)
             raise self.error(
                 f"the weights of {component} ({class_name}) are incomplete or another model's: {'; '.join(faults)}"
             )
 
     def _json(self, relative: str) -> dict[str, Any]:
         try:
-            content = json.loads(self._file(relative).read_text(encoding="utf-8"))
+            return read_json(self._file(relative))
         except (OSError, ValueError) as error:
             raise self.error(f"cannot read {relative}: {one_line(error)}") from error
-        if not isinstance(content, dict):
-            raise self.error(f"{relative} does not hold a JSON object")
-        return content
 
 
 class LocalSource(PipelineSource):
@@ -285,41 +382,32 @@ class LocalSource(PipelineSource):
 
     def __init__(self, folder: Path, config: GuidanceConfig):
         self._folder = folder
+        # Links may lead about the folder, and from a snapshot in the hub's cache to where it keeps contents.
+        root = folder.resolve()
+        self._roots = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
         super().__init__(config.name, config)
 
-    @property
-    def _location(self) -> dict[str, Any]:
-        return {"pretrained_model_name_or_path": str(self._folder), "local_files_only": True}
+    def _inside(self, path: Path) -> bool:
+        return any(path.resolve().is_relative_to(root) for root in self._roots)
 
     def _file(self, relative: str) -> Path:
         path = self._folder / relative
         if not path.is_file():
             raise self.error(f"no diffusers pipeline, it lacks {relative}: {_EXPECTED}")
+        if not self._inside(path):
+            raise self.error(f"{relative} is a link out of the folder, which is not followed")
         return path
 
     def _files_in(self, component: str) -> list[str]:
         return sorted(path.name for path in (self._folder / component).glob("*") if path.is_file())
 
-    def check_weights(self, component: str) -> None:
-        """See `PipelineSource.check_weights`; all files that an index of weights names must be there."""
-        super().check_weights(component)
-        folder = self._folder / component
-        variant = self._variant(component)
-        for index in sorted(folder.glob(f"*.safetensors.index{f'.{variant}' if variant else ''}.json")):
-            named = self._json(f"{component}/{index.name}").get("weight_map", {})
-            missing = sorted({str(name) for name in named.values() if not (folder / str(name)).is_file()})
-            if missing:
-                raise self.error(
-                    f"{component} is incomplete, {len(missing)} of the files that {index.name} "
-                    f"names are not there: {', '.join(missing[:3])}"
-                )
-
     def identity(self, components: list[str]) -> str:
         """See `PipelineSource.identity`: of the contents of all files that may be read, wherever the folder is."""
         digest = hashlib.sha256()
         for component in components:
-            for path in sorted((self._folder / component).rglob("*")):
-                if path.is_file() and (self._allow_pickle or not is_pickle(path.name)):
+            for name in self._files_in(component):
+                if self._allow_pickle or not is_pickle(name):
+                    path = self._file(f"{component}/{name}")
                     digest.update(f"{path.relative_to(self._folder).as_posix()}:{content_hash(path)}\n".encode())
         return digest.hexdigest()
 
@@ -330,14 +418,13 @@ class HubSource(PipelineSource):
     def __init__(self, hub_id: str, config: GuidanceConfig):
         self._hub_id = hub_id
         self.revision = config.revision
+        if self.revision is not None and not re.fullmatch(r"\w[\w-]*([./]\w[\w-]*)*", self.revision):
+            raise UserError(f"guidance revision {self.revision!r} is no branch, tag or commit of {hub_id!r}")
         self._listing: list[str] | None = None
         super().__init__(hub_id, config)
         # The cached file lies in a folder named after the commit: everything else is taken from the same one.
-        self.revision = self._file("model_index.json").parent.name
-
-    @property
-    def _location(self) -> dict[str, Any]:
-        return {"pretrained_model_name_or_path": self._hub_id, "revision": self.revision}
+        self._snapshot = self._file("model_index.json").parent
+        self.revision = self._snapshot.name
 
     def _file(self, relative: str) -> Path:
         from huggingface_hub import errors, hf_hub_download
@@ -372,8 +459,14 @@ class HubSource(PipelineSource):
                 self._listing = []
         if not self._listing:
             return None
-        folder = f"{component}/"
-        return [name.removeprefix(folder) for name in self._listing if name.startswith(folder)]
+        folder = f"{component}/" if component else ""
+        names = [name.removeprefix(folder) for name in self._listing if name.startswith(folder)]
+        return [name for name in names if "/" not in name]
+
+    def _names(self, component: str) -> list[str]:
+        """See `PipelineSource._names`: what is in the cache, where the hub cannot be asked."""
+        names = self._files_in(component)
+        return names if names is not None else [path.name for path in (self._snapshot / component).glob("*")]
 
     def _unreachable(self) -> str:
         return (
@@ -383,21 +476,6 @@ class HubSource(PipelineSource):
 
     def identity(self, components: list[str]) -> str:
         return f"{self._hub_id}@{self.revision}:{','.join(components)}"
-
-
-def one_line(error: Exception, limit: int = 200) -> str:
-    """The first line of an error's message, shortened."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _component_class(library: str, class_name: str) -> Any:
-    if library not in ("diffusers", "transformers"):
-        raise ValueError(f"class of the library {library!r}; only diffusers and transformers are loaded")
-    found = getattr(importlib.import_module(library), class_name, None)
-    if found is None:
-        raise ValueError(f"the installed {library} has no class {class_name}")
-    return found
 
 
 def _transformers_version() -> tuple[int, int]:

@@ -9,13 +9,14 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.gpu.capture import CapturedFunction
 from dreamfusion_fast.guidance.config import GuidanceConfig, resolve_dtype
 from dreamfusion_fast.guidance.contract import DiffusionModel, Views
 from dreamfusion_fast.guidance.memory import GuidanceMemory
-from dreamfusion_fast.guidance.models.pipeline_source import PipelineSource, one_line, open_source
+from dreamfusion_fast.guidance.models.pipeline_source import PipelineSource, open_source
 from dreamfusion_fast.guidance.models.schedule import PredictionType, VariancePreserving
 from dreamfusion_fast.guidance.models.text_encoders import PromptEncoder
 from dreamfusion_fast.guidance.prompts import Prompt
@@ -30,6 +31,7 @@ _PREDICTION_TYPES = get_args(PredictionType)
 _UNET_BYTES = 45_000
 _ENCODE_BYTES, _ENCODE_RECOMPUTED_BYTES = 3_500, 2_300
 _ENCODE_BYTES_OF_DIFFUSERS = 8_500
+_MOST_TIMESTEPS = 100_000
 _SERVED = "pipelines of Stable Diffusion 1.x and 2.x, SDXL and DeepFloyd IF stage I can guide"
 
 
@@ -40,7 +42,15 @@ def load_pipeline_model(config: GuidanceConfig, device: torch.device) -> Pipelin
         UserError: the name leads nowhere, or to a pipeline that cannot guide; the message says what is missing.
     """
     source = open_source(config)
-    kind = str(source.index.get("_class_name", "a pipeline"))
+    with source.faults("its configuration describes no pipeline that can guide"):
+        model = _model_class(source)(source, config, device)
+        model.try_out()
+    source.warn_of_adapters()
+    return model
+
+
+def _model_class(source: PipelineSource) -> type[PipelineModel]:
+    kind = source.kind
     if source.class_name("unet") is None:
         if "Flow" in str(source.class_name("scheduler")):
             raise UserError(f"guidance {source.name!r} ({kind}): flow-matching models are not served yet; {_SERVED}")
@@ -53,11 +63,11 @@ def load_pipeline_model(config: GuidanceConfig, device: torch.device) -> Pipelin
                 f"guidance {source.name!r} ({kind}) has a text_encoder_2 alone, as SDXL's refiner does, which only "
                 "improves pictures of the base model: name the base model"
             )
-        return SDXLModel(source, config, device)
+        return SDXLModel
     # A Stable Diffusion pipeline without its vae is a latent model that lacks something, not a pixel model.
     if source.class_name("vae") is not None or kind.startswith("StableDiffusion"):
-        return LatentModel(source, config, device)
-    return PixelModel(source, config, device)
+        return LatentModel
+    return PixelModel
 
 
 class PipelineModel(DiffusionModel):
@@ -101,9 +111,7 @@ class PipelineModel(DiffusionModel):
 
     def _check_unet(self) -> None:
         """Raise UserError for a U-Net that reads something which `_unet_arguments` does not give."""
-        class_name, config = self._source.class_name("unet"), self._unet_config
-        if class_name != "UNet2DConditionModel":
-            raise self._source.error(f"the unet is of class {class_name}, UNet2DConditionModel is wanted")
+        config = self._unet_config
         if config.get("addition_embed_type") == "text_time" and "text_time" not in self._added_conditions:
             raise self._source.error(
                 "the unet is one of SDXL, which reads two text encoders, but the pipeline has no text_encoder_2"
@@ -156,6 +164,9 @@ class PipelineModel(DiffusionModel):
             raise self._source.error(
                 f"prediction_type must be one of {', '.join(_PREDICTION_TYPES)}, got {prediction_type!r}"
             )
+        timesteps = config["num_train_timesteps"]
+        if not isinstance(timesteps, int) or not 1 <= timesteps <= _MOST_TIMESTEPS:
+            raise self._source.error(f"num_train_timesteps must be 1 to {_MOST_TIMESTEPS}, got {timesteps!r}")
         # Every scheduler of diffusers shares these fields; DDPM is the one that holds alphas_cumprod and nothing else.
         fields = (
             "num_train_timesteps",
@@ -165,11 +176,34 @@ class PipelineModel(DiffusionModel):
             "trained_betas",
             "rescale_betas_zero_snr",
         )
-        try:
+        with self._source.faults("the noise schedule cannot be made"):
             scheduler: Any = DDPMScheduler(**{field: config[field] for field in fields if field in config})
-        except (NotImplementedError, TypeError, ValueError) as error:
-            raise self._source.error(f"the noise schedule cannot be made: {one_line(error)}") from error
+        levels = scheduler.alphas_cumprod
+        if len(levels) != timesteps or not bool(((levels >= 0) & (levels <= 1)).all()):
+            raise self._source.error("the noise schedule's alphas_cumprod leave 0 to 1, or are not one for a timestep")
         self.schedule = VariancePreserving(scheduler.alphas_cumprod.to(self.device), prediction_type)
+
+    def try_out(self) -> None:
+        """Evaluate the U-Net on torch's meta device, without weights, so that nothing wrong is loaded.
+
+        Raises:
+            UserError: its configuration describes no model, or one that cannot be evaluated.
+        """
+        size, unet = self._source.sample_size, self._source.skeleton("unet")
+        hidden = self._text.hidden_width
+        if hidden is None:
+            raise self._source.error("the text encoder's configuration lacks its width")
+        with self._source.faults("the configuration of unet describes a model that cannot be evaluated"):
+            widths = {"hidden": (1, 77, hidden), "pooled": (1, self._text.pooled_width or 1)}
+            condition = {name: torch.zeros(*widths[name], device="meta") for name in self._condition_names}
+            noisy = torch.zeros(1, self._unet_config["in_channels"], size, size, device="meta")
+            arguments = tree_map_only(Tensor, lambda value: value.to("meta").float(), self._unet_arguments(condition))
+            with torch.no_grad():
+                output = unet(noisy, torch.zeros(1, device="meta"), **arguments, return_dict=False)[0]
+            if output.shape[2:] != noisy.shape[2:]:
+                raise ValueError(f"it makes {list(output.shape)} of {list(noisy.shape)}")
+        for suffix in self._text_suffixes:
+            self._source.skeleton(f"text_encoder{suffix}")
 
     @property
     def text_identity(self) -> str:
@@ -277,8 +311,6 @@ class LatentModel(PipelineModel):
     def __init__(self, source: PipelineSource, config: GuidanceConfig, device: torch.device):
         super().__init__(source, config, device)
         vae = source.config("vae")
-        if source.class_name("vae") != "AutoencoderKL":
-            raise self._source.error(f"the vae is of class {source.class_name('vae')}, AutoencoderKL is wanted")
         if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
             raise self._source.error("a vae with a latents_mean or latents_std per channel is not served")
         self._check_channels(vae.get("latent_channels", 4))
@@ -293,6 +325,19 @@ class LatentModel(PipelineModel):
         self._vae: Any = None
         self._encoder: LatentEncoder | None = None
         self._recompute = False
+
+    def try_out(self) -> None:
+        """See `PipelineModel.try_out`; the autoencoder's encoder, too."""
+        super().try_out()
+        size: int = self._source.sample_size
+        vae: Any = self._source.skeleton("vae")
+        with (
+            self._source.faults("the configuration of vae describes a model that cannot be evaluated"),
+            torch.no_grad(),
+        ):
+            mean = vae.encode(torch.zeros(1, 3, self.image_size, self.image_size, device="meta")).latent_dist.mean
+            if mean.shape[2:] != (size, size):
+                raise ValueError(f"its latents are {list(mean.shape[2:])}, the unet reads {[size, size]}")
 
     def load(self) -> None:
         super().load()

@@ -18,6 +18,7 @@ from torch import Tensor
 from dreamfusion_fast.errors import NonFiniteError, UserError
 from dreamfusion_fast.gpu.memory import free_bytes
 from dreamfusion_fast.guidance.config import GuidanceConfig
+from dreamfusion_fast.guidance.models.pipeline_classes import TEXT_ENCODERS
 from dreamfusion_fast.guidance.models.pipeline_source import PipelineSource
 from dreamfusion_fast.guidance.prompts import Prompt, shortened, warn_of_lost_words
 from dreamfusion_fast.networks.offload import installed
@@ -25,9 +26,10 @@ from dreamfusion_fast.networks.offload import installed
 Placement = Literal["gpu", "layers", "cpu"]
 """Where an encoder runs: whole on the GPU, layer by layer on the GPU from main memory, or on the CPU."""
 
-_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 # DeepFloyd IF was trained on captions of at most 77 tokens, although T5 takes longer ones.
 _T5_TOKENS = 77
+# A start, an end and a word.
+_FEWEST_TOKENS = 3
 # Weights may take this part of the memory that is free; the rest is for activations and what the allocator loses.
 _FREE_SHARE = 0.6
 
@@ -75,7 +77,7 @@ class PromptEncoder:
             class_name = self._source.class_name(f"text_encoder{suffix}")
             # Of two encoders the last gives a pooled output as well.
             pooled = self._two and suffix == self._suffixes[-1]
-            wanted = ("CLIPTextModelWithProjection",) if pooled else _CLASSES if self._two else (*_CLASSES, "BertModel")
+            wanted = ("CLIPTextModelWithProjection",) if pooled else TEXT_ENCODERS[:-1] if self._two else TEXT_ENCODERS
             if class_name not in wanted:
                 raise self._source.error(
                     f"text_encoder{suffix} is of class {class_name}, wanted is {' or '.join(wanted)}"
@@ -132,8 +134,9 @@ class PromptEncoder:
             UserError: an encoder cannot be loaded, or the GPU is too small for one that text_device or int8 put there.
             NonFiniteError: an encoder overflows in this dtype.
         """
-        tokens = self._tokenize(texts)
-        outputs = [self._embed_with(suffix, tokens[suffix]) for suffix in self._suffixes]
+        with self._source.faults("its text encoder cannot embed the prompt"):
+            tokens = self._tokenize(texts)
+            outputs = [self._embed_with(suffix, tokens[suffix]) for suffix in self._suffixes]
         if not self._two:
             return {"hidden": outputs[0][0]}
         tensors = {"hidden": torch.cat([hidden for hidden, _ in outputs], dim=-1), "pooled": outputs[-1][1]}
@@ -170,7 +173,9 @@ class PromptEncoder:
     def _evaluate(self, suffix: str, placement: Placement, tokens: Any) -> tuple[Tensor, Tensor]:
         encoder = self._load(suffix, placement)
         device = self._device if placement != "cpu" else torch.device("cpu")
-        masked = not self._two and (self._is_t5(suffix) or getattr(encoder.config, "use_attention_mask", False))
+        masked = not self._two and (
+            self._is_t5(suffix) or self._configs[suffix].get("use_attention_mask", False) is True
+        )
         with torch.no_grad():
             output = encoder(
                 tokens.input_ids.to(device),
@@ -223,7 +228,14 @@ class PromptEncoder:
         """Most tokens of a text, with those that mark its start and end."""
         if self._is_t5(suffix):
             return _T5_TOKENS
-        return min(tokenizer.model_max_length, self._configs[suffix].get("max_position_embeddings", 77))
+        positions = self._configs[suffix].get("max_position_embeddings", 77)
+        length = min(tokenizer.model_max_length, positions)
+        if not isinstance(length, int) or length < _FEWEST_TOKENS:
+            raise self._source.error(
+                f"tokenizer{suffix} takes texts of {tokenizer.model_max_length!r} tokens, text_encoder{suffix} of "
+                f"{positions!r}, at least {_FEWEST_TOKENS} are wanted"
+            )
+        return length
 
     def _read(self, suffix: str, text: str) -> str:
         """A text as the encoder was trained to read it."""

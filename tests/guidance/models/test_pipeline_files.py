@@ -20,7 +20,7 @@ from dreamfusion_fast.guidance import GuidanceConfig, create_guidance
 from dreamfusion_fast.guidance.contract import Guidance
 from dreamfusion_fast.guidance.models import pipeline_files
 from dreamfusion_fast.guidance.models.pipeline_files import content_hash, holds_tokenizer
-from dreamfusion_fast.guidance.models.pipeline_source import HubSource, open_source
+from dreamfusion_fast.guidance.models.pipeline_source import open_source
 
 pytest.importorskip("diffusers")
 
@@ -108,8 +108,6 @@ def _hub(monkeypatch: pytest.MonkeyPatch, snapshot: Path, listing: list[str] | N
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda hub_id, relative, revision: snapshot / relative)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", files)
-    cached = {"pretrained_model_name_or_path": str(snapshot), "local_files_only": True}
-    monkeypatch.setattr(HubSource, "_location", property(lambda self: cached))
 
 
 @pytest.mark.parametrize(("kind", "component"), TOKENIZERS)
@@ -186,9 +184,14 @@ def test_weights_of_another_shape(own_pipeline: Pipelines, component: str, name:
         folder, component, lambda tensors: {k: v[:-1].clone() if name in k else v for k, v in tensors.items()}
     )
     tensor = next(value for key, value in sorted(before.items()) if name in key)
+    import transformers
+
     found, wanted = [len(tensor) - 1, *tensor.shape[1:]], list(tensor.shape)
-    message = rf"the weights of {component} .*of another shape are \d of its tensors \(.*{name} "
-    with pytest.raises(UserError, match=message + re.escape(f"{found} in place of {wanted}")):
+    message = rf"the weights of {component} .*of another shape are \d of its tensors \(.*{name}"
+    shapes = re.escape(f" {found} in place of {wanted}")
+    if component == "text_encoder" and int(transformers.__version__.split(".")[0]) < 5:
+        shapes = r"\)"  # it tells names alone
+    with pytest.raises(UserError, match=message + shapes):
         _use(folder, component)
 
 

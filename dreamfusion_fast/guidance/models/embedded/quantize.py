@@ -28,6 +28,8 @@ Network = TypeVar("Network", bound=nn.Module)
 
 SCALE_SUFFIX = ".int8_scale"
 _SMALLEST_QUANTIZED = 4096
+# Bytes: twenty times the prior's. A thousand times as much fits under gzip.
+_LARGEST_CONTENT = 2**29
 
 
 def quantize_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -107,11 +109,15 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
     Raises:
         OSError: no such file, or one that cannot be read.
-        ValueError: not gzip, cut off, no safetensors file inside, or one that `dequantize_state_dict` refuses.
+        ValueError: not gzip, cut off, far larger than any prior, no safetensors file inside, or one that
+            `dequantize_state_dict` refuses.
     """
     packed = Path(path).read_bytes()
     try:
-        content = gzip.decompress(packed)
+        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
+            content = file.read(_LARGEST_CONTENT + 1)
+        if len(content) > _LARGEST_CONTENT:
+            raise ValueError(f"more than {_LARGEST_CONTENT >> 20} MiB under gzip")
         stored = load(content)
     except (gzip.BadGzipFile, EOFError, zlib.error, SafetensorError) as error:
         raise ValueError(f"no whole safetensors file under gzip: {error}") from error

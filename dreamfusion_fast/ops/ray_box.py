@@ -74,7 +74,8 @@ def ray_box_reference(
 ) -> tuple[Tensor, Tensor]:
     """The PyTorch twin of `ray_box`: any dtype, any device, differentiable where the ray hits."""
     _check("ray_box_reference", origins, directions, aabb, near, far)
-    near, far = origins.new_tensor([float(near), float(far)]).tolist()  # what lies beyond the type is infinite in it
+    # What lies beyond the type is infinite in it.
+    near, far = torch.tensor([float(near), float(far)], dtype=origins.dtype, device="cpu").tolist()
     low, high = aabb[:3], aabb[3:]
     parallel = directions == 0
     # Parallel to a slab: inside for ever or never. The divisor 1 only keeps 0 / 0 out of the other branch.

@@ -201,7 +201,7 @@ def test_wrong_generate_options_are_one_line(capsys, tmp_path, run_folder):
     for option in ("--config", "--resume", "--guidance.name"):
         assert f"{option}: expected one argument" in fails(capsys, "generate", "x", option)
     assert "is no folder" in fails(capsys, "generate", "--resume", str(tmp_path / "absent"))
-    assert "holds no config.yaml" in fails(capsys, "generate", "--resume", str(tmp_path))
+    assert "holds no checkpoint.safetensors" in fails(capsys, "generate", "--resume", str(tmp_path))
     assert "'a chair'" in fails(capsys, "generate", "a table", "--resume", str(run_folder.path))
     assert "omit --out" in fails(capsys, "generate", "--resume", str(run_folder.path), "--out", str(tmp_path))
     assert "unknown device 'gpu'" in fails(capsys, "generate", "x", "--device", "gpu")

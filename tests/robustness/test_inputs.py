@@ -20,7 +20,7 @@ from dreamfusion_fast.guidance import GuidanceConfig
 from dreamfusion_fast.guidance.cache import EmbeddingCache, _digest
 from dreamfusion_fast.guidance.models.embedded import quantize
 from dreamfusion_fast.guidance.prompts import Prompt
-from dreamfusion_fast.io import make_folder, open_run_folder, prepare_run_folder, user_path
+from dreamfusion_fast.io import claimed, make_folder, open_run_folder, user_path
 from dreamfusion_fast.training.config import Config
 
 PATHS = ["a\0b", "a" * 300, "/".join(["a" * 200] * 30), "~nosuchuser/a", "~nosuchuser"]
@@ -35,7 +35,7 @@ def _one_line(error: pytest.ExceptionInfo[UserError]) -> None:
 @pytest.mark.parametrize(
     "use",
     [
-        prepare_run_folder,
+        lambda path: claimed(path).__enter__(),
         make_folder,
         open_run_folder,
         Config.load,

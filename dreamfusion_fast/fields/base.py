@@ -6,8 +6,7 @@ do; :func:`evaluate` and :func:`query_density` hide the differences. :class:`Fie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Set
 from functools import lru_cache
 from types import FunctionType
 from typing import Any, Literal, NamedTuple
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamfusion_fast.fields.tile_source import TileSource
+from dreamfusion_fast.ops.hash_grid import differentiable
 from dreamfusion_fast.ops.sample_head import safe_normalize
 
 Backend = Literal["native", "reference"]
@@ -136,14 +136,6 @@ def evaluate(field: FieldLike, positions: Tensor, with_normal: bool = False) -> 
     if keep_graph:
         return FieldOutput(output.density, output.albedo, normal)
     return FieldOutput(output.density.detach(), output.albedo.detach(), normal.detach())
-
-
-@contextmanager
-def differentiable(positions: Tensor) -> Iterator[Tensor]:
-    """The positions as what a result may be differentiated by, with gradients on, in whatever mode the caller is."""
-    with torch.inference_mode(False), torch.enable_grad():
-        points = positions.clone() if positions.is_inference() else positions
-        yield points if points.requires_grad else points.detach().requires_grad_(True)
 
 
 def query_density(field: FieldLike, positions: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ normals needs. None of them stores anything per corner: each recomputes cells an
 """
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Sequence  # noqa: UP035 - the one that custom_op of torch 2.4 reads
 
 import torch
@@ -349,6 +351,19 @@ def hash_grid_reference(
     return torch.cat(features, 1)
 
 
+@contextmanager
+def differentiable(positions: Tensor) -> Iterator[Tensor]:
+    """The positions as what a result may be differentiated by, with gradients on, in whatever mode the caller is."""
+    with torch.inference_mode(False), torch.enable_grad():
+        points = positions.clone() if positions.is_inference() else positions
+        yield points if points.requires_grad else points.detach().requires_grad_(True)
+
+
 def hash_grid_position_gradient_reference(grad_output: Tensor, positions: Tensor, *grid: Any) -> Tensor:
     """The PyTorch twin of `hash_grid_position_gradient`: differentiable any number of times."""
-    return torch.func.vjp(lambda positions: hash_grid_reference(positions, *grid), positions)[1](grad_output)[0]
+    keep_graph = torch.is_grad_enabled()
+    # Not by torch.func, which refuses saved tensor hooks of the caller.
+    with differentiable(positions) as points:
+        features = hash_grid_reference(points, *grid)
+        (gradient,) = torch.autograd.grad(features, points, grad_output, create_graph=keep_graph)
+    return gradient

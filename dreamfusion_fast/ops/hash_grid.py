@@ -361,6 +361,8 @@ def differentiable(positions: Tensor) -> Iterator[Tensor]:
 
 def hash_grid_position_gradient_reference(grad_output: Tensor, positions: Tensor, *grid: Any) -> Tensor:
     """The PyTorch twin of `hash_grid_position_gradient`: differentiable any number of times."""
+    if torch._C._are_functorch_transforms_active():  # of which autograd's own functions take no part
+        return torch.func.vjp(lambda positions: hash_grid_reference(positions, *grid), positions)[1](grad_output)[0]
     keep_graph = torch.is_grad_enabled()
     # Not by torch.func, which refuses saved tensor hooks of the caller.
     with differentiable(positions) as points:

@@ -152,7 +152,7 @@ def convert(hint: Any, value: Any, from_file: bool = False) -> Any:
     if hasattr(hint, "__metadata__"):
         ranges = [limits for limits in hint.__metadata__ if isinstance(limits, Range)]
         if any(isinstance(value, float) and value == limits.high == math.inf for limits in ranges):
-            return value
+            return math.inf
         result = convert(arguments[0], value, from_file)
         for number in result if isinstance(result, tuple) else (result,):
             for limits in ranges:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 from dreamfusion_fast import __version__
-from dreamfusion_fast.errors import Interrupted, UserError, missing_package
+from dreamfusion_fast.errors import Interrupted, UserError, joined, missing_package
 from dreamfusion_fast.settings import Range, SettingError, Settings, settings_in, unchecked
 from dreamfusion_fast.signals import stop_signals
 from dreamfusion_fast.streams import unfailing_output
@@ -119,7 +119,7 @@ def _run(arguments: list[str]) -> int:
 def _message(error: Exception) -> str | None:
     """The line to print for an error that is not a bug; None for one that is."""
     if isinstance(error, UserError):
-        return " ".join(str(error).split())
+        return joined(error)
     if isinstance(error, ModuleNotFoundError):
         return missing_package(error)
     if "torch" in sys.modules:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from dreamfusion_fast import __version__
-from dreamfusion_fast.errors import one_line
+from dreamfusion_fast.errors import joined
 
 Status = Literal["ok", "note", "missing"]
 _DISTRIBUTION = "dreamfusion-fast"
@@ -113,7 +113,7 @@ def _gpus() -> list[Check]:
                 free, total = torch.cuda.mem_get_info(index)
                 memory = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
             except RuntimeError as error:
-                memory = f"cannot be used: {one_line(error)}"
+                memory = f"cannot be used: {joined(error)}"
             text = f"{properties.name}, compute capability {properties.major}.{properties.minor}, {memory}"
             checks.append(Check(f"GPU {index}", "ok" if "free" in memory else "missing", text))
         return checks
@@ -174,7 +174,7 @@ def _ffmpeg() -> list[Check]:
         imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as error:
         remedy = "install ffmpeg, or go without the video: --export.turntable-frames 0"
-        return [Check("ffmpeg", "missing", one_line(error), remedy)]
+        return [Check("ffmpeg", "missing", joined(error), remedy)]
     return [Check("ffmpeg", "ok", imageio_ffmpeg.get_ffmpeg_version())]
 
 

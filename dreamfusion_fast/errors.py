@@ -9,11 +9,21 @@ class UserError(Exception):
     """
 
 
-def one_line(error: BaseException | str, limit: int = 200) -> str:
-    """The first line of a message, shortened, and what a terminal might obey escaped."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    text = text if len(text) <= limit else text[: limit - 3] + "..."
+def joined(error: BaseException | str) -> str:
+    """All lines of a message as one, with anything that a terminal might obey escaped."""
+    text = " ".join(str(error).split())
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def one_line(error: BaseException | str, limit: int = 200) -> str:
+    """The first line of a message, shortened, with anything that a terminal might obey escaped."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return joined(text if len(text) <= limit else text[: limit - 3] + "...")
+
+
+def described(error: BaseException) -> str:
+    """The kind of an error and its message, as `one_line`."""
+    return one_line(f"{type(error).__name__}: {error}")
 
 
 def missing_package(error: ModuleNotFoundError) -> str | None:

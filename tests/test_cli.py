@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from dreamfusion_fast import cli
 from dreamfusion_fast.errors import UserError
@@ -227,6 +228,14 @@ def test_wrong_commands_and_export_options(capsys, run_folder, tmp_path):
     assert "is a file" in fails(capsys, "export", str(run_folder.path), "--out", str(tmp_path / "file"))
     run_folder.config.write_text("prompt: [")
     assert "no valid YAML" in fails(capsys, "export", str(run_folder.path))
+
+
+def test_what_a_terminal_obeys_is_escaped(capsys, run_folder):
+    """Wherever it comes from: here, a checkpoint of somebody else."""
+    metadata = {"format": "dreamfusion_fast checkpoint", "version": "\x1b[2J\x9b1"}
+    save_file({"a": torch.zeros(3)}, run_folder.checkpoint, metadata=metadata)
+    run_folder.config.unlink()  # so that the checkpoint is read at once
+    assert r"has format \x1b[2J\x9b1" in fails(capsys, "generate", "--resume", str(run_folder.path))
 
 
 def test_errors_in_the_run_are_one_line(capsys, fake):

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.errors import UserError, joined
 from dreamfusion_fast.io import atomic_path
 
 RenderImageFn = Callable[[float], ArrayLike | torch.Tensor]
@@ -72,13 +72,11 @@ def _encode(frames: Iterator[NDArray[np.uint8]], path: Path, fps: int) -> None:
     first = next(frames)
     height, width, _ = first.shape
     with open(path, "rb+") as file:
-        options = f"-v error -y -f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i - -an"
-        options += (
-            f" -vcodec h264 -pix_fmt yuv420p -crf {_CRF} -f mp4 -movflags +faststart /proc/self/fd/{file.fileno()}"
-        )
+        read = f"-v error -y -f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i - -an"
+        write = f"-vcodec h264 -pix_fmt yuv420p -crf {_CRF} -f mp4 -movflags +faststart /proc/self/fd/{file.fileno()}"
         try:
             process = subprocess.Popen(
-                [imageio_ffmpeg.get_ffmpeg_exe(), *options.split()],
+                [imageio_ffmpeg.get_ffmpeg_exe(), *read.split(), *write.split()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -86,8 +84,7 @@ def _encode(frames: Iterator[NDArray[np.uint8]], path: Path, fps: int) -> None:
                 start_new_session=True,  # Ctrl-C is for this process, which ends ffmpeg when it has to end
             )
         except (RuntimeError, OSError) as error:  # not found; found and no program
-            problem = " ".join(str(error).split())
-            raise UserError(f"no ffmpeg ({problem}); install it, or go without: --turntable-frames 0") from error
+            raise UserError(f"no ffmpeg ({joined(error)}); install it, or go without: --turntable-frames 0") from error
     assert process.stdin is not None
     assert process.stderr is not None
     with process, ThreadPoolExecutor(1) as reader:

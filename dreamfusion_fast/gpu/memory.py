@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from dreamfusion_fast.errors import joined
+
 # What libraries below torch say, which torch raises as plain RuntimeErrors.
 _WORDS = (
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -56,7 +58,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def what_was_wanted(error: BaseException) -> str:
     """The first sentence or two of what says that memory ran out, which is where torch says how much it wanted."""
-    sentences = " ".join(str(_that_says_so(error) or error).split()).split(". ")
+    sentences = joined(_that_says_so(error) or error).split(". ")
     wanted = next((sentence for sentence in sentences if "llocate" in sentence), sentences[0])
     return wanted[:100].rstrip(".")
 

@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from dreamfusion_fast.errors import NonFiniteError, one_line
+from dreamfusion_fast.errors import NonFiniteError, described
 from dreamfusion_fast.export import save_png, tile
 from dreamfusion_fast.export.turntable import to_uint8
 from dreamfusion_fast.io import RunFolder
@@ -94,9 +94,7 @@ class Shown(Callback):
             self._callback = None
             with contextlib.suppress(Exception):  # threads and redirected streams end all the same
                 callback.on_end(trainer)
-            _log.warning(
-                "%s: switched off, the run goes on (%s)", self._name, one_line(f"{type(error).__name__}: {error}")
-            )
+            _log.warning("%s: switched off, the run goes on (%s)", self._name, described(error))
 
 
 class _BarAndLosses(Progress):
@@ -232,7 +230,7 @@ class Checkpoints(Callback):
                 "no checkpoint of step %d, that of step %d is kept (%s)",
                 trainer.steps_done,
                 self.step,
-                one_line(f"{type(error).__name__}: {error}"),
+                described(error),
             )
 
     def save(self, trainer: Trainer) -> None:

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.errors import UserError, joined
 from dreamfusion_fast.io import RunFolder, atomic_path
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.config_io import architecture, differences
@@ -93,9 +93,8 @@ def load_checkpoint(path: str | Path, expected_config: Config | None = None) -> 
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
 
-    def corrupt(problem: object) -> UserError:
-        said = " ".join(str(problem).split())
-        return UserError(f"checkpoint {path} is corrupt ({said}); start the run again in another folder")
+    def corrupt(problem: BaseException | str) -> UserError:
+        return UserError(f"checkpoint {path} is corrupt ({joined(problem)}); start the run again in another folder")
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -146,8 +145,8 @@ def restoring() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except _BAD_VALUES as error:
-        said = " ".join(str(error).split())
-        raise UserError(f"the checkpoint does not fit this config: {said or type(error).__name__}") from error
+        said = joined(error) or type(error).__name__
+        raise UserError(f"the checkpoint does not fit this config: {said}") from error
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from dreamfusion_fast.errors import UserError, one_line
+from dreamfusion_fast.errors import UserError, joined, one_line
 from dreamfusion_fast.io import user_path, write_text
 from dreamfusion_fast.settings import SettingError, WrongValueError, convert, shown
 
@@ -82,7 +82,7 @@ def parse_yaml(text: str, *, source: str = "config") -> Any:
     try:
         values = yaml.load(text, _Loader)
     except Exception as error:  # of many kinds: PyYAML leaves dates, numbers and tags to Python
-        raise UserError(f"{source} is no valid YAML: {one_line(' '.join(str(error).split()))}") from error
+        raise UserError(f"{source} is no valid YAML: {one_line(joined(error))}") from error
     return {} if values is None else values
 
 

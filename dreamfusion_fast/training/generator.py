@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dreamfusion_fast.errors import DoesNotFitError, Interrupted, NonFiniteError, UserError, one_line
+from dreamfusion_fast.errors import DoesNotFitError, Interrupted, NonFiniteError, UserError, described
 from dreamfusion_fast.export import TexturedMesh, export_field, render_mesh, render_preview, render_turntable
 from dreamfusion_fast.guidance.config import GuidanceConfig
 from dreamfusion_fast.guidance.contract import Guidance
@@ -337,5 +337,5 @@ def _dispensable(picture: Path) -> Iterator[None]:
         _log.warning(
             "no %s (%s); the mesh is there, and dreamfusion-fast export makes it again",
             picture.name,
-            one_line(f"{type(error).__name__}: {error}"),
+            described(error),
         )

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.errors import UserError, joined
 from dreamfusion_fast.io import write_bytes
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -139,7 +139,7 @@ def load_network(path: Path, make: Callable[[dict[str, Any]], Network]) -> Netwo
         network = make(json.loads(metadata["config"]))
         network.load_state_dict(state)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        why = " ".join(str(error).split())
+        why = joined(error)
         raise UserError(f"the embedded prior's {path} cannot be read ({why}): install the package again") from error
     return network.eval().requires_grad_(False)
 

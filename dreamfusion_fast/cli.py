@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 from dreamfusion_fast import __version__
-from dreamfusion_fast.errors import Interrupted, UserError, joined, missing_package
+from dreamfusion_fast.errors import Interrupted, UserError, joined, missing_package, printable
 from dreamfusion_fast.settings import Range, SettingError, Settings, settings_in, unchecked
 from dreamfusion_fast.signals import stop_signals
 from dreamfusion_fast.streams import unfailing_output
@@ -83,7 +83,7 @@ class _Stderr(logging.Handler):
     """Shows what the library logs as plain lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        print(printable(self.format(record)), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -9,14 +9,18 @@ class UserError(Exception):
     """
 
 
+def printable(text: str) -> str:
+    """A text with anything but line breaks that a terminal might obey escaped."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text)
+
+
 def joined(error: BaseException | str) -> str:
-    """All lines of a message as one, with anything that a terminal might obey escaped."""
-    text = " ".join(str(error).split())
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    """All lines of a message as one, `printable`."""
+    return printable(" ".join(str(error).split()))
 
 
 def one_line(error: BaseException | str, limit: int = 200) -> str:
-    """The first line of a message, shortened, with anything that a terminal might obey escaped."""
+    """The first line of a message, shortened, `printable`."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return joined(text if len(text) <= limit else text[: limit - 3] + "...")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import subprocess
 import sys
@@ -236,6 +237,9 @@ def test_what_a_terminal_obeys_is_escaped(capsys, run_folder):
     save_file({"a": torch.zeros(3)}, run_folder.checkpoint, metadata=metadata)
     run_folder.config.unlink()  # so that the checkpoint is read at once
     assert r"has format \x1b[2J\x9b1" in fails(capsys, "generate", "--resume", str(run_folder.path))
+    with cli._shown_log():
+        logging.getLogger("dreamfusion_fast.test").info("two\nlines of \x1b[2J")
+    assert capsys.readouterr().err == "two\nlines of \\x1b[2J\n"
 
 
 def test_errors_in_the_run_are_one_line(capsys, fake):

@@ -77,7 +77,9 @@ class PromptEncoder:
             class_name = self._source.class_name(f"text_encoder{suffix}")
             # Of two encoders the last gives a pooled output as well.
             pooled = self._two and suffix == self._suffixes[-1]
-            wanted = ("CLIPTextModelWithProjection",) if pooled else TEXT_ENCODERS[:-1] if self._two else TEXT_ENCODERS
+            # Pipelines with a BERT (tools/latent_prior) have one encoder.
+            plain = [name for name in TEXT_ENCODERS if not (self._two and name == "BertModel")]
+            wanted = ["CLIPTextModelWithProjection"] if pooled else plain
             if class_name not in wanted:
                 raise self._source.error(
                     f"text_encoder{suffix} is of class {class_name}, wanted is {' or '.join(wanted)}"

@@ -296,7 +296,7 @@ class PipelineSource(ABC):
                 self._require_words(component, tokenizer)
                 return tokenizer
             files = self._model_files(component, names, model_class)
-            options[_dtype_keyword(library)] = dtype
+            options["dtype" if library == "transformers" else "torch_dtype"] = dtype
             options["use_safetensors"] = None if self._allow_pickle else True
             # Tensors of another shape are to be told like those that are missing, not as an error of each library.
             options["output_loading_info"] = options["ignore_mismatched_sizes"] = True
@@ -478,22 +478,10 @@ class HubSource(PipelineSource):
         return f"{self._hub_id}@{self.revision}:{','.join(components)}"
 
 
-def _transformers_version() -> tuple[int, int]:
-    import transformers
-
-    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
-    return major, minor
-
-
-def _dtype_keyword(library: str) -> str:
-    """transformers renamed the argument in 4.56; diffusers takes the old name in every version."""
-    return "dtype" if library == "transformers" and _transformers_version() >= (4, 56) else "torch_dtype"
-
-
 def _needs_low_memory_flag(library: str) -> bool:
     """Whether weights are only read without a second copy on request: transformers before 5, with accelerate."""
-    return (
-        library == "transformers"
-        and _transformers_version() < (5, 0)
-        and importlib.util.find_spec("accelerate") is not None
-    )
+    if library != "transformers" or importlib.util.find_spec("accelerate") is None:
+        return False
+    import transformers
+
+    return int(transformers.__version__.partition(".")[0]) < 5

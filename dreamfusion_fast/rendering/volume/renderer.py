@@ -164,7 +164,7 @@ class VolumeRenderer(nn.Module):
         else:
             rays = views
         self._check_seed(seed, rays)
-        self._check_device(rays)
+        self._check_devices(rays)
         source = self._source(rays, None)
         if source is None or not rays.origins.is_cuda or torch.cuda.is_current_stream_capturing():
             return PreparedRays(rays, jitter, seed)
@@ -235,7 +235,7 @@ class VolumeRenderer(nn.Module):
         if shading.needs_normals and light is None:
             raise ValueError(f"light: got None, want a position [3] or [n_rays, 3] for {shading.value} shading")
         light = light.to(rays.origins.dtype) if light is not None and shading.needs_normals else None
-        self._check_device(rays)
+        self._check_devices(rays)
         source = self._source(rays, light)
         self._settle()
         request = RenderRequest(
@@ -299,7 +299,7 @@ class VolumeRenderer(nn.Module):
                     f"field's, {list(inner)}, as OccupancyGrid(field.aabb) does"
                 )
 
-    def _check_device(self, rays: Rays) -> None:
+    def _check_devices(self, rays: Rays) -> None:
         if isinstance(self.field, Field):
             _check_device("field", self.field.aabb, rays)
         if self.occupancy is None:
@@ -322,8 +322,7 @@ class VolumeRenderer(nn.Module):
         return SampledSpace.of(rays, self.aabb, self.occupancy, self.config, self._diagonal, self.step_size)
 
     def _source(self, rays: Rays, light: Tensor | None) -> TileSource | None:
-        """What is streamed, or None: the field has no tile source, or something of it, or of rays or light, asks for
-        autograd."""
+        """The source to stream, or None: the field has no tile source, or rays or light require gradients."""
         tensors = (rays.origins, rays.directions, light)
         if self.config.backend != "native" or any(tensor is not None and tensor.requires_grad for tensor in tensors):
             return None

@@ -170,11 +170,11 @@ class Trainer:
         return self.planner.below(self.plan)
 
     def _fitting(self, action: Callable[[], T], when: str, below: Callable[[], MemoryPlan | None]) -> T:
-        """What `action` returns. Where memory runs out, it is repeated with the plan that `below` returns.
+        """Return the result of `action`. Where memory runs out, repeat it with the plan that `below` returns.
 
         Args:
-            action: leaves everything as it was where it raises.
-            when: it runs, for messages.
+            action: has to leave everything unchanged where it raises.
+            when: the moment at which it runs, for messages.
 
         Raises:
             DoesNotFitError: out of memory, and `below` has no plan.
@@ -231,10 +231,10 @@ class Trainer:
                 images,
                 self.embeddings,
                 drawn.views,
-                config.schedule.t_range(progress),
-                self.generator,
-                config.schedule.sds_share.at(progress),
-                self.plan.views_per_call,
+                t_range=config.schedule.t_range(progress),
+                generator=self.generator,
+                sds_share=config.schedule.sds_share.at(progress),
+                views_per_call=self.plan.views_per_call,
             )
             pull = self.guidance.gradient(request)
 

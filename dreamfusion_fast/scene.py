@@ -93,7 +93,7 @@ class Scene:
         ambient: float = 0.3,
         diffuse: float = 0.7,
     ) -> Tensor:
-        """Pictures `[B, size, size, 3]` on white, float32 in [0, 1]; what light a shading asks for is from above."""
+        """Pictures `[B, size, size, 3]` on white, float32 in [0, 1], lit from above if the shading needs a light."""
         cameras = cameras.to(self.device)
         lights = cameras.positions + torch.tensor([0.5, 1.0, 0.0], device=self.device)
         white = torch.ones(3, device=self.device)

@@ -1,4 +1,4 @@
-"""What the host remembers of tensors that may change: their revision, and a scene box as numbers."""
+"""Host-side knowledge of tensors that may change: their revision, and a scene box as numbers."""
 
 from __future__ import annotations
 

@@ -244,7 +244,7 @@ class Guidance(UsesMemory, ABC):
         """
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the guidance trains, as groups for Adam, each with "params" and "lr"; asked when a run starts."""
+        """The trained parameters as groups for Adam, each with "params" and "lr"; read once, when a run starts."""
         return []
 
     def state(self) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ class GuidanceMemory:
 
 
 class UsesMemory:
-    """What holds weights: its needs of memory, and ways to need less. By default, those of its `inner`, if it has one.
+    """Base of what holds weights: its needs of memory, and ways to need less. Defaults are those of `inner`, if any.
 
     `dreamfusion_fast.training.memory_plan` asks.
 

@@ -95,7 +95,7 @@ def test_soft_ball_in_a_fog_shows_its_own_colour():
 
 @pytest.mark.parametrize(("kind", "distance", "own"), [(hard, 0.15, 1.0), (soft, 0.15, 0.9), (soft, 0.4, 1.0)])
 def test_thin_rod_before_a_wall_keeps_its_colour(kind, distance, own):
-    """Whatever is behind a rod that lets 8 % of the light through, and alone what is near can be seen."""
+    """Only the near colour is seen, whatever is behind a rod that lets 8 % of the light through."""
     voxel = 2 / 128
 
     def field(positions):

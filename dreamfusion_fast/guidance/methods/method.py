@@ -86,6 +86,6 @@ class Method(nn.Module, ABC):
         return None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What is trained, as groups for Adam, each with "params" and "lr"."""
+        """The trained parameters as groups for Adam, each with "params" and "lr"."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return [{"params": parameters, "lr": self.learning_rate}] if parameters else []

@@ -1,4 +1,4 @@
-"""What a render is made of and what comes back: the same for every way to render."""
+"""The input and the output of a render, the same for every way to render."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class RenderOutput:
     """The result of a render.
 
     Attributes:
-        color: `[n_rays, 3]`; what :meth:`VolumeRenderer.render` returns has the background in it.
+        color: `[n_rays, 3]`, with the background in what :meth:`VolumeRenderer.render` returns.
         opacity: `[n_rays]`, sum of the weights.
         depth: `[n_rays]`, sum of weight * distance (divide by opacity for the expected depth), scene units.
         normal: `[n_rays, 3]`, sum of weight * normal, or None when no normals were computed.

@@ -55,7 +55,7 @@ class _Held:
 
 
 def _held_by(render: Callable[[], Any]) -> tuple[Any, int]:
-    """What `render` gives, and the bytes that live because of it: the outputs, what their graph saved, and what its
+    """The output of `render`, and the bytes that live because of it: the outputs, what their graph saved, and what its
     nodes hold besides."""
     gc.collect()
     before = _storages()

@@ -158,8 +158,8 @@ class HashGridField(Field):
         self._check(positions)
         unit, grid = self._unit(positions), self._grid()
         logits, hidden = self._network(self._hash_grid(unit, *grid), outputs=4)
-        offsets = positions - 0.5 * (self.aabb[:3] + self.aabb[3:])
-        density = self._activate(logits[:, 0], offsets, unit)
+        offsets = self._offsets(positions)
+        density = self._density_head.density(logits[:, 0], offsets, unit)
         albedo = torch.sigmoid(logits[:, 1:])
         if not with_normal:
             return FieldOutput(density, albedo)
@@ -172,7 +172,7 @@ class HashGridField(Field):
         self._check(positions)
         unit = self._unit(positions)
         logits, _ = self._network(self._hash_grid(unit, *self._grid()), outputs=1)
-        return self._activate(logits[:, 0], positions - 0.5 * (self.aabb[:3] + self.aabb[3:]), unit)
+        return self._density_head.density(logits[:, 0], self._offsets(positions), unit)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HashGridField:
         """Refuse 16 bits, for which no op has code, in `.to`, `.half` and the like."""
@@ -188,6 +188,10 @@ class HashGridField(Field):
         check_positions(positions)
         if positions.dtype != self.table.dtype:
             raise TypeError(f"positions: got {positions.dtype}, want {self.table.dtype}, the field's")
+
+    def _offsets(self, positions: Tensor) -> Tensor:
+        """From the centre of the scene box, scene units."""
+        return positions - 0.5 * (self.aabb[:3] + self.aabb[3:])
 
     def _scale(self) -> Tensor:
         return 1.0 / (self.aabb[3:] - self.aabb[:3])
@@ -263,10 +267,6 @@ class HashGridField(Field):
             for (inner_weight, _), mask in zip(reversed(inner), reversed(masks), strict=True):
                 gradient = (gradient * mask) @ inner_weight
         return gradient.to(self.table.dtype)
-
-    def _activate(self, logit: Tensor, offsets: Tensor, unit: Tensor) -> Tensor:
-        """Density from its logit without the blob; zero outside the bound."""
-        return self._density_head.density(logit, offsets, unit)
 
     @property
     def precision(self) -> str:

@@ -47,8 +47,9 @@ class Halved(HashGridField):
 class Sharper(HashGridField):
     """Overrides what forward and density are made of."""
 
-    def _activate(self, logit: Tensor, offsets: Tensor, unit: Tensor) -> Tensor:
-        return 3.0 * super()._activate(logit, offsets, unit)
+    def _network(self, features: Tensor, outputs: int) -> tuple[Tensor, list[Tensor]]:
+        logits, hidden = super()._network(features, outputs)
+        return 3.0 * logits, hidden
 
 
 class Grouped(HashGridField):

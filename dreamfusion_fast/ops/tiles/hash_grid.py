@@ -112,8 +112,9 @@ def encode(
         RuntimeError: the native core for this device was not built.
     """
     if not checked:
-        _check("hash_grid_tile.encode", positions, table, layout, count)
-        _check_channels("hash_grid_tile.encode", "features", features, positions, layout.levels * table.shape[1])
+        op = "hash_grid_tile.encode"
+        _check(op, positions, table, layout, count)
+        _check_channels(op, "features", features, positions, layout.levels * table.shape[1])
     run = _encode_on_gpu if _on_gpu(positions) else _encode_on_cpu
     run(None, positions, table, layout, features, count)
 
@@ -481,9 +482,11 @@ def scatter_reference(
     n, tangent = _live(positions, count), positions if direction is None else direction
 
     def both_orders(table: Tensor) -> Tensor:
-        encoding, along = torch.func.jvp(_encoding(table, layout), (positions[:n],), (tangent[:n],))[:2]
+        encoding, derivative = torch.func.jvp(_encoding(table, layout), (positions[:n],), (tangent[:n],))[:2]
         total = (encoding * grad_features[:n, : encoding.shape[1]]).sum()
-        return total if grad_of_features is None else total + (along * grad_of_features[:n, : along.shape[1]]).sum()
+        if grad_of_features is not None:
+            total = total + (derivative * grad_of_features[:n, : derivative.shape[1]]).sum()
+        return total
 
     grad_table += torch.func.grad(both_orders)(grad_table)
 

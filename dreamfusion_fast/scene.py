@@ -94,11 +94,9 @@ class Scene:
         diffuse: float = 0.7,
     ) -> Tensor:
         """Pictures `[B, size, size, 3]` on white, float32 in [0, 1], lit from above if the shading needs a light."""
-        cameras = cameras.to(self.device)
-        lights = cameras.positions + torch.tensor([0.5, 1.0, 0.0], device=self.device)
-        white = torch.ones(3, device=self.device)
-        rays = self.renderer.prepare(cameras, size)
-        output = self.renderer.render(
-            rays, white, shading, per_view(lights, size * size), ambient=ambient, diffuse=diffuse
-        )
+        cameras, light = cameras.to(self.device), None
+        if Shading.parse(shading).needs_normals:
+            light = per_view(cameras.positions + torch.tensor([0.5, 1.0, 0.0], device=self.device), size * size)
+        rays, white = self.renderer.prepare(cameras, size), torch.ones(3, device=self.device)
+        output = self.renderer.render(rays, white, shading, light, ambient=ambient, diffuse=diffuse)
         return output.color.view(-1, size, size, 3)

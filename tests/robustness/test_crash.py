@@ -1,6 +1,6 @@
 """A run that is killed at any moment goes on, and ends as one that was not: the same bits, and no other files.
 
-DREAMFUSION_FAST_KILLS=200 for the long form: a kill before every change of a file, the rest at random moments.
+The long form (`forms`) has 200 kills: one before every change of a file, the rest at random moments.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import time
 
 import pytest
 import torch
+from forms import LONG
 from robustness.conftest import EVERY
 
 from dreamfusion_fast.training.checkpoint import load_checkpoint
 
-KILLS = int(os.environ.get("DREAMFUSION_FAST_KILLS", "0"))
+KILLS = 200  # of the long form
 FILES = ["checkpoint.safetensors", "config.yaml", "mesh.glb", "preview.png", "turntable.mp4"]
 
 
@@ -66,7 +67,7 @@ def test_a_run_that_nothing_happens_to(whole):
 
 def test_killed_before_a_change_of_a_file(server, whole, tmp_path):
     operations = whole[2]
-    moments = range(1, operations + 1) if KILLS else [3, 7, 10, operations // 2, operations - 3]
+    moments = range(1, operations + 1) if LONG else [3, 7, 10, operations // 2, operations - 3]
     for moment in moments:
         killed_then_resumed(server, whole, tmp_path / str(moment), kill_at=moment)
 
@@ -75,5 +76,5 @@ def test_killed_at_random(server, whole, tmp_path):
     seed = random.randrange(1 << 32)
     print("seed", seed)  # shown where the test fails
     moments = random.Random(seed)
-    for number in range(max(KILLS - whole[2], 2)):
+    for number in range(KILLS - whole[2] if LONG else 2):
         killed_then_resumed(server, whole, tmp_path / str(number), seconds=moments.uniform(0, whole[3]))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 import re
 import time
 from collections.abc import Callable
@@ -15,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from forms import LONG
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dreamfusion_fast import ops
 
-LONG = os.environ.get("DREAMFUSION_FAST_LONG_TESTS") == "1"
 NAMES = sorted(name for name in ops.__all__ if not name.endswith("_reference"))
 CALLS = 20_000 if LONG else 1_500
 SETTINGS = settings(

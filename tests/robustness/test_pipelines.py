@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from forms import LONG
 from safetensors.torch import load_file
 from watching import TooLongError, watched
 
@@ -26,7 +27,6 @@ from dreamfusion_fast.guidance.config import KNOWN_GUIDANCE
 pytest.importorskip("diffusers")
 
 Pipelines = Callable[..., Path]
-LONG = os.environ.get("DREAMFUSION_FAST_LONG_TESTS", "0") not in ("", "0")
 SAMPLE = 12  # of each kind's changed values
 
 EVIL = 'import pathlib\npathlib.Path(__file__).with_name("marker").touch()\nclass Evil:\n    pass\n'

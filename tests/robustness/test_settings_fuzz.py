@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import io
 import math
-import os
 import time
 import types
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import pytest
 import yaml
+from forms import LONG
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,6 @@ from dreamfusion_fast.settings import Range, SettingError
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.generator import Generator
 
-LONG = os.environ.get("DREAMFUSION_FAST_LONG_TESTS") == "1"
 CASES = 2_000 if LONG else 200
 MOST_SECONDS = 10.0
 DOORS = ("python", "file", "generate", "export", "sample")

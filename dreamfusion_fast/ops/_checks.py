@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,7 +91,7 @@ def positive_in(dtype: torch.dtype) -> Callable[[Any], bool]:
 
 def check_flag(op: str, name: str, value: Any) -> None:
     """Raises TypeError unless it is a bool, of Python or NumPy, or 0 or 1."""
-    if type(value).__name__ not in ("bool", "bool_", "SymBool") and not (isinstance(value, int) and value in (0, 1)):
+    if not isinstance(value, (bool, torch.SymBool, np.bool_)) and not (isinstance(value, int) and value in (0, 1)):
         raise TypeError(f"{op}: {name} must be True or False, got {shown(value)}")
 
 

@@ -105,7 +105,7 @@ _UNCHECKED = ContextVar("unchecked", default=False)
 
 @contextmanager
 def unchecked() -> Iterator[None]:
-    """Settings that are made within are not checked."""
+    """Leave settings that are made in the block unchecked."""
     token = _UNCHECKED.set(True)
     try:
         yield

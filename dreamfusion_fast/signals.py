@@ -24,7 +24,7 @@ class StopRequest:
 
 @contextmanager
 def stop_signals(deferred: bool = False) -> Iterator[StopRequest]:
-    """Within it, each of the signals raises Interrupted, in place of what it did before.
+    """Raise Interrupted for each of the signals in the block, in place of their earlier handlers.
 
     Outside the main thread, which alone may install handlers, nothing changes.
 
@@ -42,8 +42,8 @@ def stop_signals(deferred: bool = False) -> Iterator[StopRequest]:
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
             handler = signal.getsignal(number)
-            # nohup has SIGHUP ignored, which is meant. A shell has SIGINT ignored in all that it puts into the
-            # background, and whoever sends one there means it. None is a handler that Python could not put back.
+            # nohup ignores SIGHUP on purpose. A shell ignores SIGINT in background jobs, but one that is sent there is
+            # meant. None is a handler that Python could not restore.
             if handler is not None and (handler is not signal.SIG_IGN or number == signal.SIGINT):
                 before[number] = signal.signal(number, handle)
     try:

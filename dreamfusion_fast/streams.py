@@ -1,4 +1,4 @@
-"""Output that cannot end what it reports on: a full disk, a closed pipe or a terminal without a letter is no error."""
+"""Output that cannot end a run: a full disk, a closed pipe or a letter that a terminal lacks is no error."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def unfailing(stream: TextIO) -> UnfailingStream:
 
 @contextmanager
 def unfailing_output() -> Iterator[None]:
-    """Within it, stdout and stderr cannot fail. What they could not take by its end is dropped."""
+    """Keep stdout and stderr from failing in the block. Output that they cannot take is dropped."""
     # A stream is None where the process was started without; print would take stdout for stderr then.
     with open(os.devnull, "w") as nowhere:
         streams = [unfailing(stream or nowhere) for stream in (sys.stdout, sys.stderr)]

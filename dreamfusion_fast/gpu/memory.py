@@ -29,7 +29,7 @@ def limit_fraction(device: torch.device) -> float:
 
 @contextmanager
 def limited(device: torch.device, size: int) -> Iterator[None]:
-    """Within it, torch's allocations on a GPU fail beyond so many bytes, where there is no lower limit."""
+    """Let torch's allocations on a GPU fail beyond so many bytes in the block; a lower limit stays."""
     before = limit_fraction(device)
     fraction = min(size / torch.cuda.mem_get_info(device)[1], before)
     torch.cuda.set_per_process_memory_fraction(fraction, _index(device))

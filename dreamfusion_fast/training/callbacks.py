@@ -64,7 +64,7 @@ def due(result: StepResult, every: int, last: int) -> bool:
 
 
 class Shown(Callback):
-    """Another callback, which shows progress and so can never end a run: at its first error it is switched off.
+    """Wraps a callback that shows progress and must never end a run: it is switched off at its first error.
 
     Args:
         name: of what is shown, for the message.
@@ -216,7 +216,7 @@ class Checkpoints(Callback):
             self.try_save(trainer)
 
     def try_save(self, trainer: Trainer) -> None:
-        """As `save`, but where writing fails, say so and go on: what is in memory is worth more than its copy.
+        """As `save`, but log a failure to write and go on: the state in memory is worth more than its copy.
 
         Raises:
             NonFiniteError: as `save`.

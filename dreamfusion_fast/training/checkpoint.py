@@ -139,7 +139,7 @@ def run_config(folder: RunFolder) -> Config:
 
 @contextmanager
 def restoring() -> Iterator[None]:
-    """Within it, an error because of what a checkpoint holds is a UserError in one line."""
+    """Turn errors about the contents of a checkpoint into a UserError in one line."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -159,7 +159,7 @@ class Generator:
 
     @contextlib.contextmanager
     def _claimed(self) -> Iterator[RunFolder]:
-        """The run's folder, which is this run's alone until the block ends."""
+        """The run's folder, kept from other runs until the block ends."""
         if self._begun:
             raise UserError("this Generator has run; continue with Generator.resume(folder), or make another one")
         of = self._folder
@@ -317,7 +317,7 @@ class Generator:
 
 @contextlib.contextmanager
 def _resumable(folder: RunFolder, when: Callable[[], str]) -> Iterator[None]:
-    """Within it, whatever ends the run, it is said when it was and how to continue."""
+    """If the block raises, log when the run stopped and how to continue it."""
     resume = f"dreamfusion-fast generate --resume {shlex.quote(str(folder.path))}"
     try:
         yield
@@ -330,7 +330,7 @@ def _resumable(folder: RunFolder, when: Callable[[], str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _dispensable(picture: Path) -> Iterator[None]:
-    """Within it, what goes wrong costs this picture of the mesh alone."""
+    """Log an error in the block, which then costs this picture of the mesh alone."""
     try:
         yield
     except Exception as error:

@@ -96,7 +96,7 @@ def skeleton(model_class: Any, library: str, settings: dict[str, Any]) -> torch.
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Within it, a model with too many parts is refused while it is made, since that can take hours."""
+    """Refuse a model with too many tensors while it is made, which could take hours otherwise."""
     thread, count = threading.get_ident(), 0
 
     def register(module: torch.nn.Module, name: str, parameter: Any) -> None:

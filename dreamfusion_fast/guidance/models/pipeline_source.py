@@ -102,7 +102,7 @@ class PipelineSource(ABC):
 
     @contextmanager
     def faults(self, what: str) -> Iterator[None]:
-        """Within it, errors are the pipeline's: libraries meet what they do not expect with errors of many kinds."""
+        """Turn errors in the block into the pipeline's own: libraries raise many kinds for unexpected input."""
         try:
             yield
         except (UserError, torch.OutOfMemoryError):

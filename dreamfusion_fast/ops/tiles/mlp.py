@@ -48,7 +48,7 @@ class MlpGradients:
         return parts[: self._n_weights], parts[self._n_weights :] if self._has_biases else None
 
     def result(self) -> tuple[list[Tensor], list[Tensor] | None]:
-        """The gradients so far of weights and biases, None for biases that there are not."""
+        """The gradients of weights and biases so far; None for the biases of a network without."""
         return self.views(self.partials.sum(0) if self.partials.shape[0] > 1 else self.partials[0])
 
 

@@ -51,7 +51,7 @@ def make_rays(count: int = 41, dtype: torch.dtype = torch.float64) -> Rays:
     generator = torch.Generator().manual_seed(5)
     origins = 3 * normalize(torch.randn(count, 3, generator=generator, dtype=torch.float64), dim=1)
     targets = 2.4 * (torch.rand(count, 3, generator=generator, dtype=torch.float64) - 0.5)
-    return Rays(origins, targets - origins).to(dtype=dtype).normalized()
+    return Rays.normalized(origins.to(dtype), (targets - origins).to(dtype))[0]
 
 
 def make_occupancy(share: float, resolution: int = 8) -> OccupancyGrid:

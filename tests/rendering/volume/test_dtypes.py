@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from dreamfusion_fast.fields import HashGridField, HashGridFieldConfig
 from dreamfusion_fast.rendering import (
     CameraConfig,
-    Cameras,
     OccupancyGrid,
     Rays,
     RendererConfig,
@@ -90,13 +89,13 @@ def test_everything_in_float64_by_default(doubles: None) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_precision_is_refused_by_name(dtype: torch.dtype) -> None:
-    with pytest.raises(TypeError, match=rf"rays.origins: got {dtype}, want a tensor \[n_rays, 3\] of float32 or float"):
+    with pytest.raises(TypeError, match=rf"rays.origins: got {dtype}, want a tensor \[..., 3\] of float32 or float"):
         make_rays().to(dtype=dtype)
     with pytest.raises(TypeError, match=rf"rays.directions: got {dtype}, want"):
         Rays(torch.zeros(3, 3), torch.zeros(3, 3, dtype=dtype))
     cameras = orbit_cameras(3)
     with pytest.raises(TypeError, match=rf"cameras.camera_to_world: got {dtype}, want float32 or float64"):
-        Cameras(*(value.to(dtype) for value in vars(cameras).values()))
+        cameras.to(dtype=dtype)
     view = VolumeRenderer(make_field())
     before = [parameter.clone() for parameter in view.parameters()]
     message = (

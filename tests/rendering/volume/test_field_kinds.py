@@ -18,7 +18,8 @@ CHUNKS = [None, 211, 53]
 
 
 def make_rays(size: int = 7) -> Rays:
-    return orbit_cameras(1, elevation_deg=20, start_deg=30).rays(size, size).to(dtype=torch.float64).normalized()
+    rays = orbit_cameras(1, elevation_deg=20, start_deg=30).rays(size, size).to(dtype=torch.float64)
+    return Rays.normalized(rays.origins, rays.directions)[0]
 
 
 class Exponential(nn.Module):

@@ -26,7 +26,8 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def make_rays(size: int = 5) -> Rays:
-    return orbit_cameras(1, elevation_deg=20, start_deg=30).rays(size, size).to(dtype=torch.float64).normalized()
+    rays = orbit_cameras(1, elevation_deg=20, start_deg=30).rays(size, size).to(dtype=torch.float64)
+    return Rays.normalized(rays.origins, rays.directions)[0]
 
 
 def blob(positions: Tensor) -> Tensor:

@@ -42,8 +42,8 @@ def make_rays() -> Rays:
     views = [
         orbit_cameras(1, elevation_deg=20, start_deg=30, distance=distance).rays(4, 4) for distance in (0.7, 1.7, 9.0)
     ]
-    rays = Rays(torch.cat([view.origins for view in views]), torch.cat([view.directions for view in views]))
-    return rays.to(dtype=torch.float64).normalized()
+    origins, directions = (torch.cat([getattr(view, of) for view in views]) for of in ("origins", "directions"))
+    return Rays.normalized(origins.double(), directions.double())[0]
 
 
 def make_occupied(share: float) -> Tensor:

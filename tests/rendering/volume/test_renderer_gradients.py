@@ -35,7 +35,8 @@ def make_field(backend: str = "reference", smoothstep: bool = True) -> HashGridF
 
 
 def make_rays(size: int = 7) -> Rays:
-    return orbit_cameras(1, elevation_deg=20, start_deg=30).rays(size, size).to(dtype=torch.float64).normalized()
+    rays = orbit_cameras(1, elevation_deg=20, start_deg=30).rays(size, size).to(dtype=torch.float64)
+    return Rays.normalized(rays.origins, rays.directions)[0]
 
 
 def loss_of(output: RenderOutput) -> Tensor:

@@ -77,10 +77,12 @@ def rasterize_view(
     pose = cameras.camera_to_world[view].double().numpy()
     right, up, back = ((mesh.vertices - pose[:, 3]) @ pose[:, :3]).T
     focal = 0.5 * height / math.tan(0.5 * float(cameras.fov_y[view]))
+    aspect = 1.0 if cameras.pixel_aspect is None else float(cameras.pixel_aspect[view])
+    right_by, down_by = (0.0, 0.0) if cameras.shift is None else cameras.shift[view].tolist()
     with np.errstate(divide="ignore", invalid="ignore"):
         inverse = -1.0 / back  # of the distance along the viewing direction
-        column = focal * right * inverse + (0.5 * width - 0.5)
-        row = (0.5 * height - 0.5) - focal * up * inverse
+        column = focal / aspect * right * inverse + (0.5 * width - 0.5 + height * right_by)
+        row = (0.5 * height - 0.5 + height * down_by) - focal * up * inverse
     before = np.flatnonzero((back < -1e-6)[mesh.faces].all(1))
     points = np.stack([column, row], -1)[mesh.faces[before]]
     if closed:  # rows run downwards, so what is counter-clockwise seen from outside is clockwise here

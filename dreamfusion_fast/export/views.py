@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.rendering.cameras import Cameras, orbit_cameras
+from dreamfusion_fast.rendering.cameras import Cameras
+from dreamfusion_fast.rendering.orbits import OrbitCameras, orbit_cameras
 
 FOV_DEG = 40.0
 
 
 def rings(
     counts: Sequence[tuple[float, int]], center: Tensor, radius: float, device: torch.device | str = "cpu"
-) -> Cameras:
+) -> OrbitCameras:
     """Cameras in rings around a ball that they show whole, with 5 % to spare.
 
     Args:
@@ -30,7 +31,8 @@ def rings(
         orbit_cameras(count, elevation, distance, FOV_DEG, start_deg=180.0 / count * (ring % 2))
         for ring, (elevation, count) in enumerate(counts)
     ]
-    cameras = Cameras(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Cameras)))
+    names = ("camera_to_world", "fov_y", "azimuth", "elevation", "distance")
+    cameras = OrbitCameras(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
     poses = cameras.camera_to_world.clone()
     poses[:, :, 3] += center.cpu()
     return replace(cameras, camera_to_world=poses).to(device)
@@ -38,4 +40,4 @@ def rings(
 
 def one(cameras: Cameras, view: int) -> Cameras:
     """One of the cameras, as a batch of one."""
-    return Cameras(*(getattr(cameras, field.name)[view : view + 1] for field in fields(cameras)))
+    return cameras[view : view + 1]

@@ -1,8 +1,15 @@
 """Rays and cameras, occupancy grid, shading and the volume renderer."""
 
-from dreamfusion_fast.rendering.cameras import CameraConfig, Cameras, orbit_cameras, sample_cameras, spherical_positions
+from dreamfusion_fast.rendering.cameras import Cameras
 from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
+from dreamfusion_fast.rendering.orbits import (
+    CameraConfig,
+    OrbitCameras,
+    orbit_cameras,
+    sample_cameras,
+    spherical_positions,
+)
 from dreamfusion_fast.rendering.rays import InvalidRaysError, Rays
 from dreamfusion_fast.rendering.shading import Shading, sample_lights, shade
 from dreamfusion_fast.rendering.volume.prepared import PreparedRays, RenderOutput
@@ -14,6 +21,7 @@ __all__ = [
     "Cameras",
     "InvalidRaysError",
     "OccupancyGrid",
+    "OrbitCameras",
     "PreparedRays",
     "Rays",
     "RenderOutput",

@@ -1,51 +1,53 @@
-"""Cameras around the object: sampling for training, orbits for turntables.
+"""Pinhole cameras: a pose, a lens, and the rays through an image's pixels.
 
-Camera space is x right, y up, looking along -z. A camera at azimuth 0 and elevation 0 sits on +Z and sees the front of
-the object; azimuth grows towards +X.
+Camera space is x right, y up, looking along -z. Pixel centres are at +0.5, rows run from the top.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from dreamfusion_fast.ops._checks import FLOATS
 from dreamfusion_fast.rendering.rays import Rays
-from dreamfusion_fast.settings import Range, Settings
 
-# At this distance a ball of radius 1 just fits, with 5 % to spare, into a field of view of 40 degrees.
-_FITTING_DISTANCE = 1.05 / math.sin(math.radians(20.0))
-# What cameras may be, by the name of the argument.
-_ELEVATION_DEG = Range(-90, 90)
-_AZIMUTH_DEG = Range(-1e6, 1e6)
-_DISTANCE = Range(1e-6, 1e9)
-_FOV_DEG = Range(0.1, 179)
-_JITTER = Range(0, 1e6)
+Convention = Literal["opencv", "opengl"]
+Some = TypeVar("Some", bound="Cameras")
+
+# How far the products of a pose's columns may be from those of a rotation: float32 rounding of composed poses, and of
+# ones printed with four digits.
+_ROTATION_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Cameras:
-    """A batch of `B` pinhole cameras with square pixels. Angles in radians; all of one device, float32 or float64.
+    """A batch of `B` pinhole cameras for images of any size; all tensors of one device, float32 or float64.
+
+    The lens is kept in heights of the image, so that one camera renders at several sizes: a smaller image of the same
+    proportions shows the same, a wider one shows more at both sides.
 
     Shapes and dtypes are checked, and on a CPU values, too (TypeError, ValueError): a GPU would be waited for.
 
     Attributes:
-        camera_to_world: `[B, 3, 4]`, columns right, up, back, position.
-        fov_y: `[B]`, vertical field of view, above 0 and below pi.
-        azimuth: `[B]`, before any jitter of the position.
-        elevation: `[B]`, likewise.
-        distance: `[B]` from the origin, likewise, scene units, above 0.
+        camera_to_world: `[B, 3, 4]`, columns right, up, back, position; scene units.
+        fov_y: `[B]`, vertical field of view, that of the image's whole height about the principal axis, radians, above
+            0 and below pi.
+        pixel_aspect: `[B]`, width of a pixel over its height, fy / fx, above 0; None: square pixels.
+        shift: `[B, 2]`, of the principal point from the image's middle, to the right and down, in heights of the image;
+            None: it is in the middle.
+        image_size: height and width in pixels of the images that the cameras are of, if they are of any.
     """
 
     camera_to_world: Tensor
     fov_y: Tensor
-    azimuth: Tensor
-    elevation: Tensor
-    distance: Tensor
+    pixel_aspect: Tensor | None = None
+    shift: Tensor | None = None
+    image_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         like = self.camera_to_world
@@ -53,222 +55,211 @@ class Cameras:
             raise ValueError(f"cameras.camera_to_world: got shape {list(like.shape)}, want [B, 3, 4]")
         if like.dtype not in FLOATS:
             raise TypeError(f"cameras.camera_to_world: got {like.dtype}, want float32 or float64")
-        for name in ("fov_y", "azimuth", "elevation", "distance"):
-            value = getattr(self, name)
-            if value.shape != like.shape[:1]:
-                raise ValueError(f"cameras.{name}: got shape {list(value.shape)}, want {list(like.shape[:1])}")
+        for name, value in self._tensors().items():
+            if name == "camera_to_world":
+                continue
+            wanted = [like.shape[0], 2] if name == "shift" else [like.shape[0]]
+            if list(value.shape) != wanted:
+                raise ValueError(f"cameras.{name}: got shape {list(value.shape)}, want {wanted}")
             if value.dtype != like.dtype or value.device != like.device:
                 raise ValueError(
                     f"cameras.{name}: got {value.dtype} on {value.device}, want {like.dtype} on {like.device}, as "
                     "camera_to_world is"
                 )
+        if self.image_size is not None and min(self.image_size) < 1:
+            raise ValueError(f"cameras.image_size: got {self.image_size}, want a height and a width of at least 1")
         if like.device.type == "cpu":
             self._check_values()
 
     def _check_values(self) -> None:
-        for name in ("camera_to_world", "azimuth", "elevation"):
-            if not bool(getattr(self, name).isfinite().all()):
-                raise ValueError(f"cameras.{name}: got a value that is not finite")
-        for name, least, most in (("fov_y", 0.0, math.pi), ("distance", 0.0, math.inf)):
+        self._check_finite("camera_to_world", "shift")
+        self._check_between("fov_y", 0.0, math.pi)
+        self._check_between("pixel_aspect", 0.0, math.inf)
+
+    def _check_finite(self, *names: str) -> None:
+        for name in names:
             value = getattr(self, name)
-            good = (value > least) & (value < most)
-            if not bool(good.all()):
-                raise ValueError(f"cameras.{name}: got {float(value[~good][0])}, want above {least} and below {most}")
+            if value is not None and not bool(value.isfinite().all()):
+                raise ValueError(f"cameras.{name}: got a value that is not finite")
+
+    def _check_between(self, name: str, least: float, most: float) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        good = (value > least) & (value < most)
+        if not bool(good.all()):
+            raise ValueError(f"cameras.{name}: got {float(value[~good][0])}, want above {least} and below {most}")
+
+    @staticmethod
+    def from_poses(
+        camera_to_world: Tensor,
+        intrinsics: Tensor | Sequence[Tensor | float],
+        width: int,
+        height: int,
+        convention: Convention = "opencv",
+    ) -> Cameras:
+        """Cameras of calibrated images, differentiable to poses and intrinsics, as refining them needs.
+
+        There is no lens distortion: undistort the images first. A pose has to be a rotation and a position. One that
+        scales, shears or mirrors is refused on a CPU, and not mended, since it is a mistake elsewhere: a transposed
+        matrix, a scale that belongs into the position. On a GPU, where a check would wait, a scale does nothing, as
+        directions are normalised, and the rest distorts the image.
+
+        Args:
+            camera_to_world: `[B, 3, 4]` or `[B, 4, 4]`, scene units, float32 or float64.
+            intrinsics: `[3, 3]` for all cameras or `[B, 3, 3]`, without skew, or `(fx, fy, cx, cy)`, each a number, a
+                0-dim tensor or `[B]`. In pixels, with (0, 0) the outer corner of the top left pixel, as COLMAP has it:
+                the middle of the image is (width / 2, height / 2). Where (0, 0) is that pixel's centre, as in OpenCV's
+                calibration, add 0.5 to cx and cy.
+            width, height: of the images, pixels.
+            convention: axes of camera space. "opencv": x right, y down, looking along +z (COLMAP, OpenCV). "opengl": x
+                right, y up, looking along -z (NeRF's transforms.json, Blender), as here.
+
+        Raises:
+            TypeError, ValueError: an argument of a wrong type, shape or device, and on a CPU, one of a wrong value.
+        """
+        if convention not in ("opencv", "opengl"):
+            raise ValueError(f"convention: got {convention!r}, want opencv or opengl")
+        if width < 1 or height < 1:
+            raise ValueError(f"width, height: got {width}, {height}, want both at least 1")
+        pose = _checked_poses(camera_to_world)
+        fx, fy, cx, cy = _focal_and_principal(intrinsics, pose)
+        x, y, z, position = pose.unbind(dim=2)
+        if convention == "opencv":
+            y, z = -y, -z
+        return Cameras(
+            torch.stack([x, y, z, position], dim=2),
+            2.0 * torch.atan((0.5 * height) / fy),
+            fy / fx,
+            torch.stack([cx - 0.5 * width, cy - 0.5 * height], dim=1) / height,
+            (height, width),
+        )
 
     def __len__(self) -> int:
         return self.fov_y.shape[0]
+
+    def __getitem__(self: Some, index: slice | Tensor) -> Some:
+        """The cameras chosen by a slice, a mask or an index tensor."""
+        return self._each(lambda value: value[index])
 
     @property
     def positions(self) -> Tensor:
         """Camera positions `[B, 3]`."""
         return self.camera_to_world[:, :, 3]
 
-    def to(self, device: torch.device | str) -> Cameras:
-        """The same cameras on another device."""
-        fields = (self.camera_to_world, self.fov_y, self.azimuth, self.elevation, self.distance)
-        return Cameras(*(value.to(device) for value in fields))
+    def to(self: Some, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Some:
+        """The same cameras on another device or in another dtype."""
+        return self._each(lambda value: value.to(device=device, dtype=dtype))
 
-    def rays(self, height: int, width: int) -> Rays:
-        """One ray through each pixel centre.
+    def rays(self, height: int | None = None, width: int | None = None) -> Rays:
+        """One ray through each pixel centre, differentiable to pose and lens.
+
+        Args:
+            height, width: of the image, pixels; both None: `image_size`.
 
         Returns:
-            Rays with `n_rays = B * height * width`, views one after another, pixels row by row from the top left.
+            Rays with `n_rays = B * height * width`, views one after another, pixels row by row from the top left;
+            `.reshape(B, height, width)` gives them the images' shape.
         """
-        if height < 1 or width < 1:
+        if height is None and width is None:
+            if self.image_size is None:
+                raise ValueError("height, width: got None, want both for cameras without an image_size")
+            height, width = self.image_size
+        if height is None or width is None or height < 1 or width < 1:
             raise ValueError(f"height, width: got {height}, {width}, want both at least 1")
         x = torch.arange(width, device=self.fov_y.device, dtype=self.fov_y.dtype) + (0.5 - 0.5 * width)
         y = (0.5 * height - 0.5) - torch.arange(height, device=self.fov_y.device, dtype=self.fov_y.dtype)
+        x, y = x[:, None], y[:, None, None]
+        if self.shift is not None:
+            right_by, down_by = (self.shift * height)[:, :, None, None, None].unbind(dim=1)
+            x, y = x - right_by, y + down_by
+        if self.pixel_aspect is not None:
+            x = x * self.pixel_aspect[:, None, None, None]
         focal = (0.5 * height) / torch.tan(0.5 * self.fov_y)
         batch = len(self)
         right, up, back = self.camera_to_world[:, None, None, :, :3].unbind(dim=-1)
         # Sums in place of a product of matrices, which would be rounded to TF32 where that is allowed.
-        rows = y[:, None, None] * up - focal[:, None, None, None] * back
-        directions = torch.nn.functional.normalize((x[:, None] * right + rows).reshape(-1, 3), dim=1)
+        rows = y * up - focal[:, None, None, None] * back
+        directions = torch.nn.functional.normalize((x * right + rows).reshape(-1, 3), dim=1)
         origins = self.positions[:, None, :].expand(batch, height * width, 3).reshape(-1, 3)
         return Rays(origins, directions)
 
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
-@dataclass(frozen=True)
-class CameraConfig(Settings):
-    """How training cameras are drawn.
-
-    The defaults frame the unit ball as the embedded prior's training views do: 40 degrees, distances 3.07 to 3.53,
-    elevations -10 to 60 degrees and an eighth of the views overhead. :meth:`paper` gives DreamFusion's.
-    """
-
-    elevation_deg: Annotated[tuple[float, float], _ELEVATION_DEG] = (-10.0, 60.0)
-    """Elevation range; half of the views are uniform in angle, half uniform in area (DreamFusion, appendix A.2)."""
-    overhead_fraction: Annotated[float, Range(0, 1)] = 0.125
-    """Share of the views drawn from overhead_elevation_deg instead."""
-    overhead_elevation_deg: Annotated[tuple[float, float], _ELEVATION_DEG] = (60.0, 85.0)
-    """Elevation range of the overhead views."""
-    azimuth_deg: Annotated[tuple[float, float], _AZIMUTH_DEG] = (-180.0, 180.0)
-    """Azimuth range; 0 is the front."""
-    spread_azimuth: bool = True
-    """Give each view of a batch its own equal part of the azimuth range, in random order."""
-    distance: Annotated[tuple[float, float], _DISTANCE] = (_FITTING_DISTANCE, 1.15 * _FITTING_DISTANCE)
-    """Range of the distance from the origin, scene units."""
-    fov_deg: Annotated[tuple[float, float], _FOV_DEG] = (40.0, 40.0)
-    """Range of the vertical field of view."""
-    fov_sampling: Literal["angle", "focal"] = "angle"
-    """Whether the angle or the focal length is uniform over the range."""
-    position_jitter: Annotated[float, _JITTER] = 0.0
-    """Half-width of a uniform offset of the position, per axis."""
-    look_at_jitter: Annotated[float, _JITTER] = 0.0
-    """Standard deviation of the point looked at, per axis."""
-    up_jitter: Annotated[float, _JITTER] = 0.0
-    """Standard deviation of the up vector, per axis."""
-
-    def check_together(self) -> None:
-        for name in ("elevation_deg", "overhead_elevation_deg", "azimuth_deg", "distance", "fov_deg"):
-            low, high = getattr(self, name)
-            if low > high:
-                self.refuse(name, want="the lower end first")
-
-    @classmethod
-    def paper(cls) -> CameraConfig:
-        """DreamFusion's cameras (Poole et al. 2022, appendix A.2), in its units.
-
-        Distance U(1, 1.5) with U(-0.1, 0.1) jitter, focal length U(0.7, 1.35) image widths, elevation -10 to 90
-        degrees.
-        """
-        widest, narrowest = (math.degrees(2.0 * math.atan(0.5 / focal)) for focal in (0.7, 1.35))
-        return cls(
-            elevation_deg=(-10.0, 90.0),
-            overhead_fraction=0.0,
-            distance=(1.0, 1.5),
-            fov_deg=(narrowest, widest),
-            fov_sampling="focal",
-            position_jitter=0.1,
-            look_at_jitter=0.2,
-            up_jitter=0.02,
-            spread_azimuth=False,
-        )
+    def _each(self: Some, change: Callable[[Tensor], Tensor]) -> Some:
+        return replace(self, **{name: change(value) for name, value in self._tensors().items()})
 
 
-def sample_cameras(
-    config: CameraConfig, batch: int, generator: torch.Generator, device: torch.device | str = "cpu"
-) -> Cameras:
-    """Draw `batch` training cameras.
+def _checked_poses(camera_to_world: Tensor) -> Tensor:
+    """The poses as `[B, 3, 4]`, which are rotations and positions as far as a CPU can tell."""
+    given = camera_to_world.dtype if isinstance(camera_to_world, Tensor) else type(camera_to_world).__name__
+    if given not in FLOATS:
+        raise TypeError(f"camera_to_world: got {given}, want a tensor [B, 3, 4] or [B, 4, 4] of float32 or float64")
+    if camera_to_world.dim() != 3 or camera_to_world.shape[1:] not in ((3, 4), (4, 4)):
+        raise ValueError(f"camera_to_world: got shape {list(camera_to_world.shape)}, want [B, 3, 4] or [B, 4, 4]")
+    pose = camera_to_world[:, :3]
+    if camera_to_world.device.type != "cpu":
+        return pose
+    with torch.no_grad():
+        rows = camera_to_world[:, 3:].flatten(0, 1)
+        other = (rows != rows.new_tensor([0.0, 0.0, 0.0, 1.0])).any(dim=1)
+        if bool(other.any()):
+            view = int(other.nonzero()[0])
+            raise ValueError(f"camera_to_world: got {rows[view].tolist()} as last row of pose {view}, want 0, 0, 0, 1")
+        rotation = pose[:, :, :3].double()
+        products = (rotation[:, :, :, None] * rotation[:, :, None, :]).sum(dim=1)
+        off = (products - torch.eye(3, dtype=torch.float64)).abs().amax(dim=(1, 2))
+        bad = ~(off <= _ROTATION_TOLERANCE)
+        if bool(bad.any()):
+            view = int(bad.nonzero()[0])
+            raise ValueError(
+                f"camera_to_world: got a pose {view} that is no rotation and position: products of its columns are off "
+                f"by {float(off[view]):.3g}, want at most {_ROTATION_TOLERANCE}"
+            )
+        mirrored = torch.linalg.det(rotation) < 0.0
+        if bool(mirrored.any()):
+            view = int(mirrored.nonzero()[0])
+            raise ValueError(f"camera_to_world: got a pose {view} that mirrors, want a rotation: right-handed axes")
+    return pose
 
-    Args:
-        config: ranges and jitters.
-        batch: how many views.
-        generator: source of randomness; a CPU generator gives the same cameras for every `device`.
-        device: where the result lives.
-    """
-    if batch < 1:
-        raise ValueError(f"batch: got {batch}, want at least 1")
 
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(batch, generator=generator, device=generator.device)
-
-    def normal(scale: float) -> Tensor:
-        return scale * torch.randn(batch, 3, generator=generator, device=generator.device)
-
-    low, high = (math.radians(angle) for angle in config.elevation_deg)
-    by_angle = uniform(low, high)
-    by_area = torch.asin(uniform(math.sin(low), math.sin(high)).clamp(-1.0, 1.0))
-    elevation = torch.where(uniform(0.0, 1.0) < 0.5, by_angle, by_area)
-    low, high = (math.radians(angle) for angle in config.overhead_elevation_deg)
-    overhead = uniform(low, high)
-    elevation = torch.where(uniform(0.0, 1.0) < config.overhead_fraction, overhead, elevation)
-
-    part = uniform(0.0, 1.0)
-    if config.spread_azimuth:
-        order = torch.randperm(batch, generator=generator, device=generator.device)
-        part = (order + part) / batch
-    low, high = (math.radians(angle) for angle in config.azimuth_deg)
-    azimuth = low + (high - low) * part
-
-    distance = uniform(*config.distance)
-    low, high = (math.radians(angle) for angle in config.fov_deg)
-    if config.fov_sampling == "focal":
-        fov_y = 2.0 * torch.atan(1.0 / uniform(1.0 / math.tan(0.5 * high), 1.0 / math.tan(0.5 * low)))
+def _focal_and_principal(intrinsics: Tensor | Sequence[Tensor | float], pose: Tensor) -> list[Tensor]:
+    """fx, fy, cx, cy, `[B]` each and of the poses' dtype."""
+    batch = pose.shape[0]
+    if isinstance(intrinsics, Tensor):
+        if not intrinsics.is_floating_point():
+            raise TypeError(f"intrinsics: got {intrinsics.dtype}, want a floating-point tensor")
+        if list(intrinsics.shape) not in ([3, 3], [batch, 3, 3]):
+            raise ValueError(
+                f"intrinsics: got shape {list(intrinsics.shape)}, want [3, 3] or [{batch}, 3, 3], or four values"
+            )
+        if intrinsics.device.type == "cpu":
+            matrix = intrinsics.detach().reshape(-1, 9)
+            zeros, one = matrix[:, [1, 3, 6, 7]], matrix[:, 8]
+            if bool((zeros != 0.0).any() | (one != 1.0).any()):
+                raise ValueError(
+                    "intrinsics: got a skew or another last row, want [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]"
+                )
+        given: list[Tensor | float] = [intrinsics[..., row, column] for row, column in ((0, 0), (1, 1), (0, 2), (1, 2))]
     else:
-        fov_y = uniform(low, high)
-
-    offset = config.position_jitter * (2.0 * torch.rand(batch, 3, generator=generator, device=generator.device) - 1.0)
-    position = spherical_positions(azimuth, elevation, distance) + offset
-    pose = _look_at(position, normal(config.look_at_jitter), normal(config.up_jitter), azimuth)
-    return Cameras(pose, fov_y, azimuth, elevation, distance).to(device)
-
-
-def orbit_cameras(
-    count: int,
-    elevation_deg: float = 15.0,
-    distance: float = 1.1 * _FITTING_DISTANCE,
-    fov_deg: float = 40.0,
-    start_deg: float = 0.0,
-    device: torch.device | str = "cpu",
-) -> Cameras:
-    """`count` cameras evenly around the object at one elevation, the first at azimuth `start_deg` (0 = front).
-
-    Args:
-        count: how many, at least 1.
-        elevation_deg: -90 (from below) to 90.
-        distance: from the origin, scene units, 1e-6 to 1e9.
-        fov_deg: vertical field of view, 0.1 to 179.
-        start_deg: azimuth of the first one.
-        device: where the result lives.
-
-    Raises:
-        ValueError: an argument out of range.
-    """
-    if count < 1:
-        raise ValueError(f"count: got {count}, want at least 1")
-    for name, value, limits in (
-        ("elevation_deg", elevation_deg, _ELEVATION_DEG),
-        ("distance", distance, _DISTANCE),
-        ("fov_deg", fov_deg, _FOV_DEG),
-        ("start_deg", start_deg, _AZIMUTH_DEG),
-    ):
-        if value not in limits:
-            raise ValueError(f"{name}: got {value}, want {limits}")
-    azimuth = math.radians(start_deg) + torch.arange(count, dtype=torch.get_default_dtype()) * (2.0 * math.pi / count)
-    elevation = torch.full((count,), math.radians(elevation_deg))
-    distances = torch.full((count,), float(distance))
-    position = spherical_positions(azimuth, elevation, distances)
-    zero = torch.zeros_like(position)
-    fov_y = torch.full((count,), math.radians(fov_deg))
-    return Cameras(_look_at(position, zero, zero, azimuth), fov_y, azimuth, elevation, distances).to(device)
-
-
-def spherical_positions(azimuth: Tensor, elevation: Tensor, distance: Tensor) -> Tensor:
-    """Positions `[B, 3]` = distance * (cos el sin az, sin el, cos el cos az); radians, scene units."""
-    flat = elevation.cos()
-    unit = torch.stack([flat * azimuth.sin(), elevation.sin(), flat * azimuth.cos()], dim=1)
-    return distance[:, None] * unit
-
-
-def _look_at(position: Tensor, target: Tensor, up_offset: Tensor, azimuth: Tensor) -> Tensor:
-    """Poses `[B, 3, 4]` at `position` looking at `target`, up = +Y + `up_offset`."""
-    back = torch.nn.functional.normalize(position - target, dim=1)
-    up = torch.tensor([0.0, 1.0, 0.0], dtype=position.dtype, device=position.device) + up_offset
-    right = torch.linalg.cross(up, back, dim=1)
-    length = right.norm(dim=1, keepdim=True)
-    # Straight above or below, up and viewing direction agree: the azimuth still says which way is right.
-    level = torch.stack([azimuth.cos(), torch.zeros_like(azimuth), -azimuth.sin()], dim=1)
-    level = level - (level * back).sum(dim=1, keepdim=True) * back
-    right = torch.nn.functional.normalize(torch.where(length > 1e-4, right / length.clamp(min=1e-12), level), dim=1)
-    return torch.stack([right, torch.linalg.cross(back, right, dim=1), back, position], dim=2)
+        given = list(intrinsics)
+        if len(given) != 4:
+            raise ValueError(f"intrinsics: got {len(given)} values, want four: fx, fy, cx, cy")
+    values = []
+    for name, value in zip(("fx", "fy", "cx", "cy"), given, strict=True):
+        if not isinstance(value, Tensor):
+            value = torch.full((), float(value), dtype=pose.dtype, device=pose.device)
+        if list(value.shape) not in ([], [batch]):
+            raise ValueError(f"intrinsics: got {name} of shape {list(value.shape)}, want [] or [{batch}]")
+        if value.device != pose.device:
+            raise ValueError(f"intrinsics: got {name} on {value.device}, want {pose.device}, where the poses are")
+        if value.device.type == "cpu":
+            good = value.detach().isfinite() & ((value.detach() > 0.0) if name[0] == "f" else True)
+            if not bool(good.all()):
+                wrong = float(value.detach().expand(batch)[~good.expand(batch)][0])
+                want = "a finite number" + (" above 0" if name[0] == "f" else "")
+                raise ValueError(f"intrinsics: got {name} = {wrong}, want {want}")
+        values.append(value.to(pose.dtype).expand(batch))
+    return values

@@ -27,7 +27,7 @@ from dreamfusion_fast.errors import NonFiniteError, described
 from dreamfusion_fast.export import save_png, tile
 from dreamfusion_fast.export.turntable import to_uint8
 from dreamfusion_fast.io import RunFolder
-from dreamfusion_fast.rendering.cameras import orbit_cameras
+from dreamfusion_fast.rendering.orbits import orbit_cameras
 from dreamfusion_fast.rendering.shading import Shading
 from dreamfusion_fast.streams import UnfailingStream, unfailing
 from dreamfusion_fast.training.checkpoint import save_checkpoint

@@ -20,8 +20,8 @@ from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.fields.hash_field import HashGridFieldConfig
 from dreamfusion_fast.guidance.config import GuidanceConfig
 from dreamfusion_fast.guidance.contract import T_RANGE
-from dreamfusion_fast.rendering.cameras import CameraConfig
 from dreamfusion_fast.rendering.config import RendererConfig
+from dreamfusion_fast.rendering.orbits import CameraConfig
 from dreamfusion_fast.settings import Range, Settings
 from dreamfusion_fast.training import config_io
 from dreamfusion_fast.training.memory_plan import parse_memory

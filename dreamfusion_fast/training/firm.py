@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dreamfusion_fast.export.density import sample_density
 from dreamfusion_fast.fields.base import Field, query_density
-from dreamfusion_fast.rendering.cameras import sample_cameras
+from dreamfusion_fast.rendering.orbits import sample_cameras
 from dreamfusion_fast.rendering.rays import Rays
 from dreamfusion_fast.rendering.volume.renderer import VolumeRenderer
 from dreamfusion_fast.scene import Scene

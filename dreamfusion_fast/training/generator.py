@@ -21,7 +21,7 @@ from dreamfusion_fast.guidance.config import GuidanceConfig
 from dreamfusion_fast.guidance.contract import Guidance
 from dreamfusion_fast.guidance.creation import create_guidance
 from dreamfusion_fast.io import RunFolder, claimed, claimed_new, open_run_folder
-from dreamfusion_fast.rendering.cameras import orbit_cameras
+from dreamfusion_fast.rendering.orbits import orbit_cameras
 from dreamfusion_fast.scene import Scene
 from dreamfusion_fast.signals import StopRequest, stop_signals
 from dreamfusion_fast.training.callbacks import (

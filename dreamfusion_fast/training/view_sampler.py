@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dreamfusion_fast.fields.background import per_view, random_colors
 from dreamfusion_fast.guidance.contract import Views
-from dreamfusion_fast.rendering.cameras import Cameras, sample_cameras
+from dreamfusion_fast.rendering.cameras import Cameras
+from dreamfusion_fast.rendering.orbits import sample_cameras
 from dreamfusion_fast.rendering.shading import Shading, sample_lights
 from dreamfusion_fast.rendering.volume.prepared import PreparedRays
 from dreamfusion_fast.rendering.volume.renderer import VolumeRenderer
@@ -80,12 +81,12 @@ class ViewSampler:
         lights = sample_lights(cameras.positions, self._generator, distance=config.shading.light_distance)
         seed = int(torch.randint(2**31 - 1, (), generator=self._generator))
 
-        values = [cameras.camera_to_world, cameras.fov_y, cameras.azimuth, cameras.elevation, cameras.distance, lights]
+        values = [cameras.camera_to_world, cameras.fov_y, cameras.azimuth, cameras.elevation, lights]
         with self._beside_the_last_step(renderer):
-            pose, fov_y, azimuth, elevation, distance, lights, *rest = send(
+            pose, fov_y, azimuth, elevation, lights, *rest = send(
                 self._device, *values, *([] if plain is None else [plain])
             )
-            prepared = renderer.prepare(Cameras(pose, fov_y, azimuth, elevation, distance), size, True, seed)
+            prepared = renderer.prepare(Cameras(pose, fov_y), size, True, seed)
             drawn = DrawnViews(
                 size,
                 shading,

@@ -9,7 +9,7 @@ import torch
 from fakes import BallGuidance, small_config
 
 from dreamfusion_fast.errors import NonFiniteError
-from dreamfusion_fast.rendering.cameras import orbit_cameras
+from dreamfusion_fast.rendering.orbits import orbit_cameras
 from dreamfusion_fast.training.opaque import OpaqueThresholds
 from dreamfusion_fast.training.sections import FirmConfig
 from dreamfusion_fast.training.trainer import Trainer

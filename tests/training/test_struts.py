@@ -10,7 +10,7 @@ from fakes import BallGuidance, small_config
 
 from dreamfusion_fast.export.density import DensityGrid, sample_density
 from dreamfusion_fast.fields import query_density
-from dreamfusion_fast.rendering.cameras import orbit_cameras
+from dreamfusion_fast.rendering.orbits import orbit_cameras
 from dreamfusion_fast.training.sections import FirmConfig
 from dreamfusion_fast.training.struts import Struts, find_struts
 from dreamfusion_fast.training.trainer import Trainer

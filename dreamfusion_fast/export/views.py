@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ def rings(
         for ring, (elevation, count) in enumerate(counts)
     ]
     names = ("camera_to_world", "fov_y", "azimuth", "elevation", "distance")
-    cameras = OrbitCameras(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    cameras = OrbitCameras(**joined)
     poses = cameras.camera_to_world.clone()
     poses[:, :, 3] += center.cpu()
     return replace(cameras, camera_to_world=poses).to(device)

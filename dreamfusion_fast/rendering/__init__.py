@@ -10,6 +10,7 @@ from dreamfusion_fast.rendering.orbits import (
     sample_cameras,
     spherical_positions,
 )
+from dreamfusion_fast.rendering.ray_budget import RayBudget
 from dreamfusion_fast.rendering.rays import InvalidRaysError, Rays
 from dreamfusion_fast.rendering.shading import Shading, sample_lights, shade
 from dreamfusion_fast.rendering.volume.prepared import PreparedRays, RenderOutput
@@ -23,6 +24,7 @@ __all__ = [
     "OccupancyGrid",
     "OrbitCameras",
     "PreparedRays",
+    "RayBudget",
     "Rays",
     "RenderOutput",
     "RendererConfig",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -189,7 +189,8 @@ class Cameras:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def _each(self: Some, change: Callable[[Tensor], Tensor]) -> Some:
-        return replace(self, **{name: change(value) for name, value in self._tensors().items()})
+        changed: dict[str, Any] = {name: change(value) for name, value in self._tensors().items()}
+        return replace(self, **changed)
 
 
 def _checked_poses(camera_to_world: Tensor) -> Tensor:

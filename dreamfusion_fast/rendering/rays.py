@@ -114,8 +114,8 @@ class Rays:
         try:
             shape = torch.broadcast_shapes(*shapes)
         except RuntimeError:
-            given = ", ".join(map(str, shapes))
-            raise ValueError(f"rays: got {given} (near and far with a 3), want shapes that can be broadcast") from None
+            listed = ", ".join(map(str, shapes))
+            raise ValueError(f"rays: got {listed} (near and far with a 3), want shapes that can be broadcast") from None
         origins, directions = (value.to(dtype).expand(shape) for value in (origins, directions))
         return cls(origins, directions, *(None if value is None else value.expand(shape[:-1]) for value in limits))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -74,8 +76,10 @@ def first_hits(mesh, cameras, view, height, width):
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (113, 41), (1, 1), (1, 113), (113, 1)])
 @pytest.mark.parametrize("view", [0, 1, 2])
-def test_view_against_rays(height, width, view):
+@pytest.mark.parametrize("lens", [{}, {"pixel_aspect": [1.25] * 3, "shift": [[0.1, -0.2], [-0.1, 0.2], [0.0, 0.1]]}])
+def test_view_against_rays(height, width, view, lens):
     mesh, cameras = triangles(40), orbit_cameras(3, 20.0, 2.0, 50.0)
+    cameras = replace(cameras, **{name: torch.tensor(value) for name, value in lens.items()})
     seen = rasterize_view(mesh, cameras, view, height, width)
     face, where, clear = first_hits(mesh, cameras, view, height, width)
     assert seen.face.shape == (height, width)

@@ -2,7 +2,10 @@
 
 from dreamfusion_fast.fields.background import MlpBackground, per_view, random_colors
 from dreamfusion_fast.fields.base import Field, FieldOutput, evaluate, query_density
+from dreamfusion_fast.fields.contraction import contract, uncontract
 from dreamfusion_fast.fields.hash_field import HashGridField, HashGridFieldConfig
+from dreamfusion_fast.fields.scene_field import SceneField, SceneFieldConfig
+from dreamfusion_fast.fields.spherical_harmonics import spherical_harmonics
 from dreamfusion_fast.ops.sample_head import safe_normalize, truncated_exp
 
 __all__ = [
@@ -11,10 +14,15 @@ __all__ = [
     "HashGridField",
     "HashGridFieldConfig",
     "MlpBackground",
+    "SceneField",
+    "SceneFieldConfig",
+    "contract",
     "evaluate",
     "per_view",
     "query_density",
     "random_colors",
     "safe_normalize",
+    "spherical_harmonics",
     "truncated_exp",
+    "uncontract",
 ]

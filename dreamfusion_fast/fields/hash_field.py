@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import torch
@@ -19,6 +17,7 @@ from dreamfusion_fast.fields.base import (
     FieldOutput,
     check_positions,
 )
+from dreamfusion_fast.fields.layers import linear_layers
 from dreamfusion_fast.fields.revision import HostBox
 from dreamfusion_fast.fields.tile_source import TileSource
 from dreamfusion_fast.ops._checks import FLOATS
@@ -64,6 +63,8 @@ class HashGridFieldConfig(Settings):
     """Standard deviation of the exp blob, in scene units."""
     blob_radius: Annotated[float, Range(0, open="low")] = 0.5
     """Radius at which the softplus blob crosses zero, in scene units."""
+    density_bias: Annotated[float, Range(-1e6, 1e6)] = 0.0
+    """Initial bias of the density's logit: a scene starts thin with a negative one, no blob and the box as bound."""
     bound: Literal["ball", "box"] = "ball"
     """Where density may be: the ball (ellipsoid) inscribed in the scene box, or the whole box."""
     mlp_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
@@ -123,13 +124,11 @@ class HashGridField(Field):
             torch.empty(int(level_offsets[-1]), c.features).uniform_(-1e-4, 1e-4, generator=generator)
         )
         widths = [c.levels * c.features] + [c.hidden] * c.hidden_layers + [4]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.layers = linear_layers(widths, generator)
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
         with torch.no_grad():
-            for layer in self.layers:
-                assert isinstance(layer, nn.Linear)
-                bound = 1.0 / math.sqrt(layer.in_features)
-                layer.weight.uniform_(-bound, bound, generator=generator)
-                layer.bias.zero_()
+            last.bias[0] = c.density_bias
         native = c.backend == "native"
         self._hash_grid = hash_grid if native else hash_grid_reference
         self._position_gradient = hash_grid_position_gradient if native else hash_grid_position_gradient_reference

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -89,6 +90,17 @@ def test_blobs_are_those_of_the_papers() -> None:
     torch.testing.assert_close(softplus.density(x), expected, rtol=1e-6, atol=0)
     flat = zeroed(replace(TINY, density_activation="exp", blob_scale=0.0))
     torch.testing.assert_close(flat.density(x), torch.ones_like(r))
+
+
+def test_the_bias_makes_a_scene_start_thin() -> None:
+    """And nothing else: the other parameters, and those without it, are what they were."""
+    thin = replace(TINY, density_activation="exp", blob_scale=0.0, bound="box", density_bias=-4.0)
+    field, plain = (HashGridField(c, generator=torch.Generator().manual_seed(1)) for c in (thin, TINY))
+    density = field.density(points(113, torch.float32, half=1.0))
+    torch.testing.assert_close(density, torch.full_like(density, math.exp(-4.0)), rtol=1e-3, atol=0)
+    for (name, one), other in zip(field.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other) == (name != "layers.1.bias")
+    assert (plain.layers[1].bias == 0.0).all()
 
 
 def test_blob_normals_point_outward() -> None:

@@ -141,7 +141,7 @@ def test_wrong_arguments_are_named() -> None:
     renderer, rays = scene_on("cpu")
     with pytest.raises(ValueError, match="size: got 9 with Rays, want one for cameras, None for rays"):
         renderer.prepare(rays, 9)
-    with pytest.raises(ValueError, match="size: got None with Cameras"):
+    with pytest.raises(ValueError, match="size: got None with OrbitCameras"):
         renderer.prepare(orbit_cameras(1))
     with pytest.raises(ValueError, match="seed: got -1, want 0 <= seed"):
         renderer.prepare(rays, seed=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from dreamfusion_fast.ops.occupancy import (
     occupancy_update_reference,
 )
 from dreamfusion_fast.rendering.config import RendererConfig
+
+Quantity = Literal["density", "alpha"]
 
 # Cells whose density is asked for at once: bounds the memory of an update whatever the resolution.
 _CELLS_PER_QUERY = 1 << 17
@@ -42,6 +45,9 @@ class OccupancyGrid(nn.Module):
     2^c times about its centre. A place is looked up in the first cascade whose box holds it, so the middle of the later
     ones is never used. The mean above is that of all cascades.
 
+    A surface given by a signed distance has no density, but an opacity per step (alpha). With `quantity="alpha"` the
+    grid holds alphas in place of densities, and `update` takes a function of positions that returns them.
+
     The buffers are float32 whatever the default dtype is, and stay so after `.double()`, `.half()` and the like.
 
     Args:
@@ -53,15 +59,18 @@ class OccupancyGrid(nn.Module):
         warmup_steps: training steps during which all cells are updated.
         alpha_threshold: opacity of one step below which a cell counts as empty.
         step_size: length of that step in scene units; None: a 512th of the box's diagonal, as for the default
-            :class:`RendererConfig`. A renderer with longer steps raises it (`keep_for_step`).
+            :class:`RendererConfig`. A renderer with longer steps raises it (`keep_for_step`). Alphas are taken as they
+            are, whatever it is: they should be those of the renderer's steps.
         seed: of the sample points.
         backend: native core or pure-PyTorch twins.
         cascades: number of grids C; `resolution` must be even if above 1.
+        quantity: what the grid holds: densities, or opacities of a step.
 
     Attributes:
         grid: `[R, R, R]`, or `[C, R, R, R]` with C > 1, float32 buffer, index order x, y, z: densities, those at which
-            a step is opaque and above as one value.
+            a step is opaque and above as one value; or alphas, at most 1.
         bitfield: `[ceil(C R^3 / 8)]` uint8 buffer; bit i of byte b is cell 8 b + i.
+        step_is_given: whether `step_size` was given, and not left to the grid.
     """
 
     aabb: Tensor
@@ -80,6 +89,7 @@ class OccupancyGrid(nn.Module):
         seed: int = 0,
         backend: Backend = "native",
         cascades: int = 1,
+        quantity: Quantity = "density",
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -96,7 +106,10 @@ class OccupancyGrid(nn.Module):
             raise ValueError(f"decay: got {decay}, want 0 to 1")
         if not 0.0 < alpha_threshold < 1.0:
             raise ValueError(f"alpha_threshold: got {alpha_threshold}, want between 0 and 1")
+        if quantity not in get_args(Quantity):
+            raise ValueError(f"quantity: got {quantity!r}, want {' or '.join(get_args(Quantity))}")
         box = box_tensor(aabb)
+        self.step_is_given = step_size is not None
         if step_size is None:
             corners = box.tolist()
             step_size = math.dist(corners[:3], corners[3:]) / RendererConfig.samples_across
@@ -110,7 +123,7 @@ class OccupancyGrid(nn.Module):
             warmup_steps,
             seed,
         )
-        self.cascades = cascades
+        self.cascades, self.quantity = cascades, quantity
         self.alpha_threshold = alpha_threshold
         self.step_size = step_size
         native = backend == "native"
@@ -133,8 +146,16 @@ class OccupancyGrid(nn.Module):
 
     @property
     def threshold(self) -> Tensor:
-        """Density above which a cell is occupied, 0-dim."""
-        return (_BELOW_MEAN * self.grid.mean()).clamp(max=self.density_threshold)
+        """Value of the grid above which a cell is occupied, 0-dim."""
+        return (_BELOW_MEAN * self.grid.mean()).clamp(max=self._most_threshold)
+
+    @property
+    def _most_threshold(self) -> float:
+        return self.alpha_threshold if self.quantity == "alpha" else self.density_threshold
+
+    @property
+    def _opaque(self) -> float:
+        return 1.0 if self.quantity == "alpha" else _OPAQUE_DEPTH / self.step_size
 
     @property
     def revision(self) -> Hashable:
@@ -167,15 +188,20 @@ class OccupancyGrid(nn.Module):
     def update(self, field: FieldLike, step: int) -> bool:
         """Refresh the grid if `step` is due.
 
-        A density of NaN is left out; an infinite one counts as opaque.
+        A density or alpha of NaN is left out; one that is infinite, or an alpha above 1, counts as opaque.
 
         Args:
             field: anything with a density (see :func:`dreamfusion_fast.fields.query_density`). A module with float64
-                parameters is asked in float64, everything else in float32.
+                parameters is asked in float64, everything else in float32. With `quantity="alpha"`, a callable from
+                positions `[m, 3]` to alphas `[m]`.
             step: training step, from 0.
 
         Returns:
             Whether the grid was updated.
+
+        Raises:
+            TypeError, ValueError: the callable returned something else than alphas `[m]`, or a field something else
+                than a density and a colour.
         """
         if step % self.every:
             return False
@@ -184,12 +210,11 @@ class OccupancyGrid(nn.Module):
         everything = step < self.warmup_steps
         cells = self._choose_cells(generator, everything)
         dtype = _dtype_of(field)
-        density = [
-            query_density(field, self._points_in(part, generator).to(dtype)) for part in cells.split(_CELLS_PER_QUERY)
-        ]
-        self._update(self.grid, None if everything else cells, torch.cat(density).float(), self.decay)
+        query = _query_alpha if self.quantity == "alpha" else query_density
+        seen = [query(field, self._points_in(part, generator).to(dtype)) for part in cells.split(_CELLS_PER_QUERY)]
+        self._update(self.grid, None if everything else cells, torch.cat(seen).float(), self.decay)
         # All cells, also those that were loaded. What is not known is opaque, until it has decayed.
-        self.grid.nan_to_num_(nan=math.inf).clamp_(max=_OPAQUE_DEPTH / self.step_size)
+        self.grid.nan_to_num_(nan=math.inf).clamp_(max=self._opaque)
         self.bitfield.copy_(self._pack(self.grid, self.threshold))
         return True
 
@@ -197,7 +222,8 @@ class OccupancyGrid(nn.Module):
         """Fix the grid to `occupied`, bool of the grid's shape: for static scenes and tests."""
         if occupied.shape != self.grid.shape:
             raise ValueError(f"occupied: got shape {list(occupied.shape)}, want {list(self.grid.shape)}")
-        self.grid.copy_(occupied.to(self.grid) * 2.0 * self.density_threshold)
+        value = 1.0 if self.quantity == "alpha" else 2.0 * self.density_threshold
+        self.grid.copy_(occupied.to(self.grid) * value)
         self.bitfield.copy_(self._pack(self.grid, 0.0))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OccupancyGrid:
@@ -239,6 +265,16 @@ class OccupancyGrid(nn.Module):
         """The scene box grown about its centre, `[6]`, or with times `[n, 1]`, `[n, 6]`."""
         margin = (times - 1.0) * 0.5 * (self.aabb[3:] - self.aabb[:3])
         return torch.cat([self.aabb[:3] - margin, self.aabb[3:] + margin], dim=-1)
+
+
+def _query_alpha(field: FieldLike, positions: Tensor) -> Tensor:
+    """Alphas `[m]` of a callable."""
+    alpha: Any = field(positions)
+    if not isinstance(alpha, Tensor):
+        raise TypeError(f"field: returned {type(alpha).__name__}, want a tensor of alphas [m] for a grid of alphas")
+    if alpha.shape != positions.shape[:1]:
+        raise ValueError(f"field: returned alphas {list(alpha.shape)}, want {list(positions.shape[:1])}")
+    return alpha
 
 
 def _dtype_of(field: FieldLike) -> torch.dtype:

@@ -196,6 +196,74 @@ def test_set_occupied() -> None:
         grid.set_occupied(torch.ones(5))
 
 
+def shell(positions: Tensor) -> Tensor:
+    """Alphas of a sphere of radius 0.5, as a signed distance gives them: opaque at its surface, nothing elsewhere."""
+    return torch.exp(-(((positions.norm(dim=1) - 0.5) / 0.05) ** 2))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_alphas_are_held_as_they_are(device: torch.device, backend: str) -> None:
+    for step_size in (None, 1e-3, 10.0):
+        grid = OccupancyGrid(resolution=17, quantity="alpha", step_size=step_size, backend=backend).to(device)
+        assert grid.update(shell, 0)
+        asked: list[Tensor] = []
+        again = OccupancyGrid(resolution=17, quantity="alpha", backend=backend).to(device)
+        again.update(lambda x, seen=asked: seen.append(x) or shell(x), 0)
+        alphas = shell(torch.cat(asked))
+        assert torch.equal(grid.grid.flatten(), alphas)
+        assert float(grid.threshold) == pytest.approx(min(0.99 * float(alphas.mean()), 0.01), rel=1e-6)
+        assert torch.equal(grid.occupied().flatten(), alphas > grid.threshold)
+        assert 0.05 < grid.occupied_fraction() < 0.5
+
+
+def test_alphas_decay_and_are_bounded() -> None:
+    grid = OccupancyGrid(resolution=6, decay=0.5, every=1, quantity="alpha")
+    for given, held in ((math.inf, 1.0), (0.1, 0.5), (math.nan, 0.25), (2.0, 1.0), (0.0, 0.5)):
+        grid.update(lambda x, value=given: torch.full((len(x),), value), 0)
+        torch.testing.assert_close(grid.grid, torch.full_like(grid.grid, held))
+    # Its alphas are those of the renderer's steps, whatever these are.
+    bits, threshold = grid.bitfield.clone(), float(grid.threshold)
+    grid.keep_for_step(5.0)
+    assert torch.equal(grid.bitfield, bits)
+    assert float(grid.threshold) == threshold == pytest.approx(0.01)
+    wanted = torch.rand(6, 6, 6) < 0.3
+    grid.set_occupied(wanted)
+    assert torch.equal(grid.occupied(), wanted)
+    assert torch.equal(grid.grid > grid.threshold, wanted)
+
+
+def test_alphas_of_the_renderers_step_leave_the_cells_that_densities_leave() -> None:
+    """With the same random points and decays, and a density that the mean does not decide upon."""
+    step = 0.02
+
+    def density(positions: Tensor) -> Tensor:
+        return 20.0 * shell(positions)
+
+    by_density = OccupancyGrid(resolution=16, step_size=step)
+    by_alpha = OccupancyGrid(resolution=16, step_size=step, quantity="alpha")
+    by_density.update(lambda x: (density(x), x), 0)
+    by_alpha.update(lambda x: -torch.expm1(-step * density(x)), 0)
+    assert float(by_density.threshold) == pytest.approx(by_density.density_threshold, rel=1e-6)
+    assert torch.equal(by_density.occupied(), by_alpha.occupied())
+
+
+def test_what_is_no_alpha_is_named() -> None:
+    grid = OccupancyGrid(resolution=4, quantity="alpha")
+    with pytest.raises(TypeError, match=r"^field: returned tuple, want a tensor of alphas \[m\]"):
+        grid.update(Ball(), 0)
+    with pytest.raises(ValueError, match=r"^field: returned alphas \[64, 1\], want \[64\]"):
+        grid.update(lambda x: x[:, :1], 0)
+    assert grid.occupied().all()
+
+
+def test_a_grid_knows_whether_its_step_was_given() -> None:
+    assert OccupancyGrid(step_size=0.01).step_is_given
+    grid = OccupancyGrid()
+    assert not grid.step_is_given
+    grid.keep_for_step(1.0)
+    assert not grid.step_is_given
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -207,6 +275,7 @@ def test_set_occupied() -> None:
         ({"step_size": math.inf}, "step_size: got inf"),
         ({"step_size": math.nan}, "step_size: got nan"),
         ({"backend": "gpu"}, "backend: got 'gpu'"),
+        ({"quantity": "sdf"}, "quantity: got 'sdf', want density or alpha"),
     ],
 )
 def test_bad_settings_are_named(change: dict, message: str) -> None:

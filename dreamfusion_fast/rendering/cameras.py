@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -245,6 +246,8 @@ def _focal_and_principal(intrinsics: Tensor | Sequence[Tensor | float], pose: Te
                 )
         given: list[Tensor | float] = [intrinsics[..., row, column] for row, column in ((0, 0), (1, 1), (0, 2), (1, 2))]
     else:
+        if not isinstance(intrinsics, Sequence) or any(not isinstance(v, Tensor | Real) for v in intrinsics):
+            raise TypeError(f"intrinsics: got {type(intrinsics).__name__}, want a tensor, or four numbers or tensors")
         given = list(intrinsics)
         if len(given) != 4:
             raise ValueError(f"intrinsics: got {len(given)} values, want four: fx, fy, cx, cy")

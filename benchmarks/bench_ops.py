@@ -105,6 +105,25 @@ def test_composite(measure: Measure, device: torch.device, mode: str, provider: 
 
 
 @each_mode
+def test_composite_alpha(measure: Measure, device: torch.device, mode: str, provider: str, size: int) -> None:
+    work, composite_alpha = marched(size, device), choose("composite_alpha", provider)
+    m = work.t.shape[0]
+    inputs = [torch.rand(m, device=device) * 0.5, torch.rand(m, 3, device=device)]
+    run = in_mode(mode, lambda alpha, values: composite_alpha(alpha, values, work.t, work.offsets), inputs)
+    measure(run, f"composite_alpha {mode} {size}^2", provider, m)
+
+
+@each_mode
+@pytest.mark.parametrize("name", ["weights_from_density", "weights_from_alpha"])
+def test_weights(measure: Measure, device: torch.device, name: str, mode: str, provider: str, size: int) -> None:
+    work, weights = marched(size, device), choose(name, provider)
+    step = (STEP,) if name == "weights_from_density" else ()
+    inputs = [torch.rand(work.t.shape[0], device=device) * (20 if step else 0.5)]
+    run = in_mode(mode, lambda absorbing: weights(absorbing, *step, work.offsets), inputs)
+    measure(run, f"{name} {mode} {size}^2", provider, work.t.shape[0])
+
+
+@each_mode
 @each_grid
 def test_hash_grid(measure: Measure, device: torch.device, grid: str, mode: str, provider: str, size: int) -> None:
     """Gradient to the table alone, as in training without normals."""

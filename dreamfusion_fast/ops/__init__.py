@@ -1,6 +1,11 @@
 """The ops: each a `torch.library` op over the native core, its pure-PyTorch twin ``<name>_reference`` beside it."""
 
-from dreamfusion_fast.ops.composite import composite, composite_reference
+from dreamfusion_fast.ops.composite import (
+    composite,
+    composite_alpha,
+    composite_alpha_reference,
+    composite_reference,
+)
 from dreamfusion_fast.ops.hash_grid import (
     hash_grid,
     hash_grid_layout,
@@ -18,9 +23,17 @@ from dreamfusion_fast.ops.occupancy import (
     occupancy_update_reference,
 )
 from dreamfusion_fast.ops.ray_box import ray_box, ray_box_reference
+from dreamfusion_fast.ops.weights import (
+    weights_from_alpha,
+    weights_from_alpha_reference,
+    weights_from_density,
+    weights_from_density_reference,
+)
 
 __all__ = [
     "composite",
+    "composite_alpha",
+    "composite_alpha_reference",
     "composite_reference",
     "hash_grid",
     "hash_grid_layout",
@@ -42,4 +55,8 @@ __all__ = [
     "occupancy_update_reference",
     "ray_box",
     "ray_box_reference",
+    "weights_from_alpha",
+    "weights_from_alpha_reference",
+    "weights_from_density",
+    "weights_from_density_reference",
 ]

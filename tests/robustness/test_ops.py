@@ -127,9 +127,31 @@ def composite(make: Maker) -> Arguments:
         "density": density,
         "values": make.uniform(n, make.choose(1, 3, 5), dtype=dtype, low=-1),
         "t": make.uniform(n, dtype=dtype, high=5),
-        "step": make.choose(0.05, 1, make.uniform(n, dtype=dtype, low=0.01)),
+        "step": make.choose(
+            0.05, 1, make.uniform(n, dtype=dtype, low=0.01), (make.uniform(n, dtype=dtype) - 0.2).relu()
+        ),
         "offsets": offsets.to(torch.int32),
     }
+
+
+def composite_alpha(make: Maker) -> Arguments:
+    arguments = composite(make)
+    dtype, n = arguments.pop("density").dtype, arguments["t"].shape[0]
+    del arguments["step"]
+    alpha = make.uniform(n, dtype=dtype, low=make.choose(0.0, -0.5), high=make.choose(0.1, 1.0, 1.5))
+    if make.choose(False, True):
+        alpha[make.uniform(n) < 0.1] = make.choose(0.0, 1.0)
+    return {"alpha": alpha} | arguments
+
+
+def weights_from_density(make: Maker) -> Arguments:
+    arguments = composite(make)
+    return {key: arguments[key] for key in ("density", "step", "offsets")}
+
+
+def weights_from_alpha(make: Maker) -> Arguments:
+    arguments = composite_alpha(make)
+    return {key: arguments[key] for key in ("alpha", "offsets")}
 
 
 def hash_grid_layout(make: Maker) -> Arguments:
@@ -201,7 +223,18 @@ def occupancy_update(make: Maker) -> Arguments:
 MAKERS: dict[str, Callable[[Maker], Arguments]] = {
     function.__name__: function
     for function in (
-        *(composite, hash_grid, hash_grid_layout, hash_grid_position_gradient, march, march_lattice, mlp),
+        *(
+            composite,
+            composite_alpha,
+            weights_from_alpha,
+            weights_from_density,
+            hash_grid,
+            hash_grid_layout,
+            hash_grid_position_gradient,
+            march,
+            march_lattice,
+            mlp,
+        ),
         *(occupancy_pack, occupancy_unpack, occupancy_update, ray_box),
     )
 } | {"mlp_with_input_gradient": mlp}
@@ -288,7 +321,16 @@ def gradients(results: list[Tensor], arguments: Arguments) -> list[Tensor]:
     return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, found, strict=True)]
 
 
-DIFFERENTIABLE = {"composite", "hash_grid", "hash_grid_position_gradient", "mlp", "mlp_with_input_gradient"}
+DIFFERENTIABLE = {
+    "composite",
+    "composite_alpha",
+    "weights_from_alpha",
+    "weights_from_density",
+    "hash_grid",
+    "hash_grid_position_gradient",
+    "mlp",
+    "mlp_with_input_gradient",
+}
 NO_GRADIENT = {"t", "step"}
 
 
@@ -385,6 +427,8 @@ def twin_can_follow(name: str, arguments: Arguments) -> bool:
     """Not where it would visit millions of samples, needs values, or has other NaN where infinities are added up."""
     if name == "hash_grid_position_gradient":
         return all(bool(arguments[key].isfinite().all()) for key in ("grad_output", "table"))
+    if name in ("composite_alpha", "weights_from_alpha", "weights_from_density"):  # 0 times NaN behind what is opaque
+        return not any(x.isnan().any() for x in arguments.values() if isinstance(x, Tensor))
     if name == "composite":  # the twin's sum runs over all rays, and takes a NaN along to the next
         return not bool(arguments["density"].isnan().any())
     if name == "occupancy_unpack":

@@ -95,6 +95,16 @@ def test_march(measure: Measure, device: torch.device, name: str, provider: str,
     measure(lambda: march(*rays, steps, jitter, seed), f"{name} {size}^2", provider, work.t.shape[0])
 
 
+@pytest.mark.parametrize("kind", ["equal", "growing", "cells"])
+def test_traverse(measure: Measure, device: torch.device, kind: str, provider: str, size: int) -> None:
+    work, traverse = marched(size, device), choose("traverse", provider)
+    origins, directions, t_near, t_far, aabb, bitfield, resolution, *_ = work.arguments
+    occupied = ops.occupancy_unpack(bitfield, resolution)[None]
+    steps = {"equal": (STEP, 0.0), "growing": (STEP, 1 / 256), "cells": (0.0, 0.0)}[kind]
+    run = partial(traverse, origins, directions, t_near, t_far, aabb[None], occupied, *steps)
+    measure(run, f"traverse {kind} {size}^2", provider, run()[1].shape[0])
+
+
 @each_mode
 def test_composite(measure: Measure, device: torch.device, mode: str, provider: str, size: int) -> None:
     work, composite = marched(size, device), choose("composite", provider)

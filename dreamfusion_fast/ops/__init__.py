@@ -23,6 +23,7 @@ from dreamfusion_fast.ops.occupancy import (
     occupancy_update_reference,
 )
 from dreamfusion_fast.ops.ray_box import ray_box, ray_box_reference
+from dreamfusion_fast.ops.traverse import traverse, traverse_reference
 from dreamfusion_fast.ops.weights import (
     weights_from_alpha,
     weights_from_alpha_reference,
@@ -55,6 +56,8 @@ __all__ = [
     "occupancy_update_reference",
     "ray_box",
     "ray_box_reference",
+    "traverse",
+    "traverse_reference",
     "weights_from_alpha",
     "weights_from_alpha_reference",
     "weights_from_density",

@@ -32,7 +32,7 @@ SETTINGS = settings(
 )
 MOST_SECONDS = 5.0
 # Their results decide which samples exist, and have to be the twins' in every bit.
-EXACT = {"march", "march_lattice", "occupancy_pack", "occupancy_unpack", "occupancy_update", "ray_box"}
+EXACT = {"march", "march_lattice", "occupancy_pack", "occupancy_unpack", "occupancy_update", "ray_box", "traverse"}
 # Relative to the largest value. The twin of `composite` takes differences of a sum over all rays, opaque ones included.
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
 
@@ -154,6 +154,22 @@ def weights_from_alpha(make: Maker) -> Arguments:
     return {key: arguments[key] for key in ("alpha", "offsets")}
 
 
+def traverse(make: Maker) -> Arguments:
+    arguments = march(make)
+    dtype, levels = arguments["origins"].dtype, make.choose(1, 2, 3)
+    low = make.uniform(levels, 3, dtype=dtype, low=-1.5, high=0.0)
+    shape = [make.choose(1, 2, 9) for _ in range(3)]
+    step = make.choose(0.02, 0.1, 3.0, 0, -1)
+    return {key: arguments[key] for key in ("origins", "directions", "t_near", "t_far")} | {
+        "boxes": torch.cat([low, low + make.uniform(levels, 3, dtype=dtype, low=0.1, high=2)], dim=1),
+        "occupied": make.uniform(levels, *shape) < make.choose(0.1, 0.6),
+        "step": step,
+        "cone_angle": make.choose(0, 0.0, 0.01, 0.5),
+        "max_step": make.choose(math.inf, max(step, 0.3)),
+        "limit": make.choose(None, None, 1, 7),
+    }
+
+
 def hash_grid_layout(make: Maker) -> Arguments:
     base = make.choose(1, 3, 16)
     finest = base * make.choose(1, 2, 77)
@@ -216,7 +232,7 @@ def occupancy_update(make: Maker) -> Arguments:
     density = make.uniform(grid.numel() if cells is None else n, low=-0.5)
     for tensor in (grid, density):
         if make.choose(False, False, True):
-            tensor[make.uniform(*tensor.shape) < 0.2] = make.choose(math.nan, math.inf, -math.inf)
+            tensor[make.uniform(*tensor.shape) < 0.2] = make.choose(math.nan, math.inf, -math.inf, -1.0)
     return {"grid": grid, "cells": cells, "density": density, "decay": make.choose(0, 0.95, 1.0)}
 
 
@@ -235,7 +251,7 @@ MAKERS: dict[str, Callable[[Maker], Arguments]] = {
             march_lattice,
             mlp,
         ),
-        *(occupancy_pack, occupancy_unpack, occupancy_update, ray_box),
+        *(occupancy_pack, occupancy_unpack, occupancy_update, ray_box, traverse),
     )
 } | {"mlp_with_input_gradient": mlp}
 
@@ -433,6 +449,10 @@ def twin_can_follow(name: str, arguments: Arguments) -> bool:
         return not bool(arguments["density"].isnan().any())
     if name == "occupancy_unpack":
         return arguments["bitfield"].device.type != "meta"
+    if name == "traverse":
+        numbers = [arguments[key] for key in ("origins", "directions", "t_near", "boxes")]
+        large = any(bool((x.abs() > 1e3).any()) for x in numbers)
+        return (arguments["step"] <= 0 or arguments["step"] >= 1e-3) and not large
     return name != "march" or (arguments["step"] >= 1e-3 and not bool((arguments["origins"].abs() > 1e3).any()))
 
 
@@ -445,7 +465,7 @@ def test_hostile_calls_end_in_a_line_that_names_the_argument(name: str) -> None:
         arguments = MAKERS[name](make)
         for key in {make.choose(*arguments), make.choose(*arguments)}:
             arguments[key] = hostile(make, arguments[key])
-        if name == "march" and isinstance(arguments["step"], float) and 0 < arguments["step"] < 1e-9:
+        if name in ("march", "traverse") and isinstance(arguments["step"], float) and 0 < arguments["step"] < 1e-9:
             return  # 2^24 samples of each ray, as it says: right, but gigabytes
         try:
             actual = call_op(name, arguments)

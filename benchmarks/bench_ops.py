@@ -30,6 +30,8 @@ from workload import AABB, LIGHT, RESOLUTION, STEP, Marched, march_scene
 
 from dreamfusion_fast import ops
 from dreamfusion_fast.networks import dense, geglu, group_norm
+from dreamfusion_fast.ops.march_morton import morton_cells
+from dreamfusion_fast.ops.occupancy import mark_order
 from dreamfusion_fast.ops.ray_box import native_ray_box
 from dreamfusion_fast.ops.tiles import hash_grid as hash_grid_tile
 from dreamfusion_fast.ops.tiles import march as march_tile
@@ -103,6 +105,22 @@ def test_traverse(measure: Measure, device: torch.device, kind: str, provider: s
     steps = {"equal": (STEP, 0.0), "growing": (STEP, 1 / 256), "cells": (0.0, 0.0)}[kind]
     run = partial(traverse, origins, directions, t_near, t_far, aabb[None], occupied, *steps)
     measure(run, f"traverse {kind} {size}^2", provider, run()[1].shape[0])
+
+
+@pytest.mark.parametrize("name", ["march_morton", "march_morton_rows"])
+def test_march_morton(measure: Measure, device: torch.device, name: str, provider: str, size: int) -> None:
+    """As in training, and as in a picture, which takes eight samples of each ray at a time."""
+    work, march = marched(size, device), choose(name, provider)
+    origins, directions, t_near, t_far, _, bitfield, resolution, *_ = work.arguments
+    grid = ops.occupancy_unpack(bitfield, resolution).flatten()
+    cells = morton_cells(torch.arange(grid.numel(), device=device))
+    order = (cells[:, 0] * resolution + cells[:, 1]) * resolution + cells[:, 2]
+    in_order = grid[order].float().view(resolution, resolution, resolution)
+    bits = mark_order(ops.occupancy_pack(in_order, 0.5), "morton")
+    limit = 1024 if name == "march_morton" else 8
+    rays = (origins, directions, t_near, t_far, torch.zeros_like(t_near))
+    run = partial(march, *rays, bits, resolution, 1, 1.0, STEP, 10 * STEP, 0.0, limit)
+    measure(run, f"{name} {size}^2", provider, work.t.shape[0])
 
 
 @each_mode

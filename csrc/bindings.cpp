@@ -19,6 +19,7 @@
 #include "bindings/composite.h"
 #include "bindings/hash_grid.h"
 #include "bindings/march.h"
+#include "bindings/march_morton.h"
 #include "bindings/occupancy.h"
 #include "bindings/ray_box.h"
 #include "bindings/ray_sums.h"
@@ -43,6 +44,7 @@ void bind_for(pybind11::module_& module) {
   dff::bindings::bind_composite<T>(module);
   dff::bindings::bind_hash_grid<T>(module);
   dff::bindings::bind_march<T>(module);
+  dff::bindings::bind_march_morton<T>(module);
   dff::bindings::bind_ray_box<T>(module);
   dff::bindings::bind_ray_sums<T>(module);
   dff::bindings::bind_traverse<T>(module);

@@ -14,6 +14,12 @@ from dreamfusion_fast.ops.hash_grid import (
     hash_grid_reference,
 )
 from dreamfusion_fast.ops.march import march, march_lattice, march_lattice_reference, march_reference
+from dreamfusion_fast.ops.march_morton import (
+    march_morton,
+    march_morton_reference,
+    march_morton_rows,
+    march_morton_rows_reference,
+)
 from dreamfusion_fast.ops.mlp import mlp, mlp_reference, mlp_with_input_gradient, mlp_with_input_gradient_reference
 from dreamfusion_fast.ops.occupancy import (
     occupancy_pack,
@@ -44,6 +50,10 @@ __all__ = [
     "march",
     "march_lattice",
     "march_lattice_reference",
+    "march_morton",
+    "march_morton_reference",
+    "march_morton_rows",
+    "march_morton_rows_reference",
     "march_reference",
     "mlp",
     "mlp_reference",

@@ -49,7 +49,29 @@ def occupancy_pack(grid: Tensor, threshold: float | Tensor) -> Tensor:
         RuntimeError: the native core for this device was not built.
     """
     threshold = _check_pack("occupancy_pack", grid, threshold)
-    return _occupancy_pack(grid.detach(), threshold)
+    return mark_order(_occupancy_pack(grid.detach(), threshold), "linear")
+
+
+def mark_order(bitfield: Tensor, order: str) -> Tensor:
+    """The same tensor, which now says in which order its cells are: "linear", as here, or "morton".
+
+    A bitfield has as many bytes in either order, and in the wrong one it gives other samples without an error. So what
+    makes one marks it, and what reads one asks `check_order`. The mark is an attribute of the tensor: what is copied
+    from it (`clone`, `to`) has none, and is believed.
+    """
+    if not torch.compiler.is_compiling():
+        bitfield.cell_order = order  # type: ignore[attr-defined]
+    return bitfield
+
+
+def check_order(op: str, bitfield: Tensor, order: str) -> None:
+    """Raises ValueError if a bitfield is marked as in another order than is wanted."""
+    marked = order if torch.compiler.is_compiling() else getattr(bitfield, "cell_order", order)
+    if marked != order:
+        maker = {"linear": "occupancy_pack", "morton": "raymarching's packbits"}[order]
+        raise ValueError(
+            f"{op}: bitfield must have its cells in {order} order, as {maker} makes it, got one in {marked} order"
+        )
 
 
 def check_cells(op: str, resolution: int, cascades: int, most: int = 2**31 - 1) -> None:

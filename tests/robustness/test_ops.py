@@ -32,7 +32,17 @@ SETTINGS = settings(
 )
 MOST_SECONDS = 5.0
 # Their results decide which samples exist, and have to be the twins' in every bit.
-EXACT = {"march", "march_lattice", "occupancy_pack", "occupancy_unpack", "occupancy_update", "ray_box", "traverse"}
+EXACT = {
+    "march",
+    "march_lattice",
+    "march_morton",
+    "march_morton_rows",
+    "occupancy_pack",
+    "occupancy_unpack",
+    "occupancy_update",
+    "ray_box",
+    "traverse",
+}
 # Relative to the largest value. The twin of `composite` takes differences of a sum over all rays, opaque ones included.
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
 
@@ -170,6 +180,25 @@ def traverse(make: Maker) -> Arguments:
     }
 
 
+def march_morton(make: Maker) -> Arguments:
+    arguments = march(make)
+    n, dtype = arguments["origins"].shape[0], arguments["origins"].dtype
+    resolution, cascades, step = make.choose(2, 4, 16), make.choose(1, 2, 3), make.choose(0.02, 0.1, 3.0)
+    bits = make.integers(0, 256, cascades * resolution**3 // 8, dtype=torch.uint8)
+    return {key: arguments[key] for key in ("origins", "directions", "t_near", "t_far")} | {
+        "noise": make.uniform(n, dtype=dtype),
+        "bitfield": bits & make.choose(255, 17, 0),
+        "resolution": resolution,
+        "cascades": cascades,
+        "bound": make.choose(0.7, 1, 2.0, 4.0),
+        "min_step": step,
+        "max_step": step * make.choose(1.0, 5.0),
+        "cone_angle": make.choose(0, 0.01, 0.5),
+        "limit": make.choose(1, 7, 300),
+        "contract": make.choose(False, False, True),
+    }
+
+
 def hash_grid_layout(make: Maker) -> Arguments:
     base = make.choose(1, 3, 16)
     finest = base * make.choose(1, 2, 77)
@@ -251,9 +280,9 @@ MAKERS: dict[str, Callable[[Maker], Arguments]] = {
             march_lattice,
             mlp,
         ),
-        *(occupancy_pack, occupancy_unpack, occupancy_update, ray_box, traverse),
+        *(march_morton, occupancy_pack, occupancy_unpack, occupancy_update, ray_box, traverse),
     )
-} | {"mlp_with_input_gradient": mlp}
+} | {"mlp_with_input_gradient": mlp, "march_morton_rows": march_morton}
 
 
 def unpacked(bitfield: Tensor, resolution: int, cascades: int = 1) -> Tensor:
@@ -411,6 +440,8 @@ def hostile_tensor(make: Maker, given: Tensor) -> Any:
         return make.choose(given.to_sparse, lambda: torch.nested.nested_tensor([given]), given.numpy)()
     if given.is_floating_point():
         values = (math.nan, math.inf, -math.inf, 1e30, -1e30, -1.0, 0.0, torch.finfo(given.dtype).tiny / 4)
+    elif given.dtype == torch.bool:
+        values = (False, True)
     else:
         info = torch.iinfo(given.dtype)
         values = (info.min, info.max, max(info.min, -1), 0, 1)
@@ -444,11 +475,15 @@ def twin_can_follow(name: str, arguments: Arguments) -> bool:
     if name == "hash_grid_position_gradient":
         return all(bool(arguments[key].isfinite().all()) for key in ("grad_output", "table"))
     if name in ("composite_alpha", "weights_from_alpha", "weights_from_density"):  # 0 times NaN behind what is opaque
-        return not any(x.isnan().any() for x in arguments.values() if isinstance(x, Tensor))
+        tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
+        return not any(x.device.type == "meta" or bool(x.isnan().any()) for x in tensors)
     if name == "composite":  # the twin's sum runs over all rays, and takes a NaN along to the next
         return not bool(arguments["density"].isnan().any())
     if name == "occupancy_unpack":
         return arguments["bitfield"].device.type != "meta"
+    if name.startswith("march_morton"):
+        numbers = [arguments[key] for key in ("origins", "directions", "t_near", "t_far", "noise")]
+        return arguments["min_step"] >= 1e-3 and not any(bool((x.abs() > 1e3).any()) for x in numbers)
     if name == "traverse":
         numbers = [arguments[key] for key in ("origins", "directions", "t_near", "boxes")]
         large = any(bool((x.abs() > 1e3).any()) for x in numbers)

@@ -30,6 +30,8 @@ from workload import AABB, LIGHT, RESOLUTION, STEP, Marched, march_scene
 
 from dreamfusion_fast import ops
 from dreamfusion_fast.networks import dense, geglu, group_norm
+from dreamfusion_fast.ops.march_morton import morton_cells
+from dreamfusion_fast.ops.occupancy import mark_order
 from dreamfusion_fast.ops.ray_box import native_ray_box
 from dreamfusion_fast.ops.tiles import hash_grid as hash_grid_tile
 from dreamfusion_fast.ops.tiles import march as march_tile
@@ -95,6 +97,32 @@ def test_march(measure: Measure, device: torch.device, name: str, provider: str,
     measure(lambda: march(*rays, steps, jitter, seed), f"{name} {size}^2", provider, work.t.shape[0])
 
 
+@pytest.mark.parametrize("kind", ["equal", "growing", "cells"])
+def test_traverse(measure: Measure, device: torch.device, kind: str, provider: str, size: int) -> None:
+    work, traverse = marched(size, device), choose("traverse", provider)
+    origins, directions, t_near, t_far, aabb, bitfield, resolution, *_ = work.arguments
+    occupied = ops.occupancy_unpack(bitfield, resolution)[None]
+    steps = {"equal": (STEP, 0.0), "growing": (STEP, 1 / 256), "cells": (0.0, 0.0)}[kind]
+    run = partial(traverse, origins, directions, t_near, t_far, aabb[None], occupied, *steps)
+    measure(run, f"traverse {kind} {size}^2", provider, run()[1].shape[0])
+
+
+@pytest.mark.parametrize("name", ["march_morton", "march_morton_rows"])
+def test_march_morton(measure: Measure, device: torch.device, name: str, provider: str, size: int) -> None:
+    """As in training, and as in a picture, which takes eight samples of each ray at a time."""
+    work, march = marched(size, device), choose(name, provider)
+    origins, directions, t_near, t_far, _, bitfield, resolution, *_ = work.arguments
+    grid = ops.occupancy_unpack(bitfield, resolution).flatten()
+    cells = morton_cells(torch.arange(grid.numel(), device=device))
+    order = (cells[:, 0] * resolution + cells[:, 1]) * resolution + cells[:, 2]
+    in_order = grid[order].float().view(resolution, resolution, resolution)
+    bits = mark_order(ops.occupancy_pack(in_order, 0.5), "morton")
+    limit = 1024 if name == "march_morton" else 8
+    rays = (origins, directions, t_near, t_far, torch.zeros_like(t_near))
+    run = partial(march, *rays, bits, resolution, 1, 1.0, STEP, 10 * STEP, 0.0, limit)
+    measure(run, f"{name} {size}^2", provider, work.t.shape[0])
+
+
 @each_mode
 def test_composite(measure: Measure, device: torch.device, mode: str, provider: str, size: int) -> None:
     work, composite = marched(size, device), choose("composite", provider)
@@ -102,6 +130,25 @@ def test_composite(measure: Measure, device: torch.device, mode: str, provider: 
     inputs = [torch.rand(m, device=device) * 20, torch.rand(m, 3, device=device)]
     run = in_mode(mode, lambda density, values: composite(density, values, work.t, STEP, work.offsets), inputs)
     measure(run, f"composite {mode} {size}^2", provider, m)
+
+
+@each_mode
+def test_composite_alpha(measure: Measure, device: torch.device, mode: str, provider: str, size: int) -> None:
+    work, composite_alpha = marched(size, device), choose("composite_alpha", provider)
+    m = work.t.shape[0]
+    inputs = [torch.rand(m, device=device) * 0.5, torch.rand(m, 3, device=device)]
+    run = in_mode(mode, lambda alpha, values: composite_alpha(alpha, values, work.t, work.offsets), inputs)
+    measure(run, f"composite_alpha {mode} {size}^2", provider, m)
+
+
+@each_mode
+@pytest.mark.parametrize("name", ["weights_from_density", "weights_from_alpha"])
+def test_weights(measure: Measure, device: torch.device, name: str, mode: str, provider: str, size: int) -> None:
+    work, weights = marched(size, device), choose(name, provider)
+    step = (STEP,) if name == "weights_from_density" else ()
+    inputs = [torch.rand(work.t.shape[0], device=device) * (20 if step else 0.5)]
+    run = in_mode(mode, lambda absorbing: weights(absorbing, *step, work.offsets), inputs)
+    measure(run, f"{name} {mode} {size}^2", provider, work.t.shape[0])
 
 
 @each_mode

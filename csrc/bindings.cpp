@@ -19,9 +19,11 @@
 #include "bindings/composite.h"
 #include "bindings/hash_grid.h"
 #include "bindings/march.h"
+#include "bindings/march_morton.h"
 #include "bindings/occupancy.h"
 #include "bindings/ray_box.h"
 #include "bindings/ray_sums.h"
+#include "bindings/traverse.h"
 
 #if defined(DFF_CUDA_ARCHS)
 #define DFF_MODULE _core_cuda
@@ -42,8 +44,10 @@ void bind_for(pybind11::module_& module) {
   dff::bindings::bind_composite<T>(module);
   dff::bindings::bind_hash_grid<T>(module);
   dff::bindings::bind_march<T>(module);
+  dff::bindings::bind_march_morton<T>(module);
   dff::bindings::bind_ray_box<T>(module);
   dff::bindings::bind_ray_sums<T>(module);
+  dff::bindings::bind_traverse<T>(module);
 }
 
 }  // namespace
@@ -56,6 +60,7 @@ PYBIND11_MODULE(DFF_MODULE, module) {
   bind_for<double>(module);
   dff::bindings::bind_march_grid(module);
   dff::bindings::bind_occupancy(module);
+  dff::bindings::bind_traverse_grid(module);
 #if DFF_HAS_TILES
   dff::bindings::bind_hash_grid_tile(module);
 #else

@@ -21,6 +21,7 @@ ORDER = (
     "gpu",
     "fields",
     "rendering",
+    "integrations",
     "scene",
     "networks",
     "export",

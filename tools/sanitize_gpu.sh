@@ -21,8 +21,10 @@ check() { # NAME TOOL PYTEST-ARGUMENTS...: in the background, as most of it is w
   ) > "$logs/$name.summary" &
 }
 
-check stream memcheck tests/ops/tiles/test_ray_sums_tile.py tests/ops/test_composite.py
+check stream memcheck tests/ops/tiles/test_ray_sums_tile.py tests/ops/test_composite.py \
+  tests/ops/test_composite_alpha.py tests/ops/test_weights.py
 check march memcheck tests/ops/test_march.py tests/ops/test_march_cascades.py -k "113 or 1023 or capacity or jitter"
+check marches memcheck tests/ops/test_traverse.py tests/ops/test_march_morton.py -k "113 or 1023 or limit or rows"
 check hash memcheck tests/ops/tiles/test_hash_grid_tile.py -k "113"
 check render memcheck tests/rendering/volume/test_streaming_gpu.py -k "agrees or half_precision"
 check mlp racecheck tests/ops/test_mlp.py -k "opcheck"

@@ -41,6 +41,22 @@ struct Warp {
     return value;
   }
 
+  template <typename Scalar>
+  __device__ Scalar exclusive_affine(Scalar scale, Scalar shift, Scalar start, Scalar* end) const {
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+      const Scalar other_scale = __shfl_up_sync(kAllLanes, scale, distance);
+      const Scalar other_shift = __shfl_up_sync(kAllLanes, shift, distance);
+      if (lane() >= distance) {
+        shift += scale * other_shift;
+        scale *= other_scale;
+      }
+    }
+    const Scalar value = scale * start + shift;
+    *end = __shfl_sync(kAllLanes, value, kWarp - 1);
+    const Scalar before = __shfl_up_sync(kAllLanes, value, 1);
+    return lane() == 0 ? start : before;
+  }
+
   __device__ void sync() const { __syncwarp(); }
 };
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dreamfusion_fast.ops._checks import check_flag, check_number, check_same_length, check_tensor, positive_in
 from dreamfusion_fast.ops._native import call, pointer
-from dreamfusion_fast.ops.occupancy import bitfield_size, check_cells, occupancy_unpack
+from dreamfusion_fast.ops.occupancy import bitfield_size, check_cells, check_order, occupancy_unpack
 from dreamfusion_fast.ops.ray_box import ray_box_reference
 from dreamfusion_fast.ops.tiles.march import MAX_STEPS, MarchedRays, count_samples, occupied_blocks
 
@@ -155,6 +155,7 @@ def _check(
         raise ValueError(f"{op}: resolution must be even with several cascades, got {resolution}")
     if bitfield is not None:
         check_tensor(op, "bitfield", bitfield, [bitfield_size(resolution, cascades)], (torch.uint8,), like=origins)
+        check_order(op, bitfield, "linear")
     check_flag(op, "jitter", jitter)
     check_number(op, "seed", seed, "in [0, 2^63)", lambda number: 0 <= number < 2**63, whole=True)
     if capacity is not None:

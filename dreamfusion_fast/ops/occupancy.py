@@ -14,7 +14,8 @@ def occupancy_update(grid: Tensor, cells: Tensor | None, density: Tensor, decay:
 
     A cell listed several times decays once and takes the largest of its densities. A NaN is a value that is not known:
     one of the grid gives way to any density, and stays where there is none but NaN. The rule is that of the occupancy
-    grids of instant-ngp (Mueller et al. 2022). No waiting for the GPU.
+    grids of instant-ngp (Mueller et al. 2022). A cell below 0, as those that no camera sees are marked (-1), stays as
+    it is; a density below 0 counts as 0, so that none marks a cell. No waiting for the GPU.
 
     Args:
         grid: ``[R, R, R]`` or, with C cascades, ``[C, R, R, R]`` float32, contiguous; changed in place.
@@ -48,7 +49,29 @@ def occupancy_pack(grid: Tensor, threshold: float | Tensor) -> Tensor:
         RuntimeError: the native core for this device was not built.
     """
     threshold = _check_pack("occupancy_pack", grid, threshold)
-    return _occupancy_pack(grid.detach(), threshold)
+    return mark_order(_occupancy_pack(grid.detach(), threshold), "linear")
+
+
+def mark_order(bitfield: Tensor, order: str) -> Tensor:
+    """The same tensor, which now says in which order its cells are: "linear", as here, or "morton".
+
+    A bitfield has as many bytes in either order, and in the wrong one it gives other samples without an error. So what
+    makes one marks it, and what reads one asks `check_order`. The mark is an attribute of the tensor: what is copied
+    from it (`clone`, `to`) has none, and is believed.
+    """
+    if not torch.compiler.is_compiling():
+        bitfield.cell_order = order  # type: ignore[attr-defined]
+    return bitfield
+
+
+def check_order(op: str, bitfield: Tensor, order: str) -> None:
+    """Raises ValueError if a bitfield is marked as in another order than is wanted."""
+    marked = order if torch.compiler.is_compiling() else getattr(bitfield, "cell_order", order)
+    if marked != order:
+        maker = {"linear": "occupancy_pack", "morton": "raymarching's packbits"}[order]
+        raise ValueError(
+            f"{op}: bitfield must have its cells in {order} order, as {maker} makes it, got one in {marked} order"
+        )
 
 
 def check_cells(op: str, resolution: int, cascades: int, most: int = 2**31 - 1) -> None:
@@ -149,11 +172,12 @@ def occupancy_update_reference(grid: Tensor, cells: Tensor | None, density: Tens
     _check_update("occupancy_update_reference", grid, cells, density, decay)
     flat, density = grid.detach().view(-1), density.detach()
     if cells is None:
-        flat.copy_(torch.fmax(density, flat * decay))
+        flat.copy_(torch.where(flat < 0, flat, torch.fmax(density.clamp(min=0), flat * decay)))
         return
     cells = cells.long()
     _check_cells("occupancy_update_reference", cells, grid)
-    new = torch.fmax(density, flat[cells] * decay)
+    old = flat[cells]
+    new = torch.where(old < 0, old, torch.fmax(density.clamp(min=0), old * decay))
     known = ~new.isnan()
     flat[cells] = math.nan
     flat.scatter_reduce_(0, cells[known], new[known], "amax", include_self=False)

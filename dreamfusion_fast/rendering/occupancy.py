@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dreamfusion_fast.fields.base import Backend, FieldLike, box_tensor, check_backend, query_density
 from dreamfusion_fast.fields.revision import revision_of
 from dreamfusion_fast.ops.occupancy import (
+    mark_order,
     occupancy_pack,
     occupancy_pack_reference,
     occupancy_unpack,
@@ -132,7 +133,8 @@ class OccupancyGrid(nn.Module):
         self.register_buffer("aabb", box)
         shape = (resolution,) * 3 if cascades == 1 else (cascades, *(resolution,) * 3)
         self.register_buffer("grid", torch.zeros(shape, dtype=torch.float32))
-        self.register_buffer("bitfield", torch.full(((cascades * resolution**3 + 7) // 8,), 255, dtype=torch.uint8))
+        bitfield = torch.full(((cascades * resolution**3 + 7) // 8,), 255, dtype=torch.uint8)
+        self.register_buffer("bitfield", mark_order(bitfield, "linear"))
 
     @property
     def outer_aabb(self) -> Tensor:
@@ -233,7 +235,9 @@ class OccupancyGrid(nn.Module):
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
-        return super()._apply(moved, recurse)
+        super()._apply(moved, recurse)
+        mark_order(self.bitfield, "linear")
+        return self
 
     def _choose_cells(self, generator: torch.Generator, everything: bool) -> Tensor:
         """Flat indices of the cells to update, without repetition, int64.

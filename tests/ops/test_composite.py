@@ -182,6 +182,31 @@ def test_a_negative_density_is_none(kind: str, device: torch.device) -> None:
         torch.testing.assert_close(gradient[~negative], gradients[2][~negative])
 
 
+def test_a_sample_of_no_length_has_no_weight(device: torch.device) -> None:
+    """Whatever its density; the others weigh what they do without it."""
+    density, values, t, offsets = scene([7, 0, 40, 1], 3, torch.float64, device)
+    step = torch.rand_like(t) + 0.01
+    empty = torch.arange(48, device=device) % 3 == 0
+    step[empty], density[empty], density[6] = 0.0, 9.0, math.inf
+    kept = torch.nn.functional.pad((~empty).long().cumsum(0), (1, 0))[offsets.long()].to(torch.int32)
+    density.requires_grad_()
+    values.requires_grad_()
+    outputs = composite(density, values, t, step, offsets)
+    fewer = composite(density[~empty], values[~empty], t[~empty], step[~empty], kept)
+    twins = composite_reference(density, values, t, step, offsets)
+    assert (outputs[0][empty] == 0).all()
+    assert_near(outputs[0][~empty], fewer[0], roundings=0)
+    for output in (outputs, twins):
+        for a, e in zip(output[1:], fewer[1:], strict=True):
+            assert_near(a, e, roundings=256)
+    wanted = torch.autograd.grad([x.sum() for x in fewer], (density, values))
+    for output in (outputs, twins):
+        gradient = torch.autograd.grad([x.sum() for x in output], (density, values))
+        for a, e in zip(gradient, wanted, strict=True):
+            assert_near(a, e, roundings=256)
+            assert (a[empty] == 0).all()
+
+
 def test_opacity_never_exceeds_one(device: torch.device) -> None:
     density, values, t, offsets = scene([1000] * 20, 1, torch.float32, device)
     opacity = composite(density * 10, values, t, STEP, offsets)[1]
@@ -291,8 +316,8 @@ def wrong_arguments() -> list[tuple[dict[str, object], type[Exception], str]]:
         ({"step": torch.rand(5)}, ValueError, "step has 5 rows, density has 6"),
         ({"step": torch.rand(6, 1)}, ValueError, r"step must have shape \[n_samples\], got \[6, 1\]"),
         ({"step": torch.rand(6).double()}, TypeError, "step must be torch.float32, got torch.float64"),
-        ({"step": torch.zeros(6)}, ValueError, "step must be positive and finite, got 0.0 to 0.0"),
-        ({"step": torch.full((6,), math.inf)}, ValueError, "step must be positive and finite, got inf to inf"),
+        ({"step": torch.full((6,), -0.5)}, ValueError, "step must be finite and not below 0, got -0.5 to -0.5"),
+        ({"step": torch.full((6,), math.inf)}, ValueError, "step must be finite and not below 0, got inf to inf"),
         ({"step": math.nan}, ValueError, "step must be positive and finite, got nan"),
     ]
 

@@ -59,15 +59,29 @@ def test_update_of_cells_that_are_not_known(device: torch.device) -> None:
     before = torch.tensor([nan, nan, nan, nan, 1.0, nan, -2.0, inf], device=device).view(2, 2, 2)
     cells = torch.tensor([0, 1, 1, 2, 2, 4, 4, 5, 6, 7], device=device)
     density = torch.tensor([3.0, nan, -4.0, nan, nan, nan, 0.1, -inf, nan, 5.0], device=device)
-    expected = [3.0, -4.0, nan, nan, 0.5, -inf, -1.0, inf]
+    expected = [3.0, 0.0, nan, nan, 0.5, 0.0, -2.0, inf]
     for update in (occupancy_update, occupancy_update_reference):
         grid = before.clone()
         update(grid, cells, density, 0.5)
         torch.testing.assert_close(grid.view(-1).cpu(), torch.tensor(expected), equal_nan=True, rtol=0, atol=0)
         grid = before.clone()
         update(grid, None, torch.tensor([3.0, nan, -4.0, 0.0, nan, -inf, nan, nan], device=device), 0.5)
-        expected_of_all = torch.tensor([3.0, nan, -4.0, 0.0, 0.5, -inf, -1.0, inf])
+        expected_of_all = torch.tensor([3.0, nan, 0.0, 0.0, 0.5, 0.0, -2.0, inf])
         torch.testing.assert_close(grid.view(-1).cpu(), expected_of_all, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("all_cells", [False, True])
+def test_cells_below_zero_stay(all_cells: bool, device: torch.device) -> None:
+    grid = torch.rand(8, 8, 8, device=device)
+    hidden = torch.rand(8, 8, 8, device=device) < 0.3
+    grid[hidden] = -1.0
+    cells = None if all_cells else torch.randint(0, 512, (2000,), device=device)
+    density = 5 * torch.rand(512 if all_cells else 2000, device=device) - 1
+    for _ in range(3):
+        occupancy_update(grid, cells, density, 0.5)
+    assert (grid[hidden] == -1.0).all()
+    assert (grid[~hidden] >= 0).all()
+    assert grid.max() > 1
 
 
 def test_update_takes_strided_density(device: torch.device) -> None:

@@ -32,7 +32,17 @@ SETTINGS = settings(
 )
 MOST_SECONDS = 5.0
 # Their results decide which samples exist, and have to be the twins' in every bit.
-EXACT = {"march", "march_lattice", "occupancy_pack", "occupancy_unpack", "occupancy_update", "ray_box"}
+EXACT = {
+    "march",
+    "march_lattice",
+    "march_morton",
+    "march_morton_rows",
+    "occupancy_pack",
+    "occupancy_unpack",
+    "occupancy_update",
+    "ray_box",
+    "traverse",
+}
 # Relative to the largest value. The twin of `composite` takes differences of a sum over all rays, opaque ones included.
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
 
@@ -127,8 +137,65 @@ def composite(make: Maker) -> Arguments:
         "density": density,
         "values": make.uniform(n, make.choose(1, 3, 5), dtype=dtype, low=-1),
         "t": make.uniform(n, dtype=dtype, high=5),
-        "step": make.choose(0.05, 1, make.uniform(n, dtype=dtype, low=0.01)),
+        "step": make.choose(
+            0.05, 1, make.uniform(n, dtype=dtype, low=0.01), (make.uniform(n, dtype=dtype) - 0.2).relu()
+        ),
         "offsets": offsets.to(torch.int32),
+    }
+
+
+def composite_alpha(make: Maker) -> Arguments:
+    arguments = composite(make)
+    dtype, n = arguments.pop("density").dtype, arguments["t"].shape[0]
+    del arguments["step"]
+    alpha = make.uniform(n, dtype=dtype, low=make.choose(0.0, -0.5), high=make.choose(0.1, 1.0, 1.5))
+    if make.choose(False, True):
+        alpha[make.uniform(n) < 0.1] = make.choose(0.0, 1.0)
+    return {"alpha": alpha} | arguments
+
+
+def weights_from_density(make: Maker) -> Arguments:
+    arguments = composite(make)
+    return {key: arguments[key] for key in ("density", "step", "offsets")}
+
+
+def weights_from_alpha(make: Maker) -> Arguments:
+    arguments = composite_alpha(make)
+    return {key: arguments[key] for key in ("alpha", "offsets")}
+
+
+def traverse(make: Maker) -> Arguments:
+    arguments = march(make)
+    dtype, levels = arguments["origins"].dtype, make.choose(1, 2, 3)
+    low = make.uniform(levels, 3, dtype=dtype, low=-1.5, high=0.0)
+    shape = [make.choose(1, 2, 9) for _ in range(3)]
+    step = make.choose(0.02, 0.1, 3.0, 0, -1)
+    return {key: arguments[key] for key in ("origins", "directions", "t_near", "t_far")} | {
+        "boxes": torch.cat([low, low + make.uniform(levels, 3, dtype=dtype, low=0.1, high=2)], dim=1),
+        "occupied": make.uniform(levels, *shape) < make.choose(0.1, 0.6),
+        "step": step,
+        "cone_angle": make.choose(0, 0.0, 0.01, 0.5),
+        "max_step": make.choose(math.inf, max(step, 0.3)),
+        "limit": make.choose(None, None, 1, 7),
+    }
+
+
+def march_morton(make: Maker) -> Arguments:
+    arguments = march(make)
+    n, dtype = arguments["origins"].shape[0], arguments["origins"].dtype
+    resolution, cascades, step = make.choose(2, 4, 16), make.choose(1, 2, 3), make.choose(0.02, 0.1, 3.0)
+    bits = make.integers(0, 256, cascades * resolution**3 // 8, dtype=torch.uint8)
+    return {key: arguments[key] for key in ("origins", "directions", "t_near", "t_far")} | {
+        "noise": make.uniform(n, dtype=dtype),
+        "bitfield": bits & make.choose(255, 17, 0),
+        "resolution": resolution,
+        "cascades": cascades,
+        "bound": make.choose(0.7, 1, 2.0, 4.0),
+        "min_step": step,
+        "max_step": step * make.choose(1.0, 5.0),
+        "cone_angle": make.choose(0, 0.01, 0.5),
+        "limit": make.choose(1, 7, 300),
+        "contract": make.choose(False, False, True),
     }
 
 
@@ -194,17 +261,28 @@ def occupancy_update(make: Maker) -> Arguments:
     density = make.uniform(grid.numel() if cells is None else n, low=-0.5)
     for tensor in (grid, density):
         if make.choose(False, False, True):
-            tensor[make.uniform(*tensor.shape) < 0.2] = make.choose(math.nan, math.inf, -math.inf)
+            tensor[make.uniform(*tensor.shape) < 0.2] = make.choose(math.nan, math.inf, -math.inf, -1.0)
     return {"grid": grid, "cells": cells, "density": density, "decay": make.choose(0, 0.95, 1.0)}
 
 
 MAKERS: dict[str, Callable[[Maker], Arguments]] = {
     function.__name__: function
     for function in (
-        *(composite, hash_grid, hash_grid_layout, hash_grid_position_gradient, march, march_lattice, mlp),
-        *(occupancy_pack, occupancy_unpack, occupancy_update, ray_box),
+        *(
+            composite,
+            composite_alpha,
+            weights_from_alpha,
+            weights_from_density,
+            hash_grid,
+            hash_grid_layout,
+            hash_grid_position_gradient,
+            march,
+            march_lattice,
+            mlp,
+        ),
+        *(march_morton, occupancy_pack, occupancy_unpack, occupancy_update, ray_box, traverse),
     )
-} | {"mlp_with_input_gradient": mlp}
+} | {"mlp_with_input_gradient": mlp, "march_morton_rows": march_morton}
 
 
 def unpacked(bitfield: Tensor, resolution: int, cascades: int = 1) -> Tensor:
@@ -288,7 +366,16 @@ def gradients(results: list[Tensor], arguments: Arguments) -> list[Tensor]:
     return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, found, strict=True)]
 
 
-DIFFERENTIABLE = {"composite", "hash_grid", "hash_grid_position_gradient", "mlp", "mlp_with_input_gradient"}
+DIFFERENTIABLE = {
+    "composite",
+    "composite_alpha",
+    "weights_from_alpha",
+    "weights_from_density",
+    "hash_grid",
+    "hash_grid_position_gradient",
+    "mlp",
+    "mlp_with_input_gradient",
+}
 NO_GRADIENT = {"t", "step"}
 
 
@@ -353,6 +440,8 @@ def hostile_tensor(make: Maker, given: Tensor) -> Any:
         return make.choose(given.to_sparse, lambda: torch.nested.nested_tensor([given]), given.numpy)()
     if given.is_floating_point():
         values = (math.nan, math.inf, -math.inf, 1e30, -1e30, -1.0, 0.0, torch.finfo(given.dtype).tiny / 4)
+    elif given.dtype == torch.bool:
+        values = (False, True)
     else:
         info = torch.iinfo(given.dtype)
         values = (info.min, info.max, max(info.min, -1), 0, 1)
@@ -385,10 +474,20 @@ def twin_can_follow(name: str, arguments: Arguments) -> bool:
     """Not where it would visit millions of samples, needs values, or has other NaN where infinities are added up."""
     if name == "hash_grid_position_gradient":
         return all(bool(arguments[key].isfinite().all()) for key in ("grad_output", "table"))
+    if name in ("composite_alpha", "weights_from_alpha", "weights_from_density"):  # 0 times NaN behind what is opaque
+        tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
+        return not any(x.device.type == "meta" or bool(x.isnan().any()) for x in tensors)
     if name == "composite":  # the twin's sum runs over all rays, and takes a NaN along to the next
         return not bool(arguments["density"].isnan().any())
     if name == "occupancy_unpack":
         return arguments["bitfield"].device.type != "meta"
+    if name.startswith("march_morton"):
+        numbers = [arguments[key] for key in ("origins", "directions", "t_near", "t_far", "noise")]
+        return arguments["min_step"] >= 1e-3 and not any(bool((x.abs() > 1e3).any()) for x in numbers)
+    if name == "traverse":
+        numbers = [arguments[key] for key in ("origins", "directions", "t_near", "boxes")]
+        large = any(bool((x.abs() > 1e3).any()) for x in numbers)
+        return (arguments["step"] <= 0 or arguments["step"] >= 1e-3) and not large
     return name != "march" or (arguments["step"] >= 1e-3 and not bool((arguments["origins"].abs() > 1e3).any()))
 
 
@@ -401,7 +500,7 @@ def test_hostile_calls_end_in_a_line_that_names_the_argument(name: str) -> None:
         arguments = MAKERS[name](make)
         for key in {make.choose(*arguments), make.choose(*arguments)}:
             arguments[key] = hostile(make, arguments[key])
-        if name == "march" and isinstance(arguments["step"], float) and 0 < arguments["step"] < 1e-9:
+        if name in ("march", "traverse") and isinstance(arguments["step"], float) and 0 < arguments["step"] < 1e-9:
             return  # 2^24 samples of each ray, as it says: right, but gigabytes
         try:
             actual = call_op(name, arguments)

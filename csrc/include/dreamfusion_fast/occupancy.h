@@ -11,13 +11,17 @@ namespace dff {
 // The larger of two values of which a NaN is not known; NaN where neither is.
 DFF_HD float larger_known(float a, float b) { return a > b || b != b ? a : b; }
 
+// A cell below 0 is out of sight of all cameras, and stays as it is.
+DFF_HD bool cell_stays(float value) { return value < 0.0f; }
+
 // An update of the grid. As a function it is the first half: what each listed cell becomes, read from the old grid.
 // That is not written back at once, because a cell listed twice would then decay twice.
 struct OccupancyUpdate {
   float* grid;           // [n_cells]
   const int64_t* cells;  // [n] flat index (x * R + y) * R + z; nullptr: all cells in order, n = n_cells
   const float* density;  // [n]
-  float* decayed;        // [n] larger_known(grid * decay, density); may be grid itself where cells is nullptr
+  float* decayed;  // [n] larger_known(grid * decay, density), or grid where it is below 0; may be grid itself where
+                   // cells is nullptr
   float decay;
   int64_t n;
   int64_t n_cells;
@@ -25,7 +29,9 @@ struct OccupancyUpdate {
   DFF_HD void operator()(int64_t i) const {
     const int64_t cell = cells == nullptr ? i : cells[i];
     if (cell < 0 || cell >= n_cells) return;
-    decayed[i] = larger_known(density[i], grid[cell] * decay);
+    const float value = grid[cell];
+    const float seen = density[i] < 0.0f ? 0.0f : density[i];  // a NaN stays one
+    decayed[i] = cell_stays(value) ? value : larger_known(seen, value * decay);
   }
 };
 

@@ -19,6 +19,7 @@ from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.export.mesh import Mesh
 from dreamfusion_fast.export.raster import rasterize_texture
 from dreamfusion_fast.fields.base import evaluate
+from dreamfusion_fast.fields.samples import FieldSamples
 from dreamfusion_fast.io import write_bytes
 from dreamfusion_fast.rendering.rays import Rays
 from dreamfusion_fast.rendering.volume.renderer import VolumeRenderer
@@ -123,7 +124,9 @@ def seen_colors(renderer: VolumeRenderer, voxel: float) -> SurfaceColorFn:
         seen = output.color / output.opacity.clamp_min(1e-6)[:, None]
         missed = output.opacity < _MISSED
         if missed.any():  # too little is absorbed to have a colour: what the field says at the place itself
-            seen[missed] = evaluate(renderer.field, positions[missed]).albedo.to(seen.dtype)
+            index = torch.arange(int(missed.sum()), device=positions.device)
+            there = FieldSamples(positions[missed], -normals[missed], index)
+            seen[missed] = evaluate(renderer.field, there).color.to(seen.dtype)
         return seen
 
     return color_fn

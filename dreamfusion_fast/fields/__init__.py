@@ -4,13 +4,16 @@ from dreamfusion_fast.fields.background import MlpBackground, per_view, random_c
 from dreamfusion_fast.fields.base import Field, FieldOutput, evaluate, query_density
 from dreamfusion_fast.fields.contraction import contract, uncontract
 from dreamfusion_fast.fields.hash_field import HashGridField, HashGridFieldConfig
+from dreamfusion_fast.fields.samples import FieldSamples
 from dreamfusion_fast.fields.scene_field import SceneField, SceneFieldConfig
+from dreamfusion_fast.fields.sdf import neus_alpha, volsdf_density
 from dreamfusion_fast.fields.spherical_harmonics import spherical_harmonics
 from dreamfusion_fast.ops.sample_head import safe_normalize, truncated_exp
 
 __all__ = [
     "Field",
     "FieldOutput",
+    "FieldSamples",
     "HashGridField",
     "HashGridFieldConfig",
     "MlpBackground",
@@ -18,6 +21,7 @@ __all__ = [
     "SceneFieldConfig",
     "contract",
     "evaluate",
+    "neus_alpha",
     "per_view",
     "query_density",
     "random_colors",
@@ -25,4 +29,5 @@ __all__ = [
     "spherical_harmonics",
     "truncated_exp",
     "uncontract",
+    "volsdf_density",
 ]

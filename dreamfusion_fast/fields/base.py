@@ -1,19 +1,22 @@
-"""The field interface: density and colour as functions of position.
+"""The field interface: density, or the opacity of samples, and colour.
 
 The renderer needs no particular class. Any callable that maps positions `[m, 3]` to `(density [m], colour [m, 3])` will
-do; :func:`evaluate` and :func:`query_density` hide the differences. :class:`Field` is the base of our own.
+do, and one that asks for more by `needs` is called with :class:`FieldSamples`; :func:`evaluate` and
+:func:`query_density` hide the differences. :class:`Field` is the base of our own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import lru_cache
 from types import FunctionType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from dreamfusion_fast.fields.samples import FieldSamples, takes_samples
 from dreamfusion_fast.fields.tile_source import TileSource
 from dreamfusion_fast.ops.hash_grid import differentiable
 from dreamfusion_fast.ops.sample_head import safe_normalize
@@ -30,15 +33,38 @@ UNIT_BOX = (-1.0, -1.0, -1.0, 1.0, 1.0, 1.0)
 _SHORTEST_DENSITY_GRADIENT = 1e-15
 
 
-class FieldOutput(NamedTuple):
-    """A field's answer for `m` positions."""
+@dataclass(frozen=True, eq=False)
+class FieldOutput:
+    """A field's answer for `m` samples.
 
-    density: Tensor  # [m], per scene unit, >= 0
-    albedo: Tensor  # [m, 3] in [0, 1]
-    normal: Tensor | None = None  # [m, 3], unit length (zero where the density is flat)
+    Attributes:
+        density: `[m]` or `[m, 1]`, per scene unit, >= 0; None with `alpha`.
+        color: `[m, 3]`; of what is lit, the albedo in [0, 1].
+        normal: `[m, 3]`, unit length (zero where the density is flat), or None.
+        alpha: `[m]` or `[m, 1]` in [0, 1], the opacity of each sample, in place of a density: surfaces given by signed
+            distances make it of both ends of a sample (`neus_alpha`).
+        channels: whatever else is to be composited: `[m]` or `[m, c]` by name, any number of them.
+
+    Raises:
+        ValueError: neither density nor alpha, or both; no colour.
+    """
+
+    density: Tensor | None = None
+    color: Tensor = None  # type: ignore[assignment]  # asked for below, as a density may be left out before it
+    normal: Tensor | None = None
+    _: KW_ONLY
+    alpha: Tensor | None = None
+    channels: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.density is None) == (self.alpha is None):
+            given = "neither density nor alpha" if self.density is None else "density and alpha"
+            raise ValueError(f"FieldOutput: got {given}, want one of them")
+        if self.color is None:
+            raise ValueError("FieldOutput.color: got None, want a tensor [m, 3]")
 
 
-# positions [m, 3] -> FieldOutput or (density [m], colour [m, 3])
+# FieldOutput or (density [m], colour [m, 3]) of positions [m, 3] or FieldSamples
 FieldLike = Callable[..., Any]
 
 
@@ -75,21 +101,26 @@ class Field(nn.Module):
 
     Attributes:
         aabb: `[6]` buffer, the scene box; the density outside it is 0.
+        needs: what a call is given of the samples (:func:`dreamfusion_fast.fields.samples.needs_of`).
     """
 
     aabb: Tensor
+    needs: tuple[str, ...] = ("positions",)
 
     def __init__(self, aabb: Tensor | tuple[float, ...] | None = None) -> None:
         super().__init__()
         self.register_buffer("aabb", box_tensor(aabb))
 
-    def forward(self, positions: Tensor, with_normal: bool = False) -> FieldOutput:
-        """Density, albedo and, if asked for, unit normals at `positions` `[m, 3]` (scene units)."""
+    def forward(self, positions: Any, with_normal: bool = False) -> FieldOutput:
+        """Density, albedo and, if asked for, unit normals at `positions` `[m, 3]` (scene units).
+
+        A class whose `needs` name more gets :class:`FieldSamples` in their place.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
 
     def density(self, positions: Tensor) -> Tensor:
         """Density `[m]` at `positions` `[m, 3]`; cheaper than `forward` where colour is not needed."""
-        return self.forward(positions).density
+        return _density_of(self.forward(_asked(self, FieldSamples(positions))), positions)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The parameters by the kind of learning rate that they take; `OptimConfig` has one for each kind."""
@@ -105,52 +136,87 @@ class Field(nn.Module):
         return None
 
 
-def evaluate(field: FieldLike, positions: Tensor, with_normal: bool = False) -> FieldOutput:
+def evaluate(field: FieldLike, samples: FieldSamples | Tensor, with_normal: bool = False) -> FieldOutput:
     """Evaluate any field-like callable.
 
     A :class:`Field` computes its own normals. For everything else they are -grad(density) / |grad(density)| by
-    autograd, with a graph through them when gradients are enabled, so that losses on lit colours are exact.
+    autograd, with a graph through them when gradients are enabled, so that losses on lit colours are exact. Only the
+    position is moved for that gradient: directions and extras stay as they are.
 
     Args:
-        field: a :class:`Field`, or a callable returning `(density [m], colour [m, 3])`.
-        positions: `[m, 3]`.
+        field: a :class:`Field`, or a callable returning a :class:`FieldOutput` or `(density [m], colour [m, 3])`.
+        samples: of `m` samples; positions `[m, 3]` alone do for a field that needs no more.
         with_normal: whether to compute normals.
+
+    Returns:
+        density or alpha `[m]`, colour `[m, 3]`, channels `[m, c]`, all in the dtype of the positions.
 
     Raises:
         ValueError: the callable returned something else, or no graph from the positions to the density where normals
             need it: one computed under `torch.no_grad`, or of a constant.
     """
+    samples = samples if isinstance(samples, FieldSamples) else FieldSamples(samples)
+    positions = samples.positions
     if isinstance(field, Field):
-        own = _checked(field(positions, with_normal=with_normal), positions)
+        own = _checked(field(_asked(field, samples), with_normal=with_normal), positions)
         if with_normal and own.normal is None:
             raise ValueError(f"field: {type(field).__name__} returned no normal, want one where with_normal is True")
         return own
     if not with_normal:
-        return _checked(field(positions), positions)
+        return _checked(field(_asked(field, samples)), positions)
     keep_graph = torch.is_grad_enabled()
     with differentiable(positions) as points:
-        output = _checked(field(points), points)
-        normal = output.normal
-        if normal is None:
-            normal = _normal_from(output.density, points, keep_graph)
-    if keep_graph:
-        return FieldOutput(output.density, output.albedo, normal)
-    return FieldOutput(output.density.detach(), output.albedo.detach(), normal.detach())
+        output = _checked(field(_asked(field, samples.at(points))), points)
+        if output.normal is None:
+            if output.density is None:
+                raise ValueError("field: returned alpha and no normal, want one where normals are asked for")
+            output = replace(output, normal=_normal_from(output.density, points, keep_graph))
+    return output if keep_graph else _detached(output)
 
 
 def query_density(field: FieldLike, positions: Tensor) -> Tensor:
     """Density `[m]` of any field-like callable, through the `density` method of its class if that speaks for a call.
 
     An attribute of an instance is no such method, whatever its name, and neither is a method of a class whose forward
-    (or `__call__`) a subclass overrides: then the field is called, as for a render.
+    (or `__call__`) a subclass overrides: then the field is called, as for a render. One that asks for more than
+    positions is called with these alone.
 
     Raises:
         ValueError: a subclass overrides such a method, but not the forward that it speaks for; or the callable returned
-            something else than density and colour.
+            no density, or reads what only samples on rays have.
     """
     if speaks_for_call(field):
-        return field.density(positions).to(positions.dtype)  # type: ignore[attr-defined]
-    return _checked(field(positions), positions).density
+        density = field.density(positions)  # type: ignore[attr-defined]
+        return _per_sample(density, "density", positions)
+    return _density_of(field(_asked(field, FieldSamples(positions))), positions)
+
+
+def _density_of(output: Any, positions: Tensor) -> Tensor:
+    density = _checked(output, positions).density
+    if density is None:
+        raise ValueError(
+            "field: returned alpha where the density at positions is asked for, as by an occupancy grid: want a method "
+            "density(positions [m, 3]) -> [m]"
+        )
+    return density
+
+
+def _asked(field: FieldLike, samples: FieldSamples) -> FieldSamples | Tensor:
+    """What the field is called with."""
+    return samples if takes_samples(field) else samples.positions
+
+
+def _detached(output: FieldOutput) -> FieldOutput:
+    def detached(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.detach()
+
+    return FieldOutput(
+        detached(output.density),
+        output.color.detach(),
+        detached(output.normal),
+        alpha=detached(output.alpha),
+        channels={name: value.detach() for name, value in output.channels.items()},
+    )
 
 
 def speaks_for_call(field: FieldLike) -> bool:
@@ -174,7 +240,7 @@ def speaks_for_call(field: FieldLike) -> bool:
 
 def tile_source_of(field: FieldLike) -> TileSource | None:
     """The source of a field that has one, as long as nothing overrides what the source's class says of a call."""
-    if not isinstance(field, Field):
+    if not isinstance(field, Field) or takes_samples(field):
         return None
     classes = type(field).__mro__
     owner = next(i for i, cls in enumerate(classes) if "tile_source" in vars(cls))
@@ -203,17 +269,38 @@ def is_as_declared(field: FieldLike, names: Set[str]) -> bool:
 
 
 def _checked(output: Any, positions: Tensor) -> FieldOutput:
-    if not isinstance(output, tuple) or len(output) < 2:
-        raise ValueError(f"field: returned {type(output).__name__}, want FieldOutput or (density [m], colour [m, 3])")
-    result = output if isinstance(output, FieldOutput) else FieldOutput(*output[:2])
+    """The answer of a field in one form. Under autocast it may come in 16 bits; compositing keeps its own."""
+    if not isinstance(output, FieldOutput):
+        if not isinstance(output, tuple):
+            raise ValueError(f"field: returned {type(output).__name__}, want FieldOutput or (density, colour)")
+        if len(output) != 2:
+            raise ValueError(
+                f"field: returned a tuple of {len(output)}, want (density [m], colour [m, 3]), or a FieldOutput, whose "
+                "members say what they are"
+            )
+        output = FieldOutput(*output)
+    density = None if output.density is None else _per_sample(output.density, "density", positions)
+    alpha = None if output.alpha is None else _per_sample(output.alpha, "alpha", positions)
+    count, dtype = positions.shape[0], positions.dtype
+    for name, value in (("colour", output.color), ("normal", output.normal)):
+        if value is not None and value.shape != (count, 3):
+            raise ValueError(f"field: returned {name} {list(value.shape)} for {count} positions, want [{count}, 3]")
+    channels = {}
+    for name, value in output.channels.items():
+        if value.dim() not in (1, 2) or value.shape[0] != count:
+            raise ValueError(
+                f"field: returned channels[{name!r}] {list(value.shape)} for {count} positions, want [{count}, c]"
+            )
+        channels[name] = (value[:, None] if value.dim() == 1 else value).to(dtype)
+    return FieldOutput(density, output.color.to(dtype), output.normal, alpha=alpha, channels=channels)
+
+
+def _per_sample(value: Tensor, name: str, positions: Tensor) -> Tensor:
+    """Density or alpha as `[m]` in the dtype of the positions."""
     count = positions.shape[0]
-    if result.density.shape != (count,) or result.albedo.shape != (count, 3):
-        raise ValueError(
-            f"field: returned density {list(result.density.shape)} and colour {list(result.albedo.shape)} for {count} "
-            f"positions, want [{count}] and [{count}, 3]"
-        )
-    # A field under autocast may answer in 16 bits; compositing and positions keep theirs.
-    return FieldOutput(result.density.to(positions.dtype), result.albedo.to(positions.dtype), result.normal)
+    if value.shape not in ((count,), (count, 1)):
+        raise ValueError(f"field: returned {name} {list(value.shape)} for {count} positions, want [{count}]")
+    return value.reshape(count).to(positions.dtype)
 
 
 def _normal_from(density: Tensor, positions: Tensor, keep_graph: bool) -> Tensor:

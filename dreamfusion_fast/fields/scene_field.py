@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dreamfusion_fast.fields.base import Backend, Field, FieldOutput, check_positions
 from dreamfusion_fast.fields.contraction import contract
 from dreamfusion_fast.fields.layers import linear_layers
+from dreamfusion_fast.fields.samples import FieldSamples
 from dreamfusion_fast.fields.spherical_harmonics import MOST_BANDS, spherical_harmonics
 from dreamfusion_fast.ops._checks import FLOATS
 from dreamfusion_fast.ops.hash_grid import differentiable, hash_grid, hash_grid_layout, hash_grid_reference
@@ -75,15 +76,14 @@ class SceneField(Field):
     `contraction="sphere"` in all of space. Then the box is where the grid is finest: what lies in the ball inscribed in
     it takes half of the grid's width, and a renderer goes beyond it with an occupancy grid of several cascades.
 
-    With a `view_degree`, a call takes samples in place of positions: any object with `positions` and `directions`, both
-    `[m, 3]`, such as the renderer's. The density takes positions always.
+    With a `view_degree`, a call takes :class:`FieldSamples` in place of positions. The density takes positions always.
 
     Example:
         >>> import torch
         >>> from dreamfusion_fast.fields import SceneField, SceneFieldConfig
         >>> field = SceneField(SceneFieldConfig(levels=4, log2_rows=12, finest_resolution=64, view_degree=0))
         >>> output = field(torch.rand(5, 3) - 0.5, with_normal=True)
-        >>> output.density.shape, output.albedo.shape, output.normal.shape
+        >>> output.density.shape, output.color.shape, output.normal.shape
         (torch.Size([5]), torch.Size([5, 3]), torch.Size([5, 3]))
     """
 
@@ -106,6 +106,8 @@ class SceneField(Field):
         super().__init__(aabb)
         self.config = config or SceneFieldConfig()
         c = self.config
+        if c.view_degree:
+            self.needs = ("positions", "directions")
         level_offsets, resolutions = hash_grid_layout(c.levels, c.base_resolution, c.finest_resolution, c.log2_rows)
         self.register_buffer("level_offsets", level_offsets, persistent=False)
         self.register_buffer("resolutions", resolutions, persistent=False)
@@ -123,11 +125,6 @@ class SceneField(Field):
         self._hash_grid = hash_grid if c.backend == "native" else hash_grid_reference
         self._activation = truncated_exp if c.density_activation == "exp" else F.softplus
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """What a call reads of the samples."""
-        return ("positions", "directions") if self.config.view_degree else ("positions",)
-
     def forward(self, samples: Any, with_normal: bool = False) -> FieldOutput:
         """Density, colour and, if asked for, normals.
 
@@ -135,8 +132,7 @@ class SceneField(Field):
         increase), and safe where the density under- or overflows. They are differentiable to all parameters.
 
         Args:
-            samples: positions `[m, 3]`, scene units; with a `view_degree`, an object with `positions` and unit
-                `directions` `[m, 3]`.
+            samples: positions `[m, 3]`, scene units; with a `view_degree`, :class:`FieldSamples`.
             with_normal: whether to compute normals.
 
         Returns:
@@ -185,18 +181,10 @@ class SceneField(Field):
         if not self.config.view_degree:
             self._check(samples)
             return samples, None
-        if isinstance(samples, Tensor) or not hasattr(samples, "positions") or not hasattr(samples, "directions"):
-            raise TypeError(
-                f"samples: got {type(samples).__name__}, want an object with positions and directions [m, 3], or a "
-                "field with view_degree 0"
-            )
+        if not isinstance(samples, FieldSamples):
+            raise TypeError(f"samples: got {type(samples).__name__}, want FieldSamples, or a field with view_degree 0")
         positions, directions = samples.positions, samples.directions
         self._check(positions)
-        if directions.shape != positions.shape or directions.dtype != positions.dtype:
-            raise ValueError(
-                f"directions: got {directions.dtype} {list(directions.shape)}, want {positions.dtype} "
-                f"{list(positions.shape)}, as positions are"
-            )
         return positions, directions
 
     def _geometry(self, positions: Tensor) -> tuple[Tensor, Tensor]:

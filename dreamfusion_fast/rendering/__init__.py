@@ -13,7 +13,7 @@ from dreamfusion_fast.rendering.orbits import (
 from dreamfusion_fast.rendering.ray_budget import RayBudget
 from dreamfusion_fast.rendering.rays import InvalidRaysError, Rays
 from dreamfusion_fast.rendering.shading import Shading, sample_lights, shade
-from dreamfusion_fast.rendering.volume.prepared import PreparedRays, RenderOutput
+from dreamfusion_fast.rendering.volume.prepared import PreparedRays, RaySamples, RenderOutput
 from dreamfusion_fast.rendering.volume.renderer import VolumeRenderer
 from dreamfusion_fast.rendering.volume.sampling import cone_distances
 
@@ -25,6 +25,7 @@ __all__ = [
     "OrbitCameras",
     "PreparedRays",
     "RayBudget",
+    "RaySamples",
     "Rays",
     "RenderOutput",
     "RendererConfig",

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -301,7 +301,7 @@ class Trainer:
             if "peak" in group:  # the guidance's own groups keep their rates
                 group["lr"] = group["peak"] * factor
 
-    def _render_training(self, drawn: DrawnViews, options: dict[str, bool]) -> RenderOutput:
+    def _render_training(self, drawn: DrawnViews, options: dict[str, Any]) -> RenderOutput:
         return self.scene.renderer.render(
             drawn.prepared,
             self.scene.background if drawn.plain is None else drawn.plain,

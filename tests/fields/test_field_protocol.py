@@ -37,7 +37,7 @@ def test_normals_by_autograd(count: int) -> None:
     torch.testing.assert_close(normal, x / x.norm(dim=1, keepdim=True))
     with torch.no_grad():
         output = evaluate(ball, x, with_normal=True)
-    assert not any(t.requires_grad for t in output)
+    assert not any(t.requires_grad for t in (output.density, output.color, output.normal))
     torch.testing.assert_close(output.normal, normal)
 
 
@@ -204,8 +204,15 @@ def test_safe_normalize_is_finite_everywhere() -> None:
     ("field", "message"),
     [
         (lambda x: x[:, 0], r"returned Tensor, want FieldOutput or"),
-        (lambda x: (x, x), r"returned density \[4, 3\] and colour \[4, 3\] for 4 positions"),
-        (lambda x: (x[:, 0], x[:, :2]), r"colour \[4, 2\]"),
+        (lambda x: (x, x), r"returned density \[4, 3\] for 4 positions, want \[4\]"),
+        (lambda x: (x[:, 0], x[:, :2]), r"returned colour \[4, 2\] for 4 positions, want \[4, 3\]"),
+        (lambda x: (x[:, 0], x, x), r"returned a tuple of 3, want \(density \[m\], colour \[m, 3\]\), or a Field"),
+        (lambda x: FieldOutput(x[:, 0], x, x[:, :2]), r"returned normal \[4, 2\]"),
+        (lambda x: FieldOutput(alpha=x, color=x), r"returned alpha \[4, 3\]"),
+        (lambda x: FieldOutput(x[:, 0], x, channels={"a": x[:3]}), r"channels\['a'\] \[3, 3\] for 4 positions"),
+        (lambda x: FieldOutput(x[:, 0], x, alpha=x[:, 0]), "got density and alpha, want one of them"),
+        (lambda x: FieldOutput(color=x), "got neither density nor alpha, want one of them"),
+        (lambda x: FieldOutput(x[:, 0]), "FieldOutput.color: got None"),
     ],
 )
 def test_wrong_returns_are_named(field: object, message: str) -> None:

@@ -42,7 +42,7 @@ def test_shapes_and_the_density_only_path(count: int) -> None:
     field = make()
     output = field(points(count))
     assert output.density.shape == (count,)
-    assert output.albedo.shape == (count, 3)
+    assert output.color.shape == (count, 3)
     assert output.normal is None
     assert field(points(count), with_normal=True).normal.shape == (count, 3)
     torch.testing.assert_close(field.density(points(count)), output.density)
@@ -66,7 +66,7 @@ def test_density_is_zero_outside_the_bound(bound: str, corner_is_outside: bool) 
     assert output.density[1:3].tolist() == [0, 0]
     assert output.density[3] > 0
     assert output.density[4] == 0
-    assert output.albedo.isfinite().all()
+    assert output.color.isfinite().all()
     assert output.normal is not None
     assert output.normal.isfinite().all()
 
@@ -132,7 +132,7 @@ def test_gradients_through_normals(backend: str) -> None:
 
     def loss(*parameters: Tensor) -> Tensor:
         output = torch.func.functional_call(field, dict(zip(names, parameters, strict=True)), (x, True))
-        stacked = torch.cat([output.density[:, None], output.albedo, output.normal], dim=1)
+        stacked = torch.cat([output.density[:, None], output.color, output.normal], dim=1)
         return (stacked * mix).sum()
 
     inputs = tuple(v.detach().clone().requires_grad_(True) for v in values)
@@ -145,11 +145,11 @@ def test_native_and_reference_agree(device: torch.device, with_normal: bool) -> 
     for backend in ("native", "reference"):
         field = make(replace(TINY, backend=backend), torch.float32).to(device)
         output = field(points(1023, torch.float32).to(device), with_normal=with_normal)
-        loss = output.density.sum() + output.albedo.square().sum()
+        loss = output.density.sum() + output.color.square().sum()
         if with_normal:
             loss = loss + (output.normal[:, 0] * output.density).sum()
         loss.backward()
-        results.append([*output[:2], *(p.grad for p in field.parameters())])
+        results.append([output.density, output.color, *(p.grad for p in field.parameters())])
     for native, reference in zip(*results, strict=True):
         torch.testing.assert_close(native, reference, rtol=2e-4, atol=2e-5 * float(reference.detach().abs().max()))
 
@@ -178,7 +178,7 @@ def test_without_gradients_nothing_is_recorded(with_normal: bool) -> None:
     field = make()
     with torch.no_grad():
         output = field(points(5), with_normal=with_normal)
-    assert not any(t.requires_grad for t in output if t is not None)
+    assert not any(t.requires_grad for t in (output.density, output.color))
     torch.testing.assert_close(output.density, field(points(5)).density)
 
 
@@ -202,7 +202,7 @@ def test_bfloat16_products_stay_close(with_normal: bool) -> None:
     rounded = make(replace(TINY, mlp_dtype="bfloat16"), torch.float32)(points(113, torch.float32), with_normal)
     assert rounded.density.dtype == torch.float32
     # bfloat16 keeps 8 bits; three products of magnitude about 1 add up to a few of its roundings.
-    torch.testing.assert_close(rounded.albedo, exact.albedo, rtol=0, atol=4 * 2**-8)
+    torch.testing.assert_close(rounded.color, exact.color, rtol=0, atol=4 * 2**-8)
     if with_normal:
         assert ((rounded.normal * exact.normal).sum(dim=1) > 0.99).all()
 

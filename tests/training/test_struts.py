@@ -144,7 +144,8 @@ def torn(join):
         points = torch.rand(4096, 3, generator=generator) * 2 - 1
         middle = torch.tensor([[-0.4, 0.0, 0.0], [0.45, 0.0, 0.0]])
         inside = ((points[:, None] - middle).norm(dim=-1) < torch.tensor([0.3, 0.3])).any(dim=1)
-        density, albedo = field(points)[:2]
+        output = field(points)
+        density, albedo = output.density, output.color
         wanted = torch.stack([inside * 0.6 + 0.2, inside * 0.1 + 0.1, inside * 0.1 + 0.1], dim=1)
         loss = (torch.log1p(density) - 3.7 * inside).square().mean() + (albedo - wanted).square().mean()
         optimizer.zero_grad()

@@ -7,7 +7,8 @@ autograd in chunks (`chunked`). Both give the same image.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+import warnings
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from dreamfusion_fast.fields.base import Field, FieldLike, box_tensor, speaks_for_call, tile_source_of
 from dreamfusion_fast.fields.revision import HostBox, revision_of
+from dreamfusion_fast.fields.samples import check_extras, needs_of
 from dreamfusion_fast.fields.tile_source import TileSource
 from dreamfusion_fast.ops.tiles.march import count_samples
 from dreamfusion_fast.rendering.cameras import Cameras
@@ -42,10 +44,13 @@ _BOX_TOLERANCE = 1e-3
 class VolumeRenderer(nn.Module):
     """Renders any field: emission-absorption along straight rays with a fixed step (Max 1995; NeRF, equation 3).
 
-    Works with any callable from positions `[m, 3]` to `(density [m], colour [m, 3])`, a Field or not. Gradients reach
-    the field's parameters, the background, and ray origins and directions through the sample positions; they do not
-    depend on how the samples are chunked. A field must give the same output for the same positions when called twice
-    (no dropout): chunks are recomputed in backward.
+    Works with any callable from positions `[m, 3]` to `(density [m], colour [m, 3])`, a Field or not. One with an
+    attribute `needs`, such as `("positions", "directions", "appearance")`, is called with :class:`FieldSamples`. A
+    :class:`FieldOutput` may hold the opacity of each sample in place of a density, normals, and any channels more.
+
+    Gradients reach the field's parameters, the background, extras, and ray origins and directions through the sample
+    positions; they do not depend on how the samples are chunked. A field must give the same output for the same samples
+    when called twice (no dropout): chunks are recomputed in backward.
 
     Example:
         >>> import torch
@@ -72,26 +77,42 @@ class VolumeRenderer(nn.Module):
     _own_box: Tensor | None
 
     def __init__(
-        self, field: FieldLike, occupancy: OccupancyGrid | None = None, config: RendererConfig | None = None
+        self,
+        field: FieldLike,
+        occupancy: OccupancyGrid | None = None,
+        config: RendererConfig | None = None,
+        *,
+        occupancy_resolution: int | None = None,
     ) -> None:
         """Args:
         field: what to render. If it has a box, `aabb`, that has to lie in the grid's.
         occupancy: where to sample; None: everywhere in the box. Keeps what steps of this renderer need
             (:meth:`OccupancyGrid.keep_for_step`).
         config: settings.
+        occupancy_resolution: cells per side of a grid of the renderer's own, over the field's box and for its steps, in
+            place of `occupancy`; all else of it is as :class:`OccupancyGrid` has it. `renderer.occupancy` is that grid,
+            and training updates it: `renderer.occupancy.update(field, step)`.
 
         Raises:
-            TypeError: the field cannot be called.
-            ValueError: the grid's box leaves out a part of the field's, or max_step is below the step.
+            TypeError: the field cannot be called, or its `needs` are no names.
+            ValueError: both a grid and a resolution of one, the grid's box leaves out a part of the field's, or
+                max_step is below the step.
         """
         super().__init__()
         if not callable(field):
             raise TypeError(f"field: got {type(field).__name__}, want a callable from positions to (density, colour)")
         speaks_for_call(field)  # or raises
+        needs_of(field)  # or raises
+        if occupancy is not None and occupancy_resolution is not None:
+            raise ValueError(f"occupancy_resolution: got {occupancy_resolution} and a grid, want one of them")
         self.field = field
-        self.occupancy = occupancy
         self.config = config or RendererConfig()
         box = getattr(field, "aabb", None)
+        if occupancy_resolution is not None:
+            occupancy = OccupancyGrid(
+                box, occupancy_resolution, step_size=self.config.step_of(box_tensor(box).tolist())
+            )
+        self.occupancy = occupancy
         # A buffer of the field is read where it is, so that there is one truth about the box. Everything else, such as
         # a tuple, is copied here, to be moved along.
         self._box_is_buffer = isinstance(field, nn.Module) and any(box is buffer for buffer in field.buffers())
@@ -100,6 +121,14 @@ class VolumeRenderer(nn.Module):
         self.register_buffer("_own_box", None if self._box_is_buffer else copied, persistent=False)
         self._box, self._field_box = HostBox(), HostBox()
         self._settled: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+        given = occupancy.step_size if occupancy is not None and occupancy.step_is_given else self.step_size
+        if not math.isclose(given, self.step_size, rel_tol=1e-6):
+            warnings.warn(
+                f"occupancy: was made for steps of {given:.6g}, the renderer's are {self.step_size:.6g}, and cells "
+                "that matter to either are kept; want OccupancyGrid without step_size, or occupancy_resolution of the "
+                "renderer",
+                stacklevel=2,
+            )
         self._settle()
         self._budget: int | None = None
         self._expected_samples: dict[int, int] = {}  # of the last render of so many rays
@@ -113,9 +142,7 @@ class VolumeRenderer(nn.Module):
     @property
     def step_size(self) -> float:
         """Distance between samples, scene units; with a cone_angle, the least."""
-        if self.config.step is not None:
-            return self.config.step
-        return self._diagonal / self.config.samples_across
+        return self.config.step_of(self._box.read(self.aabb))
 
     @property
     def _field_aabb(self) -> Tensor:
@@ -160,17 +187,18 @@ class VolumeRenderer(nn.Module):
             raise ValueError(f"size: got {size} with {type(views).__name__}, want one for cameras, None for rays")
         if isinstance(views, Cameras):
             height, width = size if isinstance(size, tuple) else (size, size)
-            rays = views.rays(height, width)  # type: ignore[arg-type]
+            rays = views.rays(height, width)
         else:
             rays = views
         self._check_seed(seed, rays)
         self._check_devices(rays)
-        source = self._source(rays, None)
+        flat = _as_list(rays)
+        source = self._source(flat, None)
         if source is None or not rays.origins.is_cuda or torch.cuda.is_current_stream_capturing():
             return PreparedRays(rays, jitter, seed)
         self._settle()
         with torch.no_grad():
-            marched = self._space(rays).marched(rays, jitter, seed)
+            marched = self._space(flat).marched(flat, jitter, seed)
             count = SampleCount(marched, count_samples(marched)[0])
         return PreparedRays(rays, jitter, seed, count, self._revision(rays))
 
@@ -187,6 +215,8 @@ class VolumeRenderer(nn.Module):
         with_sample_entropy: bool = False,
         ambient: float = AMBIENT,
         diffuse: float = DIFFUSE,
+        extras: Mapping[str, Tensor] | None = None,
+        return_samples: bool = False,
     ) -> RenderOutput:
         """Render rays.
 
@@ -194,9 +224,11 @@ class VolumeRenderer(nn.Module):
         CUDA graph: there, rays are not checked, and `overflowed` has to be looked at.
 
         Args:
-            rays: `n_rays` rays with unit directions; for a field with a tile source of its parameters' dtype. All
+            rays: rays with unit directions, of any leading shape: where it says `[n_rays]` here and in the output, this
+                shape stands, such as `[B, H, W]`. For a field with a tile source they are of its parameters' dtype. All
                 results are of this dtype, and light and background are converted to it. Or what :meth:`prepare` gave.
-            background: colours `[3]` or `[n_rays, 3]`, or a callable from directions to colours; None is black.
+            background: colours `[3]` or `[n_rays, 3]`, or a callable from directions `[n, 3]` to colours `[n, 3]`; None
+                is black.
             shading: albedo, lambertian or textureless; the latter two need a light and compute normals.
             light: point light `[3]` or `[n_rays, 3]`, scene units. A light that requires gradients gets them; no render
                 streams then.
@@ -207,6 +239,10 @@ class VolumeRenderer(nn.Module):
             with_sample_entropy: compute the entropy loss.
             ambient: strength of the light from everywhere.
             diffuse: strength of the point light.
+            extras: what the field wants to know per ray, `[n_rays, ...]` by name: indices of an appearance embedding,
+                times. Gradients reach those that require them. Only for a field that `needs` more than positions.
+            return_samples: hand out the samples as `ray_samples`, for losses on weights and the like. All are held, and
+                what the field computes for backward with them; no render streams then.
 
         Raises:
             InvalidRaysError: a ray is not finite or its direction not of unit length.
@@ -228,15 +264,16 @@ class VolumeRenderer(nn.Module):
         else:
             self._check_seed(seed, rays)
             prepared = PreparedRays(rays, jitter, seed)
-        n_rays = len(rays)
-        _check_rows("light", light, n_rays)
+        shape, rays = rays.shape, _as_list(rays)
+        light = _per_ray("light", light, shape)
         if not callable(background):
-            _check_rows("background", background, n_rays)
+            background = _per_ray("background", background, shape)
         if shading.needs_normals and light is None:
             raise ValueError(f"light: got None, want a position [3] or [n_rays, 3] for {shading.value} shading")
         light = light.to(rays.origins.dtype) if light is not None and shading.needs_normals else None
         self._check_devices(rays)
-        source = self._source(rays, light)
+        checked_extras = check_extras(self.field, extras, shape)
+        source = None if return_samples else self._source(rays, light)
         self._settle()
         request = RenderRequest(
             rays=rays,
@@ -250,6 +287,8 @@ class VolumeRenderer(nn.Module):
             normals=with_normals or shading.needs_normals,
             distortion=with_distortion,
             entropy=with_sample_entropy,
+            extras=checked_extras,
+            return_samples=return_samples,
         )
         if source is not None:
             output = self._stream(source, request)
@@ -260,7 +299,8 @@ class VolumeRenderer(nn.Module):
         if background is not None:
             behind = background(rays.directions) if callable(background) else background
             color = color + (1.0 - output.opacity)[:, None] * behind.to(color.dtype)
-        return replace(output, color=color)
+        output = replace(output, color=color)
+        return output if len(shape) == 1 else output.shaped(shape)
 
     def _usable_count(self, prepared: PreparedRays) -> SampleCount | None:
         """The count of prepared rays, unless something was changed since, or replays of a graph may change it."""
@@ -272,7 +312,8 @@ class VolumeRenderer(nn.Module):
     def _revision(self, rays: Rays) -> Hashable:
         """Of all that a count of samples depends on."""
         grid = None if self.occupancy is None else self.occupancy.revision
-        return self.config, self._settled, grid, revision_of(rays.origins), revision_of(rays.directions)
+        tensors = (rays.origins, rays.directions, rays.near, rays.far)
+        return self.config, self._settled, grid, *(None if t is None else revision_of(t) for t in tensors)
 
     def _settle(self) -> None:
         """Make sure that boxes, step and grid go together: again only where a box was changed, as by `load_state_dict`,
@@ -364,6 +405,15 @@ def _check_device(name: str, tensor: Tensor | None, rays: Rays) -> None:
         raise ValueError(f"{name}: is on {tensor.device}, want {rays.origins.device}, where the rays are")
 
 
-def _check_rows(name: str, value: Tensor | None, n_rays: int) -> None:
-    if value is not None and tuple(value.shape) not in ((3,), (n_rays, 3)):
-        raise ValueError(f"{name}: got shape {list(value.shape)}, want [3] or [{n_rays}, 3], one row per ray")
+def _as_list(rays: Rays) -> Rays:
+    """The rays as `[n_rays]`; those that are so stay what they are."""
+    return rays if len(rays.shape) == 1 else rays.flat()
+
+
+def _per_ray(name: str, value: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """`[3]`, or a row for each ray of the flat list."""
+    if value is None or value.shape == (3,):
+        return value
+    if value.shape != (*shape, 3):
+        raise ValueError(f"{name}: got shape {list(value.shape)}, want [3] or {[*shape, 3]}, one row per ray")
+    return value.reshape(-1, 3)

@@ -78,11 +78,11 @@ def cached_cone_distances(
     return cone_distances(near, far, min_step, max_step, cone_angle, dtype, device)
 
 
-def covering_distance(t_far: Tensor, near: float) -> float:
-    """A distance that no finite t_far `[n_rays]` exceeds: one of `near` * 2, 4, 8, ..., so that tables made for it are
-    few. Waits for the GPU. `near` > 0."""
-    reach = float(torch.where(t_far.isfinite(), t_far, near).amax()) if t_far.shape[0] > 0 else near
-    return near * 2.0 ** max(math.ceil(math.log2(max(reach / near, 1.0))), 1)
+def covering_distance(t_far: Tensor, unit: float) -> float:
+    """A distance that no finite t_far `[n_rays]` exceeds: one of `unit` * 2, 4, 8, ..., so that tables made for it are
+    few. Waits for the GPU. `unit` > 0."""
+    reach = float(torch.where(t_far.isfinite(), t_far, unit).amax()) if t_far.shape[0] > 0 else unit
+    return unit * 2.0 ** max(math.ceil(math.log2(max(reach / unit, 1.0))), 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,12 +134,16 @@ class SampledSpace:
         outer = aabb if occupancy is None or occupancy.cascades == 1 else occupancy.outer_aabb.to(dtype)
         box = native_ray_box if config.backend == "native" else ray_box_reference
         t_near, t_far = box(rays.origins.detach(), rays.directions.detach(), outer, config.near, config.far)
+        if rays.near is not None:  # a ray that misses the box stays at infinity
+            t_near = torch.maximum(t_near, rays.near.detach())
+        if rays.far is not None:
+            t_far = torch.minimum(t_far, rays.far.detach())
         bitfield, resolution, cascades = None, 1, 1
         if occupancy is not None:
             bitfield, resolution, cascades = occupancy.bitfield, occupancy.resolution, occupancy.cascades
         distances = None
         if config.cone_angle > 0.0:
-            far = config.far if math.isfinite(config.far) else covering_distance(t_far, config.near)
+            far = config.far if math.isfinite(config.far) else covering_distance(t_far, max(config.near, step))
             steps = (step, math.inf if config.max_step is None else config.max_step)
             distances = cached_cone_distances(config.near, far, *steps, config.cone_angle, dtype, t_far.device)
         outer_diagonal = diagonal * 2 ** (cascades - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -123,6 +124,18 @@ def test_the_threshold_follows_the_step(backend: str, grid_first: bool, box: tup
     # Cells at the rim may have been asked for at a point outside of the fog.
     assert float((whole.opacity - output.opacity).abs().mean()) < 0.01
     assert output.samples < 0.5 * whole.samples
+
+
+def test_a_grid_that_was_made_for_another_step_says_so() -> None:
+    for step in (0.01, 0.03):
+        grid = OccupancyGrid(resolution=3, step_size=0.02)
+        with pytest.warns(UserWarning, match=f"occupancy: was made for steps of 0.02, the renderer's are {step}"):
+            VolumeRenderer(fog, grid, RendererConfig(step=step))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        VolumeRenderer(fog, OccupancyGrid(resolution=3, step_size=0.02), RendererConfig(step=0.02))
+        VolumeRenderer(fog, OccupancyGrid(resolution=3), RendererConfig(step=0.02))
+        VolumeRenderer(fog, config=RendererConfig(step=0.02), occupancy_resolution=3)
 
 
 def test_the_longest_step_decides() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,10 @@ from dreamfusion_fast.rendering import OccupancyGrid, Rays, RendererConfig, Rend
 
 LIGHT = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
 CHUNKS = [None, 211, 53]
+
+
+def pair(output: FieldOutput | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return (output.density, output.color) if isinstance(output, FieldOutput) else output[:2]
 
 
 def make_rays(size: int = 7) -> Rays:
@@ -42,7 +47,7 @@ class Halved(HashGridField):
 
     def forward(self, positions: Tensor, with_normal: bool = False) -> FieldOutput:
         output = super().forward(positions, with_normal)
-        return FieldOutput(0.5 * output.density, output.albedo.flip(1), output.normal)
+        return FieldOutput(0.5 * output.density, output.color.flip(1), output.normal)
 
 
 class Sharper(HashGridField):
@@ -91,7 +96,7 @@ def make_grid_field(make: Callable[..., HashGridField] = HashGridField) -> HashG
 
 def hooked() -> HashGridField:
     field = make_grid_field()
-    field.register_forward_hook(lambda module, inputs, output: output._replace(density=0.5 * output.density))
+    field.register_forward_hook(lambda module, inputs, output: replace(output, density=0.5 * output.density))
     return field
 
 
@@ -128,7 +133,7 @@ def test_one_way_to_ask_a_field(kind: str, early_stop: float, chunk: int | None)
     """A function around the field has nothing but a call."""
     field = FIELDS[kind]()
     results = []
-    for asked in (field, lambda x: tuple(field(x))[:2]):
+    for asked in (field, lambda x: pair(field(x))):
         grid = OccupancyGrid(resolution=8, step_size=0.05)
         # float32, as the grid's points are
         grid.update(lambda x, asked=asked: _single(asked, x), 0)

@@ -74,7 +74,7 @@ def dense(field: HashGridField, rays: Rays, occupied: Tensor, background: Tensor
     assert 0.0 < float(kept.double().mean()) < 1.0
     flat = positions.reshape(-1, 3)
     output = field(flat, with_normal=True)
-    colors = shade(output.albedo, output.normal, flat, LIGHT, shading).view(*t.shape, 3)
+    colors = shade(output.color, output.normal, flat, LIGHT, shading).view(*t.shape, 3)
     alpha = 1 - torch.exp(-output.density.view(t.shape) * kept * edges.diff())
     transmittance = torch.cumprod(torch.cat([torch.ones_like(t[:, :1]), 1 - alpha[:, :-1]], dim=1), dim=1)
     weights = alpha * transmittance
@@ -184,7 +184,6 @@ def test_a_finite_far_and_no_rays() -> None:
     ("change", "message"),
     [
         ({"cone_angle": -0.1}, "cone_angle: got -0.1, want at least 0"),
-        ({"near": 0.0}, "near: got 0.0, want above 0 with a cone_angle"),
         ({"max_step": 0.0}, "max_step: got 0.0, want above 0"),
         ({"cone_angle": 0.0}, "max_step, cone_angle: got 0.4, 0.0, want both above 0"),
         ({"max_step": 0.05}, "max_step: got 0.05, want at least the step, 0.06"),

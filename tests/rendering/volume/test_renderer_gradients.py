@@ -58,7 +58,7 @@ def dense(field: nn.Module, rays: Rays, background: Tensor, shading: str, with_n
     assert float((t_far - t_near).max()) < 79 * STEP
     positions = rays.origins[:, None] + t[..., None] * rays.directions[:, None]
     output = field(positions.reshape(-1, 3), with_normal=with_normals)
-    colors = shade(output.albedo, output.normal, positions.reshape(-1, 3), LIGHT, shading).view(*t.shape, 3)
+    colors = shade(output.color, output.normal, positions.reshape(-1, 3), LIGHT, shading).view(*t.shape, 3)
     alpha = 1 - torch.exp(-output.density.view(t.shape) * (t < t_far[:, None]) * STEP)
     transmittance = torch.cumprod(torch.cat([torch.ones_like(t[:, :1]), 1 - alpha[:, :-1]], dim=1), dim=1)
     weights = alpha * transmittance

@@ -45,7 +45,7 @@ def test_a_field_and_shade_agree_with_the_twin(
 
     output = field(positions, with_normal=True)
     assert output.normal is not None
-    shaded = shade(output.albedo, output.normal, positions, LIGHT, shading, ambient=0.2, diffuse=0.7)
+    shaded = shade(output.color, output.normal, positions, LIGHT, shading, ambient=0.2, diffuse=0.7)
     assert 0 < int((density == 0).sum()) < 300
     for actual, expected in ((output.density, density), (shaded, color), (output.normal, normal)):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)

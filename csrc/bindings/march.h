@@ -42,7 +42,8 @@ void bind_march(py::module_& module) {
 
   using Tile = MarchTile<T>;
   def(module, "march_tile" + kSuffix<T>, &backend::march_tile<T>, &Tile::rays, &Tile::firsts, &Tile::offsets,
-      &Tile::ray_range, &Tile::t, &Tile::lengths, &Tile::positions, &Tile::box, &Tile::first, &Tile::capacity);
+      &Tile::marched, &Tile::kept, &Tile::ray_range, &Tile::t, &Tile::lengths, &Tile::positions, &Tile::box,
+      &Tile::first, &Tile::capacity);
 
   using Totals = MarchTotals<T>;
   def(module, "march_totals" + kSuffix<T>, &backend::march_totals<T>, &Totals::counts, &Totals::origins,

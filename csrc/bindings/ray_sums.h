@@ -17,7 +17,7 @@ struct FromPython<SampleTile<T>>
     : FromTuple<SampleTile<T>, &SampleTile<T>::offsets, &SampleTile<T>::ray_range, &SampleTile<T>::directions,
                 &SampleTile<T>::t, &SampleTile<T>::lengths, &SampleTile<T>::positions, &SampleTile<T>::logits,
                 &SampleTile<T>::slopes, &SampleTile<T>::n_rays, &SampleTile<T>::first, &SampleTile<T>::capacity,
-                &SampleTile<T>::step> {};
+                &SampleTile<T>::step, &SampleTile<T>::n_channels> {};
 
 template <typename T>
 void bind_ray_sums(py::module_& module) {
@@ -32,7 +32,7 @@ void bind_ray_sums(py::module_& module) {
 
   using Visible = RaySumsVisible<T>;
   def(module, "ray_sums_visible" + kSuffix<T>, &backend::ray_sums_visible<T>, &Visible::head, &Visible::tile,
-      &Visible::depths, &Visible::counts, &Visible::limit);
+      &Visible::depths, &Visible::counts, &Visible::kept, &Visible::limit, &Visible::least);
 }
 
 }  // namespace dff::bindings

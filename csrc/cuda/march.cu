@@ -15,11 +15,19 @@ __global__ void __launch_bounds__(kWarpThreads) tile_kernel(const MarchTile<T> o
     const int64_t stop = op.end(ray);
     if (slot >= stop) return;
     const RayMarcher<T, kWide> marcher(op.rays, ray);
+    const unsigned before = (1u << lane) - 1u;
+    const uint8_t* wanted = op.kept == nullptr ? nullptr : op.kept + op.marched[ray];
     for (int32_t k = op.firsts[ray]; slot < stop && k < op.rays.n_steps; k += kWarp) {
       T distance;
-      const bool kept = marcher.keeps(k + lane, &distance);
-      const unsigned mask = __ballot_sync(kAllLanes, kept);
-      const int64_t mine = slot + __popc(mask & ((1u << lane) - 1u));
+      bool kept = marcher.keeps(k + lane, &distance);
+      unsigned mask = __ballot_sync(kAllLanes, kept);
+      if (wanted != nullptr) {
+        const uint8_t* mine = wanted + __popc(mask & before);
+        wanted += __popc(mask);
+        kept = kept && *mine != 0;
+        mask = __ballot_sync(kAllLanes, kept);
+      }
+      const int64_t mine = slot + __popc(mask & before);
       if (kept && mine >= 0 && mine < stop) op.write(marcher, ray, mine, k + lane, distance);
       slot += __popc(mask);
     }

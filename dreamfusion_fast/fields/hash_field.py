@@ -67,6 +67,8 @@ class HashGridFieldConfig(Settings):
     """Initial bias of the density's logit: a scene starts thin with a negative one, no blob and the box as bound."""
     bound: Literal["ball", "box"] = "ball"
     """Where density may be: the ball (ellipsoid) inscribed in the scene box, or the whole box."""
+    channels: Annotated[int, Range(0, 12)] = 0
+    """Outputs of the MLP beside density and albedo, composited as they are: the channel `features` of a render."""
     mlp_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Type of the operands of the MLP's products, and with float16, of what is read of the table; sums and parameters
     stay float32. auto: float16 on a GPU, float32 elsewhere."""
@@ -92,7 +94,7 @@ class HashGridField(Field):
         >>> from dreamfusion_fast.fields import HashGridField, HashGridFieldConfig
         >>> field = HashGridField(HashGridFieldConfig(levels=4, log2_rows=12, finest_resolution=64))
         >>> output = field(torch.rand(5, 3) - 0.5, with_normal=True)
-        >>> output.density.shape, output.albedo.shape, output.normal.shape
+        >>> output.density.shape, output.color.shape, output.normal.shape
         (torch.Size([5]), torch.Size([5, 3]), torch.Size([5, 3]))
     """
 
@@ -123,7 +125,7 @@ class HashGridField(Field):
         self.table = nn.Parameter(
             torch.empty(int(level_offsets[-1]), c.features).uniform_(-1e-4, 1e-4, generator=generator)
         )
-        widths = [c.levels * c.features] + [c.hidden] * c.hidden_layers + [4]
+        widths = [c.levels * c.features] + [c.hidden] * c.hidden_layers + [4 + c.channels]
         self.layers = linear_layers(widths, generator)
         last = self.layers[-1]
         assert isinstance(last, nn.Linear)
@@ -152,19 +154,21 @@ class HashGridField(Field):
             with_normal: whether to compute normals.
 
         Returns:
-            density `[m]` (0 outside the bound), albedo `[m, 3]` in (0, 1), normal `[m, 3]` or None.
+            density `[m]` (0 outside the bound), colour `[m, 3]` in (0, 1), normal `[m, 3]` or None; the channel
+            `features` `[m, config.channels]`, if there are any.
         """
         self._check(positions)
         unit, grid = self._unit(positions), self._grid()
-        logits, hidden = self._network(self._hash_grid(unit, *grid), outputs=4)
+        logits, hidden = self._network(self._hash_grid(unit, *grid), outputs=4 + self.config.channels)
         offsets = self._offsets(positions)
         density = self._density_head.density(logits[:, 0], offsets, unit)
-        albedo = torch.sigmoid(logits[:, 1:])
+        albedo = torch.sigmoid(logits[:, 1:4])
+        channels = {name: logits[:, 4:] for name in self._channels}
         if not with_normal:
-            return FieldOutput(density, albedo)
+            return FieldOutput(density, albedo, channels=channels)
         gradient = self._position_gradient(self._feature_gradient(hidden), unit, *grid)
         gradient = gradient * self._scale() + self._density_head.blob_gradient(offsets)
-        return FieldOutput(density, albedo, -safe_normalize(gradient))
+        return FieldOutput(density, albedo, -safe_normalize(gradient), channels=channels)
 
     def density(self, positions: Tensor) -> Tensor:
         """Density `[m]` at `positions` `[m, 3]`, without the albedo's share of the work."""
@@ -228,7 +232,12 @@ class HashGridField(Field):
             self._head(),
             self.precision if narrow else "float32",
             self._box.read(self.aabb),
+            self._channels,
         )
+
+    @property
+    def _channels(self) -> dict[str, int]:
+        return {"features": self.config.channels} if self.config.channels else {}
 
     def _head(self) -> SampleHead:
         """How density and normals come from the MLP's outputs."""
@@ -241,7 +250,8 @@ class HashGridField(Field):
         )
 
     def _network(self, features: Tensor, outputs: int) -> tuple[Tensor, list[Tensor]]:
-        """The first `outputs` of (density logit, albedo logits), `[m, outputs]`, and the MLP's hidden activations."""
+        """The first `outputs` of (density logit, albedo logits, channels), `[m, outputs]`, and the MLP's hidden
+        activations."""
         *inner, (weight, bias) = self._layers()
         hidden: list[Tensor] = []
         with self._autocast(features.device.type):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -14,17 +15,19 @@ from dreamfusion_fast.ops.tiles.hash_grid import HashGridTileLayout
 
 @dataclass(frozen=True, eq=False)
 class TileSource:
-    """A hash grid, one MLP on its features, and what becomes of the MLP's four outputs.
+    """A hash grid, one MLP on its features, and what becomes of the MLP's outputs.
 
     Attributes:
         table: `[n_rows, features]`, float32 or float64.
         layout: of the levels.
-        weights: `[out, in]` of each layer of the MLP, with ReLU in between; the last one has four rows.
+        weights: `[out, in]` of each layer of the MLP, with ReLU in between; the last one has four rows, and those
+            of the channels.
         biases: `[out]` of each layer.
         head: how density, albedo and normal come from the outputs.
         precision: of the MLP's operands: "float32" for the table's own type, or "float16" or "bfloat16" on a GPU with a
             float32 table. With float16 the table is read so, too.
         box: six numbers, the scene box.
+        channels: names and widths of the outputs behind density and albedo, which are composited as they are.
     """
 
     table: Tensor
@@ -34,6 +37,7 @@ class TileSource:
     head: SampleHead
     precision: str
     box: tuple[float, ...]
+    channels: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -50,6 +54,11 @@ class TileSource:
     def n_features(self) -> int:
         """Of the encoding."""
         return self.weights[0].shape[1]
+
+    @property
+    def n_outputs(self) -> int:
+        """Of the MLP."""
+        return self.weights[-1].shape[0]
 
     @property
     def feature_dtype(self) -> torch.dtype:
@@ -70,5 +79,6 @@ class TileSource:
         real = self.table.element_size()
         wide = self.n_features * self.feature_dtype.itemsize
         narrow = self.n_features * self.gradient_dtype.itemsize
-        size = (4 + 4) * real + wide + normals * (3 * real + wide)
-        return size + backward * (4 * real + narrow + normals * (3 * real + narrow))
+        logits = self.n_outputs * real
+        size = 4 * real + logits + wide + normals * (3 * real + wide)
+        return size + backward * (logits + narrow + normals * (3 * real + narrow))

@@ -167,7 +167,7 @@ def sample_head_reference(
     centre, extent = logits.new_tensor(head.centre), logits.new_tensor(head.extent)
     offsets = (positions - 0.5) * extent
     density = head.density(logits[:, 0], offsets, positions)
-    albedo = torch.sigmoid(logits[:, 1:])
+    albedo = torch.sigmoid(logits[:, 1:4])
     if slopes is None:
         return density, albedo, torch.zeros_like(albedo)
     normal = -safe_normalize(slopes / extent + head.blob_gradient(offsets))

@@ -17,7 +17,10 @@ template <typename T>
 struct MarchTile {
   MarchRays<T> rays;
   const int32_t* firsts;     // [n_rays], from MarchCount
-  const int32_t* offsets;    // [n_rays + 1], prefix sum of the counts, or of fewer: then each ray's first samples
+  const int32_t* offsets;    // [n_rays + 1], prefix sum of the counts, or of fewer: then each ray's first samples, or
+                             // those that are kept
+  const int32_t* marched;    // [n_rays + 1], prefix sum of MarchCount's counts, to find a sample in `kept`
+  const uint8_t* kept;       // [marched samples], whether each is wanted; nullptr: all are
   const int32_t* ray_range;  // [2], the rays with samples in this tile: first, and one past the last
   T* t;                      // [capacity], out
   T* lengths;                // [capacity], out; nullptr without distances
@@ -49,7 +52,9 @@ struct MarchTile {
     const int64_t stop = end(ray);
     if (slot >= stop) return;
     const RayMarcher<T, kWide> marcher(rays, ray);
+    const uint8_t* wanted = kept == nullptr ? nullptr : kept + marched[ray];
     marcher.each_sample(firsts[ray], [&](int32_t k, T distance) {
+      if (wanted != nullptr && !*wanted++) return true;
       if (slot >= 0) write(marcher, ray, slot, k, distance);
       return ++slot < stop;
     });

@@ -10,7 +10,7 @@
 // in dreamfusion_fast/ops/sample_head.py, and tests/ops/tiles/test_ray_sums_tile.py compares.
 //
 // Per ray, with weights w as in composite.h:
-//   optical depth, sum w colour, sum w t, sum w normal,
+//   optical depth, sum w colour, sum w t, sum w normal, and last sum w x of what else the network says,
 //   orientation  sum sg(w) max(0, normal . direction)^2               (Ref-NeRF, Verbin et al. 2022, eq. 11)
 //   distortion   sum_ij w_i w_j |t_i - t_j| + 1/3 sum w_i^2 length_i  (mip-NeRF 360, Barron et al. 2022, eq. 15)
 //   entropy      sum -w log w - (1 - w) log(1 - w)                    (in nats; w clamped to [1e-5, 1 - 1e-5])
@@ -29,7 +29,7 @@ constexpr int kNormal = 5;
 constexpr int kOrientation = 8;
 constexpr int kDistortion = 9;
 constexpr int kEntropy = 10;
-constexpr int kSums = 11;
+constexpr int kSums = 11;  // the network's other channels follow
 
 // What is kept for each cut between tiles.
 constexpr int kPrefix = 2;  // optical depth and sum w t in front of it
@@ -61,12 +61,15 @@ struct SampleTile {
   const T* t;                // [capacity], distance along the ray
   const T* lengths;          // [capacity], or null: all `step`
   View<const T> positions;   // [capacity, 3] in the scene box scaled to [0, 1]^3
-  View<const T> logits;      // [capacity, 4], density and albedo
+  View<const T> logits;      // [capacity, 4 + n_channels], density, albedo, others
   View<const T> slopes;      // [capacity, 3], gradient of the density logit by `positions`; empty: no normals
   int64_t n_rays;
   int64_t first;
   int64_t capacity;
   T step;
+  int64_t n_channels;
+
+  DFF_HD int64_t n_sums() const { return kSums + n_channels; }
 
   // The samples low <= i < high of a ray lie in this tile, and others before or after it.
   struct Part {
@@ -84,7 +87,7 @@ template <typename T>
 struct RaySumsForward {
   SampleHead<T> head;
   SampleTile<T> tile;
-  T* sums;          // [n_rays, kSums], zero before the first tile
+  T* sums;          // [n_rays, n_sums], zero before the first tile
   T* prefix;        // [kPrefix], out, for the cut at `first` if a ray crosses it
   bool distortion;  // whether to compute it; it takes a scan of its own
   bool entropy;     // whether to compute it; it takes two logarithms
@@ -94,25 +97,28 @@ template <typename T>
 struct RaySumsBackward {
   SampleHead<T> head;
   SampleTile<T> tile;
-  const T* sums;          // [n_rays, kSums], after the last tile
-  const T* grad_sums;     // [n_rays, kSums]
+  const T* sums;          // [n_rays, n_sums], after the last tile
+  const T* grad_sums;     // [n_rays, n_sums]
   const T* prefix;        // [kPrefix]
   const T* suffix_after;  // [1], for the cut at the tile's end; read if a ray crosses it
   T* suffix;              // [1], out, for the cut at `first` if a ray crosses it
-  View<T> grad_logits;    // [capacity, 4], out
+  View<T> grad_logits;    // [capacity, 4 + n_channels], out
   View<T> grad_slopes;    // [capacity, 3], out; empty without normals
   bool distortion;
   bool entropy;
 };
 
-// How many samples of each ray come before less than exp(-limit) of the light is left: a prefix of the ray.
+// Which samples of each ray come before less than exp(-limit) of the light is left, and are of an optical depth of
+// `least` themselves. Without the latter they are the first ones of the ray, and their number says all.
 template <typename T>
 struct RaySumsVisible {
   SampleHead<T> head;
   SampleTile<T> tile;  // of `logits` only the density is read, slopes are not
   T* depths;           // [n_rays], optical depth so far, zero before the first tile
   int32_t* counts;     // [n_rays], visible samples so far, zero before the first tile
+  uint8_t* kept;       // [all samples], out: whether each is visible; nullptr: least is 0
   T limit;
+  T least;
 };
 
 // Above this, softplus is the identity to float64's rounding (torch.nn.functional.softplus).
@@ -290,7 +296,7 @@ DFF_HD void ray_sums_forward_ray(const RaySumsForward<T>& p, int64_t ray, const 
   const typename SampleTile<T>::Part part = tile.part(ray);
   const int64_t low = part.low, high = part.high;
   if (low >= high) return;
-  T* sums = p.sums + ray * kSums;
+  T* sums = p.sums + ray * tile.n_sums();
   T passed = 0;        // optical depth in front of this chunk
   T depth_before = 0;  // sum w t in front of it
   if (part.begins_before) {
@@ -321,6 +327,10 @@ DFF_HD void ray_sums_forward_ray(const RaySumsForward<T>& p, int64_t ray, const 
       depth_before += depth_total;
       added[kDistortion] += T(2) * weight * (t * -std::expm1(-before) - in_front) + weight * weight * length / T(3);
     }
+    for (int64_t c = 0; c < tile.n_channels; ++c) {
+      const T sum = group.sum(weight * tile.logits(slot, 4 + c));
+      if (group.lane() == 0) sums[kSums + c] += sum;
+    }
     if (!active) continue;
     added[kDepth] += weight * t;
     if (p.entropy) added[kEntropy] += sample_entropy(weight);
@@ -344,8 +354,8 @@ DFF_HD void ray_sums_backward_ray(const RaySumsBackward<T>& p, int64_t ray, cons
   const typename SampleTile<T>::Part part = tile.part(ray);
   const int64_t low = part.low, high = part.high;
   if (low >= high) return;
-  const T* sums = p.sums + ray * kSums;
-  const T* grad = p.grad_sums + ray * kSums;
+  const T* sums = p.sums + ray * tile.n_sums();
+  const T* grad = p.grad_sums + ray * tile.n_sums();
   const T* direction = tile.directions + 3 * ray;
   const bool normals = !tile.slopes.empty();
 
@@ -405,6 +415,10 @@ DFF_HD void ray_sums_backward_ray(const RaySumsBackward<T>& p, int64_t ray, cons
       to_weight += grad[kDistortion] * T(2) *
                    (t * (weight_before - weight_behind) - in_front + behind_depth + weight * length / T(3));
     }
+    for (int64_t c = 0; c < tile.n_channels; ++c) {
+      to_weight += grad[kSums + c] * tile.logits(slot, 4 + c);
+      if (active) p.grad_logits(slot, 4 + c) = grad[kSums + c] * weight;
+    }
     T total;
     const T after = behind + group.exclusive_sum(active ? to_weight * weight : T(0), &total);
     behind += total;
@@ -435,11 +449,14 @@ DFF_HD void ray_sums_visible_ray(const RaySumsVisible<T>& p, int64_t ray, const 
     const int64_t slot = (active ? i : high - 1) - tile.first;
     T offset[3], blob, slope;
     const T density = sample_density(p.head, tile, slot, offset, &blob, &slope);
+    const T depth = active ? density * tile.length(slot) : T(0);
     T total;
-    const T before = passed + group.exclusive_sum(active ? density * tile.length(slot) : T(0), &total);
+    const T before = passed + group.exclusive_sum(depth, &total);
     passed += total;
-    // Not "greater": a NaN stays visible, so that it is seen.
-    if (active && !(before > p.limit)) ++visible;
+    // Not "at most": a NaN stays visible, so that it is seen.
+    const bool seen = active && !(before > p.limit) && !(depth < p.least);
+    if (seen) ++visible;
+    if (active && p.kept != nullptr) p.kept[i] = seen;
   }
   visible = group.sum(visible);
   if (group.lane() == 0) {

@@ -62,6 +62,19 @@ class MarchedRays:
         return (*map(pointer, tensors), n_steps, *grid, self.step, self.jitter, *seed, len(self))
 
 
+@dataclass(frozen=True, eq=False)
+class KeptSamples:
+    """Some of the samples that a march finds.
+
+    Attributes:
+        flags: uint8 `[marched samples]`, 1 where a sample is kept.
+        marched: int32 `[n_rays + 1]`, prefix sum of the samples that were marched.
+    """
+
+    flags: Tensor
+    marched: Tensor
+
+
 def occupied_blocks(bitfield: Tensor, resolution: int, cascades: int = 1) -> Tensor:
     """Which blocks of 8^3 cells hold an occupied one, uint8 `[cascades * ceil(resolution / 8)^3]`."""
     blocks = bitfield.new_empty(cascades * ((resolution + _BLOCK - 1) // _BLOCK) ** 3)
@@ -102,19 +115,22 @@ def march_tile(
     lengths: Tensor | None,
     positions: Tensor,
     box: Sequence[float],
+    kept: KeptSamples | None = None,
 ) -> None:
     """Write the samples `first <= i < first + capacity` of all the rays', as far as there are any.
 
     Args:
         rays: what is marched.
         firsts: int32 `[n_rays]` from `count_samples`.
-        offsets: int32 `[n_rays + 1]`, prefix sum of the counts, or of smaller counts: then of each ray's first samples.
+        offsets: int32 `[n_rays + 1]`, prefix sum of the counts, or of smaller counts: then of each ray's first samples,
+            or with `kept` of those that are kept.
         ray_range: int32 `[2]`, the rays that have samples in this tile: first, and one past the last.
         first: the tile's first sample.
         t: `[capacity]`, written: distances.
         lengths: `[capacity]`, written: lengths; None without `rays.distances`.
         positions: `[capacity, 3]` of any strides, written: positions in `box` scaled to [0, 1]^3.
         box: six numbers, the box of the field that is asked; that of the grid may be another.
+        kept: which samples are wanted; None: all.
     """
     call(
         "march_tile",
@@ -122,6 +138,8 @@ def march_tile(
         rays.arguments,
         pointer(firsts),
         pointer(offsets),
+        pointer(None if kept is None else kept.marched),
+        pointer(None if kept is None else kept.flags),
         pointer(ray_range),
         pointer(t),
         pointer(lengths),
@@ -193,10 +211,14 @@ def march_tile_reference(
     lengths: Tensor | None,
     positions: Tensor,
     box: Sequence[float],
+    kept: KeptSamples | None = None,
 ) -> None:
     """The PyTorch twin of `march_tile`: marches everything, and needs neither `firsts` nor `ray_range`."""
     starts, every_t, every_length = _march_reference(rays)
     offsets = offsets.long()
+    if kept is not None:
+        flags = kept.flags[: every_t.shape[0]].bool()
+        starts, every_t, every_length = offsets, every_t[flags], every_length[flags]
     sample = torch.arange(first, min(first + t.shape[0], int(offsets[-1])), device=t.device)
     ray = torch.searchsorted(offsets, sample, right=True) - 1
     source, n = starts[ray] + sample - offsets[ray], sample.shape[0]

@@ -25,7 +25,7 @@ ORIENTATION = 8
 DISTORTION = 9
 ENTROPY = 10
 LOSSES = slice(8, 11)  # the three before
-N_SUMS = 11
+N_SUMS = 11  # channels follow
 # What is kept for a cut between two tiles: optical depth and sum of w t in front of it.
 N_PREFIX = 2
 
@@ -43,7 +43,7 @@ class SampleTile:
         t: `[capacity]`, distances.
         lengths: `[capacity]`, or None: all `step`.
         positions: `[capacity, 3]`, in the scene box scaled to [0, 1]^3.
-        logits: `[capacity, 4]`: density, albedo.
+        logits: `[capacity, 4 + n_channels]`: density, albedo, others.
         slopes: `[capacity, 3]`, gradient of the density logit by `positions`; None: no normals.
         first: the first sample.
         step: length of a sample.
@@ -75,6 +75,7 @@ class SampleTile:
             self.first,
             self.t.shape[0],
             self.step,
+            self.logits.shape[1] - 4,
         )
 
 
@@ -86,7 +87,7 @@ def ray_sums_forward(
     Args:
         head: what becomes of the network's outputs.
         tile: the samples.
-        sums: `[n_rays, N_SUMS]`, contiguous, zero before the first tile.
+        sums: `[n_rays, N_SUMS + n_channels]`, contiguous, zero before the first tile.
         prefix: `[N_PREFIX]`, written: what `ray_sums_backward` wants to know of the cut before this tile.
         distortion, entropy: whether to compute those columns.
     """
@@ -112,11 +113,11 @@ def ray_sums_backward(
     Args:
         head, tile, distortion, entropy: as in `ray_sums_forward`.
         sums: after the last tile.
-        grad_sums: `[n_rays, N_SUMS]`, contiguous.
+        grad_sums: `[n_rays, N_SUMS + n_channels]`, contiguous.
         prefix: what `ray_sums_forward` wrote for this tile.
         suffix_after: `[1]`, the `suffix` of the tile after this one; of the last tile, anything.
         suffix: `[1]`, written.
-        grad_logits: `[capacity, 4]`, written as far as there are samples.
+        grad_logits: `[capacity, 4 + n_channels]`, written as far as there are samples.
         grad_slopes: `[capacity, 3]`, written likewise, or None without normals.
     """
     call(
@@ -136,16 +137,29 @@ def ray_sums_backward(
     )
 
 
-def ray_sums_visible(head: SampleHead, tile: SampleTile, depths: Tensor, counts: Tensor, limit: float) -> None:
-    """Count, in the tiles' order, the samples in front of which the optical depth is at most `limit`.
+def ray_sums_visible(
+    head: SampleHead,
+    tile: SampleTile,
+    depths: Tensor,
+    counts: Tensor,
+    limit: float,
+    least: float = 0.0,
+    kept: Tensor | None = None,
+) -> None:
+    """Find, in the tiles' order, the samples in front of which the optical depth is at most `limit`, and which are of
+    at least `least` themselves.
 
     Args:
         head, tile: as in `ray_sums_forward`; only the density is read.
         depths: `[n_rays]`, zero before the first tile: optical depth so far.
-        counts: int32 `[n_rays]`, zero before the first tile: such samples so far, the first ones of their ray.
+        counts: int32 `[n_rays]`, zero before the first tile: such samples so far; without `least` the first ones of
+            their ray.
         limit: -log of the share of light below which a sample does not count.
+        least: -log of the transparency above which a sample does not count.
+        kept: uint8 `[all samples]`, written: whether each counts. None: nothing is.
     """
-    call("ray_sums_visible", depths, head.arguments, tile.arguments(), pointer(depths), pointer(counts), limit)
+    outputs = (pointer(depths), pointer(counts), pointer(kept))
+    call("ray_sums_visible", depths, head.arguments, tile.arguments(), *outputs, limit, least)
 
 
 def ray_sums_reference(
@@ -159,7 +173,8 @@ def ray_sums_reference(
     slopes: Tensor | None,
     distortion: bool = True,
 ) -> Tensor:
-    """The PyTorch twin of all tiles together: sums `[n_rays, N_SUMS]`, differentiable to logits and slopes.
+    """The PyTorch twin of all tiles together: sums `[n_rays, N_SUMS + n_channels]`, differentiable to logits and
+    slopes.
 
     Args:
         head: what becomes of the network's outputs.
@@ -176,7 +191,7 @@ def ray_sums_reference(
         light = light[ray]
     density, color, normal = sample_head_reference(head, positions, logits, slopes, light)
     tau = density * lengths
-    values = torch.cat([color, normal], dim=1)
+    values = torch.cat([color, normal, logits[:, 4:]], dim=1)
     # With densities in units of the samples' lengths, all samples are of length 1.
     w, _, depth, accumulated = composite_reference(tau, values, t, 1.0, offsets)
     clamped = w.clamp(ENTROPY_EPS, 1 - ENTROPY_EPS)
@@ -192,8 +207,8 @@ def ray_sums_reference(
         per_sample[DISTORTION] = pairs + w.square() * lengths / 3
     sums = {name: tau.new_zeros(n_rays).index_add(0, ray, value) for name, value in per_sample.items()}
     zero = tau.new_zeros(n_rays)
-    columns = [sums[OPTICAL_DEPTH], *accumulated[:, :3].T, depth, *accumulated[:, 3:].T]
-    columns += [sums[ORIENTATION], sums.get(DISTORTION, zero), sums[ENTROPY]]
+    columns = [sums[OPTICAL_DEPTH], *accumulated[:, :3].T, depth, *accumulated[:, 3:6].T]
+    columns += [sums[ORIENTATION], sums.get(DISTORTION, zero), sums[ENTROPY], *accumulated[:, 6:].T]
     assert n == ray.shape[0]
     return torch.stack(columns, dim=1)
 
@@ -203,15 +218,21 @@ ray_sums_forward_reference = ray_sums_backward_reference = ray_sums_reference
 
 
 def ray_sums_visible_reference(
-    head: SampleHead, offsets: Tensor, lengths: Tensor, positions: Tensor, logits: Tensor, limit: float
-) -> tuple[Tensor, Tensor]:
-    """The PyTorch twin of `ray_sums_visible` over all tiles: depths `[n_rays]` and counts int32 `[n_rays]`."""
+    head: SampleHead,
+    offsets: Tensor,
+    lengths: Tensor,
+    positions: Tensor,
+    logits: Tensor,
+    limit: float,
+    least: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The PyTorch twin of `ray_sums_visible` over all tiles: depths `[n_rays]`, counts int32 `[n_rays]`, kept uint8."""
     n_rays, starts = offsets.shape[0] - 1, offsets.long()
     ray = torch.repeat_interleave(torch.arange(n_rays, device=offsets.device), starts.diff())
     tau = sample_head_reference(head, positions, logits, None, None)[0] * lengths
     # In float64, because the sum over all rays outgrows the ray's own.
     optical = tau.double().clamp(max=OPAQUE_DEPTH)
     before = optical.cumsum(0) - optical
-    visible = before - before[starts[ray]] <= limit
+    visible = ~(before - before[starts[ray]] > limit) & ~(tau < least)
     counts = torch.zeros(n_rays, dtype=torch.int32, device=ray.device).index_add(0, ray, visible.int())
-    return tau.new_zeros(n_rays).index_add(0, ray, tau), counts
+    return tau.new_zeros(n_rays).index_add(0, ray, tau), counts, visible.to(torch.uint8)

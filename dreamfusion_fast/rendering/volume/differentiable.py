@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dreamfusion_fast.ops.tiles.mlp import MlpGradients
-from dreamfusion_fast.ops.tiles.ray_sums import COLOR, DEPTH, LOSSES, NORMAL, OPTICAL_DEPTH
+from dreamfusion_fast.ops.tiles.ray_sums import COLOR, DEPTH, LOSSES, N_SUMS, NORMAL, OPTICAL_DEPTH
 from dreamfusion_fast.rendering.volume.prepared import RenderOutput
 
 
@@ -20,6 +20,7 @@ class FieldRender(Protocol):
     normals: bool
     distortion: bool
     entropy: bool
+    channels: Mapping[str, int]
     samples: int | Tensor
     overflowed: Tensor | None
 
@@ -42,8 +43,11 @@ def differentiable_output(render: FieldRender) -> RenderOutput:
     """Run a render, differentiable to the field's parameters. Raises what its `forward` does."""
     # Inside forward, gradients are always off.
     training = torch.is_grad_enabled()
-    color, opacity, depth, normal, losses = _Streamed.apply(render, training, *render.parameters)
+    color, opacity, depth, normal, losses, channels = _Streamed.apply(render, training, *render.parameters)
     orientation, distortion, entropy = (None, None, None) if losses is None else (losses / max(len(color), 1)).unbind()
+    named = {}
+    if channels is not None:
+        named = dict(zip(render.channels, channels.split([*render.channels.values()], dim=1), strict=True))
     return RenderOutput(
         color=color,
         opacity=opacity,
@@ -54,11 +58,13 @@ def differentiable_output(render: FieldRender) -> RenderOutput:
         sample_entropy_loss=entropy if render.entropy else None,
         samples=render.samples,
         overflowed=render.overflowed,
+        channels=named,
     )
 
 
 class _Streamed(torch.autograd.Function):
-    """Colour `[n, 3]`, opacity `[n]`, depth `[n]`, normal `[n, 3]`, losses `[3]`; the last two None unless wanted."""
+    """Colour `[n, 3]`, opacity `[n]`, depth `[n]`, normal `[n, 3]`, losses `[3]` and channels `[n, c]`; the last three
+    None unless wanted."""
 
     @staticmethod
     def forward(ctx: Any, render: FieldRender, training: bool, *parameters: Tensor) -> tuple[Tensor | None, ...]:
@@ -74,13 +80,14 @@ class _Streamed(torch.autograd.Function):
             sums[:, DEPTH],
             sums[:, NORMAL] if render.normals else None,
             sums[:, LOSSES].sum(dim=0) if losses else None,
+            sums[:, N_SUMS:] if render.channels else None,
         )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         sums = ctx.saved_tensors[0]
-        color, opacity, depth, normal, losses = grads
+        color, opacity, depth, normal, losses, channels = grads
         grad_sums = ctx.render.zero_grad_sums()
         if color is not None:
             grad_sums[:, COLOR] = color
@@ -92,6 +99,8 @@ class _Streamed(torch.autograd.Function):
             grad_sums[:, NORMAL] = normal
         if losses is not None:
             grad_sums[:, LOSSES] = losses
+        if channels is not None:
+            grad_sums[:, N_SUMS:] = channels
         needs = (ctx.needs_input_grad[2], any(ctx.needs_input_grad[3:]))
         grad_table, gradients = ctx.render.backward(sums, grad_sums, needs)
         layers: Sequence[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)

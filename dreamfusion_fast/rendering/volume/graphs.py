@@ -109,7 +109,9 @@ class RenderGraphs:
             config.graphs
             and request.rays.origins.is_cuda
             and torch.is_grad_enabled()
-            and config.early_stop == 0.0
+            and not config.prunes
+            and request.rays.near is None
+            and request.rays.far is None
             and config.cone_angle == 0.0
             and (occupancy is None or occupancy.cascades == 1)
             and not torch.cuda.is_current_stream_capturing()
@@ -235,6 +237,7 @@ class GraphedRender:
         occupancy: OccupancyGrid | None,
     ) -> None:
         self.normals, self.distortion, self.entropy = request.normals, request.distortion, request.entropy
+        self.channels = graphs.render.channels
         self.samples: int | Tensor = 0
         self.parameters = parameters
         rays = request.rays

@@ -14,7 +14,7 @@ there the number of tiles is fixed at the capture, and a render that would need 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from dreamfusion_fast.fields.tile_source import TileSource
 from dreamfusion_fast.ops.sample_head import SampleHead
 from dreamfusion_fast.ops.tiles import hash_grid as hash_grid_tile
-from dreamfusion_fast.ops.tiles.march import MarchedRays, count_samples, march_tile, tile_table
+from dreamfusion_fast.ops.tiles.march import KeptSamples, MarchedRays, count_samples, march_tile, tile_table
 from dreamfusion_fast.ops.tiles.mlp import MlpGradients, prepared_backward
 from dreamfusion_fast.ops.tiles.ray_sums import (
     N_PREFIX,
@@ -61,6 +61,7 @@ class StreamedRender:
         expected: samples of the last render like this one; None: there was none.
         counted: how many samples there are, if they were counted ahead.
         early_stop: share of the light below which samples are left out; 0: none are.
+        alpha_threshold: opacity below which they are left out; 0: none are.
         max_tile: most samples of a tile; None: what the budget holds.
         samples: how many there are; a number once the host knows, else on the device.
         overflowed: bool `[]`, in a CUDA graph: more samples than tiles were captured for. None elsewhere.
@@ -77,6 +78,7 @@ class StreamedRender:
     expected: int | None
     counted: SampleCount | None = None
     early_stop: float = 0.0
+    alpha_threshold: float = 0.0
     max_tile: int | None = None
     samples: int | Tensor = 0
     overflowed: Tensor | None = None
@@ -85,6 +87,7 @@ class StreamedRender:
     total: SampleCount | None = None
     firsts: Tensor | None = None
     offsets: Tensor | None = None
+    visible: KeptSamples | None = None
     tiles: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     kept_table: Tensor | None = None
     prefix: list[Tensor] = field(default_factory=list)
@@ -124,6 +127,7 @@ class StreamedRender:
             expected,
             request.count,
             config.early_stop,
+            config.alpha_threshold,
             config.max_samples_per_chunk,
         )
 
@@ -133,12 +137,22 @@ class StreamedRender:
         return self.source.parameters
 
     @property
+    def channels(self) -> Mapping[str, int]:
+        """What else the field says of samples, by name, and how wide each is."""
+        return self.source.channels
+
+    @property
+    def n_sums(self) -> int:
+        """Columns of the sums."""
+        return N_SUMS + sum(self.channels.values())
+
+    @property
     def guarded(self) -> tuple[Tensor | None, ...]:
         """The tensors that must not change between forward and backward, which marches and shades again."""
         return self.rays.origins, self.rays.directions, self.rays.aabb, self.rays.bitfield, self.head.light
 
     def forward(self, training: bool) -> Tensor:
-        """The sums `[n_rays, N_SUMS]`, without a graph. With `training`, backward can follow.
+        """The sums `[n_rays, N_SUMS + channels]`, without a graph. With `training`, backward can follow.
 
         Raises:
             InvalidRaysError: a ray is not finite or its direction not of unit length.
@@ -153,7 +167,7 @@ class StreamedRender:
 
     def zero_grad_sums(self) -> Tensor:
         """Zeros for the gradient of the sums."""
-        return self.rays.origins.new_zeros(len(self.rays), N_SUMS)
+        return self.rays.origins.new_zeros(len(self.rays), self.n_sums)
 
     def backward(
         self, sums: Tensor, grad_sums: Tensor, needs: tuple[bool, bool]
@@ -192,13 +206,13 @@ class StreamedRender:
         counts, self.firsts = count_samples(rays)
         table = source.readable_table()
         total = SampleCount(rays, counts) if self.counted is None else self.counted
-        if self.early_stop > 0.0:
+        if self.early_stop > 0.0 or self.alpha_threshold > 0.0:
             counts = self._visible_counts(table, counts, total)
             total = SampleCount(rays, counts)
         self.total = total
         planned = self._planned(total)
         n_tiles = self._lay_out(counts, planned, training)
-        sums = rays.origins.new_zeros(len(rays), N_SUMS)
+        sums = rays.origins.new_zeros(len(rays), self.n_sums)
         keep = training and n_tiles * self.size * source.bytes_per_sample(self.normals, True) <= self.budget
         self.kept_table = table if keep else None
         workspace = None
@@ -235,7 +249,7 @@ class StreamedRender:
         n_tiles = len(self.prefix) if isinstance(self.samples, Tensor) else -(-self.samples // self.size)
         suffix = sums.new_zeros(n_tiles + 1, 1).unbind()
         workspace = self.kept[0] if 0 < n_tiles <= len(self.kept) else self._workspace()
-        to_logits = workspace.rows(4)
+        to_logits = workspace.rows(source.n_outputs)
         to_features = workspace.rows(source.n_features, source.gradient_dtype)
         to_slopes = workspace.rows(3) if self.normals else None
         to_gradient = workspace.rows(source.n_features, source.gradient_dtype) if self.normals else None
@@ -352,6 +366,7 @@ class StreamedRender:
             tile.lengths,
             tile.positions,
             source.box,
+            self.visible,
         )
         hash_grid_tile.encode(workspace.positions, table, source.layout, workspace.features, count, _CHECKED)
         workspace.mlp_forward(count)
@@ -363,19 +378,28 @@ class StreamedRender:
         return tile
 
     def _visible_counts(self, table: Tensor, counts: Tensor, total: SampleCount) -> Tensor:
-        """Samples of each ray that more than `early_stop` of the light reaches, by a density pass of its own.
+        """Samples of each ray that more than `early_stop` of the light reaches and that hold back `alpha_threshold` of
+        it, by a density pass of its own.
 
-        It looks at all samples, so it has to know how many there are, and outside a CUDA graph it asks.
+        It looks at all samples, so it has to know how many there are, and outside a CUDA graph it asks. With a
+        threshold they are any of a ray's, and a byte for each sample that was marched says which: the one thing that is
+        held per sample.
         """
-        density = replace(self, normals=False, prefix=[], kept=[], size=0)
-        n_tiles = density._lay_out(counts, self._most() if total.captured else total.read(), False)
+        density = replace(self, normals=False, prefix=[], kept=[], visible=None, size=0)
+        n_samples = self._most() if total.captured else total.read()
+        n_tiles = density._lay_out(counts, n_samples, False)
+        assert density.offsets is not None
         depths, visible = self.rays.origins.new_zeros(len(self.rays)), torch.zeros_like(counts)
+        limit = -math.log(self.early_stop) if self.early_stop > 0.0 else math.inf
+        least = -math.log1p(-self.alpha_threshold)
+        flags = counts.new_empty(n_samples, dtype=torch.uint8) if least > 0.0 else None
         try:
             workspace = density._workspace()
             for k in range(n_tiles):
                 tile = density._evaluate(k, table, workspace)
-                ray_sums_visible(self.head, tile, depths, visible, -math.log(self.early_stop))
+                ray_sums_visible(self.head, tile, depths, visible, limit, least, flags)
         except torch.OutOfMemoryError:
             self.size = density.size  # what `_shrink` halves
             raise
+        self.visible = None if flags is None else KeptSamples(flags, density.offsets)
         return visible

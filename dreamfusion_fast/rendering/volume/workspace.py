@@ -46,7 +46,7 @@ class Workspace:
         self.lengths = self._like.new_empty(size) if lengths else None
         self.positions = self.rows(3)
         self.features = self.rows(n, source.feature_dtype)
-        self.logits = self.rows(4)
+        self.logits = self.rows(source.n_outputs)
         self.slopes = self.rows(3) if normals else None
         self.input_gradient = self.rows(n, source.feature_dtype) if normals else None
         # logits and input_gradient from features, for the first so many samples

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dreamfusion_fast.ops import occupancy_pack, ray_box
 from dreamfusion_fast.ops.tiles.march import (
+    KeptSamples,
     MarchedRays,
     count_samples,
     count_samples_reference,
@@ -102,13 +103,20 @@ def tile_buffers(rays: MarchedRays, size: int) -> tuple[Tensor, Tensor | None, T
 
 
 @pytest.mark.parametrize("size", [32, 113, 5003])
-@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("which", ["all", "first", "some"])
 @every_kind
-def test_tiles_have_the_samples_of_the_twin(kind: str, cut: bool, size: int, device: torch.device) -> None:
-    """All of them, or of each ray only the first few, as after an early stop."""
+def test_tiles_have_the_samples_of_the_twin(kind: str, which: str, size: int, device: torch.device) -> None:
+    """All of them, or of each ray only the first few, as after an early stop, or any of them."""
     rays = marched(kind, device)
     counts, firsts = count_samples(rays)
-    counts = counts.clamp(max=5) if cut else counts
+    kept = None
+    if which == "first":
+        counts = counts.clamp(max=5)
+    elif which == "some":
+        total, all_offsets = int(counts.sum()), torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        flags = (torch.rand(total, generator=torch.Generator().manual_seed(3)) < 0.4).to(device, torch.uint8)
+        kept = KeptSamples(flags, all_offsets.to(torch.int32))
+        counts = torch.nn.functional.pad(flags.cumsum(0), (1, 0))[all_offsets].diff()
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
     n_tiles = -(-int(offsets[-1]) // size)
     assert n_tiles > 0
@@ -116,7 +124,7 @@ def test_tiles_have_the_samples_of_the_twin(kind: str, cut: bool, size: int, dev
     for k, (ray_range, count) in enumerate(tile_table(offsets, size, n_tiles)):
         results = [tile_buffers(rays, size) for _ in range(2)]
         for march, (t, lengths, positions) in zip((march_tile, march_tile_reference), results, strict=True):
-            march(rays, firsts, offsets, ray_range, k * size, t, lengths, positions, box)
+            march(rays, firsts, offsets, ray_range, k * size, t, lengths, positions, box, kept)
         (t, lengths, positions), expected = results
         assert torch.equal(t, expected[0])
         assert lengths is None or torch.equal(lengths, expected[1])

@@ -28,7 +28,12 @@ COUNTS = [0, 1, 5, 0, 70, 33, 113, 2, 64, 0]
 
 
 def scene(
-    device: torch.device, dtype: torch.dtype, shading: str = "lambertian", lights: bool = True, **options: object
+    device: torch.device,
+    dtype: torch.dtype,
+    shading: str = "lambertian",
+    lights: bool = True,
+    channels: int = 0,
+    **options: object,
 ) -> dict[str, object]:
     """Random samples of `COUNTS` rays and the head that reads them."""
     n_rays, n = len(COUNTS), sum(COUNTS)
@@ -54,7 +59,7 @@ def scene(
         "t": t.to(device, dtype),
         "lengths": (draw(n).abs() + 0.5) * STEP,
         "positions": torch.rand(n, 3, generator=generator, dtype=torch.float64).to(device, dtype),
-        "logits": draw(n, 4),
+        "logits": draw(n, 4 + channels),
         "slopes": draw(n, 3),
     }
 
@@ -95,7 +100,7 @@ def tiles(s: dict, size: int, planes: bool) -> list[SampleTile]:
 def streamed(s: dict, size: int, grad_sums: Tensor, distortion: bool, planes: bool = False) -> tuple[Tensor, ...]:
     """Sums, and the gradients to logits and slopes, tile by tile."""
     parts, n = tiles(s, size, planes), s["t"].shape[0]
-    sums = s["t"].new_zeros(len(COUNTS), N_SUMS)
+    sums = torch.zeros_like(grad_sums)
     prefix = s["t"].new_full((len(parts), N_PREFIX), math.nan)
     suffix = s["t"].new_full((len(parts) + 1, 1), math.nan)
     for tile, cut in zip(parts, prefix, strict=True):
@@ -168,6 +173,17 @@ def test_without_normals_and_distortion(device: torch.device) -> None:
         assert_near(actual, expected, 300)
 
 
+@pytest.mark.parametrize("size", [1, 50, 1023])
+@pytest.mark.parametrize("channels", [1, 5])
+def test_channels_beside_the_colour(channels: int, size: int, device: torch.device) -> None:
+    s = scene(device, torch.float64, channels=channels)
+    grad_sums = torch.randn(len(COUNTS), N_SUMS + channels, dtype=torch.float64, device=device)
+    given, wanted = streamed(s, size, grad_sums, True, planes=device.type == "cuda"), twin(s, grad_sums, True)
+    assert float(wanted[0][:, N_SUMS:].abs().max()) > 0.1
+    for actual, expected in zip(given, wanted, strict=True):
+        assert_near(actual, expected, 300)
+
+
 def test_layouts_agree(device: torch.device) -> None:
     s = scene(device, torch.float32)
     grad_sums = torch.randn(len(COUNTS), N_SUMS, device=device)
@@ -197,15 +213,18 @@ def test_an_opaque_sample_hides_the_rest_without_nan(device: torch.device) -> No
 
 
 @pytest.mark.parametrize("size", [1, 32, 50, 1023])
-def test_visible_samples_are_a_prefix_of_each_ray(size: int, device: torch.device) -> None:
+@pytest.mark.parametrize(("limit", "least"), [(1.5, 0.0), (1.5, 0.02), (math.inf, 0.02)])
+def test_visible_samples(limit: float, least: float, size: int, device: torch.device) -> None:
+    """Those that light reaches, a prefix of each ray, and of them those that hold back enough of it."""
     s = scene(device, torch.float64)
     depths = s["t"].new_zeros(len(COUNTS))
     counts = torch.zeros(len(COUNTS), dtype=torch.int32, device=device)
-    limit = 1.5
+    kept = None if least == 0.0 else torch.full((sum(COUNTS),), 7, dtype=torch.uint8, device=device)
     for tile in tiles(s, size, planes=False):
-        ray_sums_visible(s["head"], tile, depths, counts, limit)
+        ray_sums_visible(s["head"], tile, depths, counts, limit, least, kept)
     names = ("head", "offsets", "lengths", "positions", "logits")
-    everything, seen = ray_sums_visible_reference(**{name: s[name] for name in names}, limit=limit)
+    everything, seen, flags = ray_sums_visible_reference(**{name: s[name] for name in names}, limit=limit, least=least)
     torch.testing.assert_close(depths, everything)
     assert torch.equal(counts, seen)
+    assert kept is None or torch.equal(kept, flags)
     assert 0 < int(seen.sum()) < sum(COUNTS)

@@ -70,6 +70,8 @@ def loss_of(output: RenderOutput) -> Tensor:
     loss = loss + (output.depth * mix[:, 1]).sum()
     if output.normal is not None:
         loss = loss + (output.normal * mix.sin()).sum()
+    for value in output.channels.values():
+        loss = loss + (value * torch.linspace(-2, 1, value.numel(), dtype=torch.float64).view_as(value).to(value)).sum()
     for weight, name in zip((5.0, 3.0, 0.7), LOSSES, strict=True):
         if getattr(output, name) is not None:
             loss = loss + n * weight * getattr(output, name)
@@ -122,6 +124,9 @@ def assert_equal(
         assert (a is None) == (b is None), name
         if b is not None:
             _assert_close(name, a, b, tolerance)
+    assert given[0].channels.keys() == wanted[0].channels.keys()
+    for name, value in wanted[0].channels.items():
+        _assert_close(name, given[0].channels[name], value, tolerance)
     assert given[1].keys() == wanted[1].keys()
     for name, b in wanted[1].items():
         _assert_close(f"gradient of {name}", given[1][name], b, tolerance)

@@ -81,6 +81,10 @@ CASES = [
     Case("near and far", config={"near": 2.3, "far": 3.1}, render=ALL),
     Case("early stop", config={"early_stop": 0.3}, render=ALL),
     Case("early stop, occupancy and jitter", config={"early_stop": 0.1}, occupied=0.6, render={"jitter": True}),
+    Case("channels", field={"channels": 5}, render=ALL),
+    Case("channels and occupancy", field={"channels": 1}, occupied=0.6),
+    Case("alpha threshold", config={"alpha_threshold": 0.001}, render=ALL),
+    Case("alpha threshold and early stop", config={"alpha_threshold": 0.001, "early_stop": 0.05}),
 ]
 
 
@@ -94,7 +98,7 @@ def test_agrees_with_autograd_in_chunks(case: Case) -> None:
         assert streamed(given[0])
         assert_equal(given, wanted, 1e-10)
     # What is compared is there, and not zero.
-    assert wanted[0].samples > 300
+    assert wanted[0].samples > 250
     for name, gradient in wanted[1].items():
         assert float(gradient.abs().max()) > 1e-4, name
 

@@ -35,6 +35,7 @@ ORDER = (
     "guidance.distillation",
     "guidance.creation",
     "guidance",
+    "integrations",
     "training.device",
     "training.opaque",
     "training.losses",

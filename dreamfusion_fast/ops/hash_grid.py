@@ -386,9 +386,9 @@ def hash_grid_reference(
     # Not by tolist, which fails within torch.func.grad in torch 2.6 and older.
     bounds, sizes = ([int(number) for number in numbers.cpu()] for numbers in (level_offsets, resolutions))
     if placements is None:
-        placed = [(n, 0.0, 0.0, float(n), n - 1.0, n + 1.0, 1.0) for n in sizes]
+        placed = [[float(n), 0.0, 0.0, n, n - 1, n + 1, 1] for n in sizes]
     else:
-        placed = [tuple(float(number) for number in row) for row in placements.detach().cpu()]
+        placed = [[float(number) for number in row] for row in placements.detach().cpu()]
     for level, placement in enumerate(placed):
         level_table = table[bounds[level] : bounds[level + 1]]
         cell, upper = placed_cells(positions, placement)

@@ -495,6 +495,6 @@ def scatter_reference(
 
 def _encoding(table: Tensor, layout: HashGridTileLayout) -> Callable[[Tensor], Tensor]:
     """The encoding, as a function of the positions."""
-    *levels, placements = layout.level_offsets, layout.resolutions, layout.smoothstep, layout.placements
-    dims = 3 if placements is None else int(placements[0, 7])
-    return lambda p: hash_grid_reference(p[:, :dims], table.to(p.dtype), *levels, placements)
+    offsets, resolutions, placements = layout.level_offsets, layout.resolutions, layout.placements
+    dims, options = 3 if placements is None else int(placements[0, 7]), (layout.smoothstep, placements)
+    return lambda p: hash_grid_reference(p[:, :dims], table.to(p.dtype), offsets, resolutions, *options)

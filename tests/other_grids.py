@@ -13,9 +13,10 @@ import numpy as np
 PRIMES = (1, 2654435761, 805459861, 3674653429, 2097192037)
 
 
-def level_scale(level: int, per_level_scale: float, base_resolution: int) -> np.float32:
-    """2^(level log2(growth)) base, in float32."""
-    return np.exp2(np.float32(level) * np.float32(np.log2(per_level_scale))) * np.float32(base_resolution)
+def level_scale(level: int, per_level_scale: float, base_resolution: int, single: bool = False) -> np.float32:
+    """2^(level log2(growth)) base, in float32; `single`: with the logarithm, too, in that type."""
+    growth = np.log2(np.float32(per_level_scale)) if single else np.float32(np.log2(per_level_scale))
+    return np.exp2(np.float32(level) * growth) * np.float32(base_resolution)
 
 
 def row_of(vertex: list[int], side: int, rows: int, hashed: bool) -> int:
@@ -105,7 +106,7 @@ def tiny_cuda_nn(
     for x in positions:
         features: list[float] = []
         for level, (begin, end) in enumerate(itertools.pairwise(offsets)):
-            scale = level_scale(level, per_level_scale, base_resolution) - np.float32(1)
+            scale = level_scale(level, per_level_scale, base_resolution, single=True) - np.float32(1)
             side = math.ceil(scale) + 1
             u = [c * float(scale) + 0.5 for c in x]
             cell = [math.floor(c) for c in u]

@@ -59,8 +59,8 @@ class Grid:
         return torch.from_numpy(self.emulator(points, rows, offsets.tolist(), GROWTH, BASE)).to(positions.device)
 
 
-def scales() -> list[float]:
-    return [float(level_scale(level, GROWTH, BASE)) for level in range(LEVELS)]
+def scales(single: bool = False) -> list[float]:
+    return [float(level_scale(level, GROWTH, BASE, single)) for level in range(LEVELS)]
 
 
 def clamped(dims: int, gridtype: str, align_corners: bool, interpolation: str) -> Grid:
@@ -83,7 +83,7 @@ def offset(dims: int, gridtype: str, align_corners: bool, interpolation: str) ->
 
 
 def unbounded(dims: int, gridtype: str, _: bool, interpolation: str) -> Grid:
-    less = [float(np.float32(scale) - np.float32(1)) for scale in scales()]
+    less = [float(np.float32(scale) - np.float32(1)) for scale in scales(single=True)]
     sides = [math.ceil(scale) + 1 for scale in less]
     emulator = partial(tiny_cuda_nn, hashed=gridtype == "hash", smooth=interpolation == "smoothstep")
     return Grid(emulator, hash_grid_placements(less, sides, 0.5, None, gridtype == "hash", dims), dims)

@@ -53,7 +53,7 @@ def add_total_variation(
 
 @torch.no_grad()
 def add_weight_decay(grad: Tensor, table: Tensor, offsets: Tensor, weight: float) -> None:
-    """Adds 2 w v / rows to each value's gradient, with the rows of its level (Zip-NeRF, Barron et al. 2023, sec. 4).
+    """Adds 2 w v / rows to each value's gradient, with the rows of its level (Barron et al. 2023, "Zip-NeRF").
 
     Args:
         grad, table: ``[rows, features]``; grad is added to.

@@ -57,6 +57,12 @@ class Geometry:
     align_corners: bool = False
     kind: str = "stable-dreamfusion"
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether `hash_grid` has it without placements, which is quicker."""
+        aligned = self.kind == "stable-dreamfusion" and self.align_corners and self.base_resolution > 1
+        return aligned and self.hashed and self.input_dim == 3 and self.log2_scale >= 0
+
 
 @lru_cache(maxsize=256)
 def placements_of(geometry: Geometry, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -96,11 +102,12 @@ def encode(
         ``[n, levels, level_dim]``, zeros where a position is outside [0, 1]; twice differentiable.
     """
     resolutions, placements = placements_of(geometry, positions.device)
+    placed = None if geometry.is_ours else placements[:levels]
     run = hash_grid if positions.shape[1] in (2, 3) else hash_grid_reference
     level_offsets = offsets[: levels + 1].long()
     features = []
     for part in table.split(_WIDEST, 1):
-        found = run(positions, part, level_offsets, resolutions[:levels], smoothstep, placements[:levels])
+        found = run(positions, part, level_offsets, resolutions[:levels], smoothstep, placed)
         features.append(found.unflatten(1, (levels, part.shape[1])))
     joined = features[0] if len(features) == 1 else torch.cat(features, 2)
     return torch.where(inside(positions)[:, None, None], joined, 0)

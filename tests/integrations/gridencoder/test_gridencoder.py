@@ -117,6 +117,16 @@ def test_the_parameters_are_those_of_gridencoder() -> None:
     GridEncoder(log2_hashmap_size=14, gridtype="tiled").load_state_dict(default.state_dict())
 
 
+def test_a_pickled_module_of_a_project_becomes_ours() -> None:
+    """Its state is that of its own class, which knows of no geometry."""
+    grid = encoder(torch.float32)
+    state = {key: value for key, value in grid.__dict__.items() if key != "geometry"}
+    taken = GridEncoder.__new__(GridEncoder)
+    taken.__setstate__(state)
+    inputs = points(5, 3, torch.float32)
+    assert torch.equal(taken(inputs), grid(inputs))
+
+
 def test_first_levels_only(device: torch.device) -> None:
     inputs = points(9, 3, F64, device)
     for kind, max_level, levels in ((KINDS[0], 0.5, 2), (KINDS[0], 0.0, 1), (KINDS[1], 3, 3), (KINDS[1], 99, 4)):

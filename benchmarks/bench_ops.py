@@ -32,6 +32,7 @@ from dreamfusion_fast import ops
 from dreamfusion_fast.networks import dense, geglu, group_norm
 from dreamfusion_fast.ops.march_morton import morton_cells
 from dreamfusion_fast.ops.occupancy import mark_order
+from dreamfusion_fast.ops.hash_grid_placement import hash_grid_placements
 from dreamfusion_fast.ops.ray_box import native_ray_box
 from dreamfusion_fast.ops.tiles import hash_grid as hash_grid_tile
 from dreamfusion_fast.ops.tiles import march as march_tile
@@ -40,7 +41,11 @@ from dreamfusion_fast.ops.tiles import ray_sums as ray_sums_tile
 from dreamfusion_fast.rendering import cone_distances
 
 RADIUS = 0.5
-GRIDS = {"large": (16, 16, 2048, 19), "small": (8, 16, 128, 15)}  # levels, base, finest resolution, log2 of the rows
+GRIDS = {  # levels, base, finest resolution, log2 of the rows
+    "large": (16, 16, 2048, 19),
+    "small": (8, 16, 128, 15),
+    "placed": (16, 16, 2048, 19),  # the large one, with vertices where other libraries have them
+}
 WIDTHS = [32, 64, 64, 4]
 
 each_mode = pytest.mark.parametrize("mode", ["forward", "backward", "full"])
@@ -76,10 +81,15 @@ def in_mode(mode: str, function: Callable[..., tuple[Tensor, ...]], inputs: list
     return {"forward": forward, "backward": backward, "full": full}[mode]
 
 
-def make_grid(name: str, device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Level offsets and resolutions, and a random table."""
-    offsets, resolutions = (x.to(device) for x in ops.hash_grid_layout(*GRIDS[name]))
-    return (offsets, resolutions), torch.randn(int(offsets[-1]), 2, device=device)
+def make_grid(name: str, device: torch.device) -> tuple[tuple[Any, ...], Tensor]:
+    """Level offsets, resolutions, whether smoothstep, and placements; and a random table."""
+    offsets, resolutions = ops.hash_grid_layout(*GRIDS[name])
+    placements = None
+    if name == "placed":
+        sizes = resolutions.tolist()
+        placements = hash_grid_placements(sizes, [size + 1 for size in sizes], 0.5).to(device)
+    levels = (offsets.to(device), resolutions.to(device), False, placements)
+    return levels, torch.randn(int(offsets[-1]), 2, device=device)
 
 
 @pytest.mark.parametrize("name", ["ray_box", "native_ray_box"])

@@ -7,9 +7,9 @@ namespace dff::bindings {
 
 template <>
 struct FromPython<HashGridLevels>
-    : FromTuple<HashGridLevels, &HashGridLevels::level_offsets, &HashGridLevels::resolutions, &HashGridLevels::n_rows,
-                &HashGridLevels::n_samples, &HashGridLevels::n_levels, &HashGridLevels::n_features,
-                &HashGridLevels::smoothstep> {};
+    : FromTuple<HashGridLevels, &HashGridLevels::level_offsets, &HashGridLevels::resolutions,
+                &HashGridLevels::placements, &HashGridLevels::n_rows, &HashGridLevels::n_samples,
+                &HashGridLevels::n_levels, &HashGridLevels::n_features, &HashGridLevels::smoothstep> {};
 
 template <typename T>
 void bind_hash_grid(py::module_& module) {

@@ -46,23 +46,35 @@ void for_each_block(const Scalar* positions, int64_t begin, int64_t end, const B
   }
 }
 
-template <bool kSmoothstep, typename Scalar>
-DFF_HD void axes_of(const Block<Scalar>& block, uint32_t resolution, int i, HashGridAxis<Scalar> (&axes)[3]) {
-  axes[0] = hash_grid_axis<kSmoothstep>(block.position[0][i], resolution);
-  axes[1] = hash_grid_axis<kSmoothstep>(block.position[1][i], resolution);
-  axes[2] = hash_grid_axis<kSmoothstep>(block.position[2][i], resolution);
+template <bool kSmoothstep, typename Level, typename Scalar>
+DFF_HD void axes_of(const Block<Scalar>& block, const Level& level, int i, HashGridAxis<Scalar> (&axes)[3]) {
+  const Scalar position[3] = {block.position[0][i], block.position[1][i], block.position[2][i]};
+  hash_grid_axes<kSmoothstep>(level, position, axes);
+}
+
+template <typename Level>
+Level level_at(const HashGridLevels& levels, int index) {
+  if constexpr (std::is_same_v<Level, HashGridPlacedLevel>) {
+    return hash_grid_placed_level(levels, index);
+  } else {
+    return hash_grid_level(levels, index);
+  }
 }
 
 enum class Stage { kRows, kRowsAndWeights, kRowsAndDerivatives };
 
-template <Stage kStage, bool kSmoothstep, RowKind kKind, typename Scalar>
-void stage_as(const HashGridLevel& level_in, Block<Scalar>& block) {
-  const HashGridLevel level = level_in;  // a copy that no store below can alias
+template <Stage kStage, bool kSmoothstep, RowKind kKind, typename Level, typename Scalar>
+void stage_as(const Level& level_in, Block<Scalar>& block) {
+  const Level level = level_in;  // a copy that no store below can alias
   for (int i = 0; i < kBlock; ++i) {
     HashGridAxis<Scalar> axes[3];
-    axes_of<kSmoothstep>(block, level.resolution, i, axes);
+    axes_of<kSmoothstep>(block, level, i, axes);
     uint32_t rows[kCorners];
-    hash_grid_rows<kKind>(level, axes, rows);
+    if constexpr (std::is_same_v<Level, HashGridPlacedLevel>) {
+      hash_grid_rows(level, axes, rows);
+    } else {
+      hash_grid_rows<kKind>(level, axes, rows);
+    }
     DFF_UNROLL
     for (int corner = 0; corner < kCorners; ++corner) block.rows[corner][i] = rows[corner];
     if (kStage == Stage::kRows) continue;
@@ -95,9 +107,15 @@ void stage(const HashGridLevel& level, bool smoothstep, Block<Scalar>& block) {
   smoothstep ? run(std::true_type()) : run(std::false_type());
 }
 
+template <Stage kStage, typename Scalar>
+void stage(const HashGridPlacedLevel& level, bool smoothstep, Block<Scalar>& block) {
+  smoothstep ? stage_as<kStage, true, RowKind::kDense>(level, block)
+             : stage_as<kStage, false, RowKind::kDense>(level, block);
+}
+
 // Fills block.rows, and block.weights for the encoding or, with a direction, for its directional derivative.
-template <typename Scalar>
-void stage_weights(const HashGridLevel& level, bool smoothstep, bool derivative, Block<Scalar>& block) {
+template <typename Level, typename Scalar>
+void stage_weights(const Level& level, bool smoothstep, bool derivative, Block<Scalar>& block) {
   derivative ? stage<Stage::kRowsAndDerivatives>(level, smoothstep, block)
              : stage<Stage::kRowsAndWeights>(level, smoothstep, block);
 }
@@ -194,11 +212,12 @@ void scatter(const Block<Scalar>& block, const RowRange& owned, Scalar* grad_tab
 }
 
 // Adds the gradient of sum_c W_c v_c, or its Hessian times the direction, to block.gradient.
-template <bool kSecond, bool kSmoothstep, typename Scalar>
-void add_gradient_as(uint32_t resolution, Block<Scalar>& block) {
+template <bool kSecond, bool kSmoothstep, typename Level, typename Scalar>
+void add_gradient_as(const Level& level_in, Block<Scalar>& block) {
+  const Level level = level_in;
   for (int i = 0; i < kBlock; ++i) {
     HashGridAxis<Scalar> axes[3];
-    axes_of<kSmoothstep>(block, resolution, i, axes);
+    axes_of<kSmoothstep>(block, level, i, axes);
     Scalar values[kCorners];
     DFF_UNROLL
     for (int corner = 0; corner < kCorners; ++corner) values[corner] = block.weights[corner][i];
@@ -215,10 +234,9 @@ void add_gradient_as(uint32_t resolution, Block<Scalar>& block) {
   }
 }
 
-template <bool kSecond, typename Scalar>
-void add_gradient(const HashGridLevel& level, bool smoothstep, Block<Scalar>& block) {
-  smoothstep ? add_gradient_as<kSecond, true>(level.resolution, block)
-             : add_gradient_as<kSecond, false>(level.resolution, block);
+template <bool kSecond, typename Level, typename Scalar>
+void add_gradient(const Level& level, bool smoothstep, Block<Scalar>& block) {
+  smoothstep ? add_gradient_as<kSecond, true>(level, block) : add_gradient_as<kSecond, false>(level, block);
 }
 
 template <typename Scalar>
@@ -241,7 +259,7 @@ Status levels_status(const HashGridLevels& levels) {
   return nullptr;
 }
 
-template <bool kSecond, typename Scalar>
+template <typename Level, bool kSecond, typename Scalar>
 Status position_gradient(const HashGridPositionGradient<Scalar>& op, const Launch& launch) {
   const HashGridLevels& levels = op.levels;
   const int64_t stride = static_cast<int64_t>(levels.n_levels) * levels.n_features;
@@ -250,7 +268,7 @@ Status position_gradient(const HashGridPositionGradient<Scalar>& op, const Launc
       if (kSecond) load_vectors(op.direction, block.first, block.count, block.direction);
       clear_gradient(block);
       for (int index = 0; index < levels.n_levels; ++index) {
-        const HashGridLevel level = hash_grid_level(levels, index);
+        const Level level = level_at<Level>(levels, index);
         stage<Stage::kRows>(level, levels.smoothstep, block);
         with_features<Scalar>(levels.n_features, level, [&](auto features, auto prefetch) {
           constexpr int kFeatures = decltype(features)::value;
@@ -266,18 +284,15 @@ Status position_gradient(const HashGridPositionGradient<Scalar>& op, const Launc
   return nullptr;
 }
 
-}  // namespace
-
-template <typename Scalar>
-Status hash_grid_encode(const HashGridEncode<Scalar>& op, const Launch& launch) {
+template <typename Level, typename Scalar>
+Status encode(const HashGridEncode<Scalar>& op, const Launch& launch) {
   const HashGridLevels& levels = op.levels;
-  if (const Status status = levels_status(levels)) return status;
   const int64_t stride = static_cast<int64_t>(levels.n_levels) * levels.n_features;
   parallel_ranges(levels.n_samples, launch.threads, kSamplesPerPiece, [&](int64_t begin, int64_t end) {
     for_each_block(op.positions, begin, end, [&](Block<Scalar>& block) {
       if (op.direction != nullptr) load_vectors(op.direction, block.first, block.count, block.direction);
       for (int index = 0; index < levels.n_levels; ++index) {
-        const HashGridLevel level = hash_grid_level(levels, index);
+        const Level level = level_at<Level>(levels, index);
         stage_weights(level, levels.smoothstep, op.direction != nullptr, block);
         with_features<Scalar>(levels.n_features, level, [&](auto features, auto prefetch) {
           constexpr int kFeatures = decltype(features)::value;
@@ -295,10 +310,9 @@ Status hash_grid_encode(const HashGridEncode<Scalar>& op, const Launch& launch) 
 // a level, and goes through all samples. So each row receives its terms in the order of the samples, and the sum does
 // not depend on the number of threads. A thread takes its levels block by block, because the gradients of two
 // neighbouring levels of a sample share a cache line.
-template <typename Scalar>
-Status hash_grid_table_gradient(const HashGridTableGradient<Scalar>& op, const Launch& launch) {
+template <typename Level, typename Scalar>
+Status table_gradient(const HashGridTableGradient<Scalar>& op, const Launch& launch) {
   const HashGridLevels& levels = op.levels;
-  if (const Status status = levels_status(levels)) return status;
   const int64_t stride = static_cast<int64_t>(levels.n_levels) * levels.n_features;
   const int threads = std::max(launch.threads, 1);
   const int parts = (threads + levels.n_levels - 1) / levels.n_levels;
@@ -309,7 +323,7 @@ Status hash_grid_table_gradient(const HashGridTableGradient<Scalar>& op, const L
       if (op.direction != nullptr) load_vectors(op.direction, block.first, block.count, block.direction);
       for (int share = static_cast<int>(owner); share < shares; share += owners) {
         const int index = share % levels.n_levels;
-        const HashGridLevel level = hash_grid_level(levels, index);
+        const Level level = level_at<Level>(levels, index);
         const uint32_t part_rows = (level.rows + parts - 1) / parts;
         const RowRange owned = {static_cast<uint32_t>(share / levels.n_levels) * part_rows, part_rows, parts == 1};
         stage_weights(level, levels.smoothstep, op.direction != nullptr, block);
@@ -325,10 +339,30 @@ Status hash_grid_table_gradient(const HashGridTableGradient<Scalar>& op, const L
   return for_each(owners, launch, own, 1);
 }
 
+}  // namespace
+
+template <typename Scalar>
+Status hash_grid_encode(const HashGridEncode<Scalar>& op, const Launch& launch) {
+  if (const Status status = levels_status(op.levels)) return status;
+  return op.levels.placements == nullptr ? encode<HashGridLevel>(op, launch) : encode<HashGridPlacedLevel>(op, launch);
+}
+
+template <typename Scalar>
+Status hash_grid_table_gradient(const HashGridTableGradient<Scalar>& op, const Launch& launch) {
+  if (const Status status = levels_status(op.levels)) return status;
+  return op.levels.placements == nullptr ? table_gradient<HashGridLevel>(op, launch)
+                                         : table_gradient<HashGridPlacedLevel>(op, launch);
+}
+
 template <typename Scalar>
 Status hash_grid_position_gradient(const HashGridPositionGradient<Scalar>& op, const Launch& launch) {
   if (const Status status = levels_status(op.levels)) return status;
-  return op.direction != nullptr ? position_gradient<true>(op, launch) : position_gradient<false>(op, launch);
+  const auto run = [&](auto second) {
+    constexpr bool kSecond = decltype(second)::value;
+    return op.levels.placements == nullptr ? position_gradient<HashGridLevel, kSecond>(op, launch)
+                                           : position_gradient<HashGridPlacedLevel, kSecond>(op, launch);
+  };
+  return op.direction != nullptr ? run(std::true_type()) : run(std::false_type());
 }
 
 DFF_FOR_FLOATS(hash_grid_encode, HashGridEncode);

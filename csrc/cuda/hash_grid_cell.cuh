@@ -85,8 +85,9 @@ __device__ __forceinline__ void atomic_add(Scalar* to, const Scalar (&values)[kC
 }
 
 // Adds to columns [column, column + kColumns) of the rows of all corners; `table` is aligned to 16 bytes.
-template <int kFeatures, int kColumns, typename Scalar>
-__device__ __forceinline__ void atomic_add_corners(Scalar* table, int column, const HashGridLevel& level,
+// Of a level that is flat, to those of the lower corners: the others are the same rows, with nothing to add.
+template <int kFeatures, int kColumns, typename Level, typename Scalar>
+__device__ __forceinline__ void atomic_add_corners(Scalar* table, int column, const Level& level,
                                                    const uint32_t (&rows)[kCorners],
                                                    const Scalar (&sums)[kCorners][kColumns]) {
   Scalar* first = table + level.first_row * kFeatures + column;
@@ -95,6 +96,9 @@ __device__ __forceinline__ void atomic_add_corners(Scalar* table, int column, co
       kPairedAtomics && std::is_same_v<Scalar, float> && kColumns == kFeatures && 2 * kFeatures <= kAtomicFloats;
 #pragma unroll
   for (int i = 0; i < kCorners; i += 2) {
+    if constexpr (std::is_same_v<Level, HashGridPlacedLevel>) {
+      if (level.flat && i >= kCorners / 2) break;
+    }
     if (kPaired && in_one_pair(rows[i] + odd, rows[i + 1] + odd)) {
       const uint32_t swapped = (rows[i] + odd) & 1;
       Scalar both[2 * kFeatures];
@@ -111,6 +115,19 @@ __device__ __forceinline__ void atomic_add_corners(Scalar* table, int column, co
   }
 }
 
+// Kernels that touch the table are compiled twice: for levels with placements of their own, and without.
+template <bool kPlaced>
+using Level = std::conditional_t<kPlaced, HashGridPlacedLevel, HashGridLevel>;
+
+template <bool kPlaced>
+__device__ __forceinline__ Level<kPlaced> read_level(const HashGridLevels& levels, int index) {
+  if constexpr (kPlaced) {
+    return hash_grid_placed_level(levels, index);
+  } else {
+    return hash_grid_level(levels, index);
+  }
+}
+
 // The cell of a position in a level, and the rows of its corners.
 template <typename Scalar>
 __device__ __forceinline__ void cell_axes(const HashGridLevel& level, bool smoothstep, const Scalar (&position)[3],
@@ -120,6 +137,12 @@ __device__ __forceinline__ void cell_axes(const HashGridLevel& level, bool smoot
     axes[axis] = smoothstep ? hash_grid_axis<true>(position[axis], level.resolution)
                             : hash_grid_axis<false>(position[axis], level.resolution);
   }
+}
+
+template <typename Scalar>
+__device__ __forceinline__ void cell_axes(const HashGridPlacedLevel& level, bool smoothstep,
+                                          const Scalar (&position)[3], HashGridAxis<Scalar> (&axes)[3]) {
+  smoothstep ? hash_grid_axes<true>(level, position, axes) : hash_grid_axes<false>(level, position, axes);
 }
 
 template <typename Scalar>
@@ -136,6 +159,12 @@ __device__ __forceinline__ void cell_rows(const HashGridLevel& level, const Hash
       hash_grid_rows<RowKind::kHashedModulo>(level, axes, rows);
       break;
   }
+}
+
+template <typename Scalar>
+__device__ __forceinline__ void cell_rows(const HashGridPlacedLevel& level, const HashGridAxis<Scalar> (&axes)[3],
+                                          uint32_t (&rows)[kCorners]) {
+  hash_grid_rows(level, axes, rows);
 }
 
 // Calls start(std::integral_constant<int, n_features>), which launches a kernel.

@@ -17,41 +17,42 @@ constexpr int kThreads = 128;
 template <typename Table>
 using ScalarOf = std::conditional_t<std::is_same_v<Table, double>, double, float>;
 
-// Blocks per multiprocessor that registers have to suffice for. Left alone, the compiler saves registers where it can
-// by loading a pair of corners, using it, loading the next; with 64 to spend it asks for all corners of a level at
-// once.
-template <typename Table, int kFeatures>
-constexpr int kBlocks = kFeatures <= 2 && !std::is_same_v<Table, double> ? 8 : 1;
+// Blocks per multiprocessor that registers have to suffice for, with levels placed as ours are. Left alone, the
+// compiler saves registers where it can by loading a pair of corners, using it, loading the next; with 64 to spend it
+// asks for all corners of a level at once.
+template <typename Table, int kFeatures, bool kPlaced>
+constexpr int kBlocks = kFeatures <= 2 && !std::is_same_v<Table, double> && !kPlaced ? 8 : 1;
 
 __device__ __forceinline__ float to_scalar(__half value) { return __half2float(value); }
 __device__ __forceinline__ float to_scalar(float value) { return value; }
 __device__ __forceinline__ double to_scalar(double value) { return value; }
 
 // The levels [begin, end), once per block.
+template <bool kPlaced>
 __device__ __forceinline__ void read_levels(const HashGridLevels& levels, int begin, int end,
-                                            HashGridLevel (&read)[kMaxLevelsPerThread]) {
+                                            Level<kPlaced> (&read)[kMaxLevelsPerThread]) {
   const int mine = begin + static_cast<int>(threadIdx.x);
-  if (mine < end) read[threadIdx.x] = hash_grid_level(levels, mine);
+  if (mine < end) read[threadIdx.x] = read_level<kPlaced>(levels, mine);
   __syncthreads();
 }
 
-template <typename Table, int kFeatures, bool kDerivative>
-__global__ void __launch_bounds__(kThreads, kBlocks<Table, kFeatures>)
+template <typename Table, int kFeatures, bool kDerivative, bool kPlaced>
+__global__ void __launch_bounds__(kThreads, kBlocks<Table, kFeatures, kPlaced>)
     encode_kernel(const HashGridTileEncode op, bool row) {
   using Scalar = ScalarOf<Table>;
-  __shared__ HashGridLevel levels[kMaxLevelsPerThread];
+  __shared__ Level<kPlaced> levels[kMaxLevelsPerThread];
   const uint32_t n_samples = live_samples(op.tile), first = blockIdx.x * kThreads, sample = first + threadIdx.x;
   if (first >= n_samples) return;
   const int begin = static_cast<int>(blockIdx.y) * op.levels_per_thread;
   const int end = min(begin + op.levels_per_thread, op.tile.levels.n_levels);
-  read_levels(op.tile.levels, begin, end, levels);
+  read_levels<kPlaced>(op.tile.levels, begin, end, levels);
   if (sample >= n_samples) return;
 
   Scalar position[3], direction[3];
   load_vector(op.tile.positions, sample, position);
   if (kDerivative) load_vector(op.direction, sample, direction);
   for (int index = begin; index < end; ++index) {
-    const HashGridLevel level = levels[index - begin];
+    const Level<kPlaced> level = levels[index - begin];
     Scalar output[kFeatures] = {};
     if (level.rows == 0) {  // loud, and without waiting: the host cannot check this where it would not synchronise
       for (int f = 0; f < kFeatures; ++f) output[f] = std::numeric_limits<Scalar>::quiet_NaN();
@@ -79,14 +80,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Table, kFeatures>)
 }
 
 // Writes the sum over the levels [begin, end), or adds it to what is there.
-template <typename Table, int kFeatures, bool kDerivative>
-__global__ void __launch_bounds__(kThreads, kBlocks<Table, kFeatures>)
+template <typename Table, int kFeatures, bool kDerivative, bool kPlaced>
+__global__ void __launch_bounds__(kThreads, kBlocks<Table, kFeatures, kPlaced>)
     position_gradient_kernel(const HashGridTilePositionGradient op, bool row, int begin, int end, bool add) {
   using Scalar = ScalarOf<Table>;
-  __shared__ HashGridLevel levels[kMaxLevelsPerThread];
+  __shared__ Level<kPlaced> levels[kMaxLevelsPerThread];
   const uint32_t n_samples = live_samples(op.tile), first = blockIdx.x * kThreads, sample = first + threadIdx.x;
   if (first >= n_samples) return;
-  read_levels(op.tile.levels, begin, end, levels);
+  read_levels<kPlaced>(op.tile.levels, begin, end, levels);
   if (sample >= n_samples) return;
 
   Scalar position[3], direction[3], sum[3] = {};
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Table, kFeatures>)
   if (kDerivative) load_vector(op.direction, sample, direction);
   if (add) load_vector(op.gradient, sample, sum);
   for (int index = begin; index < end; ++index) {
-    const HashGridLevel level = levels[index - begin];
+    const Level<kPlaced> level = levels[index - begin];
     if (level.rows == 0) continue;
     HashGridAxis<Scalar> axes[3];
     cell_axes(level, op.tile.levels.smoothstep, position, axes);
@@ -132,6 +133,15 @@ Status tile_status(const HashGridTile& tile, int32_t levels_at_once) {
   return nullptr;
 }
 
+// Calls start(std::bool_constant<whether with a direction>, std::bool_constant<whether levels have placements>).
+template <typename Start>
+void with_kind(const AnyView& direction, const HashGridTile& tile, const Start& start) {
+  const auto with_placement = [&](auto derivative) {
+    tile.levels.placements != nullptr ? start(derivative, std::true_type()) : start(derivative, std::false_type());
+  };
+  direction.data != nullptr ? with_placement(std::true_type()) : with_placement(std::false_type());
+}
+
 // Calls start(table element, std::integral_constant<int, n_features>), which launches a kernel.
 template <typename Start>
 Status with_table(ElementType type, int n_features, const Start& start) {
@@ -159,11 +169,10 @@ Status hash_grid_tile_encode(const HashGridTileEncode& op, const Launch& launch)
     using Table = decltype(table);
     constexpr int kFeatures = decltype(features)::value;
     const bool row = has_rows(op.output, kFeatures);
-    if (op.direction.data != nullptr) {
-      encode_kernel<Table, kFeatures, true><<<blocks, kThreads, 0, stream>>>(op, row);
-    } else {
-      encode_kernel<Table, kFeatures, false><<<blocks, kThreads, 0, stream>>>(op, row);
-    }
+    with_kind(op.direction, op.tile, [&](auto derivative, auto placed) {
+      encode_kernel<Table, kFeatures, decltype(derivative)::value, decltype(placed)::value>
+          <<<blocks, kThreads, 0, stream>>>(op, row);
+    });
   });
 }
 
@@ -180,11 +189,10 @@ Status hash_grid_tile_position_gradient(const HashGridTilePositionGradient& op, 
     for (int begin = 0; begin < n_levels; begin += op.levels_per_launch) {
       const int end = std::min(begin + op.levels_per_launch, n_levels);
       const bool add = begin > 0;
-      if (op.direction.data != nullptr) {
-        position_gradient_kernel<Table, kFeatures, true><<<blocks, kThreads, 0, stream>>>(op, row, begin, end, add);
-      } else {
-        position_gradient_kernel<Table, kFeatures, false><<<blocks, kThreads, 0, stream>>>(op, row, begin, end, add);
-      }
+      with_kind(op.direction, op.tile, [&](auto derivative, auto placed) {
+        position_gradient_kernel<Table, kFeatures, decltype(derivative)::value, decltype(placed)::value>
+            <<<blocks, kThreads, 0, stream>>>(op, row, begin, end, add);
+      });
     }
   });
 }

@@ -71,8 +71,8 @@ struct Run {
     }
   }
 
-  template <int kFeatures>
-  __device__ __forceinline__ void flush(const HashGridLevel& level, Scalar* grad_table, int column) const {
+  template <int kFeatures, typename Level>
+  __device__ __forceinline__ void flush(const Level& level, Scalar* grad_table, int column) const {
     if (empty) return;
     uint32_t rows[kCorners];
     cell_rows(level, axes, rows);
@@ -98,11 +98,11 @@ __device__ __forceinline__ void take(Scalar (&chunk)[kChannels][kCount], Scalar 
   }
 }
 
-template <typename Scalar, int kFeatures>
+template <typename Scalar, int kFeatures, bool kPlaced>
 __global__ void __launch_bounds__(kThreads) scatter_kernel(const HashGridTileScatter op, bool fours) {
   constexpr int kCount = kChunk<Scalar>, kColumns = kColumnsAtOnce<Scalar, kFeatures>;
   const int index = static_cast<int>(blockIdx.y);
-  const HashGridLevel level = hash_grid_level(op.tile.levels, index);
+  const Level<kPlaced> level = read_level<kPlaced>(op.tile.levels, index);
   if (level.rows == 0) return;
   const uint32_t n_samples = live_samples(op.tile);
   const uint32_t run_length = op.samples_per_thread * (level.resolution < kCoarseResolution ? kCoarseRuns : 1);
@@ -175,15 +175,18 @@ Status hash_grid_tile_scatter(const HashGridTileScatter& op, const Launch& launc
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
   const bool fours = has_fours(op.tile.positions) && has_fours(op.direction) && has_fours(op.grad_features) &&
                      has_fours(op.grad_derivative);
-  return with_features(levels.n_features, [&](auto features) {
+  const auto start = [&](auto scalar, auto features, auto placed) {
+    using Scalar = decltype(scalar);
     constexpr int kFeatures = decltype(features)::value;
-    if (op.tile.positions.type == ElementType::kFloat64) {
-      scatter_kernel<double, kFeatures>
-          <<<blocks(kFeatures / kColumnsAtOnce<double, kFeatures>), kThreads, 0, stream>>>(op, fours);
-    } else {
-      scatter_kernel<float, kFeatures>
-          <<<blocks(kFeatures / kColumnsAtOnce<float, kFeatures>), kThreads, 0, stream>>>(op, fours);
-    }
+    scatter_kernel<Scalar, kFeatures, decltype(placed)::value>
+        <<<blocks(kFeatures / kColumnsAtOnce<Scalar, kFeatures>), kThreads, 0, stream>>>(op, fours);
+  };
+  return with_features(levels.n_features, [&](auto features) {
+    const auto of_scalar = [&](auto scalar) {
+      levels.placements != nullptr ? start(scalar, features, std::true_type())
+                                   : start(scalar, features, std::false_type());
+    };
+    op.tile.positions.type == ElementType::kFloat64 ? of_scalar(double()) : of_scalar(float());
   });
 }
 

@@ -11,18 +11,23 @@ from contextlib import contextmanager
 from typing import Any, Sequence  # noqa: UP035 - the one that custom_op of torch 2.4 reads
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dreamfusion_fast.ops._checks import check_flag, check_number, check_tensor, check_transforms
 from dreamfusion_fast.ops._native import call, pointer
+from dreamfusion_fast.ops.hash_grid_placement import check_placed, check_placements, placed_cells, vertex_rows
 
-PRIME_Y = 2654435761
-PRIME_Z = 805459861
 FEATURES = (1, 2, 4, 8)
 
 
 def hash_grid(
-    positions: Tensor, table: Tensor, level_offsets: Tensor, resolutions: Tensor, smoothstep: bool = False
+    positions: Tensor,
+    table: Tensor,
+    level_offsets: Tensor,
+    resolutions: Tensor,
+    smoothstep: bool = False,
+    placements: Tensor | None = None,
 ) -> Tensor:
     """Encodes positions by interpolating a table of features at several resolutions.
 
@@ -36,6 +41,9 @@ def hash_grid(
         level_offsets: ``[n_levels + 1]`` int64, first row of each level and, last, n_rows; see `hash_grid_layout`.
         resolutions: ``[n_levels]`` int32, cells per axis, at least 1, at most 2^24.
         smoothstep: interpolate with 3 u^2 - 2 u^3 in place of u, which has a continuous gradient.
+        placements: ``[n_levels, 8]`` float32, where levels lie otherwise than above; see `hash_grid_placements`.
+            Resolutions then only tell coarse levels from fine ones. Positions may be ``[n_samples, 2]``, too, with
+            placements of that many dimensions, and are clamped as those say.
 
     Returns:
         ``[n_samples, n_levels * n_features]``: the features of level 0, then of level 1, ... Differentiable twice to
@@ -46,9 +54,9 @@ def hash_grid(
             table is found on the CPU only; on a GPU, where the check would wait, its features are NaN.
         RuntimeError: the native core for this device was not built, or torch.func differentiates an argument.
     """
-    _check("hash_grid", positions, table, level_offsets, resolutions, smoothstep)
+    _check("hash_grid", positions, table, level_offsets, resolutions, smoothstep, placements)
     check_transforms("hash_grid", positions, table)
-    return _forward(positions, table, level_offsets, resolutions, smoothstep)
+    return _forward(_in_space(positions), table, level_offsets, resolutions, smoothstep, placements)
 
 
 def hash_grid_position_gradient(
@@ -58,6 +66,7 @@ def hash_grid_position_gradient(
     level_offsets: Tensor,
     resolutions: Tensor,
     smoothstep: bool = False,
+    placements: Tensor | None = None,
 ) -> Tensor:
     """The gradient of ``sum(grad_output * hash_grid(positions, ...))`` by the positions, itself differentiable.
 
@@ -66,20 +75,21 @@ def hash_grid_position_gradient(
 
     Args:
         grad_output: ``[n_samples, n_levels * n_features]``, same dtype as positions.
-        positions, table, level_offsets, resolutions, smoothstep: as in `hash_grid`.
+        positions, table, level_offsets, resolutions, smoothstep, placements: as in `hash_grid`.
 
     Returns:
-        ``[n_samples, 3]``, differentiable once to grad_output, positions and table, in a pass that recomputes the
-        interpolation: nothing but the arguments is held for it.
+        Of the shape of positions, differentiable once to grad_output, positions and table, in a pass that recomputes
+        the interpolation: nothing but the arguments is held for it.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `hash_grid`.
     """
-    _check("hash_grid_position_gradient", positions, table, level_offsets, resolutions, smoothstep)
+    _check("hash_grid_position_gradient", positions, table, level_offsets, resolutions, smoothstep, placements)
     shape = [positions.shape[0], resolutions.shape[0] * table.shape[1]]
     check_tensor("hash_grid_position_gradient", "grad_output", grad_output, shape, like=positions, same_dtype=True)
     check_transforms("hash_grid_position_gradient", grad_output, positions, table)
-    return _backward_positions(grad_output, positions, table, level_offsets, resolutions, smoothstep)
+    levels = (level_offsets, resolutions, smoothstep, placements)
+    return _backward_positions(grad_output, _in_space(positions), table, *levels)[:, : positions.shape[1]]
 
 
 def hash_grid_layout(
@@ -121,10 +131,17 @@ def hash_grid_layout(
 
 
 def _check(
-    op: str, positions: Tensor, table: Tensor, level_offsets: Tensor, resolutions: Tensor, smoothstep: bool
+    op: str,
+    positions: Tensor,
+    table: Tensor,
+    level_offsets: Tensor,
+    resolutions: Tensor,
+    smoothstep: bool,
+    placements: Tensor | None,
 ) -> None:
     check_flag(op, "smoothstep", smoothstep)
-    check_tensor(op, "positions", positions, ["n_samples", 3])
+    flat = placements is not None and isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == 2
+    check_tensor(op, "positions", positions, ["n_samples", 2 if flat else 3])
     check_tensor(op, "table", table, ["n_rows", "n_features"], like=positions, same_dtype=True)
     if table.shape[1] not in FEATURES:
         raise ValueError(f"{op}: table must have 1, 2, 4 or 8 columns, got {list(table.shape)}")
@@ -133,10 +150,17 @@ def _check(
     if n_levels < 1:
         raise ValueError(f"{op}: resolutions must have at least one level, got none")
     check_tensor(op, "level_offsets", level_offsets, [n_levels + 1], dtypes=[torch.int64], like=positions)
+    check_placements(op, placements, n_levels, positions)
 
 
-def check_levels(level_offsets: Tensor, resolutions: Tensor, n_rows: int) -> None:
+def _in_space(positions: Tensor) -> Tensor:
+    """With a third coordinate, which placements of two dimensions ignore."""
+    return F.pad(positions, (0, 3 - positions.shape[1])) if positions.shape[1] < 3 else positions
+
+
+def check_levels(level_offsets: Tensor, resolutions: Tensor, n_rows: int, placements: Tensor | None) -> None:
     """On the CPU alone, and inside the ops, where tensors have values."""
+    check_placed(placements)
     if level_offsets.device.type != "cpu":
         return
     offsets, finenesses = level_offsets.tolist(), resolutions.tolist()
@@ -153,21 +177,36 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 def _levels(
-    level_offsets: Tensor, resolutions: Tensor, n_rows: int, n_samples: int, n_features: int, smoothstep: bool
+    levels: tuple[Tensor, Tensor, Tensor | None], n_rows: int, n_samples: int, n_features: int, smoothstep: bool
 ) -> tuple[int, ...]:
     """The first argument of every native function."""
-    sizes = (n_rows, n_samples, resolutions.shape[0], n_features, smoothstep)
-    return pointer(level_offsets), pointer(resolutions), *sizes
+    sizes = (n_rows, n_samples, levels[1].shape[0], n_features, smoothstep)
+    return *(pointer(tensor) for tensor in levels), *sizes
+
+
+def _contiguous(
+    level_offsets: Tensor, resolutions: Tensor, placements: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What the native core reads of the levels. To be kept until it has been called."""
+    placements = None if placements is None else placements.contiguous()
+    return level_offsets.contiguous(), resolutions.contiguous(), placements
 
 
 @torch.library.custom_op("dreamfusion_fast::hash_grid", mutates_args=())
-def _forward(positions: Tensor, table: Tensor, level_offsets: Tensor, resolutions: Tensor, smoothstep: bool) -> Tensor:
-    check_levels(level_offsets, resolutions, table.shape[0])
+def _forward(
+    positions: Tensor,
+    table: Tensor,
+    level_offsets: Tensor,
+    resolutions: Tensor,
+    smoothstep: bool,
+    placements: Tensor | None,
+) -> Tensor:
+    check_levels(level_offsets, resolutions, table.shape[0], placements)
     n_samples, (n_rows, n_features) = positions.shape[0], table.shape
     positions, table = positions.contiguous(), _aligned(table)
-    level_offsets, resolutions = level_offsets.contiguous(), resolutions.contiguous()
+    kept = _contiguous(level_offsets, resolutions, placements)
     output = positions.new_empty(n_samples, resolutions.shape[0] * n_features)
-    levels = _levels(level_offsets, resolutions, n_rows, n_samples, n_features, smoothstep)
+    levels = _levels(kept, n_rows, n_samples, n_features, smoothstep)
     call("hash_grid_encode", positions, levels, 0, pointer(positions), pointer(table), pointer(output))
     return output
 
@@ -179,15 +218,21 @@ def _(positions: Tensor, table: Tensor, level_offsets: Tensor, resolutions: Tens
 
 @torch.library.custom_op("dreamfusion_fast::hash_grid_backward_table", mutates_args=())
 def _backward_table(
-    grad_output: Tensor, positions: Tensor, n_rows: int, level_offsets: Tensor, resolutions: Tensor, smoothstep: bool
+    grad_output: Tensor,
+    positions: Tensor,
+    n_rows: int,
+    level_offsets: Tensor,
+    resolutions: Tensor,
+    smoothstep: bool,
+    placements: Tensor | None,
 ) -> Tensor:
-    check_levels(level_offsets, resolutions, n_rows)
+    check_levels(level_offsets, resolutions, n_rows, placements)
     n_samples, n_features = positions.shape[0], grad_output.shape[1] // resolutions.shape[0]
     positions, grad_output = positions.contiguous(), _aligned(grad_output)
-    level_offsets, resolutions = level_offsets.contiguous(), resolutions.contiguous()
+    kept = _contiguous(level_offsets, resolutions, placements)
     grad_table = positions.new_zeros(n_rows, n_features)
     tensors = (pointer(grad_output), pointer(positions), pointer(grad_table))
-    levels = _levels(level_offsets, resolutions, n_rows, n_samples, n_features, smoothstep)
+    levels = _levels(kept, n_rows, n_samples, n_features, smoothstep)
     call("hash_grid_table_gradient", positions, levels, 0, *tensors)
     return grad_table
 
@@ -199,15 +244,21 @@ def _(grad_output: Tensor, positions: Tensor, n_rows: int, offsets: Tensor, reso
 
 @torch.library.custom_op("dreamfusion_fast::hash_grid_backward_positions", mutates_args=())
 def _backward_positions(
-    grad_output: Tensor, positions: Tensor, table: Tensor, level_offsets: Tensor, resolutions: Tensor, smoothstep: bool
+    grad_output: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    level_offsets: Tensor,
+    resolutions: Tensor,
+    smoothstep: bool,
+    placements: Tensor | None,
 ) -> Tensor:
-    check_levels(level_offsets, resolutions, table.shape[0])
+    check_levels(level_offsets, resolutions, table.shape[0], placements)
     n_samples, (n_rows, n_features) = positions.shape[0], table.shape
     positions, table, grad_output = positions.contiguous(), _aligned(table), _aligned(grad_output)
-    level_offsets, resolutions = level_offsets.contiguous(), resolutions.contiguous()
+    kept = _contiguous(level_offsets, resolutions, placements)
     grad_positions = positions.new_empty(positions.shape)
     tensors = (pointer(grad_output), pointer(positions), pointer(table), pointer(grad_positions))
-    levels = _levels(level_offsets, resolutions, n_rows, n_samples, n_features, smoothstep)
+    levels = _levels(kept, n_rows, n_samples, n_features, smoothstep)
     call("hash_grid_position_gradient", positions, levels, 0, *tensors)
     return grad_positions
 
@@ -226,17 +277,18 @@ def _backward_backward(
     level_offsets: Tensor,
     resolutions: Tensor,
     smoothstep: bool,
+    placements: Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``sum(direction * _backward_positions(...))``; empty where `needs` says that one is not needed."""
-    check_levels(level_offsets, resolutions, table.shape[0])
+    check_levels(level_offsets, resolutions, table.shape[0], placements)
     n_samples, (n_rows, n_features) = positions.shape[0], table.shape
     direction, positions = direction.contiguous(), positions.contiguous()
     grad_output, table = _aligned(grad_output), _aligned(table)
-    level_offsets, resolutions = level_offsets.contiguous(), resolutions.contiguous()
+    kept = _contiguous(level_offsets, resolutions, placements)
     to_output, to_table, to_positions = _empty_where_not(needs, grad_output, table, positions)
     to_table.zero_()
-    levels = _levels(level_offsets, resolutions, n_rows, n_samples, n_features, smoothstep)
+    levels = _levels(kept, n_rows, n_samples, n_features, smoothstep)
     d, g, p, w = pointer(direction), pointer(grad_output), pointer(positions), pointer(table)
     if needs[0]:
         call("hash_grid_encode", positions, levels, d, p, w, pointer(to_output))
@@ -259,93 +311,99 @@ def _(direction: Tensor, *tensors_and_needs: Any) -> tuple[Tensor, Tensor, Tenso
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    positions, table, level_offsets, resolutions, ctx.smoothstep = inputs
+    positions, table, level_offsets, resolutions, ctx.smoothstep, placements = inputs
     # The table is linear in the encoding: its own gradient does not need it, and need not keep it alive.
     kept = table if ctx.needs_input_grad[0] else None
     ctx.n_rows = table.shape[0]
-    ctx.save_for_backward(positions, kept, level_offsets, resolutions)
+    ctx.save_for_backward(positions, kept, level_offsets, resolutions, placements)
 
 
 def _forward_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    positions, table, *levels = ctx.saved_tensors
+    positions, table, *levels, placements = ctx.saved_tensors
+    levels = [*levels, ctx.smoothstep, placements]
     to_positions = to_table = None
     if ctx.needs_input_grad[0]:
-        to_positions = _backward_positions(grad_output, positions, table, *levels, ctx.smoothstep)
+        to_positions = _backward_positions(grad_output, positions, table, *levels)
     if ctx.needs_input_grad[1]:
-        to_table = _backward_table(grad_output, positions, ctx.n_rows, *levels, ctx.smoothstep)
-    return to_positions, to_table, None, None, None
+        to_table = _backward_table(grad_output, positions, ctx.n_rows, *levels)
+    return to_positions, to_table, None, None, None, None
 
 
 _forward.register_autograd(_forward_backward, setup_context=_save_forward)
 
 
 def _save_backward_table(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad_output, positions, _, level_offsets, resolutions, ctx.smoothstep = inputs
-    ctx.save_for_backward(grad_output, positions, level_offsets, resolutions)
+    grad_output, positions, _, level_offsets, resolutions, ctx.smoothstep, placements = inputs
+    ctx.save_for_backward(grad_output, positions, level_offsets, resolutions, placements)
 
 
 def _backward_table_backward(ctx: Any, grad_table: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient to the table is the transpose of the encoding, so that its own backward is the encoding again."""
-    grad_output, positions, *levels = ctx.saved_tensors
+    grad_output, positions, *levels, placements = ctx.saved_tensors
+    levels = [*levels, ctx.smoothstep, placements]
     to_output = to_positions = None
     if ctx.needs_input_grad[0]:
-        to_output = _forward(positions, grad_table, *levels, ctx.smoothstep)
+        to_output = _forward(positions, grad_table, *levels)
     if ctx.needs_input_grad[1]:
-        to_positions = _backward_positions(grad_output, positions, grad_table, *levels, ctx.smoothstep)
-    return to_output, to_positions, None, None, None, None
+        to_positions = _backward_positions(grad_output, positions, grad_table, *levels)
+    return to_output, to_positions, None, None, None, None, None
 
 
 _backward_table.register_autograd(_backward_table_backward, setup_context=_save_backward_table)
 
 
 def _save_backward_positions(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.smoothstep = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.smoothstep, placements = inputs
+    ctx.save_for_backward(*tensors, placements)
 
 
 def _backward_positions_backward(ctx: Any, direction: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    gradients = _backward_backward(direction, *ctx.saved_tensors, ctx.smoothstep, [needs[0], needs[2], needs[1]])
+    *tensors, placements = ctx.saved_tensors
+    wanted = [needs[0], needs[2], needs[1]]
+    gradients = _backward_backward(direction, *tensors, ctx.smoothstep, placements, wanted)
     to_output, to_table, to_positions = gradients
     chosen = (x if need else None for x, need in zip((to_output, to_positions, to_table), needs, strict=True))
-    return *chosen, None, None, None
+    return *chosen, None, None, None, None
 
 
 _backward_positions.register_autograd(_backward_positions_backward, setup_context=_save_backward_positions)
 
 
-def _vertex_rows(x: Tensor, y: Tensor, z: Tensor, resolution: int, rows: int) -> Tensor:
-    """Row, within its level, of integer vertices: int64 tensors of one shape."""
-    side = resolution + 1
-    if side**3 <= rows:
-        return x + side * (y + side * z)
-    mask = 0xFFFFFFFF
-    return (x ^ (y * PRIME_Y & mask) ^ (z * PRIME_Z & mask)) % rows
-
-
 def hash_grid_reference(
-    positions: Tensor, table: Tensor, level_offsets: Tensor, resolutions: Tensor, smoothstep: bool = False
+    positions: Tensor,
+    table: Tensor,
+    level_offsets: Tensor,
+    resolutions: Tensor,
+    smoothstep: bool = False,
+    placements: Tensor | None = None,
 ) -> Tensor:
-    """The PyTorch twin of `hash_grid`: any float dtype, any device, differentiable any number of times."""
+    """The PyTorch twin of `hash_grid`: any float dtype, any device, differentiable any number of times.
+
+    With placements for as many dimensions as positions have, up to 7.
+    """
     features = []
     # Not by tolist, which fails within torch.func.grad in torch 2.6 and older.
     bounds, sizes = ([int(number) for number in numbers.cpu()] for numbers in (level_offsets, resolutions))
-    for level, resolution in enumerate(sizes):
+    if placements is None:
+        placed = [[float(n), 0.0, 0.0, n, n - 1, n + 1, 1] for n in sizes]
+    else:
+        placed = [[float(number) for number in row] for row in placements.detach().cpu()]
+    for level, placement in enumerate(placed):
         level_table = table[bounds[level] : bounds[level + 1]]
-        # A NaN stays one, and so does what it is a factor of; its own gradient, too, is not cut off.
-        scaled = torch.where(positions.isnan(), positions, positions.clamp(0, 1)) * resolution
-        cell = scaled.detach().floor().clamp(max=resolution - 1).nan_to_num()
-        upper = scaled - cell
+        cell, upper = placed_cells(positions, placement)
         if smoothstep:
             upper = upper * upper * (3 - 2 * upper)
         weights = (1 - upper, upper)
-        cell = cell.long()
+        dims = positions.shape[1]
         encoded = table.new_zeros(positions.shape[0], table.shape[1])
-        for corner in range(8):
-            dx, dy, dz = corner & 1, corner >> 1 & 1, corner >> 2
-            weight = weights[dx][:, 0] * weights[dy][:, 1] * weights[dz][:, 2]
-            vertices = (cell[:, 0] + dx, cell[:, 1] + dy, cell[:, 2] + dz)
-            rows = _vertex_rows(*vertices, resolution, level_table.shape[0])
+        for corner in range(2**dims):
+            steps = [corner >> axis & 1 for axis in range(dims)]
+            weight = weights[steps[0]][:, 0]
+            for axis in range(1, dims):
+                weight = weight * weights[steps[axis]][:, axis]
+            vertices = [cell[:, axis] + steps[axis] for axis in range(dims)]
+            rows = vertex_rows(vertices, int(placement[5]), placement[6] > 0, level_table.shape[0])
             encoded = encoded + weight.unsqueeze(1) * level_table[rows]
         features.append(encoded)
     return torch.cat(features, 1)

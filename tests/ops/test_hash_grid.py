@@ -199,7 +199,7 @@ def test_opcheck(smoothstep: bool, device: torch.device) -> None:
     grad_output.requires_grad_()
     table.requires_grad_()
     ops = torch.ops.dreamfusion_fast
-    rest = (*levels, smoothstep)
+    rest = (*levels, smoothstep, None)
     torch.library.opcheck(ops.hash_grid.default, (positions, table, *rest))
     torch.library.opcheck(ops.hash_grid_backward_table.default, (grad_output, positions, table.shape[0], *rest))
     torch.library.opcheck(ops.hash_grid_backward_positions.default, (grad_output, positions, table, *rest))

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dreamfusion_fast import ops
+from dreamfusion_fast.ops.hash_grid_placement import hash_grid_placements
 
 NAMES = sorted(name for name in ops.__all__ if not name.endswith("_reference"))
 CALLS = 20_000 if LONG else 1_500
@@ -213,12 +214,19 @@ def hash_grid_layout(make: Maker) -> Arguments:
 def hash_grid(make: Maker) -> Arguments:
     dtype = make.dtype()
     offsets, resolutions = ops.hash_grid_layout(make.choose(1, 2, 5), make.choose(1, 3), make.choose(4, 90), 7)
+    placements, dims = None, 3
+    if make.choose(False, True):
+        ends, dims = resolutions.tolist(), make.choose(2, 3)
+        sides, highest = [end + make.choose(0, 1) for end in ends], make.choose(None, ends)
+        shift, hashes = make.choose(0, 0.5, -0.5), make.choose(True, False)
+        placements = hash_grid_placements([0.9 * end for end in ends], sides, shift, highest, hashes, dims)
     return {
-        "positions": make.uniform(make.size(), 3, dtype=dtype, low=-0.1, high=1.1),
+        "positions": make.uniform(make.size(), dims, dtype=dtype, low=-0.1, high=1.1),
         "table": make.uniform(int(offsets[-1]), make.choose(1, 2, 4, 8), dtype=dtype, low=-1),
         "level_offsets": offsets,
         "resolutions": resolutions,
         "smoothstep": make.choose(False, True),
+        "placements": placements,
     }
 
 

@@ -2,6 +2,10 @@
 // and the same of its directional derivative, which the backward of the latter gradient needs, and so training on
 // normals.
 //
+// A level is placed as our own fields do it (vertices at multiples of 1 / resolution), or, with HashGridPlacement, as
+// any other library does: that is a second kind of level with functions of the same names, so that the first pays
+// nothing.
+//
 // Written per level and per sample. A sample lies in a cell with 8 corners; corner c is the upper one along axis d
 // where bit d of c is set. The encoding is sum_c W_c(position) table[row_c]; everything below is a derivative of that
 // sum, recomputed from position and table: nothing is stored between the passes.
@@ -17,11 +21,24 @@ constexpr int32_t kMaxResolution = 1 << 24;  // as far as a float32 counts in on
 // Loops over corners and edges have to disappear (DFF_UNROLL): only then do their arrays become registers, and only
 // then does the compiler vectorise the loop over samples around them.
 
+// How a level lies in space, and how vertices find their rows. Vertex coordinates are position * scale + shift, clamped
+// to [low, high]; a cell begins at most at last_cell. A vertex has the row x + side * (y + side * z) modulo the rows,
+// without the axes whose stride exceeds the rows; with `hashes`, the hash where side^dims exceeds them.
+struct HashGridPlacement {
+  float scale, shift;
+  float low, high;  // within +-2^30
+  float last_cell;  // likewise
+  float side;       // vertices along an axis, 1 to 2^24
+  float hashes;     // 0 or 1
+  float dims;       // 2: the third coordinate is ignored; 3
+};
+
 // The levels of a grid, as every op below takes them.
 struct HashGridLevels {
-  const int64_t* level_offsets;  // [n_levels + 1], first row of each level in the table
-  const int32_t* resolutions;    // [n_levels], cells per axis
-  int64_t n_rows;                // rows of the table
+  const int64_t* level_offsets;         // [n_levels + 1], first row of each level in the table
+  const int32_t* resolutions;           // [n_levels], cells per axis
+  const HashGridPlacement* placements;  // [n_levels], or null: vertices at multiples of 1 / resolution
+  int64_t n_rows;                       // rows of the table
   int64_t n_samples;
   int32_t n_levels;
   int32_t n_features;  // columns of the table
@@ -90,6 +107,41 @@ DFF_HD HashGridLevel hash_grid_level(const HashGridLevels& levels, int index) {
   return level;
 }
 
+// A level with a placement of its own.
+struct HashGridPlacedLevel : HashGridLevel {
+  float scale, shift, low, high;
+  int32_t last_cell;
+  uint32_t stride_y, stride_z;
+  bool hashed;
+  bool power_of_two;  // rows
+  bool flat;          // two dimensions: the upper corners along z are the lower ones, with weight 0
+};
+
+DFF_HD HashGridPlacedLevel hash_grid_placed_level(const HashGridLevels& levels, int index) {
+  HashGridPlacedLevel level;
+  static_cast<HashGridLevel&>(level) = hash_grid_level(levels, index);
+  const HashGridPlacement& from = levels.placements[index];
+  level.scale = from.scale;
+  level.shift = from.shift;
+  level.low = from.low;
+  level.high = from.high;
+  level.last_cell = static_cast<int32_t>(from.last_cell);
+  level.flat = from.dims < 3.0f;
+  level.power_of_two = (level.rows & (level.rows - 1)) == 0;
+  // In 32 bits, with what overflows there, as in the libraries whose tables are read so.
+  const uint32_t side = static_cast<uint32_t>(from.side);
+  uint32_t strides[3] = {};
+  uint32_t stride = 1;
+  for (int axis = 0; axis < (level.flat ? 2 : 3) && stride <= level.rows; ++axis) {
+    strides[axis] = stride;
+    stride *= side;
+  }
+  level.stride_y = strides[1];
+  level.stride_z = strides[2];
+  level.hashed = from.hashes > 0.0f && stride > level.rows;
+  return level;
+}
+
 template <RowKind kKind>
 DFF_HD uint32_t hash_grid_row(const HashGridLevel& level, uint32_t x, uint32_t y, uint32_t z) {
   if (kKind == RowKind::kDense) {
@@ -98,6 +150,12 @@ DFF_HD uint32_t hash_grid_row(const HashGridLevel& level, uint32_t x, uint32_t y
   }
   const uint32_t hash = x ^ (y * 2654435761u) ^ (z * 805459861u);
   return kKind == RowKind::kHashedMask ? hash & (level.rows - 1) : hash % level.rows;
+}
+
+DFF_HD uint32_t hash_grid_row(const HashGridPlacedLevel& level, uint32_t x, uint32_t y, uint32_t z) {
+  const uint32_t index =
+      level.hashed ? x ^ (y * 2654435761u) ^ (z * 805459861u) : x + level.stride_y * y + level.stride_z * z;
+  return level.power_of_two ? index & (level.rows - 1) : index % level.rows;
 }
 
 // Where a sample lies along one axis: its cell, and the weight of the upper vertex with its derivatives by the
@@ -110,18 +168,9 @@ struct HashGridAxis {
   Scalar curvature;  // second derivative
 };
 
+// In a cell, `upper` from its lower vertex, with `scale` cells per unit.
 template <bool kSmoothstep, typename Scalar>
-DFF_HD HashGridAxis<Scalar> hash_grid_axis(Scalar position, uint32_t resolution) {
-  const Scalar scale = static_cast<Scalar>(static_cast<int32_t>(resolution));
-  const bool outside = position < Scalar(0) || position > Scalar(1);
-  // A NaN passes all of this and comes out as a NaN weight in cell 0.
-  const Scalar clamped = position < Scalar(0) ? Scalar(0) : position > Scalar(1) ? Scalar(1) : position;
-  const Scalar scaled = clamped * scale;
-  const Scalar bounded = scaled > Scalar(0) ? scaled : Scalar(0);
-  const int32_t last = static_cast<int32_t>(resolution) - 1;
-  const int32_t floored = static_cast<int32_t>(bounded);
-  const int32_t cell = floored < last ? floored : last;
-  const Scalar upper = scaled - static_cast<Scalar>(cell);
+DFF_HD HashGridAxis<Scalar> hash_grid_axis_in(int32_t cell, Scalar upper, bool outside, Scalar scale) {
   HashGridAxis<Scalar> axis;
   axis.cell = static_cast<uint32_t>(cell);
   if (kSmoothstep) {
@@ -136,6 +185,50 @@ DFF_HD HashGridAxis<Scalar> hash_grid_axis(Scalar position, uint32_t resolution)
   return axis;
 }
 
+template <bool kSmoothstep, typename Scalar>
+DFF_HD HashGridAxis<Scalar> hash_grid_axis(Scalar position, uint32_t resolution) {
+  const Scalar scale = static_cast<Scalar>(static_cast<int32_t>(resolution));
+  const bool outside = position < Scalar(0) || position > Scalar(1);
+  // A NaN passes all of this and comes out as a NaN weight in cell 0.
+  const Scalar clamped = position < Scalar(0) ? Scalar(0) : position > Scalar(1) ? Scalar(1) : position;
+  const Scalar scaled = clamped * scale;
+  const Scalar bounded = scaled > Scalar(0) ? scaled : Scalar(0);
+  const int32_t last = static_cast<int32_t>(resolution) - 1;
+  const int32_t floored = static_cast<int32_t>(bounded);
+  const int32_t cell = floored < last ? floored : last;
+  const Scalar upper = scaled - static_cast<Scalar>(cell);
+  return hash_grid_axis_in<kSmoothstep>(cell, upper, outside, scale);
+}
+
+template <bool kSmoothstep, typename Scalar>
+DFF_HD HashGridAxis<Scalar> hash_grid_axis(Scalar position, const HashGridPlacedLevel& level) {
+  const Scalar scale = level.scale, low = level.low, high = level.high;
+  const Scalar placed = position * scale + Scalar(level.shift);
+  const bool outside = placed < low || placed > high;
+  // As above, a NaN becomes a NaN weight, in some cell.
+  const Scalar clamped = placed < low ? low : placed > high ? high : placed;
+  const Scalar bounded = clamped > low ? clamped : low;
+  const int32_t truncated = static_cast<int32_t>(bounded);
+  const int32_t floored = static_cast<Scalar>(truncated) > bounded ? truncated - 1 : truncated;
+  const int32_t cell = floored < level.last_cell ? floored : level.last_cell;
+  const Scalar upper = clamped - static_cast<Scalar>(cell);
+  return hash_grid_axis_in<kSmoothstep>(cell, upper, outside, scale);
+}
+
+template <bool kSmoothstep, typename Scalar>
+DFF_HD void hash_grid_axes(const HashGridLevel& level, const Scalar (&position)[3], HashGridAxis<Scalar> (&axes)[3]) {
+  DFF_UNROLL
+  for (int axis = 0; axis < 3; ++axis) axes[axis] = hash_grid_axis<kSmoothstep>(position[axis], level.resolution);
+}
+
+template <bool kSmoothstep, typename Scalar>
+DFF_HD void hash_grid_axes(const HashGridPlacedLevel& level, const Scalar (&position)[3],
+                           HashGridAxis<Scalar> (&axes)[3]) {
+  axes[0] = hash_grid_axis<kSmoothstep>(position[0], level);
+  axes[1] = hash_grid_axis<kSmoothstep>(position[1], level);
+  axes[2] = level.flat ? HashGridAxis<Scalar>{} : hash_grid_axis<kSmoothstep>(position[2], level);
+}
+
 template <RowKind kKind, typename Scalar>
 DFF_HD void hash_grid_rows(const HashGridLevel& level, const HashGridAxis<Scalar> (&axes)[3],
                            uint32_t (&rows)[kCorners]) {
@@ -143,6 +236,16 @@ DFF_HD void hash_grid_rows(const HashGridLevel& level, const HashGridAxis<Scalar
   for (int corner = 0; corner < kCorners; ++corner) {
     rows[corner] = hash_grid_row<kKind>(level, axes[0].cell + (corner & 1), axes[1].cell + (corner >> 1 & 1),
                                         axes[2].cell + (corner >> 2));
+  }
+}
+
+template <typename Scalar>
+DFF_HD void hash_grid_rows(const HashGridPlacedLevel& level, const HashGridAxis<Scalar> (&axes)[3],
+                           uint32_t (&rows)[kCorners]) {
+  DFF_UNROLL
+  for (int corner = 0; corner < kCorners; ++corner) {
+    rows[corner] = hash_grid_row(level, axes[0].cell + (corner & 1), axes[1].cell + (corner >> 1 & 1),
+                                 axes[2].cell + (level.flat ? 0 : corner >> 2));
   }
 }
 

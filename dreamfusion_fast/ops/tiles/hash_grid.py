@@ -33,6 +33,7 @@ from torch import Tensor
 from dreamfusion_fast.ops._checks import check_tensor
 from dreamfusion_fast.ops._native import call, pointer, strided
 from dreamfusion_fast.ops.hash_grid import FEATURES, check_levels, hash_grid_reference
+from dreamfusion_fast.ops.hash_grid_placement import check_placements
 
 MAX_SAMPLES = 2**24
 # Levels that one thread of `encode` and `directional_derivative` goes through, at most 16. More reuse position and cell
@@ -49,8 +50,7 @@ LEVELS_PER_LAUNCH = 16
 # levels one by one on an H100: 4 take 1033 us, 8 take 849, 16 take 771. The coarsest levels take more (kCoarseRuns):
 # with them, all levels at once, 8 take 526 us, 16 take 486, 32 take 501.
 SAMPLES_PER_THREAD = 16
-# A tile too small for so many threads takes these.
-SAMPLES_PER_THREAD_OF_FEW = 8
+SAMPLES_PER_THREAD_OF_FEW = 8  # in a tile too small for so many threads
 
 _ELEMENT_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _NONE = (0, 0, 0, 2)
@@ -64,20 +64,22 @@ class HashGridTileLayout:
         level_offsets: ``[n_levels + 1]`` int64, contiguous, on the samples' device; see `hash_grid_layout`.
         resolutions: ``[n_levels]`` int32, likewise.
         smoothstep: as in `hash_grid`.
+        placements: as in `hash_grid`. Those of two dimensions ignore the third coordinate of positions.
     """
 
     level_offsets: Tensor
     resolutions: Tensor
     smoothstep: bool = False
+    placements: Tensor | None = None
 
     def __post_init__(self) -> None:
-        op = "HashGridTileLayout"
+        op, offsets = "HashGridTileLayout", self.level_offsets
         check_tensor(op, "resolutions", self.resolutions, ["n_levels"], dtypes=[torch.int32])
         n_levels = self.resolutions.shape[0]
-        offsets = self.level_offsets
         check_tensor(op, "level_offsets", offsets, [n_levels + 1], dtypes=[torch.int64], like=self.resolutions)
-        for name, tensor in (("level_offsets", offsets), ("resolutions", self.resolutions)):
-            if not tensor.is_contiguous():
+        check_placements(op, self.placements, n_levels, self.resolutions)
+        for name in ("level_offsets", "resolutions", "placements"):
+            if (tensor := getattr(self, name)) is not None and not tensor.is_contiguous():
                 raise ValueError(f"{op}: {name} must be contiguous")
         if n_levels < 1:
             raise ValueError(f"{op}: resolutions: got none, want at least one level")
@@ -326,7 +328,7 @@ def _check(
     if count is not None:
         check_tensor(op, "count", count, [1], dtypes=[torch.int32], like=positions)
     if not on_gpu:
-        check_levels(layout.level_offsets, layout.resolutions, table.shape[0])
+        check_levels(layout.level_offsets, layout.resolutions, table.shape[0], layout.placements)
 
 
 def _check_channels(op: str, name: str, tensor: Tensor, positions: Tensor, channels: int) -> None:
@@ -353,7 +355,7 @@ def _check_span(op: str, name: str, tensor: Tensor) -> None:
 def _levels(layout: HashGridTileLayout, n_rows: int, n_samples: int, n_features: int) -> tuple[int, ...]:
     """The first argument of the native functions without tiles."""
     sizes = (n_rows, n_samples, layout.levels, n_features, layout.smoothstep)
-    return pointer(layout.level_offsets), pointer(layout.resolutions), *sizes
+    return pointer(layout.level_offsets), pointer(layout.resolutions), pointer(layout.placements), *sizes
 
 
 def _array(tensor: Tensor | None) -> tuple[int, int, int, int]:
@@ -493,5 +495,6 @@ def scatter_reference(
 
 def _encoding(table: Tensor, layout: HashGridTileLayout) -> Callable[[Tensor], Tensor]:
     """The encoding, as a function of the positions."""
-    levels = layout.level_offsets, layout.resolutions
-    return lambda positions: hash_grid_reference(positions, table.to(positions.dtype), *levels, layout.smoothstep)
+    offsets, resolutions, placements = layout.level_offsets, layout.resolutions, layout.placements
+    dims, options = 3 if placements is None else int(placements[0, 7]), (layout.smoothstep, placements)
+    return lambda p: hash_grid_reference(p[:, :dims], table.to(p.dtype), offsets, resolutions, *options)

@@ -1,0 +1,16 @@
+"""The interface of gridencoder, which torch-ngp, stable-dreamfusion and their kin carry, over the ops of this package.
+
+``from dreamfusion_fast.integrations.gridencoder import GridEncoder``, or `install` once, before a project imports its
+own: its compiled module ``_gridencoder`` is then this package's, and its Python stays as it is. On a CPU, too.
+
+Two kinds of copies are about, which place vertices differently and have the same parameters: ``"stable-dreamfusion"``
+(its later versions; positions are clamped half a cell within the box) and ``"torch-ngp"`` (which nerf2mesh and most
+others have). Trained tables are of use in their own kind alone.
+"""
+
+from __future__ import annotations
+
+from dreamfusion_fast.integrations.gridencoder._install import install
+from dreamfusion_fast.integrations.gridencoder.grid import GridEncoder, grid_encode
+
+__all__ = ["GridEncoder", "grid_encode", "install"]

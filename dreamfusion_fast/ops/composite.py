@@ -172,6 +172,7 @@ def composite_reference(
     if n_unused > 0:
         density, values, t = density[:-n_unused], values[:-n_unused], t[:-n_unused]
         step = step[:-n_unused] if isinstance(step, Tensor) else step
+    step = step if isinstance(step, Tensor) else float(step)  # torch multiplies by integers of 64 bits alone
     ray = torch.repeat_interleave(torch.arange(n_rays, device=density.device), starts.diff())
     optical = (density.clamp(min=0) * step).clamp(max=OPAQUE_DEPTH)
     # One running sum over all rays, less its value where the ray starts; in float64, because it outgrows the ray's own.

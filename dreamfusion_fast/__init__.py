@@ -6,11 +6,19 @@ The names below are loaded when first used, so that importing the package is qui
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import Any
 
 from dreamfusion_fast.errors import missing_package
 
 __version__ = "0.1.0"
+
+# How long torch's threads on a CPU wait for each other awake, in turns of a loop, before they sleep: some 0.2 ms. By
+# itself it is 300,000, with which a step takes three times as long beside a busy process on each core. OpenMP reads it
+# when torch is loaded; where that has happened, csrc/cpu/parallel.cpp finds another way.
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # Public name -> the module it lives in.
 _EXPORTS = {

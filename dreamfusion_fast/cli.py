@@ -13,6 +13,7 @@ import io
 import logging
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PROG = "dreamfusion-fast"
+_UNKNOWN = "Unrecognized options: "  # how tyro begins its message
 # Errors of the surroundings, wherever a file is written.
 _OUTER_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG)
 USAGE = f"""\
@@ -142,7 +144,10 @@ def _parse(kind: type[T], arguments: list[str], command: str, description: str, 
             parsed = tyro.cli(kind, args=arguments, prog=f"{PROG} {command}", description=description, **options)
     except SystemExit as stop:
         if stop.code:
-            raise UserError(f"{_sentence(printed.getvalue())}; see {PROG} {command} --help") from None
+            problem = _sentence(printed.getvalue())
+            if problem.startswith(_UNKNOWN):
+                problem = _left_over(kind, arguments, problem.removeprefix(_UNKNOWN), options) or problem
+            raise UserError(f"{problem}; see {PROG} {command} --help") from None
         raise
     for prefix, settings in settings_in(parsed):
         try:
@@ -154,17 +159,41 @@ def _parse(kind: type[T], arguments: list[str], command: str, description: str, 
     return parsed
 
 
-def _sentence(box: str) -> str:
-    """The first part of a framed message of tyro, as one line."""
-    words: list[str] = []
-    for line in box.splitlines():
-        text = line.strip("│╭╮╰╯─ ")
-        if line.startswith("╭"):  # the title says less than what follows
+def _left_over(kind: type[T], arguments: list[str], unknown: str, options: dict[str, Any]) -> str | None:
+    """What is wrong where `unknown`, tyro's list, begins with a value that is one too many; None for an option."""
+    import tyro
+
+    named = [re.match("--?[A-Za-z]", word) is not None for word in arguments]
+    for place, word in enumerate(arguments):
+        if named[place] or not f"{unknown}, ".startswith(f"{word}, "):
             continue
-        if words and not text:
-            break
-        words.append(text)
-    return " ".join(words).strip().rstrip(".").removeprefix("Error parsing ") or "wrong options"
+        try:  # the same word may be a value elsewhere
+            with contextlib.redirect_stderr(io.StringIO()), unchecked():
+                _, surplus = tyro.cli(kind, args=arguments[: place + 1], return_unknown_args=True, **options)
+        except SystemExit:  # a value is missing, or the prompt is
+            continue
+        if surplus == [word]:
+            before = [option for option, is_option in zip(arguments[:place], named, strict=False) if is_option]
+            if before:
+                return f"{before[-1]} takes no more values, and {word} is one too many"
+            return f"{word} is one too many; a prompt or path of several words goes in quotes"
+    return None
+
+
+def _sentence(box: str) -> str:
+    """The first part of a framed message of tyro, below its title, as one line. The frame may be of ASCII."""
+    lines = box.splitlines()
+    parts: list[list[str]] = [[]]
+    for line in lines:
+        text = line.strip("│╭╮╰╯─ ")
+        if not text.strip("-") or line.startswith("╭"):  # a rule, or a title, which says less than what follows
+            parts.append([])
+        else:
+            parts[-1].append(text)
+    said = [" ".join(part) for part in parts if part]
+    if said[1:] and not lines[0].startswith("╭"):  # the title
+        del said[0]
+    return said[0].rstrip(".").removeprefix("Error parsing ") if said else "wrong options"
 
 
 class _Parser(argparse.ArgumentParser):

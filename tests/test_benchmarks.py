@@ -15,6 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import bench_contention
 import bench_mesh
 import bench_render
 import machine
@@ -141,6 +142,23 @@ def test_rows_of_a_gpu_have_memory_and_a_graph_or_a_reason(tmp_path: Path) -> No
     assert 0 < row["peak_mb"] <= row["peak_with_gradients_mb"]
     assert row["held_bytes_per_sample"] == pytest.approx(row["held_mb"] * 2**20 / row["samples"], rel=1e-3)
     assert (row["captured_ms"] is None) == bool(row["note"])
+
+
+def test_contention_has_idle_and_busy_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--steps", "render", "--waiting", "package first", "spinning", "--size", "9", "--turns", "1"]
+    assert bench_contention.main([*options, "--repeats", "2", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    written = json.loads(path.read_text())
+    assert set(written) >= MACHINE
+    assert [(row["step"], row["waiting"]) for row in written["rows"]] == [
+        ("render", "package first"),
+        ("render", "spinning"),
+    ]
+    for row in written["rows"]:
+        assert row["ratio"] == pytest.approx(row["busy_ms"] / row["idle_ms"], rel=1e-3)
+        assert row["repeats"] == 2
+    assert written["rows"][1]["lost"] == 0
+    assert "package first" in capsys.readouterr().out
 
 
 def test_op_benchmarks_write_native_and_twin(tmp_path: Path) -> None:

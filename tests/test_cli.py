@@ -210,6 +210,29 @@ def test_wrong_generate_options_are_one_line(capsys, tmp_path, run_folder):
     assert "memory has to be a size such as 16GB" in fails(capsys, "generate", "x", "--memory", "lots")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "begins"),
+    [
+        (("--optim.betas", "0.9", "0.99", "0.9"), "--optim.betas takes no more values, and 0.9 is one too many"),
+        (("--optim.betas", "0.9", "0.99", "--optim.lr-mlp", "0.99", "0.99"), "--optim.lr-mlp takes no more values"),
+        (("--steps", "3", "-4"), "--steps takes no more values, and -4 is one too many"),
+        (("armchair", "--steps", "3"), "armchair is one too many; a prompt or path of several words goes in quotes"),
+        (("--steps", "3", "--nope", "4", "x"), "Unrecognized options: --nope, 4, x"),
+    ],
+)
+def test_a_value_too_many_is_said_to_be_one(capsys, arguments, begins):
+    assert fails(capsys, "generate", "an", *arguments).startswith(f"error: {begins}")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_terminal_without_frames_gets_the_same_line(encoding):
+    command = [sys.executable, "-m", "dreamfusion_fast.cli", "generate", "x", "--steps", "abc"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    line = "--steps: invalid literal for int() with base 10: 'abc'; see dreamfusion-fast generate --help"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {line}\n")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU")
 @pytest.mark.parametrize("command", ["generate", "sample"])
 def test_absent_gpu(capsys, command):

@@ -9,21 +9,14 @@
 #include <thread>
 #include <vector>
 
+#include "waiting.h"
+
 #if defined(_WIN32)
 #include <process.h>
 #define DFF_PROCESS_ID _getpid
 #else
 #include <unistd.h>
 #define DFF_PROCESS_ID getpid
-#endif
-
-// The entry of GCC's OpenMP (clang's has it too). A weak reference: it is there if something else has loaded OpenMP,
-// which on Linux torch has, and null otherwise.
-#if defined(__linux__) && defined(__GNUC__)
-extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags) __attribute__((weak));
-#define DFF_OPENMP (&GOMP_parallel != nullptr)
-#else
-#define DFF_OPENMP false
 #endif
 
 namespace dff::cpu {
@@ -152,7 +145,8 @@ const bool loaded_after_fork = forked_without_exec();
 
 bool run_on_openmp(Job& job, int threads) {
   if (!DFF_OPENMP || loaded_after_fork || loaded_in != static_cast<int>(DFF_PROCESS_ID())) return false;
-#if defined(__linux__) && defined(__GNUC__)
+#if defined(DFF_OPENMP_ENTRY)
+  choose_waiting(threads);
   GOMP_parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job, static_cast<unsigned>(threads), 0);
 #endif
   return true;

@@ -213,6 +213,7 @@ def composite_reference(
     if n_unused > 0:
         density, values, t = density[:-n_unused], values[:-n_unused], t[:-n_unused]
         step = step[:-n_unused] if isinstance(step, Tensor) else step
+    step = step if isinstance(step, Tensor) else float(step)  # torch multiplies by integers of 64 bits alone
     ray = torch.repeat_interleave(torch.arange(n_rays, device=density.device), starts.diff())
     density = density.clamp(min=0)
     if isinstance(step, Tensor):  # over no length nothing is absorbed, whatever the density

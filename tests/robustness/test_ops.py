@@ -496,7 +496,8 @@ def twin_can_follow(name: str, arguments: Arguments) -> bool:
         numbers = [arguments[key] for key in ("origins", "directions", "t_near", "boxes")]
         large = any(bool((x.abs() > 1e3).any()) for x in numbers)
         return (arguments["step"] <= 0 or arguments["step"] >= 1e-3) and not large
-    return name != "march" or (arguments["step"] >= 1e-3 and not bool((arguments["origins"].abs() > 1e3).any()))
+    far = any(bool((arguments[key].abs() > 1e3).any()) for key in ("origins", "aabb") if key in arguments)
+    return name != "march" or (arguments["step"] >= 1e-3 and not far)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -506,9 +507,11 @@ def test_hostile_calls_end_in_a_line_that_names_the_argument(name: str) -> None:
     def run(data: st.DataObject) -> None:
         make = Maker(data)
         arguments = MAKERS[name](make)
+        if name == "march":  # whose rays may have 2^24 samples each, as it says: for many that is gigabytes
+            arguments |= {key: arguments[key][:2] for key in ("origins", "directions", "t_near", "t_far")}
         for key in {make.choose(*arguments), make.choose(*arguments)}:
             arguments[key] = hostile(make, arguments[key])
-        if name in ("march", "traverse") and isinstance(arguments["step"], float) and 0 < arguments["step"] < 1e-9:
+        if name == "traverse" and isinstance(arguments["step"], float) and 0 < arguments["step"] < 1e-9:
             return  # 2^24 samples of each ray, as it says: right, but gigabytes
         try:
             actual = call_op(name, arguments)

@@ -225,16 +225,11 @@ def words(setting: Setting, value: Any) -> list[str] | None:
     return [str(value)]
 
 
-def most_words(setting: Setting) -> int:
-    return max(len(get_args(kind)) if get_origin(kind) is tuple else 1 for kind in choices(setting.hint))
-
-
 def refused_options(folder: Path, tree: list[Setting], command: list[str]) -> None:
     # Flags take no value, text takes all, and sections are none.
     typed_ones = [x for x in tree if not (set(choices(x.hint)) & {bool, str} or dataclasses.is_dataclass(x.hint))]
     typed = [(setting, words(setting, value)) for setting in typed_ones for value in wrong_values(setting)]
-    # One word too many is the command's argument, and that word is what the message names.
-    cases = [(x.option, given) for x, given in typed if given is not None and len(given) <= most_words(x)]
+    cases = [(x.option, given) for x, given in typed if given is not None]
 
     @SETTINGS
     @given(st.data())

@@ -30,9 +30,9 @@ from workload import AABB, LIGHT, RESOLUTION, STEP, Marched, march_scene
 
 from dreamfusion_fast import ops
 from dreamfusion_fast.networks import dense, geglu, group_norm
+from dreamfusion_fast.ops.hash_grid_placement import hash_grid_placements
 from dreamfusion_fast.ops.march_morton import morton_cells
 from dreamfusion_fast.ops.occupancy import mark_order
-from dreamfusion_fast.ops.hash_grid_placement import hash_grid_placements
 from dreamfusion_fast.ops.ray_box import native_ray_box
 from dreamfusion_fast.ops.tiles import hash_grid as hash_grid_tile
 from dreamfusion_fast.ops.tiles import march as march_tile

@@ -87,10 +87,11 @@ class Module(nn.Module):
         wide = torch.float64 if params.dtype == torch.float64 else torch.float32
         n_network = 0 if self._network is None else self._network.n_params
         of_network, of_encoding = params.to(wide).split([n_network, self._encoding.n_params])
-        y = self._encoding(x.to(wide), of_encoding)
-        if self._network is not None:
-            y = self._network(y, of_network, half=dtype == torch.float16)
-        return y.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):  # the types are those that the module was asked for
+            y = self._encoding(x.to(wide), of_encoding)
+            if self._network is not None:
+                y = self._network(y, of_network, half=dtype == torch.float16)
+            return y.to(dtype)
 
     def extra_repr(self) -> str:
         """Dimensions and settings, in one line."""

@@ -349,6 +349,14 @@ def test_on_a_cpu_everything_is_float32() -> None:
     free_temporary_memory()
 
 
+def test_autocast_changes_nothing(device: torch.device) -> None:
+    model = NetworkWithInputEncoding(3, 4, GRID, {**MLP, "n_hidden_layers": 2, "activation": "Tanh"}).to(device)
+    x = torch.rand(5, 3, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        inside = model(x)
+    assert torch.equal(inside, model(x))
+
+
 def test_copies() -> None:
     model = NetworkWithInputEncoding(3, 4, GRID, {**MLP, "n_hidden_layers": 2}).cpu()
     x = torch.rand(5, 3)

@@ -57,7 +57,7 @@ def grid_encoder(
     gridtype: str = "hash",
     align_corners: bool = False,
     interpolation: str = "linear",
-    geometry: str = "stable-dreamfusion",
+    flavour: str = "stable-dreamfusion",
 ) -> np.ndarray:
     """gridencoder: positions in [0, 1]; zeros where one is not."""
     out = []
@@ -70,7 +70,7 @@ def grid_encoder(
                 continue
             scaled = level_scale(level, per_level_scale, base_resolution)
             last: int | None
-            if geometry == "stable-dreamfusion":
+            if flavour == "stable-dreamfusion":
                 n = math.ceil(scaled)
                 side, last = n, n - 1
                 if align_corners:

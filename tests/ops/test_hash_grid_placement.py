@@ -79,7 +79,7 @@ def offset(dims: int, gridtype: str, align_corners: bool, interpolation: str) ->
     sides = [math.ceil(scale) + (1 if align_corners else 2) for scale in less]
     placements = hash_grid_placements(less, sides, 0 if align_corners else 0.5, None, gridtype == "hash", dims)
     options = {"gridtype": gridtype, "align_corners": align_corners, "interpolation": interpolation}
-    return Grid(partial(grid_encoder, geometry="torch-ngp", **options), placements, dims)
+    return Grid(partial(grid_encoder, flavour="torch-ngp", **options), placements, dims)
 
 
 def unbounded(dims: int, gridtype: str, _: bool, interpolation: str) -> Grid:

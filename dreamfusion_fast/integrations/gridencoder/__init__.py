@@ -3,9 +3,9 @@
 ``from dreamfusion_fast.integrations.gridencoder import GridEncoder``, or `install` once, before a project imports its
 own: its compiled module ``_gridencoder`` is then this package's, and its Python stays as it is. On a CPU, too.
 
-Two kinds of copies are about, which place vertices differently and have the same parameters: ``"stable-dreamfusion"``
+Copies come in two flavours, which place vertices differently and have the same parameters: ``"stable-dreamfusion"``
 (its later versions; positions are clamped half a cell within the box) and ``"torch-ngp"`` (which nerf2mesh and most
-others have). Trained tables are of use in their own kind alone.
+others have). A trained table is of use in its own flavour alone.
 """
 
 from __future__ import annotations

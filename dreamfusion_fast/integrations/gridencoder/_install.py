@@ -6,38 +6,38 @@ import importlib
 import importlib.util
 import sys
 
-from dreamfusion_fast.integrations.gridencoder import compiled
-from dreamfusion_fast.integrations.gridencoder.geometry import check_geometry
+from dreamfusion_fast.integrations.gridencoder import backend
+from dreamfusion_fast.integrations.gridencoder.geometry import check_flavour
 
 _PACKAGE = "dreamfusion_fast.integrations.gridencoder"
 _NAMES = {
-    "_gridencoder": f"{_PACKAGE}.compiled",
+    "_gridencoder": f"{_PACKAGE}.backend",
     "gridencoder": _PACKAGE,
     "gridencoder.grid": f"{_PACKAGE}.grid",
 }
 
 
-def install(force: bool = False, geometry: str = "stable-dreamfusion") -> bool:
+def install(force: bool = False, flavour: str = "stable-dreamfusion") -> list[str]:
     """Makes ``import _gridencoder`` and ``import gridencoder`` find this package for the rest of the process.
 
     Args:
         force: also where there is something of that name, such as a project's own folder ``gridencoder``. Modules that
             have names of it keep those.
-        geometry: of the grids that ``_gridencoder`` is asked for, ``"stable-dreamfusion"`` or ``"torch-ngp"``. Calls
-            without max_level, which only the latter kind makes, are told by that.
+        flavour: of `GridEncoder` and of the grids that ``_gridencoder`` is asked for from now on,
+            ``"stable-dreamfusion"`` or ``"torch-ngp"``. Calls of the latter without max_level are told by that.
 
     Returns:
-        Whether ``_gridencoder`` is this package's now.
+        The names that now stand for modules of this package.
 
     Raises:
-        ValueError: another geometry.
+        ValueError: another flavour.
     """
-    check_geometry("install", geometry)
-    compiled.geometry = geometry
+    check_flavour("install", flavour)
+    backend.flavour = flavour
     for name, module in _NAMES.items():
         if force or not _present(name):
             sys.modules[name] = importlib.import_module(module)
-    return sys.modules.get("_gridencoder") is compiled
+    return [name for name, module in _NAMES.items() if sys.modules.get(name) is sys.modules.get(module)]
 
 
 def _present(name: str) -> bool:

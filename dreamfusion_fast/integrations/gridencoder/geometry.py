@@ -1,7 +1,7 @@
 """Where gridencoder's vertices lie, how many rows its levels have, and the encoding by it.
 
-With S = log2(per_level_scale) and H = base_resolution, both kinds have the size s_l = 2^(l S) H of a level in float32,
-and:
+With S = log2(per_level_scale) and H = base_resolution, both flavours have the size s_l = 2^(l S) H of a level in
+float32, and:
 
     stable-dreamfusion   N = ceil(s)           N vertices an axis; cells u = clamp(N x - 1/2, 0, N - 1),
                                                with aligned corners u = (N - 1) x
@@ -25,15 +25,15 @@ from dreamfusion_fast.ops import hash_grid, hash_grid_reference
 from dreamfusion_fast.ops._checks import shown
 from dreamfusion_fast.ops.hash_grid_placement import hash_grid_placements
 
-GEOMETRIES = ("stable-dreamfusion", "torch-ngp")
+FLAVOURS = ("stable-dreamfusion", "torch-ngp")
 LEVEL_DIMS = (1, 2, 4, 8, 16, 32)
 _WIDEST = 8  # features that the ops take at once
 
 
-def check_geometry(op: str, geometry: str) -> None:
-    """Raises ValueError for a name that is not one of `GEOMETRIES`."""
-    if geometry not in GEOMETRIES:
-        raise ValueError(f"{op}: geometry must be {' or '.join(GEOMETRIES)}, got {shown(geometry)}")
+def check_flavour(op: str, flavour: str) -> None:
+    """Raises ValueError for a name that is not one of `FLAVOURS`."""
+    if flavour not in FLAVOURS:
+        raise ValueError(f"{op}: flavour must be {' or '.join(FLAVOURS)}, got {shown(flavour)}")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Geometry:
         num_levels, input_dim: counts.
         hashed: gridtype "hash", or else "tiled".
         align_corners: whether the first and the last vertex lie on the faces of the box.
-        kind: one of `GEOMETRIES`.
+        flavour: one of `FLAVOURS`.
     """
 
     log2_scale: float
@@ -55,12 +55,12 @@ class Geometry:
     input_dim: int
     hashed: bool = True
     align_corners: bool = False
-    kind: str = "stable-dreamfusion"
+    flavour: str = "stable-dreamfusion"
 
     @property
     def is_ours(self) -> bool:
         """Whether `hash_grid` has it without placements, which is quicker."""
-        aligned = self.kind == "stable-dreamfusion" and self.align_corners and self.base_resolution > 1
+        aligned = self.flavour == "stable-dreamfusion" and self.align_corners and self.base_resolution > 1
         return aligned and self.hashed and self.input_dim == 3 and self.log2_scale >= 0
 
 
@@ -70,7 +70,7 @@ def placements_of(geometry: Geometry, device: torch.device) -> tuple[Tensor, Ten
     growth = np.float32(geometry.log2_scale)
     sizes = [np.exp2(np.float32(i) * growth) * np.float32(geometry.base_resolution) for i in range(geometry.num_levels)]
     highest: list[int] | None = None
-    if geometry.kind == "torch-ngp":
+    if geometry.flavour == "torch-ngp":
         scales = [float(size - np.float32(1)) for size in sizes]
         sides = [math.ceil(scale) + (1 if geometry.align_corners else 2) for scale in scales]
         shift = 0.0 if geometry.align_corners else 0.5

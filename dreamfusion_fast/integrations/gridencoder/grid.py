@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dreamfusion_fast.integrations.gridencoder.geometry import LEVEL_DIMS, Geometry, check_geometry, encode
+from dreamfusion_fast.integrations.gridencoder import backend
+from dreamfusion_fast.integrations.gridencoder.geometry import LEVEL_DIMS, Geometry, check_flavour, encode
 from dreamfusion_fast.integrations.gridencoder.regularise import add_total_variation, add_weight_decay
 from dreamfusion_fast.ops._checks import check_flag, check_number, check_tensor, shown
 
@@ -28,7 +29,7 @@ def grid_encode(
     align_corners: bool = False,
     interpolation: int = 0,
     max_level: float | None = None,
-    geometry: str = "stable-dreamfusion",
+    flavour: str | None = None,
 ) -> Tensor:
     """The encoding as a function of positions and table, as gridencoder has it.
 
@@ -42,8 +43,8 @@ def grid_encode(
         gridtype: 0 for "hash", 1 for "tiled".
         align_corners: whether the first and the last vertex lie on the faces of the box.
         interpolation: 0 for "linear", 1 for "smoothstep".
-        max_level: the share of levels to compute, in [0, 1] (of kind "torch-ngp" how many); features of others are 0.
-        geometry: the kind of gridencoder, ``"stable-dreamfusion"`` or ``"torch-ngp"``.
+        max_level: the share of levels to compute, in [0, 1] (of "torch-ngp" how many); features of others are 0.
+        flavour: as in `GridEncoder`.
 
     Returns:
         ``[n, num_levels * level_dim]``, of the type of embeddings; float16 on a GPU under autocast, if level_dim is
@@ -54,15 +55,16 @@ def grid_encode(
         TypeError, ValueError: an argument of the wrong type, shape or device.
     """
     op, n_levels = "grid_encode", offsets.shape[0] - 1
-    check_geometry(op, geometry)
+    flavour = backend.flavour if flavour is None else flavour
+    check_flavour(op, flavour)
     check_tensor(op, "embeddings", embeddings, ["rows", "level_dim"], [torch.float16, torch.float32, torch.float64])
     check_tensor(op, "inputs", inputs, ["n", "input_dim"], [torch.float16, torch.float32, torch.float64], embeddings)
     dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
     growth, dims = float(np.log2(per_level_scale)), inputs.shape[1]
-    placed = Geometry(growth, int(base_resolution), n_levels, dims, gridtype == 0, bool(align_corners), geometry)
+    placed = Geometry(growth, int(base_resolution), n_levels, dims, gridtype == 0, bool(align_corners), flavour)
     levels = n_levels
     if max_level is not None:
-        wanted = max_level * n_levels if geometry == "stable-dreamfusion" else max_level
+        wanted = max_level * n_levels if flavour == "stable-dreamfusion" else max_level
         levels = max(min(math.ceil(wanted), n_levels), 1)
     rows = embeddings.shape[0] if levels == n_levels else int(offsets[levels])
     table = embeddings[:rows].to(dtype)
@@ -89,7 +91,8 @@ class GridEncoder(nn.Module):
         gridtype: "hash", or "tiled": rows repeat where a level has more vertices than rows.
         align_corners: whether the first and the last vertex lie on the faces of the box.
         interpolation: "linear" or "smoothstep".
-        geometry: the kind of gridencoder, "stable-dreamfusion" or "torch-ngp".
+        flavour: of gridencoder, "stable-dreamfusion" or "torch-ngp"; None: the one that was installed, at first the
+            former.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of its range.
@@ -107,11 +110,12 @@ class GridEncoder(nn.Module):
         gridtype: str = "hash",
         align_corners: bool = False,
         interpolation: str = "linear",
-        geometry: str = "stable-dreamfusion",
+        flavour: str | None = None,
     ) -> None:
         super().__init__()
         op = "GridEncoder"
-        check_geometry(op, geometry)
+        flavour = backend.flavour if flavour is None else flavour
+        check_flavour(op, flavour)
         check_number(op, "input_dim", input_dim, "2 to 5", lambda number: 2 <= number <= 5, whole=True)
         check_number(op, "num_levels", num_levels, "at least 1", lambda number: number >= 1, whole=True)
         check_number(op, "level_dim", level_dim, "1, 2, 4, 8, 16 or 32", lambda n: n in LEVEL_DIMS, whole=True)
@@ -135,7 +139,7 @@ class GridEncoder(nn.Module):
         self.output_dim = num_levels * level_dim
         self.gridtype, self.gridtype_id = gridtype, GRIDTYPES[gridtype]
         self.interpolation, self.interp_id = interpolation, INTERPOLATIONS[interpolation]
-        self.align_corners, self.geometry = align_corners, geometry
+        self.align_corners, self.flavour = align_corners, flavour
         offsets = [0]
         for level in range(num_levels):
             resolution = math.ceil(base_resolution * per_level_scale**level)
@@ -160,7 +164,7 @@ class GridEncoder(nn.Module):
             f"input_dim={self.input_dim}, num_levels={self.num_levels}, level_dim={self.level_dim}, "
             f"resolution={self.base_resolution} -> {finest}, embeddings={tuple(self.embeddings.shape)}, "
             f"gridtype={self.gridtype}, align_corners={self.align_corners}, interpolation={self.interpolation}, "
-            f"geometry={self.geometry}"
+            f"flavour={self.flavour}"
         )
 
     def forward(self, inputs: Tensor, bound: float = 1, max_level: float | None = None) -> Tensor:
@@ -182,7 +186,7 @@ class GridEncoder(nn.Module):
             raise ValueError(f"GridEncoder: inputs must have shape [..., {self.input_dim}], got {given}")
         unit = self._unit(inputs, bound)
         arguments = (unit, self.embeddings, self.offsets, self.per_level_scale, self.base_resolution, False)
-        options = (self.gridtype_id, self.align_corners, self.interp_id, max_level, self.geometry)
+        options = (self.gridtype_id, self.align_corners, self.interp_id, max_level, self.flavour)
         return grid_encode(*arguments, *options).view(*inputs.shape[:-1], self.output_dim)
 
     def _unit(self, inputs: Tensor, bound: float) -> Tensor:
@@ -218,7 +222,7 @@ class GridEncoder(nn.Module):
         else:
             positions = self._unit(inputs.detach(), bound).to(table.dtype)
         sizes = (float(np.log2(self.per_level_scale)), int(self.base_resolution), self.num_levels, self.input_dim)
-        geometry = Geometry(*sizes, self.gridtype == "hash", self.align_corners, self.geometry)
+        geometry = Geometry(*sizes, self.gridtype == "hash", self.align_corners, self.flavour)
         add_total_variation(grad, positions, table, self.offsets.tolist(), geometry, weight)
 
     def grad_weight_decay(self, weight: float = 0.1) -> None:
@@ -233,6 +237,6 @@ class GridEncoder(nn.Module):
         add_weight_decay(self._table_gradient("grad_weight_decay"), self.embeddings.detach(), self.offsets, weight)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a module that was pickled whole by a project's own GridEncoder, which knows of no geometry."""
+        """Of a module that was pickled whole by a project's own GridEncoder, which knows of no flavour."""
         super().__setstate__(state)
-        self.__dict__.setdefault("geometry", "stable-dreamfusion")
+        self.__dict__.setdefault("flavour", backend.flavour)

@@ -33,7 +33,7 @@ def add_total_variation(
     for level, placement in enumerate(placements_of(geometry, torch.device("cpu"))[1].tolist()):
         begin, rows = offsets[level], offsets[level + 1] - offsets[level]
         high, side, hashes = placement[3], int(placement[5]), placement[6] > 0
-        clamped = geometry.kind == "stable-dreamfusion"
+        clamped = geometry.flavour == "stable-dreamfusion"
         if clamped and not geometry.align_corners:  # its last cell begins at the last vertex
             placement[4] = high
         most = side if clamped or geometry.align_corners else side - 1  # the resolution

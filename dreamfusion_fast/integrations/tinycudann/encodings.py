@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from dreamfusion_fast.fields.spherical_harmonics import MOST_BANDS, spherical_harmonics
 from dreamfusion_fast.integrations.tinycudann.config import Options
 from dreamfusion_fast.integrations.tinycudann.grid import GridLevels, encode_grid, initial_table
 from dreamfusion_fast.ops._checks import shown
@@ -123,6 +124,8 @@ class SphericalHarmonics(InputEncoding):
         super().__init__(n_input, self.degree**2)
 
     def encode(self, x: Tensor, params: Tensor) -> Tensor:
+        if self.degree <= MOST_BANDS:  # the same, written out
+            return spherical_harmonics(2 * x - 1, self.degree)
         along, across, z = (2 * x - 1).unbind(1)
         found: dict[tuple[int, int], Tensor] = {}
         cosine, sine = torch.ones_like(z), torch.zeros_like(z)  # of m times the azimuth, times sin(polar)^m

@@ -1,4 +1,4 @@
-"""GridEncoder against an emulator of gridencoder, and its compiled functions as its wrappers call them."""
+"""GridEncoder against an emulator of gridencoder, and its backend functions as its wrappers call them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from other_grids import grid_encoder, level_scale, row_of
 from torch import Tensor
 
-from dreamfusion_fast.integrations.gridencoder import GridEncoder, compiled, install
+from dreamfusion_fast.integrations.gridencoder import GridEncoder, backend, install
 
 F64 = torch.float64
 SMALL = {"num_levels": 4, "per_level_scale": 1.7, "base_resolution": 3, "log2_hashmap_size": 7}
-KINDS = ("stable-dreamfusion", "torch-ngp")
+FLAVOURS = ("stable-dreamfusion", "torch-ngp")
 OPTIONS = [
-    {"gridtype": gridtype, "align_corners": align, "interpolation": interpolation, "geometry": kind}
-    for kind in KINDS
+    {"gridtype": gridtype, "align_corners": align, "interpolation": interpolation, "flavour": kind}
+    for kind in FLAVOURS
     for align in (False, True)
     for gridtype, interpolation in (("hash", "linear"), ("hash", "smoothstep"), ("tiled", "linear"))
 ]
@@ -36,7 +36,7 @@ def encoder(dtype: torch.dtype = F64, device: str | torch.device = "cpu", **opti
 
 def emulated(grid: GridEncoder, inputs: Tensor, bound: float = 1.0) -> Tensor:
     unit = (inputs.detach().double().cpu().numpy() + bound) / (2 * bound)
-    options = {name: getattr(grid, name) for name in ("gridtype", "align_corners", "interpolation", "geometry")}
+    options = {name: getattr(grid, name) for name in ("gridtype", "align_corners", "interpolation", "flavour")}
     table = grid.embeddings.detach().double().cpu().numpy()
     rows = grid.offsets.tolist()
     found = grid_encoder(unit, table, rows, grid.per_level_scale, grid.base_resolution, **options)
@@ -118,9 +118,9 @@ def test_the_parameters_are_those_of_gridencoder() -> None:
 
 
 def test_a_pickled_module_of_a_project_becomes_ours() -> None:
-    """Its state is that of its own class, which knows of no geometry."""
+    """Its state is that of its own class, which knows of no flavour."""
     grid = encoder(torch.float32)
-    state = {key: value for key, value in grid.__dict__.items() if key != "geometry"}
+    state = {key: value for key, value in grid.__dict__.items() if key != "flavour"}
     taken = GridEncoder.__new__(GridEncoder)
     taken.__setstate__(state)
     inputs = points(5, 3, torch.float32)
@@ -129,8 +129,13 @@ def test_a_pickled_module_of_a_project_becomes_ours() -> None:
 
 def test_first_levels_only(device: torch.device) -> None:
     inputs = points(9, 3, F64, device)
-    for kind, max_level, levels in ((KINDS[0], 0.5, 2), (KINDS[0], 0.0, 1), (KINDS[1], 3, 3), (KINDS[1], 99, 4)):
-        grid = encoder(F64, device, geometry=kind)
+    for kind, max_level, levels in (
+        (FLAVOURS[0], 0.5, 2),
+        (FLAVOURS[0], 0.0, 1),
+        (FLAVOURS[1], 3, 3),
+        (FLAVOURS[1], 99, 4),
+    ):
+        grid = encoder(F64, device, flavour=kind)
         whole, part = grid(inputs), grid(inputs, max_level=max_level)
         assert torch.equal(part[:, : 2 * levels], whole[:, : 2 * levels])
         assert not part[:, 2 * levels :].any()
@@ -152,7 +157,7 @@ def test_total_variation(options: dict[str, Any]) -> None:
     grid.embeddings.grad = torch.ones_like(grid.embeddings)
     grid.grad_total_variation(0.5, inputs)
     expected, table = torch.ones_like(grid.embeddings).numpy(), grid.embeddings.detach().numpy()
-    offsets, align, clamps = grid.offsets.tolist(), grid.align_corners, grid.geometry == KINDS[0]
+    offsets, align, clamps = grid.offsets.tolist(), grid.align_corners, grid.flavour == FLAVOURS[0]
     for x in (inputs.numpy() + 1) / 2:
         if (x < 0).any() or (x > 1).any():
             continue
@@ -196,23 +201,23 @@ def test_weight_decay() -> None:
 def test_compiled_functions(form: str, dtype: torch.dtype, device: torch.device) -> None:
     """What they write to the caller's tensors, in each of the forms that wrappers call them in."""
     old = form == "old"
-    align, interpolation = not old, 1 if form in KINDS else 0
-    kind = KINDS[0] if form == KINDS[0] else KINDS[1]
-    options = {"align_corners": align, "interpolation": ("linear", "smoothstep")[interpolation], "geometry": kind}
+    align, interpolation = not old, 1 if form in FLAVOURS else 0
+    kind = FLAVOURS[0] if form == FLAVOURS[0] else FLAVOURS[1]
+    options = {"align_corners": align, "interpolation": ("linear", "smoothstep")[interpolation], "flavour": kind}
     grid = encoder(F64, device, **options)
     with torch.no_grad():
         grid.embeddings.copy_(grid.embeddings.to(dtype))
     inputs, table = torch.rand(23, 3, device=device), grid.embeddings.detach().to(dtype)
     outputs = torch.zeros(4, 23, 2, device=device, dtype=dtype)
     dy_dx = torch.zeros(23, 4 * 3 * 2, device=device, dtype=dtype)
-    grad, levels = torch.randn(4, 23, 2, device=device).to(dtype), 3 if form == KINDS[0] else 4
+    grad, levels = torch.randn(4, 23, 2, device=device).to(dtype), 3 if form == FLAVOURS[0] else 4
     by_table, by_inputs = torch.zeros_like(table), torch.zeros_like(inputs, dtype=dtype)
-    head = (23, 3, 2, 4, *((3,) if form == KINDS[0] else ()), np.log2(1.7), 3)
+    head = (23, 3, 2, 4, *((3,) if form == FLAVOURS[0] else ()), np.log2(1.7), 3)
     flag = (True,) if form in ("flag", "old") else ()
     tail = {"flag": (0, align), "old": (0,)}.get(form, (0, align, interpolation))
-    compiled.grid_encode_forward(inputs, table, grid.offsets, outputs, *head, *flag, dy_dx, *tail)
+    backend.grid_encode_forward(inputs, table, grid.offsets, outputs, *head, *flag, dy_dx, *tail)
     arrays = (grad, inputs, table, grid.offsets, by_table)
-    compiled.grid_encode_backward(*arrays, *head, *flag, dy_dx, by_inputs, *tail)
+    backend.grid_encode_backward(*arrays, *head, *flag, dy_dx, by_inputs, *tail)
 
     exact = inputs.double().requires_grad_()
     wanted = grid(exact * 2 - 1).unflatten(1, (4, 2)).transpose(0, 1)[:levels]
@@ -229,16 +234,16 @@ def test_without_input_gradients() -> None:
     grid, inputs = encoder(torch.float32), torch.rand(5, 3)
     outputs, grads = torch.zeros(4, 5, 2), torch.zeros_like(grid.embeddings)
     sizes = (5, 3, 2, 4, 4, np.log2(1.7), 3)
-    compiled.grid_encode_forward(inputs, grid.embeddings, grid.offsets, outputs, *sizes, None, 0, False, 0)
+    backend.grid_encode_forward(inputs, grid.embeddings, grid.offsets, outputs, *sizes, None, 0, False, 0)
     tensors = (torch.ones(4, 5, 2), inputs, grid.embeddings, grid.offsets, grads)
-    compiled.grid_encode_backward(*tensors, *sizes, None, None, 0, False, 0)
+    backend.grid_encode_backward(*tensors, *sizes, None, None, 0, False, 0)
     torch.testing.assert_close(outputs.transpose(0, 1).flatten(1), grid(inputs * 2 - 1).detach())
     assert grads.sum().item() == pytest.approx(40, rel=1e-5)
     with pytest.raises(TypeError, match="grid_encode_forward: takes 13 to 15 arguments"):
-        compiled.grid_encode_forward(inputs, grid.embeddings, grid.offsets, outputs, 5, 3, 2, 4, 1.0, 3, None)
+        backend.grid_encode_forward(inputs, grid.embeddings, grid.offsets, outputs, 5, 3, 2, 4, 1.0, 3, None)
     narrow = outputs[..., :1].contiguous()
     with pytest.raises(ValueError, match=r"grid_encode_forward: outputs must have shape \[4, 5, 2\], got \[4, 5, 1\]"):
-        compiled.grid_encode_forward(inputs, grid.embeddings, grid.offsets, narrow, *sizes, None, 0, False, 0)
+        backend.grid_encode_forward(inputs, grid.embeddings, grid.offsets, narrow, *sizes, None, 0, False, 0)
 
 
 def test_compiled_regularisers() -> None:
@@ -248,25 +253,26 @@ def test_compiled_regularisers() -> None:
     grid.grad_total_variation(0.1, inputs * 2 - 1)
     grid.grad_weight_decay(0.2)
     sizes = (11, 3, 2, 4, np.log2(1.7), 3, 0, False)
-    compiled.grad_total_variation(inputs, grid.embeddings, by_function, grid.offsets, 0.1, *sizes)
-    compiled.grad_weight_decay(grid.embeddings, by_function, grid.offsets, 0.2, len(by_function), 2, 4)
+    backend.grad_total_variation(inputs, grid.embeddings, by_function, grid.offsets, 0.1, *sizes)
+    backend.grad_weight_decay(grid.embeddings, by_function, grid.offsets, 0.2, len(by_function), 2, 4)
     torch.testing.assert_close(by_function, by_module, rtol=1e-10, atol=1e-12)
 
 
 def test_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "modules", {**sys.modules})
-    monkeypatch.setattr(compiled, "geometry", "stable-dreamfusion")
+    monkeypatch.setattr(backend, "flavour", "stable-dreamfusion")
     own = ModuleType("gridencoder")  # a project's folder, whose compiled module is missing
     sys.modules["gridencoder"] = own
-    assert install(geometry="torch-ngp")
-    assert sys.modules["_gridencoder"] is compiled
+    assert install(flavour="torch-ngp") == ["_gridencoder"]
+    assert sys.modules["_gridencoder"] is backend
     assert sys.modules["gridencoder"] is own
     assert "gridencoder.grid" not in sys.modules
-    assert compiled.geometry == "torch-ngp"
-    assert install(force=True)
+    assert GridEncoder(**SMALL).flavour == backend.flavour == "torch-ngp"
+    assert install(force=True) == ["_gridencoder", "gridencoder", "gridencoder.grid"]
     assert sys.modules["gridencoder"].GridEncoder is sys.modules["gridencoder.grid"].GridEncoder is GridEncoder
+    assert GridEncoder(**SMALL).flavour == "stable-dreamfusion"
     sys.modules["_gridencoder"] = own
-    assert not install()
+    assert "_gridencoder" not in install()
 
 
 @pytest.mark.parametrize(
@@ -280,7 +286,7 @@ def test_install(monkeypatch: pytest.MonkeyPatch) -> None:
             ValueError,
             "GridEncoder: interpolation must be linear or smoothstep, got 'cubic'",
         ),
-        ({"geometry": "ngp"}, ValueError, "geometry must be stable-dreamfusion or torch-ngp, got 'ngp'"),
+        ({"flavour": "ngp"}, ValueError, "flavour must be stable-dreamfusion or torch-ngp, got 'ngp'"),
         ({"num_levels": 2.5}, TypeError, r"GridEncoder: num_levels must be at least 1 \(an integer\), got 2.5"),
         ({"per_level_scale": 0}, ValueError, "GridEncoder: per_level_scale must be above 0, got 0"),
     ],

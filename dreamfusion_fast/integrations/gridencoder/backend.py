@@ -19,7 +19,7 @@ from dreamfusion_fast.integrations.gridencoder.geometry import Geometry, encode
 from dreamfusion_fast.integrations.gridencoder.regularise import add_total_variation, add_weight_decay
 from dreamfusion_fast.ops._checks import check_tensor
 
-geometry = "stable-dreamfusion"  # of calls that may mean either kind; see `install`
+flavour = "stable-dreamfusion"  # where a caller does not say it; see `install`
 _FLOATS = (torch.float16, torch.float32, torch.float64)
 
 
@@ -36,11 +36,11 @@ def _read(op: str, sizes: tuple[Any, ...], backward: bool) -> _Call:
     """The arguments from B on, in whichever form they come."""
     _, dims, _, n_levels, *rest = sizes
     grads = 2 if backward else 1  # dy_dx, and grad_inputs
-    kind, max_level = geometry, n_levels
+    of, max_level = flavour, n_levels
     if len(rest) == 6 + grads:
         max_level, *rest = rest
     else:
-        kind = "torch-ngp"
+        of = "torch-ngp"
     if len(rest) not in (4 + grads, 5 + grads):
         raise TypeError(f"{op}: takes {'14 to 17' if backward else '13 to 15'} arguments, got another number")
     scale, base, *rest = rest
@@ -50,7 +50,7 @@ def _read(op: str, sizes: tuple[Any, ...], backward: bool) -> _Call:
     arrays, (gridtype, *options) = rest[:grads], rest[grads:]
     align_corners = bool(options[0]) if options else False
     smoothstep = len(options) > 1 and int(options[1]) == 1
-    placed = Geometry(float(scale), int(base), int(n_levels), int(dims), int(gridtype) == 0, align_corners, kind)
+    placed = Geometry(float(scale), int(base), int(n_levels), int(dims), int(gridtype) == 0, align_corners, of)
     return _Call(placed, int(max_level), smoothstep, *(array if wanted else None for array in arrays))
 
 
@@ -147,7 +147,7 @@ def grad_total_variation(
     The sizes are B, D, C, L, S, H, gridtype, align_corners.
     """
     _, dims, _, n_levels, scale, base, gridtype, align_corners = sizes
-    options = (int(gridtype) == 0, bool(align_corners), geometry)
+    options = (int(gridtype) == 0, bool(align_corners), flavour)
     placed = Geometry(float(scale), int(base), int(n_levels), int(dims), *options)
     add_total_variation(grad, inputs.detach(), embeddings.detach(), offsets.tolist(), placed, weight)
 

@@ -383,7 +383,8 @@ def _visit(
         return torch.fmin(longest, torch.fmax(shortest, t * angle))
 
     def level_of(extent: Tensor) -> Tensor:
-        return torch.frexp(extent).exponent.clamp(0, cascades - 1).long()
+        level = torch.frexp(extent).exponent.clamp(min=0).long()
+        return torch.where(extent < 2 ** (cascades - 1), level, cascades - 1)
 
     t = t_near + step_at(t_near) * noise
     until, count = torch.full_like(t, -math.inf), torch.zeros_like(t, dtype=torch.int64)

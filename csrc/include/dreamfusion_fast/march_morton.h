@@ -40,10 +40,12 @@ struct MortonRays {
 
   DFF_HD T step_at(T t) const { return std::fmin(max_step, std::fmax(min_step, t * cone_angle)); }
 
+  // The first cascade with extent < 2^cascade, or the last one.
   DFF_HD int32_t level_of(T extent) const {
+    if (!(extent < static_cast<T>(1 << (cascades - 1)))) return cascades - 1;  // of an infinity frexp tells nothing
     int exponent;
     std::frexp(extent, &exponent);
-    return exponent < 0 ? 0 : exponent < cascades ? exponent : cascades - 1;
+    return exponent > 0 ? exponent : 0;
   }
 
   // Calls visit(position, t, dt) for each sample, with t at the step's end, in order. False: it was the last one.

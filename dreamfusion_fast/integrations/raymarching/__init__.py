@@ -5,7 +5,8 @@ Names, positional order, shapes and dtypes are theirs; inputs are read as float3
 - The samples of the rays lie in the order of the rays, so that a run repeats itself.
 - Gradients through per-sample weights are exact.
 - Nothing is moved to a GPU: what is computed is computed where the tensors are.
-- A bitfield of this package, whose cells are in another order, is refused.
+- A bitfield of this package, whose cells are in another order, is refused; `morton_bitfield` makes one of it that is
+  not.
 
     from dreamfusion_fast.integrations import raymarching
 
@@ -32,6 +33,7 @@ _FUNCTIONS = (
     "march_rays_train",
     "morton3D",
     "morton3D_invert",
+    "morton_bitfield",
     "near_far_from_aabb",
     "packbits",
     "sph_from_ray",

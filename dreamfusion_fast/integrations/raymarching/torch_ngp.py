@@ -17,6 +17,7 @@ _FUNCTIONS = (
     "march_rays_train",
     "morton3D",
     "morton3D_invert",
+    "morton_bitfield",
     "near_far_from_aabb",
     "packbits",
     "sph_from_ray",

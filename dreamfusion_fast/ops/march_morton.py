@@ -383,8 +383,7 @@ def _visit(
         return torch.fmin(longest, torch.fmax(shortest, t * angle))
 
     def level_of(extent: Tensor) -> Tensor:
-        level = torch.frexp(extent).exponent.clamp(min=0).long()
-        return torch.where(extent < 2 ** (cascades - 1), level, cascades - 1)
+        return sum((extent >= 2**cascade for cascade in range(cascades - 1)), torch.zeros_like(extent).long())
 
     t = t_near + step_at(t_near) * noise
     until, count = torch.full_like(t, -math.inf), torch.zeros_like(t, dtype=torch.int64)

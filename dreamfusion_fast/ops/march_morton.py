@@ -383,7 +383,7 @@ def _visit(
         return torch.fmin(longest, torch.fmax(shortest, t * angle))
 
     def level_of(extent: Tensor) -> Tensor:
-        return torch.frexp(extent).exponent.clamp(0, cascades - 1).long()
+        return sum((extent >= 2**cascade for cascade in range(cascades - 1)), torch.zeros_like(extent).long())
 
     t = t_near + step_at(t_near) * noise
     until, count = torch.full_like(t, -math.inf), torch.zeros_like(t, dtype=torch.int64)

@@ -139,6 +139,20 @@ def test_morton_order_and_bits(device: torch.device) -> None:
     assert given.tolist() == wanted
 
 
+def test_a_linear_bitfield_becomes_one_in_morton_order(device: torch.device) -> None:
+    grid = torch.rand(2, 8, 8, 8, device=device) > 0.7
+    bits = raymarching.morton_bitfield(occupancy_pack(grid.float(), 0.5), 8, 2)
+    for _ in range(113):
+        level, x, y, z = torch.randint(0, 2, (1,)).item(), *torch.randint(0, 8, (3,)).tolist()
+        place = 512 * level + interleaved([x, y, z])
+        assert (bits[place // 8].item() >> place % 8) & 1 == grid[level, x, y, z].item()
+    origins, directions, *_ = scene(9, 1.0, 8, 2, device)
+    near, far = torch.zeros(9, device=device), torch.ones(9, device=device)
+    raymarching.march_rays_train(origins, directions, 2, bits, 2, 8, near, far)  # is not refused
+    with pytest.raises(ValueError, match="morton_bitfield: resolution must be a power of two from 2 to 1024, got 6"):
+        raymarching.morton_bitfield(bits, 6)
+
+
 def test_flattened_rays(device: torch.device) -> None:
     rays = torch.tensor([[4, 2], [0, 3], [9, 0], [3, 1], [7, 9]], dtype=torch.int32, device=device)
     found = raymarching.flatten_rays(rays, 8)  # of samples 6 and 7 is none, and the last ray has too many

@@ -38,12 +38,17 @@ struct MortonRays {
   bool contract;  // positions beyond [-1, 1]^3 are drawn into [-2, 2]^3 (Barron et al. 2022, by the largest coordinate)
   int64_t n_rays;
 
-  DFF_HD T step_at(T t) const { return std::fmin(max_step, std::fmax(min_step, t * cone_angle)); }
+  // With `value` NaN, the other: as fmin and fmax have it, which C++ compilers leave to a library.
+  DFF_HD static T at_least(T lowest, T value) { return value > lowest ? value : lowest; }
+  DFF_HD static T at_most(T highest, T value) { return value < highest ? value : highest; }
 
+  DFF_HD T step_at(T t) const { return at_most(max_step, at_least(min_step, t * cone_angle)); }
+
+  // The first cascade with extent < 2^cascade, or the last one.
   DFF_HD int32_t level_of(T extent) const {
-    int exponent;
-    std::frexp(extent, &exponent);
-    return exponent < 0 ? 0 : exponent < cascades ? exponent : cascades - 1;
+    int32_t level = 0;
+    for (T edge = 1; level < cascades - 1 && extent >= edge; edge *= T(2)) ++level;
+    return level;
   }
 
   // Calls visit(position, t, dt) for each sample, with t at the step's end, in order. False: it was the last one.
@@ -75,34 +80,37 @@ struct MortonRays {
       T largest = 0;
       DFF_UNROLL
       for (int axis = 0; axis < 3; ++axis) {
-        position[axis] = std::fmin(bound, std::fmax(-bound, origin[axis] + t * direction[axis]));
-        largest = std::fmax(largest, std::fabs(position[axis]));
+        position[axis] = at_most(bound, at_least(-bound, origin[axis] + t * direction[axis]));
+        largest = at_least(largest, std::fabs(position[axis]));
       }
       const int32_t by_place = level_of(largest);
       const int32_t by_step = level_of(dt * size * T(0.5));
       const int32_t level = by_place > by_step ? by_place : by_step;
-      const T half = std::fmin(static_cast<T>(1 << level), bound);
+      const T half = at_most(bound, static_cast<T>(1 << level));
       const T inverse_half = T(1) / half;
       const bool contracted = contract && largest > T(1);
-      const T scale = (T(2) - T(1) / largest) / largest;
+      const T scale = contracted ? (T(2) - T(1) / largest) / largest : T(1);
       uint32_t index = 0;
-      T leave = T(INFINITY);
+      int32_t cell[3];
       DFF_UNROLL
       for (int axis = 0; axis < 3; ++axis) {
         if (contracted) position[axis] *= scale;
         const T own = T(0.5) * (position[axis] * inverse_half + T(1)) * size;
-        const int32_t cell = static_cast<int32_t>(std::fmin(size - T(1), std::fmax(T(0), own)));
-        index |= spread_bits(static_cast<uint32_t>(cell)) << axis;
-        const T wall = static_cast<T>(cell) + T(0.5) + std::copysign(T(0.5), direction[axis]);
-        const T time = ((wall * cell_size * T(2) - T(1)) * half - position[axis]) * inverse[axis];
-        leave = std::fmin(leave, time);
+        cell[axis] = static_cast<int32_t>(at_most(size - T(1), at_least(T(0), own)));
+        index |= spread_bits(static_cast<uint32_t>(cell[axis])) << axis;
       }
       const int64_t bit = static_cast<int64_t>(level) * resolution * resolution * resolution + index;
       if ((bitfield[bit >> 3] >> (bit & 7)) & 1) {
         ++count;
         if (!visit(position, end, dt)) return;
       } else if (!contracted) {
-        until = t + std::fmax(T(0), leave);
+        T leave = T(INFINITY);
+        DFF_UNROLL
+        for (int axis = 0; axis < 3; ++axis) {
+          const T wall = static_cast<T>(cell[axis]) + T(0.5) + std::copysign(T(0.5), direction[axis]);
+          leave = at_most(leave, ((wall * cell_size * T(2) - T(1)) * half - position[axis]) * inverse[axis]);
+        }
+        until = t + at_least(T(0), leave);
       }
       t = end;
     }

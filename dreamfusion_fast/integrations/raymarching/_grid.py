@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dreamfusion_fast.ops._checks import check_number, check_tensor
 from dreamfusion_fast.ops.march_morton import morton_cells, morton_index
-from dreamfusion_fast.ops.occupancy import mark_order, occupancy_pack
+from dreamfusion_fast.ops.occupancy import mark_order, occupancy_pack, occupancy_unpack
 from dreamfusion_fast.ops.ray_box import ray_box
 
 MISSED = torch.finfo(torch.float32).max
@@ -98,6 +98,24 @@ def packbits(grid: Tensor, thresh: float | Tensor, bitfield: Tensor | None = Non
         return mark_order(packed, "morton")
     check_tensor("packbits", "bitfield", bitfield, [cells // 8], (torch.uint8,), like=grid)
     return mark_order(bitfield.copy_(packed), "morton")
+
+
+@torch.no_grad()
+def morton_bitfield(bitfield: Tensor, resolution: int, cascades: int = 1) -> Tensor:
+    """A bitfield of this package's `OccupancyGrid` in Morton order, for the functions here.
+
+    Beyond one cascade the boxes are the same only where the scene's bound is ``2^(cascades - 1)``.
+
+    Args:
+        bitfield: uint8 ``[cascades * resolution^3 / 8]`` as `occupancy_pack` makes it.
+        resolution: cells along an axis, a power of two from 2 to 1024.
+        cascades: number of grids.
+    """
+    if resolution not in [2**bits for bits in range(1, 11)]:
+        raise ValueError(f"morton_bitfield: resolution must be a power of two from 2 to 1024, got {resolution!r}")
+    grid = occupancy_unpack(bitfield, resolution, cascades).view(cascades, -1)
+    x, y, z = morton_cells(torch.arange(resolution**3, device=bitfield.device)).unbind(dim=1)
+    return packbits(grid[:, (x * resolution + y) * resolution + z].float(), 0.5)
 
 
 def flatten_rays(rays: Tensor, M: int) -> Tensor:  # noqa: N803 - their name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from typing import Any
 
 _PACKAGE = "dreamfusion_fast.integrations.raymarching"
 _FLAVOURS = {"stable-dreamfusion": _PACKAGE, "torch-ngp": f"{_PACKAGE}.torch_ngp"}
@@ -36,3 +37,9 @@ def install(force: bool = False, flavour: str = "stable-dreamfusion") -> list[st
             sys.modules[name] = importlib.import_module(target)
             installed.append(name)
     return installed
+
+
+def load(module: str, name: str) -> Any:
+    """A function of one of the modules here, or of those that both flavours share."""
+    found = importlib.import_module(f"{_PACKAGE}.{module}")
+    return getattr(found if hasattr(found, name) else importlib.import_module(f"{_PACKAGE}._grid"), name)

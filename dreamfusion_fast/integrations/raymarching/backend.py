@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.integrations import raymarching
-from dreamfusion_fast.integrations.raymarching import _grid, torch_ngp
-from dreamfusion_fast.integrations.raymarching._samples import Grid, marched_rays, noise_for
+from dreamfusion_fast.integrations.raymarching import torch_ngp
 
 __all__ = [
     "composite_rays",
@@ -35,33 +34,33 @@ def near_far_from_aabb(
     rays_o: Tensor, rays_d: Tensor, aabb: Tensor, n: int, min_near: float, nears: Tensor, fars: Tensor
 ) -> None:
     """Fills nears and fars ``[n]``."""
-    for out, found in zip((nears, fars), _grid.near_far_from_aabb(rays_o, rays_d, aabb, min_near), strict=True):
+    for out, found in zip((nears, fars), raymarching.near_far_from_aabb(rays_o, rays_d, aabb, min_near), strict=True):
         out.copy_(found)
 
 
 def sph_from_ray(rays_o: Tensor, rays_d: Tensor, radius: float, n: int, coords: Tensor) -> None:
     """Fills coords ``[n, 2]``."""
-    coords.copy_(_grid.sph_from_ray(rays_o, rays_d, radius))
+    coords.copy_(raymarching.sph_from_ray(rays_o, rays_d, radius))
 
 
 def morton3D(coords: Tensor, n: int, indices: Tensor) -> None:  # noqa: N802 - their name
     """Fills indices ``[n]``."""
-    indices.copy_(_grid.morton3D(coords))
+    indices.copy_(raymarching.morton3D(coords))
 
 
 def morton3D_invert(indices: Tensor, n: int, coords: Tensor) -> None:  # noqa: N802 - their name
     """Fills coords ``[n, 3]``."""
-    coords.copy_(_grid.morton3D_invert(indices))
+    coords.copy_(raymarching.morton3D_invert(indices))
 
 
 def packbits(grid: Tensor, n: int, density_thresh: float, bitfield: Tensor) -> None:
     """Fills bitfield ``[n]``."""
-    _grid.packbits(grid.reshape(1, -1), density_thresh, bitfield)
+    raymarching.packbits(grid.reshape(1, -1), density_thresh, bitfield)
 
 
 def flatten_rays(rays: Tensor, n: int, m: int, res: Tensor) -> None:
     """Fills res ``[m]``."""
-    res.copy_(_grid.flatten_rays(rays, m))
+    res.copy_(raymarching.flatten_rays(rays, m))
 
 
 @torch.no_grad()
@@ -74,6 +73,9 @@ def march_rays_train(*arguments: Any) -> None:
             torch-ngp (rays_o, rays_d, grid, bound, dt_gamma, max_steps, N, C, H, M, nears, fars, xyzs, dirs, deltas,
             rays, counter, noises or perturb).
     """
+    from dreamfusion_fast.integrations.raymarching._samples import Grid, marched_rays, noise_for
+    from dreamfusion_fast.integrations.raymarching._torch_ngp import deltas_of
+
     _check_count("march_rays_train", arguments, 18)
     rays_o, rays_d, bits, bound, *numbers, nears, fars, xyzs, dirs, spans, rays, counter, noises = arguments
     taken = marched_rays("march_rays_train", rays_o, rays_d, nears, fars)
@@ -94,7 +96,7 @@ def march_rays_train(*arguments: Any) -> None:
         index = torch.arange(n_rays, dtype=torch.int32, device=offsets.device)
         rays.copy_(torch.stack([index, offsets[:-1], offsets.diff()], dim=1))
         counter += torch.stack([offsets[-1], torch.full_like(offsets[-1], n_rays)]).to(counter.dtype)
-        deltas = torch_ngp.deltas_of(found, offsets, ray, grid.start_of(taken[2], noise))
+        deltas = deltas_of(found, offsets, ray, grid.start_of(taken[2], noise))
         samples = (positions, taken[1][ray.long()], deltas)
     for out, values in zip((xyzs, dirs, spans), samples, strict=True):
         room = min(out.shape[0], values.shape[0])

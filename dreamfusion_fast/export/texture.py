@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,18 +12,20 @@ import numpy as np
 import scipy.ndimage
 import torch
 import trimesh
-import xatlas
 from numpy.typing import NDArray
 from PIL import Image
 
 from dreamfusion_fast.errors import UserError
-from dreamfusion_fast.export.mesh import Mesh
+from dreamfusion_fast.export.atlas import AtlasError, make_atlas
+from dreamfusion_fast.export.mesh import Mesh, decimate
 from dreamfusion_fast.export.raster import rasterize_texture
 from dreamfusion_fast.fields.base import evaluate
 from dreamfusion_fast.fields.samples import FieldSamples
 from dreamfusion_fast.io import write_bytes
 from dreamfusion_fast.rendering.rays import Rays
 from dreamfusion_fast.rendering.volume.renderer import VolumeRenderer
+
+_log = logging.getLogger(__name__)
 
 SurfaceColorFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -32,6 +35,8 @@ _OUTSIDE = 1.5
 _MISSED = 1e-3
 LOOK_INTO = 16.0
 """Length of such a ray, in voxels."""
+# A mesh with fewer faces than this is not simplified further for xatlas.
+_FEWEST_FACES = 1000
 
 
 @dataclass(frozen=True)
@@ -46,23 +51,31 @@ class UnwrappedMesh:
 
 
 def unwrap(mesh: Mesh, texture_size: int = 1024, padding: int = 4) -> UnwrappedMesh:
-    """Cut a mesh into charts and pack them into a square, with `padding` texels of a `texture_size` texture between."""
+    """Cut a mesh into charts and pack them into a square, with `padding` texels of a `texture_size` texture between.
+
+    Of a mesh that xatlas cannot cut, one with half as many faces is tried, and so on, with a warning.
+
+    Raises:
+        UserError: there are no faces, or not even few of them can be cut.
+    """
     if len(mesh.faces) == 0:
         raise UserError("the mesh has no faces; export with a lower --threshold")
-    normals = mesh.vertex_normals()
-    atlas = xatlas.Atlas()
-    atlas.add_mesh(mesh.vertices, mesh.faces.astype(np.uint32), normals)
-    charts = xatlas.ChartOptions()
-    charts.max_iterations = 1  # more move the seams a little, at twice the time
-    pack = xatlas.PackOptions()
-    pack.resolution = texture_size
-    pack.padding = padding
-    pack.bilinear = True
-    atlas.generate(charts, pack)
-    origin, faces, uv = atlas[0]
-    return UnwrappedMesh(
-        Mesh(mesh.vertices[origin], faces.astype(np.int64)), normals[origin], np.clip(uv, 0, 1).astype(np.float32)
-    )
+    while True:
+        normals = mesh.vertex_normals()
+        try:
+            origin, faces, uv = make_atlas(mesh.vertices, mesh.faces, normals, texture_size, padding)
+        except AtlasError as error:
+            n_faces = len(mesh.faces)
+            if n_faces < _FEWEST_FACES:
+                raise UserError(
+                    f"xatlas cannot cut the mesh into charts ({error}); export with other settings"
+                ) from error
+            mesh = decimate(mesh, n_faces // 2)
+            _log.warning(
+                "xatlas cannot cut %d faces into charts (%s); going on with %d", n_faces, error, len(mesh.faces)
+            )
+        else:
+            return UnwrappedMesh(Mesh(mesh.vertices[origin], faces), normals[origin], np.clip(uv, 0, 1))
 
 
 def bake(

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -59,14 +59,22 @@ class EmbeddingCache:
                 warnings.warn(f"prompt embeddings are not kept: {error}", stacklevel=2)
 
     def get_or_compute(
-        self, identity: str, texts: list[Prompt], compute: Callable[[list[Prompt]], dict[str, Tensor]]
+        self,
+        identity: str,
+        texts: list[Prompt],
+        compute: Callable[[list[Prompt]], dict[str, Tensor]],
+        shapes: Mapping[str, tuple[int | None, ...]] | None = None,
     ) -> dict[str, Tensor]:
-        """The stored embeddings of these texts by the model with this identity, on the CPU, or `compute(texts)`."""
+        """The stored embeddings of these texts by the model with this identity, on the CPU, or `compute(texts)`.
+
+        Stored ones that are damaged, or of other names or shapes than `shapes` (as `DiffusionModel.text_shapes` gives
+        them; empty or None for any), are made again.
+        """
         if self.directory is None:
             return compute(texts)
         key = hashlib.sha256(json.dumps([_FORMAT, identity, texts]).encode()).hexdigest()
         path = self.directory / f"{key}.safetensors"
-        stored = _read(path, len(texts))
+        stored = _read(path, len(texts), shapes or {})
         if stored is not None:
             return stored
         tensors = {name: value.detach().to("cpu").contiguous() for name, value in compute(texts).items()}
@@ -89,7 +97,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, rows: int) -> dict[str, Tensor] | None:
+def _read(path: Path, rows: int, shapes: Mapping[str, tuple[int | None, ...]]) -> dict[str, Tensor] | None:
     """The tensors `[rows, ..., width]` of a whole, undamaged file; None for no file and, with a warning, any other."""
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -104,4 +112,15 @@ def _read(path: Path, rows: int) -> dict[str, Tensor] | None:
     if not tensors or not shaped or metadata.get("sha256") != _digest(tensors):
         warnings.warn(f"the cached prompt embeddings {path} are damaged and are made again", stacklevel=3)
         return None
+    if shapes and not _fit(tensors, shapes):
+        warnings.warn(f"the cached prompt embeddings {path} are not this model's and are made again", stacklevel=3)
+        return None
     return tensors
+
+
+def _fit(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int | None, ...]]) -> bool:
+    return tensors.keys() == shapes.keys() and all(
+        tensors[name].ndim == 1 + len(shape)
+        and all(wanted in (None, got) for wanted, got in zip(shape, tensors[name].shape[1:], strict=True))
+        for name, shape in shapes.items()
+    )

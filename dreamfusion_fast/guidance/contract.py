@@ -196,6 +196,13 @@ class DiffusionModel(UsesMemory, ABC):
     def embed_texts(self, texts: list[Prompt]) -> dict[str, Tensor]:
         """Embed n texts -> name -> [n, ...]. The text encoder is loaded for this call alone and freed after it."""
 
+    def text_shapes(self) -> Mapping[str, tuple[int | None, ...]]:
+        """The shape behind n of each tensor of `embed_texts`, None for any length; empty if it is not known before.
+
+        Embeddings on disk that are of another one are not taken.
+        """
+        return {}
+
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
         """Differentiable map from images [B, 3, H, W] in [0, 1] to the model's input [B, C, h, w] in their dtype."""

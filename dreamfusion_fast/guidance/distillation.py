@@ -83,7 +83,10 @@ class ScoreDistillation(Guidance):
         if self._cache is None:
             tensors = self.model.embed_texts(prompts.texts)
         else:
-            tensors = self._cache.get_or_compute(self.model.text_identity, prompts.texts, self.model.embed_texts)
+            model = self.model
+            tensors = self._cache.get_or_compute(
+                model.text_identity, prompts.texts, model.embed_texts, model.text_shapes()
+            )
         return PromptEmbeddings(tensors).to(self.model.device)
 
     def gradient(self, request: GuidanceRequest) -> GuidanceOutput:

@@ -85,6 +85,28 @@ def test_damaged_file_is_made_again(tmp_path: Path, damage: object) -> None:
     assert encoder.calls == 2
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"hidden": (3,), "pooled": (1,)},
+        {"hidden": (2, 2), "pooled": (1,)},
+        {"hidden": (2,)},
+        {"hidden": (2,), "other": (1,)},
+    ],
+)
+def test_what_does_not_fit_the_model_is_made_again(tmp_path: Path, shapes: dict[str, tuple[int | None, ...]]) -> None:
+    encoder, cache, texts = Encoder(), EmbeddingCache(tmp_path), prompts("a", "bc")
+    cache.get_or_compute("model", texts, encoder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache.get_or_compute("model", texts, encoder, {"hidden": (2,), "pooled": (None,)})
+    assert encoder.calls == 1
+    with pytest.warns(UserWarning, match="are not this model's and are made again"):
+        again = cache.get_or_compute("model", texts, encoder, shapes)
+    assert encoder.calls == 2
+    assert _same(again, Encoder()(texts))
+
+
 def test_folder_that_cannot_be_written_costs_a_warning_only(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.warns(UserWarning, match="not kept"):

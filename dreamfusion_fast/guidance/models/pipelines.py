@@ -213,6 +213,11 @@ class PipelineModel(DiffusionModel):
         """See `PromptEncoder.embed`: "hidden" [n, tokens, width] and with two encoders "pooled" [n, width]."""
         return self._text.embed(texts)
 
+    def text_shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """See `DiffusionModel.text_shapes`."""
+        shapes = {"hidden": (None, self._text.hidden_width), "pooled": (self._text.pooled_width,)}
+        return {name: shapes[name] for name in self._condition_names}
+
     def free_graphs(self) -> None:
         """See `UsesMemory.free_graphs`: the U-Net's."""
         self._evaluate.clear()

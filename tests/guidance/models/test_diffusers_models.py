@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from dreamfusion_fast.guidance import (
     Views,
     create_guidance,
 )
+from dreamfusion_fast.guidance.cache import EmbeddingCache
 from dreamfusion_fast.guidance.models.pipelines import LatentModel, PixelModel, SDXLModel, resize
+from dreamfusion_fast.guidance.prompts import Prompt
 from dreamfusion_fast.rendering import RendererConfig
 from dreamfusion_fast.training.memory_plan import MemoryLimit, MemoryPlanner
 
@@ -67,6 +70,29 @@ def test_embeddings_equal_those_of_diffusers(pipeline: Pipelines, kind: str, neg
     for value in embeddings.tensors.values():
         assert not torch.allclose(value[0], value[1])
         assert bool((value[-1] == 0).all()) == (kind == "sdxl" and not negative)
+
+
+@pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
+def test_a_cached_embedding_of_another_width_is_made_again(pipeline: Pipelines, kind: str, tmp_path: Path) -> None:
+    folder, name = pipeline(kind), "pooled" if kind == "sdxl" else "hidden"
+    model = _guidance(folder, dtype="float32").model
+
+    def embed(tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        cache = EmbeddingCache(tmp_path)
+        compute = model.embed_texts if tensors is None else lambda _: tensors
+        return cache.get_or_compute(model.text_identity, [Prompt("a teapot")], compute, model.text_shapes())
+
+    right = embed()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # taken
+        assert torch.equal(embed({})[name], right[name])
+    (entry,) = tmp_path.iterdir()
+    entry.unlink()
+    embed(right | {name: right[name][..., :-1].contiguous()})
+    with pytest.warns(UserWarning, match="are not this model's"):
+        again = embed()
+    assert again.keys() == right.keys()
+    assert all(torch.equal(again[key], right[key]) for key in right)
 
 
 def test_empty_negative_prompt_is_embedded_where_the_pipeline_says_so(own_pipeline: Pipelines) -> None:

@@ -18,7 +18,7 @@ from dreamfusion_fast.guidance.prompts import Prompt, shortened, warn_of_lost_wo
 
 from .cpu_network import CpuNetwork, cpu_network_serves
 from .model import IMAGE_SIZE, SHADINGS, ViewCondition, alphas_cumprod, load_prior
-from .text_encoder import MAX_TOKENS, WEIGHTS, TextEncoder
+from .text_encoder import MAX_TOKENS, WEIGHTS, WIDTH, TextEncoder
 
 
 class EmbeddedPrior(DiffusionModel):
@@ -78,6 +78,10 @@ class EmbeddedPrior(DiffusionModel):
         warn_of_lost_words("embedded", MAX_TOKENS, lost)
         tokens, pooled = encoder(captions)
         return {"tokens": tokens, "pooled": pooled}
+
+    def text_shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """See `DiffusionModel.text_shapes`."""
+        return {"tokens": (MAX_TOKENS, WIDTH), "pooled": (WIDTH,)}
 
     def encode(self, images: Tensor) -> Tensor:
         """`[B, 3, 64, 64]` in [-1, 1]; other sizes are resized with antialiasing."""

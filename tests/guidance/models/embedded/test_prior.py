@@ -357,6 +357,13 @@ def test_text_identity_changes_with_the_encoder(folder, prior, tmp_path):
     assert EmbeddedPrior("cpu", folder=other).text_identity != prior.text_identity
 
 
+def test_texts_have_the_shapes_that_are_said_before(prior):
+    embedded = prior.embed_texts([Prompt("a teapot"), Prompt("")])
+    assert {name: tuple(value.shape) for name, value in embedded.items()} == {
+        name: (2, *shape) for name, shape in prior.text_shapes().items()
+    }
+
+
 # Samples
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from peers import NerfaccGridEncoder, NerfaccTcnn, UnavailableError
+from peers import DropIn, NerfaccGridEncoder, NerfaccTcnn, UnavailableError
 from torch import Tensor, nn
-from workload import RESOLUTION, Scene
+from workload import ALPHA_THRESHOLD, EARLY_STOP, RESOLUTION, Scene, fit
 
 from dreamfusion_fast.fields import HashGridField, HashGridFieldConfig
 from dreamfusion_fast.rendering import OccupancyGrid, RendererConfig, VolumeRenderer
 
 OURS = ("native", "reference")
-PEERS = {"nerfacc": NerfaccGridEncoder, "nerfacc+tcnn": NerfaccTcnn}
+PEERS = {"drop-in": DropIn, "nerfacc": NerfaccGridEncoder, "nerfacc+tcnn": NerfaccTcnn}
 NAMES = (*OURS, *PEERS)
 
 __all__ = ["NAMES", "OURS", "Renderer", "UnavailableError", "build"]
@@ -36,15 +36,19 @@ class Ours:
     """`VolumeRenderer` over `HashGridField`, all of it native or all of it the twins."""
 
     def __init__(self, scene: Scene, backend: str, mlp_dtype: str, memory_budget: int | None) -> None:
-        self.not_capturable = "" if backend == "native" else "the twins wait for the GPU"
+        waits = "the twins wait" if backend != "native" else "pruning waits" if scene.pruned else ""
+        self.not_capturable = waits and f"{waits} for the GPU"
         self._scene = scene
         config = HashGridFieldConfig(hidden_layers=2, bound="box", mlp_dtype=mlp_dtype, backend=backend)  # type: ignore[arg-type]
         occupancy = OccupancyGrid(resolution=RESOLUTION, backend=backend).to(scene.device)  # type: ignore[arg-type]
         occupancy.set_occupied(scene.occupied)
-        options = RendererConfig(backend=backend, memory_budget=memory_budget)  # type: ignore[arg-type]
+        pruning = {"early_stop": EARLY_STOP, "alpha_threshold": ALPHA_THRESHOLD} if scene.pruned else {}
+        options = RendererConfig(backend=backend, memory_budget=memory_budget, **pruning)  # type: ignore[arg-type]
         field = HashGridField(config, generator=torch.Generator().manual_seed(0))
         renderer = VolumeRenderer(field.to(scene.device), occupancy, options)
         self._renderer = renderer.to(scene.device)
+        if scene.pruned:
+            fit(field.density, self.parameters(), scene.device)
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self._renderer.parameters())

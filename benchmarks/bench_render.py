@@ -14,6 +14,7 @@ compute normals, analytic ones in our backends. Per row:
 
     python benchmarks/bench_render.py                       # --set quick
     python benchmarks/bench_render.py --set issue --out     # every row, written to benchmarks/results
+    python benchmarks/bench_render.py --set pruned          # a fitted object, early stop 1e-4, alpha threshold 0.01
     python benchmarks/bench_render.py --sizes 64 512 --radius 0.5 1.0 --shading albedo lambertian --backends native
     python benchmarks/bench_render.py --sizes 128 --optimizer --captured 128   # the step ends with fused Adam
 
@@ -48,6 +49,7 @@ class Case:
     radius: float
     shading: str
     repeats: int = 12
+    pruned: bool = False
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Row:
     radius: float
     shading: str
     repeats: int
+    pruned: bool
     mlp_dtype: str
     optimizer: bool
     memory_budget: int | None
@@ -95,7 +98,17 @@ def quick_set() -> list[Case]:
     return [Case(backend, 64, 0.5, shading, 5) for backend in backends.OURS for shading in SHADINGS[:2]]
 
 
-SETS = {"issue": issue_set, "quick": quick_set}
+def pruned_set() -> list[Case]:
+    """A fitted object, rendered with pruning."""
+    return [
+        Case(backend, size, 0.5, shading, pruned=True)
+        for backend in ("native", *backends.PEERS)
+        for shading in SHADINGS[:2]
+        for size in (256, 512)
+    ]
+
+
+SETS = {"issue": issue_set, "quick": quick_set, "pruned": pruned_set}
 
 
 class Step:
@@ -143,7 +156,7 @@ class Step:
 
 def fill(row: Row, device: torch.device, captured: bool) -> None:
     """Measure a row. Raises UnavailableError without a peer's package, and what the renderer raises."""
-    scene = make_scene(row.size, row.radius, row.shading, device)
+    scene = make_scene(row.size, row.radius, row.shading, device, row.pruned)
     renderer = backends.build(row.backend, scene, row.mlp_dtype, row.memory_budget)
     step = Step(renderer, scene.image_gradient, row.optimizer)
     memory = Memory(device)  # from before the first render, so that a workspace kept between steps counts
@@ -249,6 +262,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--backends", nargs="+", choices=backends.NAMES, help="default: native and reference, or the set's"
     )
+    parser.add_argument("--pruned", action="store_true", help="fit the field first, and drop samples that hardly count")
     parser.add_argument("--mlp-dtype", help="default: float16 on a GPU, float32 on a CPU")
     parser.add_argument("--memory-budget", type=int, help="bytes, RendererConfig.memory_budget; default: its own")
     parser.add_argument("--optimizer", action="store_true", help="end each step with fused Adam, as part of full")
@@ -267,7 +281,7 @@ def choose(args: argparse.Namespace) -> list[Case]:
     """The cases that the command line asks for."""
     if args.sizes:
         return [
-            Case(backend, size, radius, shading)
+            Case(backend, size, radius, shading, pruned=args.pruned)
             for size in args.sizes
             for radius in args.radius
             for shading in args.shading
@@ -292,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             write_result(args.out, "render-adam" if args.optimizer else "render", about, [asdict(row) for row in rows])
         )
-    return int(any(row.failed for row in rows if row.backend in backends.OURS))
+    return int(any(row.failed for row in rows if row.backend in (*backends.OURS, "drop-in")))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@
 |---|---|---|
 | `nerfacc` | `gridencoder` of stable-dreamfusion and torch-ngp | torch, fp16 autocast |
 | `nerfacc+tcnn` | tiny-cuda-nn's HashGrid | its FullyFusedMLP |
+| `drop-in` | as `nerfacc+tcnn`, through our `integrations.nerfacc` and `integrations.tinycudann` | |
 
-Both march and composite with nerfacc >= 0.5.3 and take normals from three forward differences of the density. None of
-them is needed for anything, and none is a dependency. nerfacc with an encoder of ours would measure neither, so there
-is no such row. The jitter is nerfacc's own, so sample counts differ from ours by a few. Density pruning is off, as in
-the figures of `results/peers-h100.json`.
+All march and composite by the names of nerfacc >= 0.5.3 and take normals from three forward differences of the density.
+No peer is needed for anything, and none is a dependency. nerfacc with an encoder of ours would measure neither, so there
+is no such row. The jitter is nerfacc's own, so sample counts differ from ours by a few. Density pruning is off unless the
+scene is pruned, as in the figures of `results/peers-h100.json`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
-from workload import AABB, RESOLUTION, STEP, Scene
+from workload import AABB, ALPHA_THRESHOLD, EARLY_STOP, RESOLUTION, STEP, Scene, fit
 
 from dreamfusion_fast.rendering import Shading
 from dreamfusion_fast.rendering.shading import shade
@@ -46,16 +47,19 @@ class _Nerfacc(ABC):
     """March and compositing by nerfacc, around a field that a subclass gives."""
 
     not_capturable = "nerfacc's march waits for the GPU"
+    module = "nerfacc"
 
     def __init__(self, scene: Scene) -> None:
-        if scene.device.type != "cuda":
+        if scene.device.type != "cuda" and self.module == "nerfacc":
             raise UnavailableError("nerfacc marches on a GPU only")
-        self._nerfacc = _load("nerfacc")
+        self._nerfacc = _load(self.module)
         self._scene = scene
         self._shading = Shading.parse(scene.shading)
         self._estimator = self._nerfacc.OccGridEstimator(list(AABB), resolution=RESOLUTION, levels=1).to(scene.device)
         self._estimator.binaries = scene.occupied[None]
         self._field = self._make_field().to(scene.device)
+        if scene.pruned:
+            fit(self._density, self.parameters(), scene.device)
 
     @abstractmethod
     def _make_field(self) -> nn.Module:
@@ -68,14 +72,23 @@ class _Nerfacc(ABC):
         scene = self._scene
         origins, directions = scene.rays.origins, scene.rays.directions
         torch.manual_seed(seed)
-        ray_indices, t_starts, t_ends = self._estimator.sampling(
-            origins, directions, render_step_size=STEP, early_stop_eps=0.0, alpha_thre=0.0, stratified=True
-        )
+
+        def places(t_starts: Tensor, t_ends: Tensor, ray_indices: Tensor) -> Tensor:
+            middle = 0.5 * (t_starts + t_ends)[:, None]
+            return origins[ray_indices] + middle * directions[ray_indices]
+
+        def sigma(t_starts: Tensor, t_ends: Tensor, ray_indices: Tensor) -> Tensor:
+            return self._density(places(t_starts, t_ends, ray_indices))
 
         def rgb_sigma(t_starts: Tensor, t_ends: Tensor, ray_indices: Tensor) -> tuple[Tensor, Tensor]:
-            middle = 0.5 * (t_starts + t_ends)[:, None]
-            return self._shaded(origins[ray_indices] + middle * directions[ray_indices])
+            return self._shaded(places(t_starts, t_ends, ray_indices))
 
+        pruning = {"early_stop_eps": 0.0, "alpha_thre": 0.0}
+        if scene.pruned:
+            pruning = {"early_stop_eps": EARLY_STOP, "alpha_thre": ALPHA_THRESHOLD, "sigma_fn": sigma}
+        ray_indices, t_starts, t_ends = self._estimator.sampling(
+            origins, directions, render_step_size=STEP, stratified=True, **pruning
+        )
         color, *_ = self._nerfacc.rendering(
             t_starts, t_ends, ray_indices, n_rays=len(scene.rays), rgb_sigma_fn=rgb_sigma
         )
@@ -92,6 +105,10 @@ class _Nerfacc(ABC):
         albedo = torch.sigmoid(logits[:, 1:])
         color = shade(albedo, normal, positions, self._scene.light, self._shading)
         return color, nn.functional.softplus(logits[:, 0])
+
+    def _density(self, positions: Tensor) -> Tensor:
+        """Density `[m]` of positions `[m, 3]`."""
+        return nn.functional.softplus(self._logits(positions)[:, 0])
 
     def _logits(self, positions: Tensor) -> Tensor:
         """The field's output in float32, with Magic3D's blob on the density."""
@@ -132,6 +149,8 @@ class NerfaccGridEncoder(_Nerfacc):
 class NerfaccTcnn(_Nerfacc):
     """nerfacc with tiny-cuda-nn's encoding and fully fused MLP, both in half precision."""
 
+    field_module = "tinycudann"
+
     def _make_field(self) -> nn.Module:
         encoding = {
             "otype": "HashGrid",
@@ -148,4 +167,12 @@ class NerfaccTcnn(_Nerfacc):
             "n_neurons": HIDDEN,
             "n_hidden_layers": 2,
         }
-        return _load("tinycudann").NetworkWithInputEncoding(3, 4, encoding, network)
+        return _load(self.field_module).NetworkWithInputEncoding(3, 4, encoding, network)
+
+
+class DropIn(NerfaccTcnn):
+    """The same, through our modules of their names."""
+
+    not_capturable = "the march waits for the GPU"
+    module = "dreamfusion_fast.integrations.nerfacc"
+    field_module = "dreamfusion_fast.integrations.tinycudann"

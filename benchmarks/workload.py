@@ -4,15 +4,19 @@ One camera at distance 2 (azimuth and elevation 0.3 rad, 60 degrees field of vie
 [-1, 1]^3. The occupancy grid, 128^3, holds a ball of radius r: r = 0.5 is an object in its box, r = 1 fills it. Step
 2 sqrt(3) / 512, jitter, no early stop. Hash grid 16 x 2, 2^19 rows, 16 to 2048; MLP 32-64-64-4; softplus density with
 Magic3D's blob; the gradient of a random image.
+
+A pruned scene is rendered as people render a trained one: the field is fitted to a solid ball first, and samples that
+1e-4 of the light reaches, or with an opacity of 0.01, are all that is rendered.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamfusion_fast import ops
 from dreamfusion_fast.rendering import Rays, orbit_cameras
@@ -22,6 +26,10 @@ STEP = 2 * math.sqrt(3) / 512
 AABB = (-1.0, -1.0, -1.0, 1.0, 1.0, 1.0)
 LIGHT = (1.0, 2.0, 3.0)
 SHADINGS = ("albedo", "lambertian", "textureless")
+EARLY_STOP, ALPHA_THRESHOLD = 1e-4, 1e-2  # of pruned scenes
+_SOLID = 0.45  # radius of the ball that fields of pruned scenes are fitted to
+_FITS = 200
+_POINTS = {"cpu": 1 << 10, "cuda": 1 << 16}
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class Scene:
         shading: one of `SHADINGS`; all but albedo compute normals.
         light: point light `[3]`.
         image_gradient: `[n_rays, 3]`, what backward starts from.
+        pruned: whether the field is fitted, and samples are dropped that hardly count.
     """
 
     rays: Rays
@@ -41,13 +50,14 @@ class Scene:
     shading: str
     light: Tensor
     image_gradient: Tensor
+    pruned: bool = False
 
     @property
     def device(self) -> torch.device:
         return self.occupied.device
 
 
-def make_scene(size: int, radius: float, shading: str, device: torch.device) -> Scene:
+def make_scene(size: int, radius: float, shading: str, device: torch.device, pruned: bool = False) -> Scene:
     """The scene at `size^2` rays, with a ball of `radius`."""
     gradient = torch.randn(size * size, 3, generator=torch.Generator().manual_seed(1))
     return Scene(
@@ -56,7 +66,28 @@ def make_scene(size: int, radius: float, shading: str, device: torch.device) -> 
         shading=shading,
         light=torch.tensor(LIGHT, device=device),
         image_gradient=gradient.to(device),
+        pruned=pruned,
     )
+
+
+def fit(density: Callable[[Tensor], Tensor], parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+    """Fit a field to a solid ball: opaque within a step inside, empty outside.
+
+    Args:
+        density: of positions `[m, 3]`, `[m]`.
+        parameters: what is optimised.
+        device: where the field is.
+    """
+    draws = torch.Generator(device).manual_seed(2)
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    for _ in range(_FITS):
+        positions = 2.0 * torch.rand(_POINTS[device.type], 3, generator=draws, device=device) - 1.0
+        inside = (positions.norm(dim=1) < _SOLID).float()
+        opacity = -torch.expm1(-density(positions).float() * STEP)
+        optimizer.zero_grad()
+        (opacity - inside).square().mean().backward()
+        optimizer.step()
+    optimizer.zero_grad()
 
 
 def camera_rays(size: int, device: torch.device) -> Rays:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench_contention
 import bench_mesh
+import bench_nerfacc
 import bench_render
 import machine
 import measure
@@ -234,3 +235,15 @@ def test_the_prompts_are_24_and_those_of_the_record() -> None:
     record = json.loads((BENCHMARKS / "results" / "mesh-nvidia-h200.json").read_text())
     assert [row["prompt"] for row in record["rows"]] == list(bench_mesh.PROMPTS)
     assert len(set(bench_mesh.PROMPTS)) == 24
+
+
+def test_a_step_through_the_names_of_nerfacc(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--sizes", "9", "--repeats", "1", "--device", "cpu", "--out", str(tmp_path)]
+    assert bench_nerfacc.main(options) == 0
+    written = json.loads(next(tmp_path.iterdir()).read_text())
+    assert set(written) >= MACHINE
+    (row,) = written["rows"]
+    assert row["module"] == "drop-in"
+    assert row["samples"] > 1000
+    assert all(row[part] > 0 for part in ("sampling", "forward", "backward", "step", "update"))
+    assert "nerfacc has no rows" in capsys.readouterr().out

@@ -327,6 +327,8 @@ class _RaySums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, ray_indices, offsets):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(ray_indices)
+        if rows.numel() == 0:
+            return rows.new_zeros(offsets.shape[0] - 1, rows.shape[1])
         return torch.segment_reduce(rows.contiguous(), "sum", offsets=offsets, axis=0, initial=0, unsafe=True)
 
     @staticmethod

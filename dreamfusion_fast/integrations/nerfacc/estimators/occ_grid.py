@@ -127,9 +127,9 @@ class OccGridEstimator(AbstractEstimator):
             TypeError, ValueError: an argument of the wrong dtype, shape, device or range.
         """
         op = "OccGridEstimator.sampling"
-        _lazy.check_tensor(op, "rays_o", rays_o, ["n_rays", 3], _FLOATS, like=self.occs)
+        _lazy.check_tensor(op, "rays_o", rays_o, ["n_rays", 3], _FLOATS, like=self.binaries)
         n_rays = rays_o.shape[0]
-        _lazy.check_tensor(op, "rays_d", rays_d, [n_rays, 3], _FLOATS, like=self.occs)
+        _lazy.check_tensor(op, "rays_d", rays_d, [n_rays, 3], _FLOATS, like=self.binaries)
         rays_o, rays_d = rays_o.detach().float(), rays_d.detach().float()
         near, far = rays_o.new_full((n_rays,), near_plane), rays_o.new_full((n_rays,), far_plane)
         if t_min is not None:
@@ -222,8 +222,10 @@ class OccGridEstimator(AbstractEstimator):
     ) -> None:
         """`update_every_n_steps` in this step."""
         op = "OccGridEstimator"
-        everything = step < warmup_steps
-        cells = self._get_all_cells() if everything else self._sample_uniform_and_occupied_cells(self._quarter)
+        if step < warmup_steps:
+            cells = self._get_all_cells()
+        else:
+            cells = self._sample_uniform_and_occupied_cells(self.cells_per_lvl // 4)
         occs = self.occs.view(self.levels, self.cells_per_lvl)
         for level, indices in enumerate(cells):
             if indices.shape[0] == 0:
@@ -270,7 +272,7 @@ class OccGridEstimator(AbstractEstimator):
                 f"{op}: K must have shape [n or 1, 3, 3] and c2w [n, 3 or 4, 4], got {list(K.shape)} and "
                 f"{list(c2w.shape)}"
             )
-        rotation, position = c2w[:, :3, :3], c2w[:, :3, 3]
+        rotation, position, to_pixels = c2w[:, :3, :3].float(), c2w[:, :3, 3].float(), K.transpose(1, 2).float()
         occs = self.occs.view(self.levels, self.cells_per_lvl)
         for level, indices in enumerate(self._get_all_cells()):
             low, high = self.aabbs[level, :3], self.aabbs[level, 3:]
@@ -278,16 +280,12 @@ class OccGridEstimator(AbstractEstimator):
                 points = low + self._coords(part) / (self.resolution - 1).clamp(min=1) * (high - low)
                 # Camera space, of each camera and cell: products with the rotations' columns.
                 seen_from = (points[None] - position[:, None]) @ rotation
-                x, y, depth = (seen_from @ K.transpose(1, 2)).unbind(dim=-1)
+                x, y, depth = (seen_from @ to_pixels).unbind(dim=-1)
                 u, v = x / depth, y / depth
                 in_image = (depth >= 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
                 seen = (in_image & (depth >= near_plane)).any(dim=0)
                 too_near = (in_image & (depth < near_plane)).any(dim=0)
                 occs[level, part] = torch.where(seen & ~too_near, 0.0, -1.0)
-
-    @property
-    def _quarter(self) -> int:
-        return self.cells_per_lvl // 4
 
     def _get_all_cells(self) -> list[Tensor]:
         """Of each level the numbers of the cells that are not marked. Waits for a GPU."""

@@ -6,10 +6,9 @@
 | `nerfacc+tcnn` | tiny-cuda-nn's HashGrid | its FullyFusedMLP |
 | `drop-in` | as `nerfacc+tcnn`, through our `integrations.nerfacc` and `integrations.tinycudann` | |
 
-All march and composite by the names of nerfacc >= 0.5.3 and take normals from three forward differences of the density.
-No peer is needed for anything, and none is a dependency. nerfacc with an encoder of ours would measure neither, so there
-is no such row. The jitter is nerfacc's own, so sample counts differ from ours by a few. Density pruning is off unless the
-scene is pruned, as in the figures of `results/peers-h100.json`.
+All march and composite by the names of nerfacc >= 0.5.3 and take normals from three forward differences of the
+density. No peer is needed for anything, and none is a dependency. The jitter is nerfacc's own, so sample counts differ
+from ours by a few. Density pruning is off unless the scene is pruned, as in the figures of `results/peers-h100.json`.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def test_a_sample_of_no_length_has_no_weight(device: torch.device) -> None:
     fewer = composite(density[~empty], values[~empty], t[~empty], step[~empty], kept)
     twins = composite_reference(density, values, t, step, offsets)
     assert (outputs[0][empty] == 0).all()
-    assert_near(outputs[0][~empty], fewer[0], roundings=0)
+    assert_near(outputs[0][~empty], fewer[0], roundings=1)  # lanes of a GPU add them up in another order
     for output in (outputs, twins):
         for a, e in zip(output[1:], fewer[1:], strict=True):
             assert_near(a, e, roundings=256)

@@ -20,9 +20,11 @@ class FieldRender(Protocol):
     normals: bool
     distortion: bool
     entropy: bool
-    channels: Mapping[str, int]
     samples: int | Tensor
     overflowed: Tensor | None
+
+    @property
+    def channels(self) -> Mapping[str, int]: ...
 
     @property
     def parameters(self) -> Sequence[Tensor]: ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from peers import DropIn, NerfaccGridEncoder, NerfaccTcnn, UnavailableError
+from peers import DropIn, NerfaccGridEncoder, NerfaccOurs, NerfaccTcnn, UnavailableError
 from torch import Tensor, nn
 from workload import ALPHA_THRESHOLD, EARLY_STOP, RESOLUTION, Scene, fit
 
@@ -13,7 +13,12 @@ from dreamfusion_fast.fields import HashGridField, HashGridFieldConfig
 from dreamfusion_fast.rendering import OccupancyGrid, RendererConfig, VolumeRenderer
 
 OURS = ("native", "reference")
-PEERS = {"drop-in": DropIn, "nerfacc": NerfaccGridEncoder, "nerfacc+tcnn": NerfaccTcnn}
+PEERS = {
+    "drop-in": DropIn,
+    "nerfacc+ours": NerfaccOurs,
+    "nerfacc": NerfaccGridEncoder,
+    "nerfacc+tcnn": NerfaccTcnn,
+}
 NAMES = (*OURS, *PEERS)
 
 __all__ = ["NAMES", "OURS", "Renderer", "UnavailableError", "build"]

@@ -4,6 +4,7 @@
 |---|---|---|
 | `nerfacc` | `gridencoder` of stable-dreamfusion and torch-ngp | torch, fp16 autocast |
 | `nerfacc+tcnn` | tiny-cuda-nn's HashGrid | its FullyFusedMLP |
+| `nerfacc+ours` | as `nerfacc+tcnn`, through our `integrations.tinycudann` | |
 | `drop-in` | as `nerfacc+tcnn`, through our `integrations.nerfacc` and `integrations.tinycudann` | |
 
 All march and composite by the names of nerfacc >= 0.5.3 and take normals from three forward differences of the
@@ -169,9 +170,14 @@ class NerfaccTcnn(_Nerfacc):
         return _load(self.field_module).NetworkWithInputEncoding(3, 4, encoding, network)
 
 
-class DropIn(NerfaccTcnn):
-    """The same, through our modules of their names."""
+class NerfaccOurs(NerfaccTcnn):
+    """nerfacc over our module of tiny-cuda-nn's names: what is left is nerfacc's own."""
+
+    field_module = "dreamfusion_fast.integrations.tinycudann"
+
+
+class DropIn(NerfaccOurs):
+    """Both through our modules of their names."""
 
     not_capturable = "the march waits for the GPU"
     module = "dreamfusion_fast.integrations.nerfacc"
-    field_module = "dreamfusion_fast.integrations.tinycudann"

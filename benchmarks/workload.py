@@ -85,7 +85,7 @@ def fit(density: Callable[[Tensor], Tensor], parameters: Sequence[nn.Parameter],
         inside = (positions.norm(dim=1) < _SOLID).float()
         opacity = -torch.expm1(-density(positions).float() * STEP)
         optimizer.zero_grad()
-        (opacity - inside).square().mean().backward()
+        (opacity - inside).square().sum().backward()  # a mean's gradients would be too small for 16 bits
         optimizer.step()
     optimizer.zero_grad()
 

@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(kWarpThreads) count_kernel(const MarchCount<T>
   const int64_t ray = warp_index();
   if (ray >= op.rays.n_rays) return;
   const RayMarcher<T, kWide> marcher(op.rays, ray);
+  const T left = marcher.left();
   int32_t count = 0;
   int32_t first = 0;
   for (int32_t k = 0; k < op.rays.n_steps; k += kWarp) {
@@ -52,7 +53,7 @@ __global__ void __launch_bounds__(kWarpThreads) count_kernel(const MarchCount<T>
     const unsigned mask = __ballot_sync(kAllLanes, marcher.keeps(k + lane, &distance));
     if (count == 0 && mask != 0) first = k + __ffs(mask) - 1;
     count += __popc(mask);
-    if (__all_sync(kAllLanes, marcher.passed(k + lane))) break;
+    if (__all_sync(kAllLanes, marcher.passed(k + lane, left))) break;
   }
   if (lane == 0) {
     op.counts[ray] = count;

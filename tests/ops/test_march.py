@@ -281,6 +281,25 @@ def test_waits_for_the_gpu_once_or_with_a_capacity_never() -> None:
 
 
 @pytest.mark.gpu
+def test_rays_without_an_end_stop_behind_the_box() -> None:
+    """Few rays are counted without skipping: each to 2^24 steps took 160 ms, where it goes on for ever."""
+    origins, directions = make_rays(113, torch.float32, "cuda")
+    near = torch.zeros(113, device="cuda")
+    far = torch.full((113,), 1e10, device="cuda")
+    box = torch.tensor(BOX, device="cuda")
+    march(origins, directions, near, far, box, None, 1, 0.01)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    offsets, t, _ = march(origins, directions, near, far, box, None, 1, 0.01)
+    end.record()
+    end.synchronize()
+    assert begin.elapsed_time(end) < 20.0
+    expected = march_reference(origins.cpu(), directions.cpu(), near.cpu(), far.cpu(), box.cpu(), None, 1, 0.01)
+    assert torch.equal(offsets.cpu(), expected[0])
+    assert torch.equal(t.cpu(), expected[1])
+
+
+@pytest.mark.gpu
 def test_gpu_gives_what_the_cpu_gives() -> None:
     origins, directions = make_rays(1023, torch.float32, torch.device("cpu"))
     aabb, bits = torch.tensor(BOX), make_bits(64, 0.1, torch.device("cpu"))

@@ -178,8 +178,27 @@ class RayMarcher {
     return occupied(cascade, cell);
   }
 
-  // Whether sample k and all after it lie behind the ray's end.
-  DFF_HD bool passed(int32_t k) const { return !valid_ || k >= rays_.n_steps || !(distance(k) < t_far_); }
+  // Whether sample k and all after it lie behind the ray's end, or behind a distance at which it has left the box.
+  DFF_HD bool passed(int32_t k, T left) const {
+    if (!valid_ || k >= rays_.n_steps) return true;
+    const T t = distance(k);
+    return !(t < t_far_) || t > left;
+  }
+
+  // A distance at which the ray has left the last cascade's box for certain: that of a box a cell larger, and a little
+  // more for what is rounded on the way there.
+  DFF_HD T left() const {
+    const Cascade last = last_cascade();
+    T leave = T(INFINITY);
+    DFF_UNROLL
+    for (int axis = 0; axis < 3; ++axis) {
+      if (direction_[axis] == T(0)) continue;
+      const T wall = direction_[axis] > T(0) ? static_cast<T>(rays_.resolution) + T(1) : T(-1);
+      const T t = crossing(axis, from_within(last, wall));
+      leave = t < leave ? t : leave;
+    }
+    return leave + T(1e-4) * (leave < T(0) ? -leave : leave);
+  }
 
   // The length of sample k.
   DFF_HD T length(int32_t k) const { return from_table() ? rays_.distances[k + 1] - rays_.distances[k] : rays_.step; }

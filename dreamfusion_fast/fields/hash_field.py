@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -157,12 +157,17 @@ class HashGridField(Field):
             density `[m]` (0 outside the bound), colour `[m, 3]` in (0, 1), normal `[m, 3]` or None; the channel
             `features` `[m, config.channels]`, if there are any.
         """
+        raw = self.logits(positions, with_normal)
+        return replace(raw, color=torch.sigmoid(raw.color))
+
+    def logits(self, positions: Tensor, with_normal: bool = False) -> FieldOutput:
+        """As :meth:`forward`, but with the albedo before its sigmoid: any number, `[m, 3]`."""
         self._check(positions)
         unit, grid = self._unit(positions), self._grid()
         logits, hidden = self._network(self._hash_grid(unit, *grid), outputs=4 + self.config.channels)
         offsets = self._offsets(positions)
         density = self._density_head.density(logits[:, 0], offsets, unit)
-        albedo = torch.sigmoid(logits[:, 1:4])
+        albedo = logits[:, 1:4]
         channels = {name: logits[:, 4:] for name in self._channels}
         if not with_normal:
             return FieldOutput(density, albedo, channels=channels)

@@ -1,0 +1,9 @@
+"""Backgrounds."""
+
+from __future__ import annotations
+
+from threestudio.utils.base import BaseModule
+
+
+class BaseBackground(BaseModule):
+    pass

@@ -297,6 +297,35 @@ def test_fused_network_can_be_differentiated_twice(activation: str, device: torc
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 113, 1023])
+@pytest.mark.parametrize("activation", ["ReLU", "SiLU"])
+def test_grid_and_mlp_in_one_piece(activation: str, count: int) -> None:
+    """As one after the other, and small gradients are not lost on the way."""
+    config = {**MLP, "n_neurons": 64, "n_hidden_layers": 2, "activation": activation}
+    model = NetworkWithInputEncoding(3, 4, {**GRID, "n_levels": 16}, config)
+    with torch.no_grad():
+        model.params[-model._encoding.n_params :].mul_(1e4)
+    x = torch.rand(count, 3, device="cuda")
+    results = []
+    for points in (x, x.clone().requires_grad_()):  # whose gradient goes another way
+        y = model(points)
+        (gradient,) = torch.autograd.grad(y.float().sum(), model.params)
+        (small,) = torch.autograd.grad((1e-6 * model(points).float()).sum(), model.params)
+        results.append((y, gradient, 1e6 * small))
+    (y, gradient, small), (wanted, wanted_gradient, _) = results
+    assert (y - wanted).abs().max().item() < 0.01 * wanted.abs().max().item()
+    for found in (gradient, small):
+        assert (found - wanted_gradient).norm().item() < 0.02 * wanted_gradient.norm().item()
+    (first,) = torch.autograd.grad(model(x).float().square().sum(), model.params, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), model.params)
+    y = model(x.clone().requires_grad_())
+    (first,) = torch.autograd.grad(y.float().square().sum(), model.params, create_graph=True)
+    (expected,) = torch.autograd.grad(first.square().sum(), model.params)
+    assert (second - expected).norm().item() < 0.02 * expected.norm().item()
+    assert model(x[:0]).shape == (0, 4)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("activation", ["ReLU", "SiLU", "Softplus"])
 def test_half_results_on_a_gpu(activation: str) -> None:
     config = {**MLP, "n_neurons": 64, "n_hidden_layers": 2, "activation": activation}

@@ -19,6 +19,7 @@ from torch import Generator, Tensor
 from dreamfusion_fast.integrations.tinycudann.config import Options
 from dreamfusion_fast.ops import hash_grid, hash_grid_reference
 from dreamfusion_fast.ops.hash_grid_placement import hash_grid_placements
+from dreamfusion_fast.ops.tiles.hash_grid import HashGridTileLayout
 
 _KIND_OF_OTYPE = {"tiledgrid": "Tiled", "densegrid": "Dense"}
 _MOST_ROWS = 2**31
@@ -103,6 +104,13 @@ def _on(levels: GridLevels, device: torch.device) -> tuple[Tensor, Tensor, Tenso
         resolutions = torch.tensor([max(side - 1, 1) for side in sides], dtype=torch.int32)
         offsets = torch.tensor(levels.offsets(), dtype=torch.int64)
         return offsets.to(device), resolutions.to(device), placements.to(device)
+
+
+@lru_cache(maxsize=256)
+def tile_layout(levels: GridLevels, smoothstep: bool, device: torch.device) -> HashGridTileLayout:
+    """The levels as the kernels over tiles take them."""
+    offsets, resolutions, placements = _on(levels, device)
+    return HashGridTileLayout(offsets, resolutions, smoothstep, placements)
 
 
 def encode_grid(positions: Tensor, table: Tensor, levels: GridLevels, smoothstep: bool) -> Tensor:

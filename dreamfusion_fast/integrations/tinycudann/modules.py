@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamfusion_fast.integrations.tinycudann.encodings import create_encoding
+from dreamfusion_fast.integrations.tinycudann.fused import grid_and_mlp, serves
 from dreamfusion_fast.integrations.tinycudann.network import Mlp, padded
 from dreamfusion_fast.ops import _native
 from dreamfusion_fast.ops._checks import check_number, shown
@@ -87,10 +88,14 @@ class Module(nn.Module):
         wide = torch.float64 if params.dtype == torch.float64 else torch.float32
         n_network = 0 if self._network is None else self._network.n_params
         of_network, of_encoding = params.to(wide).split([n_network, self._encoding.n_params])
+        half, x = dtype == torch.float16, x.to(wide)
         with torch.autocast(x.device.type, enabled=False):  # the types are those that the module was asked for
-            y = self._encoding(x.to(wide), of_encoding)
-            if self._network is not None:
-                y = self._network(y, of_network, half=dtype == torch.float16)
+            if self._network is None:
+                y = self._encoding(x, of_encoding)
+            elif half and serves(self._encoding, self._network, x):
+                y = self._network.finish(grid_and_mlp(self._encoding, self._network, x, of_encoding, of_network))
+            else:
+                y = self._network(self._encoding(x, of_encoding), of_network, half)
             return y.to(dtype)
 
     def extra_repr(self) -> str:

@@ -103,17 +103,30 @@ class Mlp:
         Returns:
             ``[n, n_output]``, differentiable any number of times.
         """
-        flat = params.split([out * into for out, into in self.shapes])
-        weights = [part.view(shape) for part, shape in zip(flat, self.shapes, strict=True)]
-        weights[-1] = weights[-1][: self.n_output]  # the rest nobody sees
-        fused = _FUSED_ACTIVATIONS.get(self.activation)
-        if half and fused is not None and len(weights) > 1:
-            y = fused_mlp(x, weights, fused, "float16")
+        weights = self.weights(params)
+        if half and self.fused_activation is not None:
+            y = fused_mlp(x, weights, self.fused_activation, "float16")
         else:
             function = ACTIVATIONS[self.activation]
             for layer, weight in enumerate(weights):
                 x = F.linear(x if layer == 0 else function(x), weight)
             y = x
+        return self.finish(y)
+
+    @property
+    def fused_activation(self) -> str | None:
+        """The activation by the name of the fused kernels; None: they do not serve."""
+        return _FUSED_ACTIVATIONS.get(self.activation) if len(self.shapes) > 1 else None
+
+    def weights(self, params: Tensor) -> list[Tensor]:
+        """The matrices in the parameters ``[n_params]``, the last one without the rows that nobody sees."""
+        flat = params.split([out * into for out, into in self.shapes])
+        weights = [part.view(shape) for part, shape in zip(flat, self.shapes, strict=True)]
+        weights[-1] = weights[-1][: self.n_output]
+        return weights
+
+    def finish(self, y: Tensor) -> Tensor:
+        """The last activation."""
         return ACTIVATIONS[self.output_activation](y)
 
 
@@ -146,10 +159,8 @@ class _FusedMlp(torch.autograd.Function):
             found = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=True))
             grad_x = next(found) if to_x else None
             return grad_x, None, None, *(next(found) if weight.requires_grad else None for weight in weights)
-        narrow = _rounded(x, ctx.precision)
-        grad_x, flat = _backward(
-            narrow, list(weights), [], ctx.activation, ctx.precision, grad_y, None, to_x, to_weights
-        )
+        # Of x as it is, not rounded: its gradient is of its type, and small ones would be lost in 16 bits.
+        grad_x, flat = _backward(x, list(weights), [], ctx.activation, ctx.precision, grad_y, None, to_x, to_weights)
         parts: Sequence[Tensor | None] = [None] * len(weights)
         if to_weights:
             sizes = [weight.numel() for weight in weights]

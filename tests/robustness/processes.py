@@ -28,6 +28,7 @@ assert threading.active_count() == 1
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "fcntl.flock"}
 
 def child(order):
+    torch.set_num_threads(1)  # torch makes its pool anew after a fork: here, before threads race for it
     os.chdir(order["cwd"])
     log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, 1), os.dup2(log, 2)

@@ -10,7 +10,14 @@ others have). A trained table is of use in its own flavour alone.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from dreamfusion_fast.integrations._deferred import deferred
 from dreamfusion_fast.integrations.gridencoder._install import install
-from dreamfusion_fast.integrations.gridencoder.grid import GridEncoder, grid_encode
+
+if TYPE_CHECKING:
+    from dreamfusion_fast.integrations.gridencoder.grid import GridEncoder, grid_encode
+else:
+    __getattr__, __dir__ = deferred(__name__, dict.fromkeys(("GridEncoder", "grid_encode"), "grid"))
 
 __all__ = ["GridEncoder", "grid_encode", "install"]

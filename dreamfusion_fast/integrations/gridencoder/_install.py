@@ -6,9 +6,6 @@ import importlib
 import importlib.util
 import sys
 
-from dreamfusion_fast.integrations.gridencoder import backend
-from dreamfusion_fast.integrations.gridencoder.geometry import check_flavour
-
 _PACKAGE = "dreamfusion_fast.integrations.gridencoder"
 _NAMES = {
     "_gridencoder": f"{_PACKAGE}.backend",
@@ -32,6 +29,10 @@ def install(force: bool = False, flavour: str = "stable-dreamfusion") -> list[st
     Raises:
         ValueError: another flavour.
     """
+    # Here, since the ops behind them take longer to import than a project should wait that has its own.
+    from dreamfusion_fast.integrations.gridencoder import backend
+    from dreamfusion_fast.integrations.gridencoder.geometry import check_flavour
+
     check_flavour("install", flavour)
     backend.flavour = flavour
     for name, module in _NAMES.items():

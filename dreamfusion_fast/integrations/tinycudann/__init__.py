@@ -11,13 +11,25 @@ every device, but not those of tiny-cuda-nn.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from dreamfusion_fast.integrations._deferred import deferred
 from dreamfusion_fast.integrations.tinycudann._install import install
-from dreamfusion_fast.integrations.tinycudann.modules import (
-    Encoding,
-    Module,
-    Network,
-    NetworkWithInputEncoding,
-    free_temporary_memory,
-)
+
+if TYPE_CHECKING:
+    from dreamfusion_fast.integrations.tinycudann.modules import (
+        Encoding,
+        Module,
+        Network,
+        NetworkWithInputEncoding,
+        free_temporary_memory,
+    )
+else:
+    __getattr__, __dir__ = deferred(
+        __name__,
+        dict.fromkeys(
+            ("Encoding", "Module", "Network", "NetworkWithInputEncoding", "free_temporary_memory"), "modules"
+        ),
+    )
 
 __all__ = ["Encoding", "Module", "Network", "NetworkWithInputEncoding", "free_temporary_memory", "install"]

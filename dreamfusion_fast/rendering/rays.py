@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class Rays:
         near: `[...]`, distance along each ray before which nothing is sampled, at least 0, the same dtype; None: the
             renderer's setting. A ray whose near is not below its far has no samples.
         far: `[...]`, distance beyond which nothing is sampled, infinite for no limit; None: the renderer's setting.
+            Both only narrow the renderer's settings, and neither gets a gradient.
     """
 
     origins: Tensor
@@ -163,9 +165,12 @@ class Rays:
         """The same rays as one list, `[n_rays, 3]`, the last leading dimension the fastest."""
         return self.reshape(-1)
 
-    def reshape(self, *shape: int) -> Rays:
-        """The same rays with another leading shape; one size may be -1."""
-        return self._each(lambda value, tail: value.reshape(shape + tail))
+    def reshape(self, *shape: int | Sequence[int]) -> Rays:
+        """The same rays with another leading shape, sizes or one sequence of them; one size may be -1."""
+        sizes: tuple[Any, ...] = shape
+        if len(shape) == 1 and isinstance(shape[0], Sequence):
+            sizes = tuple(shape[0])
+        return self._each(lambda value, tail: value.reshape(sizes + tail))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Rays:
         """The same rays on another device or in another dtype."""

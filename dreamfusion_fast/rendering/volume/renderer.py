@@ -297,7 +297,7 @@ class VolumeRenderer(nn.Module):
             output = ChunkedRender(self.field, self.config, request).output(self._space(rays))
         color = output.color
         if background is not None:
-            behind = background(rays.directions) if callable(background) else background
+            behind = _behind(background, rays) if callable(background) else background
             color = color + (1.0 - output.opacity)[:, None] * behind.to(color.dtype)
         output = replace(output, color=color)
         return output if len(shape) == 1 else output.shaped(shape)
@@ -408,6 +408,16 @@ def _check_device(name: str, tensor: Tensor | None, rays: Rays) -> None:
 def _as_list(rays: Rays) -> Rays:
     """The rays as `[n_rays]`; those that are so stay what they are."""
     return rays if len(rays.shape) == 1 else rays.flat()
+
+
+def _behind(background: Callable[[Tensor], Tensor], rays: Rays) -> Tensor:
+    """What a background that is called says: `[3]` or `[n_rays, 3]`."""
+    colors: Any = background(rays.directions)
+    if not isinstance(colors, Tensor):
+        raise TypeError(f"background: returned {type(colors).__name__}, want a tensor [n, 3]")
+    if colors.shape not in ((3,), (len(rays), 3)):
+        raise ValueError(f"background: returned {list(colors.shape)} for {len(rays)} directions, want [{len(rays)}, 3]")
+    return colors
 
 
 def _per_ray(name: str, value: Tensor | None, shape: torch.Size) -> Tensor | None:

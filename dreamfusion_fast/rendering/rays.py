@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ SQUARED_TOLERANCE = 2 * _UNIT_TOLERANCE  # of the squared length
 _HALVES = (torch.float16, torch.bfloat16)
 
 # Of the leading dimensions: one index, or one for each of the first few.
-Index = int | slice | Tensor | tuple[int | slice | Tensor, ...]
+Index = int | slice | EllipsisType | Tensor | tuple[int | slice | EllipsisType | Tensor, ...]
 
 
 class InvalidRaysError(ValueError):
@@ -158,8 +159,16 @@ class Rays:
         return self.origins.shape[0]
 
     def __getitem__(self, index: Index) -> Rays:
-        """The rays chosen by an index, slice, mask or index tensor, or one of them for each leading dimension."""
-        return self._each(lambda value, _: value[index])
+        """The rays chosen by an index, slice, mask or index tensor, or one of them for each leading dimension.
+
+        Raises:
+            IndexError: more indices than leading dimensions, or one out of range.
+        """
+        parts: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
+        if not any(part is ... for part in parts):
+            parts = (*parts, ...)
+        # None of them may choose among the three coordinates.
+        return self._each(lambda value, tail: value[parts + (slice(None),) * len(tail)])
 
     def flat(self) -> Rays:
         """The same rays as one list, `[n_rays, 3]`, the last leading dimension the fastest."""

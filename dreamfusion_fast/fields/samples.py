@@ -151,10 +151,12 @@ def check_extras(
     """The extras of a render of rays of this leading shape, checked, as `[n_rays, ...]`.
 
     Raises:
-        TypeError: extras that are no tensors.
+        TypeError: extras that are no tensors by name.
         ValueError: one is missing that the field needs, there are any for a field that is given none, or one has
             another number of rows than there are rays.
     """
+    if extras is not None and not isinstance(extras, Mapping):
+        raise TypeError(f"extras: got {type(extras).__name__}, want tensors [n_rays, ...] by name")
     checked = dict(extras or {})
     if checked and not takes_samples(field):
         raise ValueError(

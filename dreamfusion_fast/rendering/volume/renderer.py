@@ -272,7 +272,10 @@ class VolumeRenderer(nn.Module):
             raise ValueError(f"light: got None, want a position [3] or [n_rays, 3] for {shading.value} shading")
         light = light.to(rays.origins.dtype) if light is not None and shading.needs_normals else None
         self._check_devices(rays)
+        _check_device("light", light, rays)
         checked_extras = check_extras(self.field, extras, shape)
+        for name, value in checked_extras.items():
+            _check_device(f"extras[{name!r}]", value, rays)
         source = None if return_samples else self._source(rays, light)
         self._settle()
         request = RenderRequest(
@@ -375,7 +378,6 @@ class VolumeRenderer(nn.Module):
 
     def _stream(self, source: TileSource, request: RenderRequest) -> RenderOutput:
         rays = request.rays
-        _check_device("light", request.light, rays)
         expected = self._expected_samples.get(len(rays))
         make = partial(self._streamed, source, expected)
         render: FieldRender | None
@@ -400,7 +402,7 @@ class VolumeRenderer(nn.Module):
 
 
 def _check_device(name: str, tensor: Tensor | None, rays: Rays) -> None:
-    """Raise unless a tensor whose address kernels get is where the rays are."""
+    """Raise unless a tensor is where the rays are. Kernels get addresses, which say nothing of the device."""
     if tensor is not None and tensor.device != rays.origins.device:
         raise ValueError(f"{name}: is on {tensor.device}, want {rays.origins.device}, where the rays are")
 

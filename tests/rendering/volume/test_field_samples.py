@@ -314,6 +314,14 @@ def test_wrong_needs_and_extras_of_other_types_are_named() -> None:
     field = needing("time")
     with pytest.raises(TypeError, match=r"extras\['time'\]: got float, want a tensor \[n_rays, ...\]"):
         VolumeRenderer(field).render(make_rays(3), extras={"time": 0.5})
+    with pytest.raises(TypeError, match=r"extras: got Tensor, want tensors \[n_rays, ...\] by name"):
+        VolumeRenderer(field).render(make_rays(3), extras=torch.rand(9))
+    with pytest.raises(ValueError, match=r"extras\['time'\]: is on meta, want cpu, where the rays are"):
+        VolumeRenderer(field).render(make_rays(3), extras={"time": torch.rand(9, device="meta")})
+    with pytest.raises(ValueError, match=r"light: is on meta, want cpu, where the rays are"):
+        VolumeRenderer(lambda x: (x[:, 0], x)).render(
+            make_rays(3), shading="lambertian", light=torch.ones(3, device="meta")
+        )
     field.needs = "directions"
     with pytest.raises(TypeError, match=r"field\.needs: got 'directions', want a tuple of names"):
         VolumeRenderer(field)

@@ -149,9 +149,10 @@ def evaluate(field: FieldLike, samples: FieldSamples | Tensor, with_normal: bool
         with_normal: whether to compute normals.
 
     Returns:
-        density or alpha `[m]`, colour `[m, 3]`, channels `[m, c]`, all in the dtype of the positions.
+        density or alpha `[m]`, colour and normal `[m, 3]`, channels `[m, c]`, all in the dtype of the positions.
 
     Raises:
+        TypeError: the callable returned what are no tensors.
         ValueError: the callable returned something else, or no graph from the positions to the density where normals
             need it: one computed under `torch.no_grad`, or of a constant.
     """
@@ -283,24 +284,34 @@ def _checked(output: Any, positions: Tensor) -> FieldOutput:
     alpha = None if output.alpha is None else _per_sample(output.alpha, "alpha", positions)
     count, dtype = positions.shape[0], positions.dtype
     for name, value in (("colour", output.color), ("normal", output.normal)):
-        if value is not None and value.shape != (count, 3):
+        if value is not None and _is_tensor(name, value).shape != (count, 3):
             raise ValueError(f"field: returned {name} {list(value.shape)} for {count} positions, want [{count}, 3]")
+    if not isinstance(output.channels, Mapping):
+        raise TypeError(f"field: returned channels {type(output.channels).__name__}, want tensors by name")
+    normal = None if output.normal is None else output.normal.to(dtype)
     channels = {}
     for name, value in output.channels.items():
-        if value.dim() not in (1, 2) or value.shape[0] != count:
+        if _is_tensor(f"channels[{name!r}]", value).dim() not in (1, 2) or value.shape[0] != count:
             raise ValueError(
                 f"field: returned channels[{name!r}] {list(value.shape)} for {count} positions, want [{count}, c]"
             )
         channels[name] = (value[:, None] if value.dim() == 1 else value).to(dtype)
-    return FieldOutput(density, output.color.to(dtype), output.normal, alpha=alpha, channels=channels)
+    return FieldOutput(density, output.color.to(dtype), normal, alpha=alpha, channels=channels)
 
 
 def _per_sample(value: Tensor, name: str, positions: Tensor) -> Tensor:
     """Density or alpha as `[m]` in the dtype of the positions."""
     count = positions.shape[0]
-    if value.shape not in ((count,), (count, 1)):
+    if _is_tensor(name, value).shape not in ((count,), (count, 1)):
         raise ValueError(f"field: returned {name} {list(value.shape)} for {count} positions, want [{count}]")
     return value.reshape(count).to(positions.dtype)
+
+
+def _is_tensor(name: str, value: Tensor) -> Tensor:
+    """The value; raises TypeError unless it is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"field: returned {name} {type(value).__name__}, want a tensor")
+    return value
 
 
 def _normal_from(density: Tensor, positions: Tensor, keep_graph: bool) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # What `needs` may name besides the extras of a render.
@@ -29,7 +30,7 @@ class FieldSamples:
         positions: `[m, 3]`, scene units.
         ray_directions: `[n, 3]`, unit length, of the rays that the samples lie on, or None: see `directions`.
         rows: int32 or int64 `[m]`, rows of these rays, or None.
-        t_starts, t_ends: `[m]`, where along its ray a sample begins and ends, scene units, or None.
+        bounds: `[m]` each, where along its ray a sample begins and ends, or None: see `t_starts` and `t_ends`.
         ray_extras: what the caller of a render gave per ray, `[n, ...]` each.
         first_ray: number of the first of these rays in the render.
     """
@@ -37,8 +38,7 @@ class FieldSamples:
     positions: Tensor
     ray_directions: Tensor | None = None
     rows: Tensor | None = None
-    t_starts: Tensor | None = None
-    t_ends: Tensor | None = None
+    bounds: tuple[Tensor, Tensor] | None = None
     ray_extras: Mapping[str, Tensor] | None = None
     first_ray: int = 0
 
@@ -59,6 +59,16 @@ class FieldSamples:
             raise ValueError(_UNKNOWN.format("ray_indices"))
         return self.rows.long() + self.first_ray
 
+    @property
+    def t_starts(self) -> Tensor:
+        """Where along its ray each sample begins, `[m]`, scene units."""
+        return self._bounds("t_starts")[0]
+
+    @property
+    def t_ends(self) -> Tensor:
+        """Where along its ray each sample ends, `[m]`, scene units."""
+        return self._bounds("t_ends")[1]
+
     @cached_property
     def extras(self) -> Mapping[str, Tensor]:
         """What the caller of the render gave per ray, spread over the samples: `[m, ...]` each."""
@@ -66,7 +76,20 @@ class FieldSamples:
 
     def at(self, positions: Tensor) -> FieldSamples:
         """The same samples at other positions `[m, 3]`, such as ones with a graph of their own."""
-        return replace(self, positions=positions)
+        bounds = self.bounds
+        if bounds is not None and not torch.is_inference_mode_enabled():
+            # A graph may save no tensor of the inference mode that was left to make it.
+            bounds = (_outside_inference(bounds[0]), _outside_inference(bounds[1]))
+        return replace(self, positions=positions, bounds=bounds)
+
+    def _bounds(self, name: str) -> tuple[Tensor, Tensor]:
+        if self.bounds is None:
+            raise ValueError(_UNKNOWN.format(name))
+        return self.bounds
+
+
+def _outside_inference(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 class _PerSample(Mapping[str, Tensor]):
@@ -85,6 +108,9 @@ class _PerSample(Mapping[str, Tensor]):
                 )
             self._spread[name] = self._per_ray[name].index_select(0, self._rows)
         return self._spread[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._per_ray  # without a look at the value, which may be unknown here
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._per_ray)
@@ -125,10 +151,12 @@ def check_extras(
     """The extras of a render of rays of this leading shape, checked, as `[n_rays, ...]`.
 
     Raises:
-        TypeError: extras that are no tensors.
+        TypeError: extras that are no tensors by name.
         ValueError: one is missing that the field needs, there are any for a field that is given none, or one has
             another number of rows than there are rays.
     """
+    if extras is not None and not isinstance(extras, Mapping):
+        raise TypeError(f"extras: got {type(extras).__name__}, want tensors [n_rays, ...] by name")
     checked = dict(extras or {})
     if checked and not takes_samples(field):
         raise ValueError(

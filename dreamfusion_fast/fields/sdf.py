@@ -23,7 +23,7 @@ def neus_alpha(distance: Tensor, cosine: Tensor, length: Tensor, sharpness: Tens
         sharpness: ``[]`` or ``[m]``, 1 / s of the paper, > 0; grows while a surface becomes one.
 
     Returns:
-        ``[m]`` in [0, 1), differentiable to all but the length.
+        ``[m]`` in [0, 1], differentiable to all but the length.
     """
     half = 0.5 * cosine * length
     start, end = sharpness * (distance - half), sharpness * (distance + half)
@@ -44,5 +44,7 @@ def volsdf_density(distance: Tensor, beta: Tensor) -> Tensor:
     Returns:
         ``[m]``, per scene unit, differentiable to both.
     """
-    tail = 0.5 * torch.exp(-distance.abs() / beta)
-    return torch.where(distance >= 0.0, tail, 1.0 - tail) / beta
+    # By sides, as abs() has no gradient at 0, where the density has one. What a side does not use stays finite.
+    outside = 0.5 * torch.exp(-distance.clamp(min=0.0) / beta)
+    inside = 1.0 - 0.5 * torch.exp(distance.clamp(max=0.0) / beta)
+    return torch.where(distance >= 0.0, outside, inside) / beta

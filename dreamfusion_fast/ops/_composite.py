@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dreamfusion_fast.ops._checks import check_number, check_same_length, check_tensor, positive_in
 from dreamfusion_fast.ops._native import call, pointer
+
+
+def plain_offsets(offsets: Tensor) -> Tensor:
+    """Offsets of 64 bits as the int32 that the ops take; all else as it is, for `check_offsets`.
+
+    What does not fit stays out of range, and is found like any wrong offset; nothing waits for a GPU.
+    """
+    if (
+        not isinstance(offsets, Tensor)
+        or offsets.dtype != torch.int64
+        or offsets.layout != torch.strided
+        or offsets.is_nested
+    ):
+        return offsets
+    return offsets.clamp(-1, torch.iinfo(torch.int32).max).to(torch.int32)
+
+
+def widened(*arguments: Any) -> tuple[Any, ...]:
+    """Tensors of 16 bits, such as autocast makes, in float32; all else as it is, for the checks. Differentiable."""
+    halves = (torch.float16, torch.bfloat16)
+    return tuple(a.float() if isinstance(a, Tensor) and a.dtype in halves else a for a in arguments)
 
 
 def check_offsets(op: str, offsets: Tensor, like: Tensor) -> None:

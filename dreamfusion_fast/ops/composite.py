@@ -16,7 +16,9 @@ from dreamfusion_fast.ops._composite import (
     empty_outputs,
     forward,
     packed_again,
+    plain_offsets,
     transmittance_of_alpha,
+    widened,
 )
 
 # exp(-800) is zero in float32 and float64: a sample this thick is opaque, and an infinite density gives no inf - inf.
@@ -31,6 +33,9 @@ def composite(
     Along one ray: ``alpha_i = 1 - exp(-density_i * step_i)``, transmittance
     ``T_i = exp(-sum_{j<i} density_j * step_j)``, weight ``w_i = T_i alpha_i``.
 
+    Tensors of 16 bits, as autocast makes them, are taken in float32, in which all results are then; their gradients are
+    of 16 bits again.
+
     Args:
         density: ``[n_samples]``, float32 or float64, per scene unit; +inf is an opaque sample. One below
             0 counts as 0 and gets no gradient.
@@ -39,8 +44,9 @@ def composite(
         step: length of a sample, in scene units: a number for all, or a tensor ``[n_samples]``, same dtype, with the
             length of each, as `march_lattice` returns them. A number is above 0; a sample of length 0 has no weight
             and gets no gradient, whatever its density. The step gets no gradient.
-        offsets: ``[n_rays + 1]`` int32, first sample of each ray and, last, where the last ray ends, as `march` returns
-            it. Samples from there on, the unused rest of a larger buffer, get no weight and no gradient.
+        offsets: ``[n_rays + 1]`` int32, or int64 that fits, first sample of each ray and, last, where the last ray
+            ends, as `march` returns it. Samples from there on, the unused rest of a larger buffer, get no weight and no
+            gradient.
 
     Returns:
         ``weights [n_samples]`` (w), ``opacity [n_rays]`` (sum of w, at most 1), ``depth [n_rays]`` (sum of w t; divide
@@ -54,6 +60,8 @@ def composite(
             on a GPU the check would wait.
         RuntimeError: the native core for this device was not built, or torch.func differentiates an argument.
     """
+    density, values, t, step = widened(density, values, t, step)
+    offsets = plain_offsets(offsets)
     _check("composite", density, values, t, step, offsets)
     check_transforms("composite", density, values)
     lengths, step = (step.detach(), 0.0) if isinstance(step, Tensor) else (None, step)
@@ -64,7 +72,7 @@ def composite_alpha(alpha: Tensor, values: Tensor, t: Tensor, offsets: Tensor) -
     """Composites the samples of each ray front to back by their alphas.
 
     Along one ray: transmittance ``T_i = prod_{j<i} (1 - alpha_j)``, weight ``w_i = T_i alpha_i``. For surfaces whose
-    alpha is no density times a length, as in NeuS (Wang et al. 2021, eq. 13).
+    alpha is no density times a length, as in NeuS (Wang et al. 2021, eq. 13). 16 bits are as in `composite`.
 
     Args:
         alpha: ``[n_samples]``, float32 or float64, what part of the light a sample absorbs, in [0, 1]. One below 0
@@ -72,7 +80,7 @@ def composite_alpha(alpha: Tensor, values: Tensor, t: Tensor, offsets: Tensor) -
             gradient is that from within.
         values: ``[n_samples, n_channels]``, same dtype, what is accumulated (colour, normals, ...); n_channels >= 1.
         t: ``[n_samples]``, same dtype, distance of each sample along its ray. It gets no gradient.
-        offsets: ``[n_rays + 1]`` int32, see `composite`.
+        offsets: ``[n_rays + 1]``, see `composite`.
 
     Returns:
         ``weights [n_samples]``, ``opacity [n_rays]``, ``depth [n_rays]``, ``accumulated [n_rays, n_channels]``, as from
@@ -83,6 +91,8 @@ def composite_alpha(alpha: Tensor, values: Tensor, t: Tensor, offsets: Tensor) -
             most n_samples are found on the CPU only: on a GPU the check would wait.
         RuntimeError: the native core for this device was not built, or torch.func differentiates an argument.
     """
+    alpha, values, t = widened(alpha, values, t)
+    offsets = plain_offsets(offsets)
     _check_alpha("composite_alpha", alpha, values, t, offsets)
     check_transforms("composite_alpha", alpha, values)
     return _composite_alpha(alpha, values, t.detach(), offsets)
@@ -207,7 +217,8 @@ _composite_alpha.register_autograd(_alpha_backward, setup_context=_setup_alpha_c
 def composite_reference(
     density: Tensor, values: Tensor, t: Tensor, step: float | Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The PyTorch twin of `composite`: any float dtype, any device, differentiable any number of times."""
+    """The PyTorch twin of `composite`: any device, differentiable any number of times."""
+    density, values, t, step = widened(density, values, t, step)
     n_rays, n_unused = offsets.shape[0] - 1, density.shape[0] - int(offsets[-1])
     starts = offsets.long()
     if n_unused > 0:
@@ -234,7 +245,9 @@ def composite_reference(
 def composite_alpha_reference(
     alpha: Tensor, values: Tensor, t: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The PyTorch twin of `composite_alpha`: any float dtype, any device, differentiable any number of times."""
+    """The PyTorch twin of `composite_alpha`: any device, differentiable any number of times."""
+    alpha, values, t = widened(alpha, values, t)
+    offsets = plain_offsets(offsets)
     _check_alpha("composite_alpha_reference", alpha, values, t, offsets)
     there, rows, row_values, row_t = by_ray(offsets, alpha.clamp(0, 1), values, t)
     weights = transmittance_of_alpha(rows) * rows

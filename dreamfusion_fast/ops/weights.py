@@ -12,9 +12,11 @@ from dreamfusion_fast.ops._composite import (
     check_step,
     check_values,
     packed_again,
+    plain_offsets,
     transmittance_of_alpha,
     weights_backward,
     weights_forward,
+    widened,
 )
 from dreamfusion_fast.ops.composite import OPAQUE_DEPTH
 
@@ -24,13 +26,15 @@ def weights_from_density(density: Tensor, step: float | Tensor, offsets: Tensor)
 
     Along one ray: ``alpha_i = 1 - exp(-density_i * step_i)``, transmittance
     ``T_i = exp(-sum_{j<i} density_j * step_j)``, weight ``w_i = T_i alpha_i`` (NeRF, Mildenhall et al. 2020, eq. 3).
+    Tensors of 16 bits are taken in float32, as by `composite`.
 
     Args:
         density: ``[n_samples]``, float32 or float64, per scene unit; +inf is an opaque sample. One below 0 counts as
             0 and gets no gradient.
         step: length of a sample, in scene units: a positive number for all, or a tensor ``[n_samples]``, same dtype,
             not below 0. It gets no gradient.
-        offsets: ``[n_rays + 1]`` int32, first sample of each ray and, last, where the last ray ends.
+        offsets: ``[n_rays + 1]`` int32, or int64 that fits, first sample of each ray and, last, where the last ray
+            ends.
 
     Returns:
         ``weights [n_samples]`` (w) and ``transmittance [n_samples]`` (T, before the sample); both 0 for samples of no
@@ -42,6 +46,8 @@ def weights_from_density(density: Tensor, step: float | Tensor, offsets: Tensor)
             on a GPU the check would wait.
         RuntimeError: the native core for this device was not built, or torch.func differentiates an argument.
     """
+    density, step = widened(density, step)
+    offsets = plain_offsets(offsets)
     _check_density("weights_from_density", density, step, offsets)
     check_transforms("weights_from_density", density)
     lengths, step = (step.detach(), 0.0) if isinstance(step, Tensor) else (None, step)
@@ -52,11 +58,13 @@ def weights_from_alpha(alpha: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """The weights that `composite_alpha` gives samples, and the light that reaches them.
 
     Along one ray: transmittance ``T_i = prod_{j<i} (1 - alpha_j)``, weight ``w_i = T_i alpha_i``.
+    16 bits are taken in float32, as by `composite`.
 
     Args:
         alpha: ``[n_samples]``, float32 or float64, in [0, 1]. One below 0 counts as 0, one above 1 as 1, and neither
             gets a gradient; a NaN stays one.
-        offsets: ``[n_rays + 1]`` int32, first sample of each ray and, last, where the last ray ends.
+        offsets: ``[n_rays + 1]`` int32, or int64 that fits, first sample of each ray and, last, where the last ray
+            ends.
 
     Returns:
         As from `weights_from_density`. The gradients are exact at alpha = 0 and alpha = 1, too.
@@ -66,6 +74,8 @@ def weights_from_alpha(alpha: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
             most n_samples are found on the CPU only: on a GPU the check would wait.
         RuntimeError: the native core for this device was not built, or torch.func differentiates an argument.
     """
+    (alpha,) = widened(alpha)
+    offsets = plain_offsets(offsets)
     _check_alpha("weights_from_alpha", alpha, offsets)
     check_transforms("weights_from_alpha", alpha)
     return _sample_weights(alpha, None, 0.0, offsets, True)
@@ -136,7 +146,9 @@ _sample_weights.register_autograd(_backward, setup_context=_setup_context)
 
 
 def weights_from_density_reference(density: Tensor, step: float | Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """The PyTorch twin of `weights_from_density`: any float dtype, any device, differentiable any number of times."""
+    """The PyTorch twin of `weights_from_density`: any device, differentiable any number of times."""
+    density, step = widened(density, step)
+    offsets = plain_offsets(offsets)
     _check_density("weights_from_density_reference", density, step, offsets)
     dense = density.clamp(min=0)
     if isinstance(step, Tensor):  # over no length nothing is absorbed, whatever the density
@@ -150,7 +162,9 @@ def weights_from_density_reference(density: Tensor, step: float | Tensor, offset
 
 
 def weights_from_alpha_reference(alpha: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """The PyTorch twin of `weights_from_alpha`: any float dtype, any device, differentiable any number of times."""
+    """The PyTorch twin of `weights_from_alpha`: any device, differentiable any number of times."""
+    (alpha,) = widened(alpha)
+    offsets = plain_offsets(offsets)
     _check_alpha("weights_from_alpha_reference", alpha, offsets)
     there, rows = by_ray(offsets, alpha.clamp(0, 1))
     transmittance = transmittance_of_alpha(rows)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dreamfusion_fast.fields.base import Backend, FieldLike, box_tensor, check_backend, query_density
 from dreamfusion_fast.fields.revision import revision_of
+from dreamfusion_fast.fields.samples import needs_of, takes_samples
 from dreamfusion_fast.ops.occupancy import (
     mark_order,
     occupancy_pack,
@@ -195,15 +196,15 @@ class OccupancyGrid(nn.Module):
         Args:
             field: anything with a density (see :func:`dreamfusion_fast.fields.query_density`). A module with float64
                 parameters is asked in float64, everything else in float32. With `quantity="alpha"`, a callable from
-                positions `[m, 3]` to alphas `[m]`.
+                positions `[m, 3]` to alphas `[m]` or `[m, 1]`.
             step: training step, from 0.
 
         Returns:
             Whether the grid was updated.
 
         Raises:
-            TypeError, ValueError: the callable returned something else than alphas `[m]`, or a field something else
-                than a density and a colour.
+            TypeError, ValueError: the callable returned something else than alphas `[m]` or needs more than positions,
+                or a field returned something else than a density and a colour.
         """
         if step % self.every:
             return False
@@ -273,12 +274,18 @@ class OccupancyGrid(nn.Module):
 
 def _query_alpha(field: FieldLike, positions: Tensor) -> Tensor:
     """Alphas `[m]` of a callable."""
+    if takes_samples(field):
+        raise TypeError(
+            f"field: got {type(field).__name__}, which needs {', '.join(needs_of(field))}, for a grid of alphas: want "
+            "a function of positions [m, 3] alone that returns alphas [m]"
+        )
     alpha: Any = field(positions)
     if not isinstance(alpha, Tensor):
         raise TypeError(f"field: returned {type(alpha).__name__}, want a tensor of alphas [m] for a grid of alphas")
-    if alpha.shape != positions.shape[:1]:
-        raise ValueError(f"field: returned alphas {list(alpha.shape)}, want {list(positions.shape[:1])}")
-    return alpha
+    count = positions.shape[0]
+    if alpha.shape not in ((count,), (count, 1)):
+        raise ValueError(f"field: returned alphas {list(alpha.shape)}, want [{count}]")
+    return alpha.reshape(count)
 
 
 def _dtype_of(field: FieldLike) -> torch.dtype:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ SQUARED_TOLERANCE = 2 * _UNIT_TOLERANCE  # of the squared length
 _HALVES = (torch.float16, torch.bfloat16)
 
 # Of the leading dimensions: one index, or one for each of the first few.
-Index = int | slice | Tensor | tuple[int | slice | Tensor, ...]
+Index = int | slice | EllipsisType | Tensor | tuple[int | slice | EllipsisType | Tensor, ...]
 
 
 class InvalidRaysError(ValueError):
@@ -36,6 +38,7 @@ class Rays:
         near: `[...]`, distance along each ray before which nothing is sampled, at least 0, the same dtype; None: the
             renderer's setting. A ray whose near is not below its far has no samples.
         far: `[...]`, distance beyond which nothing is sampled, infinite for no limit; None: the renderer's setting.
+            Both only narrow the renderer's settings, and neither gets a gradient.
     """
 
     origins: Tensor
@@ -156,16 +159,27 @@ class Rays:
         return self.origins.shape[0]
 
     def __getitem__(self, index: Index) -> Rays:
-        """The rays chosen by an index, slice, mask or index tensor, or one of them for each leading dimension."""
-        return self._each(lambda value, _: value[index])
+        """The rays chosen by an index, slice, mask or index tensor, or one of them for each leading dimension.
+
+        Raises:
+            IndexError: more indices than leading dimensions, or one out of range.
+        """
+        parts: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
+        if not any(part is ... for part in parts):
+            parts = (*parts, ...)
+        # None of them may choose among the three coordinates.
+        return self._each(lambda value, tail: value[parts + (slice(None),) * len(tail)])
 
     def flat(self) -> Rays:
         """The same rays as one list, `[n_rays, 3]`, the last leading dimension the fastest."""
         return self.reshape(-1)
 
-    def reshape(self, *shape: int) -> Rays:
-        """The same rays with another leading shape; one size may be -1."""
-        return self._each(lambda value, tail: value.reshape(shape + tail))
+    def reshape(self, *shape: int | Sequence[int]) -> Rays:
+        """The same rays with another leading shape, sizes or one sequence of them; one size may be -1."""
+        sizes: tuple[Any, ...] = shape
+        if len(shape) == 1 and isinstance(shape[0], Sequence):
+            sizes = tuple(shape[0])
+        return self._each(lambda value, tail: value.reshape(sizes + tail))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Rays:
         """The same rays on another device or in another dtype."""

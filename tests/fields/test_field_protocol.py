@@ -220,5 +220,30 @@ def test_wrong_returns_are_named(field: object, message: str) -> None:
         evaluate(field, torch.zeros(4, 3))
 
 
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        (lambda x: (1.0, x), "returned density float, want a tensor"),
+        (lambda x: (x[:, 0], x.tolist()), "returned colour list, want a tensor"),
+        (lambda x: FieldOutput(x[:, 0], x, channels={"a": 1}), r"returned channels\['a'\] int, want a tensor"),
+        (lambda x: FieldOutput(x[:, 0], x, channels=[x]), "returned channels list, want tensors by name"),
+    ],
+)
+def test_returns_that_are_no_tensors_are_named(field: object, message: str) -> None:
+    with pytest.raises(TypeError, match=f"field: {message}"):
+        evaluate(field, torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("narrow", [torch.float16, torch.float64])
+def test_all_that_a_field_returns_is_in_the_dtype_of_the_positions(narrow: torch.dtype) -> None:
+    def field(x: torch.Tensor) -> FieldOutput:
+        x = x.to(narrow)
+        return FieldOutput(x[:, :1], x, x, channels={"a": x[:, 0]})
+
+    output = evaluate(field, torch.ones(4, 3), with_normal=True)
+    every = (output.density, output.color, output.normal, output.channels["a"])
+    assert {tensor.dtype for tensor in every} == {torch.float32}
+
+
 def test_docstring_examples() -> None:
     assert doctest.testmod(hash_field, raise_on_error=False).failed == 0

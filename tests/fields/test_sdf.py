@@ -51,3 +51,11 @@ def test_gradients() -> None:
         lambda f, c, s: neus_alpha(f, -c.abs() - 0.1, length, s), (distance, cosine, sharpness)
     )
     assert torch.autograd.gradcheck(volsdf_density, (distance, sharpness))
+
+
+def test_volsdf_gradient_on_the_surface() -> None:
+    """The density has a derivative there, -1 / (2 beta^2), though |f| has none."""
+    distance = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    beta = torch.tensor([0.5, 0.1, 2.0], dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(volsdf_density(distance, beta).sum(), distance)
+    torch.testing.assert_close(gradient, -0.5 / beta.square(), rtol=1e-14, atol=0.0)

@@ -297,13 +297,15 @@ def test_opcheck(dtype: torch.dtype, kind: str, device: torch.device) -> None:
 def wrong_arguments() -> list[tuple[dict[str, object], type[Exception], str]]:
     return [
         ({"density": torch.rand(6, 1)}, ValueError, r"density must have shape \[n_samples\]"),
-        ({"density": torch.rand(6).half()}, TypeError, "density must be torch.float32"),
+        ({"density": torch.ones(6, dtype=torch.int64)}, TypeError, "density must be torch.float32"),
         ({"density": [1.0]}, TypeError, r"density must be a torch.Tensor, got list"),
         ({"values": torch.rand(5, 3)}, ValueError, "values has 5 rows, density has 6"),
         ({"values": torch.rand(6, 3).double()}, TypeError, "values must be torch.float32"),
         ({"values": torch.rand(6, 0)}, ValueError, "values must have at least one channel"),
         ({"t": torch.rand(7)}, ValueError, "t has 7 rows"),
-        ({"offsets": torch.tensor([0, 6])}, TypeError, "offsets must be torch.int32, got torch.int64"),
+        ({"offsets": torch.tensor([0.0, 6.0])}, TypeError, "offsets must be torch.int32, got torch.float32"),
+        ({"offsets": torch.tensor([0, 2**32])}, ValueError, "there are 6 samples, got offsets from 0 to"),
+        ({"offsets": torch.tensor([-(2**32), 6])}, ValueError, "there are 6 samples, got offsets from -1 to 6"),
         ({"offsets": torch.zeros(0, dtype=torch.int32)}, ValueError, "offsets must have n_rays"),
         (
             {"offsets": torch.tensor([0, 7], dtype=torch.int32)},
@@ -335,6 +337,38 @@ def test_wrong_arguments(change: dict[str, object], error: type[Exception], mess
     }
     with pytest.raises(error, match=message):
         composite(**{**arguments, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("op", [composite, composite_reference])
+@pytest.mark.parametrize("kind", KINDS)
+def test_16_bits_are_taken_in_float32(kind: str, op: object, half: torch.dtype, device: torch.device) -> None:
+    """Also beside float32, as autocast leaves some: the results are float32, the gradients of the given types."""
+    density, values, t, offsets = scene([5, 0, 113], 3, torch.float32, device)
+    step = steps(kind, t)
+    narrow = density.to(half).requires_grad_(), values.to(half).requires_grad_()
+    wide = [x.detach().float().requires_grad_() for x in narrow]
+    if isinstance(step, Tensor):
+        step = step.to(half).float()
+    for t_given, step_given in ((t, step), (t.to(half), step.to(half) if isinstance(step, Tensor) else step)):
+        actual = op(*narrow, t_given, step_given, offsets)
+        expected = op(*wide, t_given.float(), step, offsets)
+        for a, e in zip(actual, expected, strict=True):
+            assert a.dtype == torch.float32
+            assert_near(a, e, 8)  # a GPU adds up the twin's sums in any order
+        grads = torch.autograd.grad(sum(x.square().sum() for x in actual), narrow)
+        wanted = torch.autograd.grad(sum(x.square().sum() for x in expected), wide)
+        for grad, want in zip(grads, wanted, strict=True):
+            assert grad.dtype == half
+            assert_near(grad, want.to(half), 2)
+
+
+@pytest.mark.parametrize("op", [composite, composite_reference])
+def test_offsets_may_be_of_64_bits(op: object, device: torch.device) -> None:
+    density, values, t, offsets = scene([5, 0, 31], 3, torch.float64, device)
+    actual, expected = (op(density, values, t, STEP, given) for given in (offsets.long(), offsets))
+    for a, e in zip(actual, expected, strict=True):
+        assert_near(a, e, 8)
 
 
 @pytest.mark.gpu

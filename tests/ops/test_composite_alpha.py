@@ -191,10 +191,11 @@ def test_opcheck(dtype: torch.dtype, device: torch.device) -> None:
     ("change", "error", "message"),
     [
         ({"alpha": torch.rand(6, 1)}, ValueError, r"alpha must have shape \[n_samples\]"),
-        ({"alpha": torch.rand(6).half()}, TypeError, "alpha must be torch.float32"),
+        ({"alpha": torch.ones(6, dtype=torch.int64)}, TypeError, "alpha must be torch.float32"),
         ({"values": torch.rand(5, 3)}, ValueError, "values has 5 rows, alpha has 6"),
         ({"t": torch.rand(7)}, ValueError, "t has 7 rows, alpha has 6"),
-        ({"offsets": torch.tensor([0, 6])}, TypeError, "offsets must be torch.int32, got torch.int64"),
+        ({"offsets": torch.tensor([0.0, 6.0])}, TypeError, "offsets must be torch.int32, got torch.float32"),
+        ({"offsets": torch.tensor([0, 2**32])}, ValueError, "there are 6 samples"),
         ({"offsets": torch.tensor([0, 7], dtype=torch.int32)}, ValueError, "there are 6 samples"),
     ],
 )
@@ -207,3 +208,16 @@ def test_wrong_arguments(change: dict[str, Tensor], error: type[Exception], mess
     }
     with pytest.raises(error, match=f"composite_alpha: {message}" if "must" in message else message):
         composite_alpha(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("op", [composite_alpha, composite_alpha_reference])
+def test_16_bits_and_offsets_of_64(op: object, device: torch.device) -> None:
+    draws = torch.Generator().manual_seed(0)
+    alpha, values = torch.rand(113, generator=draws), torch.rand(113, 3, generator=draws)
+    t, offsets = torch.arange(113.0).to(device), torch.tensor([0, 31, 31, 113], device=device)
+    alpha, values = alpha.to(device, torch.bfloat16), values.to(device, torch.float16)
+    actual = op(alpha.requires_grad_(), values, t, offsets)
+    expected = op(alpha.float(), values.float(), t, offsets.int())
+    assert all(torch.equal(a, e) and a.dtype == torch.float32 for a, e in zip(actual, expected, strict=True))
+    (gradient,) = torch.autograd.grad(actual[1].sum(), alpha)
+    assert gradient.dtype == torch.bfloat16

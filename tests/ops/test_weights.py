@@ -144,7 +144,23 @@ def test_wrong_arguments() -> None:
         weights_from_density(x, -torch.ones(6), offsets)
     with pytest.raises(TypeError, match=r"weights_from_density: step must be torch.float32"):
         weights_from_density(x, torch.ones(6).double(), offsets)
-    with pytest.raises(TypeError, match=r"weights_from_alpha: offsets must be torch.int32, got torch.int64"):
-        weights_from_alpha(x, offsets.long())
+    with pytest.raises(TypeError, match=r"weights_from_alpha: offsets must be torch.int32, got torch.float32"):
+        weights_from_alpha(x, offsets.float())
+    with pytest.raises(ValueError, match=r"weights_from_alpha: offsets must rise from 0"):
+        weights_from_alpha(x, torch.tensor([0, 2**32]))
     with pytest.raises(ValueError, match=r"weights_from_alpha: offsets must rise from 0 .* got offsets from 0 to 6"):
         weights_from_alpha(x[:5], offsets)
+
+
+@pytest.mark.parametrize("twin", [False, True])
+def test_16_bits_and_offsets_of_64(twin: bool, device: torch.device) -> None:
+    by_density = weights_from_density_reference if twin else weights_from_density
+    by_alpha = weights_from_alpha_reference if twin else weights_from_alpha
+    x = torch.rand(113, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    offsets = torch.tensor([0, 31, 31, 113], device=device)
+    pairs = [
+        (by_density(x, x, offsets), by_density(x.float(), x.float(), offsets.int())),
+        (by_alpha(x, offsets), by_alpha(x.float(), offsets.int())),
+    ]
+    for actual, expected in pairs:
+        assert all(torch.equal(a, e) and a.dtype == torch.float32 for a, e in zip(actual, expected, strict=True))

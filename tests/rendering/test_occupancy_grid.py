@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -251,8 +252,13 @@ def test_what_is_no_alpha_is_named() -> None:
     grid = OccupancyGrid(resolution=4, quantity="alpha")
     with pytest.raises(TypeError, match=r"^field: returned tuple, want a tensor of alphas \[m\]"):
         grid.update(Ball(), 0)
-    with pytest.raises(ValueError, match=r"^field: returned alphas \[64, 1\], want \[64\]"):
-        grid.update(lambda x: x[:, :1], 0)
+    assert grid.update(lambda x: torch.ones(len(x), 1), 0)
+    needing = partial(torch.zeros_like)  # any callable that can have attributes
+    needing.needs = ("positions", "t_starts")
+    with pytest.raises(TypeError, match=r"^field: got partial, which needs positions, t_starts, for a grid of alphas"):
+        grid.update(needing, 0)
+    with pytest.raises(ValueError, match=r"^field: returned alphas \[64, 2\], want \[64\]"):
+        grid.update(lambda x: x[:, :2], 0)
     assert grid.occupied().all()
 
 

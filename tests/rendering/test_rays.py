@@ -62,9 +62,9 @@ def test_any_leading_shape(shape: tuple[int, ...], limits: bool) -> None:
     flat = given.flat()
     assert flat.shape == (math.prod(shape),)
     assert len(flat) == math.prod(shape)
-    back = flat.reshape(*shape)
-    for one, other in zip(parts(given), parts(back), strict=True):
-        assert torch.equal(one, other)
+    for back in (flat.reshape(*shape), flat.reshape(shape)):
+        for one, other in zip(parts(given), parts(back), strict=True):
+            assert torch.equal(one, other)
     if shape:
         assert len(given) == shape[0]
     else:
@@ -220,3 +220,15 @@ def test_what_cannot_be_converted_is_named() -> None:
         Rays.from_tensors(origins, directions[:4])
     with pytest.raises(ValueError, match=r"rays: got \[5, 3\], \[5, 3\], \[4, 3\] \(near and far with a 3\)"):
         Rays.from_tensors(origins, directions, far=torch.ones(4))
+
+
+def test_an_index_never_chooses_among_coordinates() -> None:
+    rays = of_shape((3, 3), limits=True)
+    last = rays[..., 2]
+    assert last.shape == (3,)
+    for one, other in zip(parts(last), parts(rays[:, 2]), strict=True):
+        assert torch.equal(one, other)
+    assert rays[torch.tensor([0, 2]), ..., torch.tensor([1, 1])].shape == (2,)
+    for index in ((0, 1, 2), (slice(None), slice(None), 0), (..., 0, 1, 2)):
+        with pytest.raises(IndexError, match="too many indices"):
+            rays[index]

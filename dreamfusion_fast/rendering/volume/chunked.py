@@ -125,6 +125,7 @@ class ChunkedRender:
         given = _PerRay(request.rays, request.light, request.extras)
         n_rays = len(given)
         parts, samples = [], 0
+        by_method = self.config.prunes and self._method_speaks(given)
         for first in range(0, n_rays, RAYS_PER_MARCH) or (0,):
             rows = slice(first, first + RAYS_PER_MARCH)
             block = given[rows]
@@ -132,7 +133,7 @@ class ChunkedRender:
             for chunk, chunk_packed in self._chunks(packed):
                 part = block[chunk]
                 if self.config.prunes:
-                    chunk_packed = self._visible(part, chunk_packed)
+                    chunk_packed = self._visible(part, chunk_packed, by_method)
                 samples += chunk_packed.t.shape[0]
                 parts.append(self._render(part, chunk_packed, keep=len(part) == n_rays))
         opacity, depth, accumulated, losses = (
@@ -199,11 +200,26 @@ class ChunkedRender:
             start = stop
 
     @torch.no_grad()
-    def _visible(self, given: _PerRay, packed: _Packed) -> _Packed:
+    def _method_speaks(self, given: _PerRay) -> bool:
+        """Whether the field's `density` method says which samples are visible.
+
+        Not where a call returns opacities: such a field may have the method for an occupancy grid alone. That, it is
+        asked with no samples.
+        """
+        if not speaks_for_call(self.field):
+            return False
+        none = given.rays.origins.new_zeros(0)
+        index = none.to(torch.int32)
+        packed = _Packed(none, index, index, none, none)
+        samples = self._at(given.rays.origins, given.rays.directions, given.extras, packed, given.first)
+        return evaluate(self.field, samples).alpha is None
+
+    @torch.no_grad()
+    def _visible(self, given: _PerRay, packed: _Packed, by_method: bool) -> _Packed:
         """Drop the samples that less than `early_stop` of the light reaches, or with less than `alpha_threshold` of
         opacity."""
         samples = self._at(given.rays.origins, given.rays.directions, given.extras, packed, given.first)
-        output = None if speaks_for_call(self.field) else evaluate(self.field, samples)
+        output = None if by_method else evaluate(self.field, samples)
         if output is not None and output.alpha is not None:
             depth = -torch.log1p(-output.alpha.double().clamp(0.0, 1.0))
         else:
@@ -280,7 +296,7 @@ class ChunkedRender:
         if not takes_samples(self.field):
             return FieldSamples(positions, directions, index, first_ray=first)
         starts = packed.t_starts
-        return FieldSamples(positions, directions, index, starts, starts + packed.length, extras, first)
+        return FieldSamples(positions, directions, index, (starts, starts + packed.length), extras, first)
 
     def _check_channels(self, output: FieldOutput) -> None:
         """The same channels in every chunk."""

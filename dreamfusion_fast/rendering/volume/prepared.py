@@ -53,7 +53,9 @@ class RenderRequest:
 
 @dataclass(frozen=True, eq=False)
 class RaySamples:
-    """The `m` samples of a render, in the order of the rays and along each; all but the first four with gradients.
+    """The `m` samples of a render, in the order of the rays and along each.
+
+    Positions, weights, transmittance and what the field said have gradients; offsets, indices and distances have none.
 
     Attributes:
         offsets: int32 `[n_rays + 1]`, first sample of each ray.
@@ -147,7 +149,7 @@ class RenderOutput:
         """What is per ray in the leading shape of the rays, `[*shape, ...]`; `ray_samples` stay a list."""
 
         def shaped(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.reshape(*shape, *value.shape[1:])
+            return None if value is None else value.reshape((*shape, *value.shape[1:]))
 
         per_ray = {name: shaped(getattr(self, name)) for name in ("color", "opacity", "depth", "normal")}
         channels = {name: value.reshape(*shape, value.shape[1]) for name, value in self.channels.items()}

@@ -272,7 +272,10 @@ class VolumeRenderer(nn.Module):
             raise ValueError(f"light: got None, want a position [3] or [n_rays, 3] for {shading.value} shading")
         light = light.to(rays.origins.dtype) if light is not None and shading.needs_normals else None
         self._check_devices(rays)
+        _check_device("light", light, rays)
         checked_extras = check_extras(self.field, extras, shape)
+        for name, value in checked_extras.items():
+            _check_device(f"extras[{name!r}]", value, rays)
         source = None if return_samples else self._source(rays, light)
         self._settle()
         request = RenderRequest(
@@ -297,7 +300,7 @@ class VolumeRenderer(nn.Module):
             output = ChunkedRender(self.field, self.config, request).output(self._space(rays))
         color = output.color
         if background is not None:
-            behind = background(rays.directions) if callable(background) else background
+            behind = _behind(background, rays) if callable(background) else background
             color = color + (1.0 - output.opacity)[:, None] * behind.to(color.dtype)
         output = replace(output, color=color)
         return output if len(shape) == 1 else output.shaped(shape)
@@ -375,7 +378,6 @@ class VolumeRenderer(nn.Module):
 
     def _stream(self, source: TileSource, request: RenderRequest) -> RenderOutput:
         rays = request.rays
-        _check_device("light", request.light, rays)
         expected = self._expected_samples.get(len(rays))
         make = partial(self._streamed, source, expected)
         render: FieldRender | None
@@ -400,7 +402,7 @@ class VolumeRenderer(nn.Module):
 
 
 def _check_device(name: str, tensor: Tensor | None, rays: Rays) -> None:
-    """Raise unless a tensor whose address kernels get is where the rays are."""
+    """Raise unless a tensor is where the rays are. Kernels get addresses, which say nothing of the device."""
     if tensor is not None and tensor.device != rays.origins.device:
         raise ValueError(f"{name}: is on {tensor.device}, want {rays.origins.device}, where the rays are")
 
@@ -408,6 +410,16 @@ def _check_device(name: str, tensor: Tensor | None, rays: Rays) -> None:
 def _as_list(rays: Rays) -> Rays:
     """The rays as `[n_rays]`; those that are so stay what they are."""
     return rays if len(rays.shape) == 1 else rays.flat()
+
+
+def _behind(background: Callable[[Tensor], Tensor], rays: Rays) -> Tensor:
+    """What a background that is called says: `[3]` or `[n_rays, 3]`."""
+    colors: Any = background(rays.directions)
+    if not isinstance(colors, Tensor):
+        raise TypeError(f"background: returned {type(colors).__name__}, want a tensor [n, 3]")
+    if colors.shape not in ((3,), (len(rays), 3)):
+        raise ValueError(f"background: returned {list(colors.shape)} for {len(rays)} directions, want [{len(rays)}, 3]")
+    return colors
 
 
 def _per_ray(name: str, value: Tensor | None, shape: torch.Size) -> Tensor | None:

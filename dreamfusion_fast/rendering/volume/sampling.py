@@ -150,10 +150,16 @@ class SampledSpace:
         return cls(t_near, t_far, aabb, bitfield, resolution, cascades, outer_diagonal, step, distances)
 
     def marched(self, rays: Rays, jitter: bool, seed: int | Tensor) -> MarchedRays:
-        """The same rays as the native core marches them."""
+        """The same rays as the native core marches them; those with a limit that is none with an origin of NaN, which
+        whoever counts the samples finds."""
         blocks = None if self.bitfield is None else occupied_blocks(self.bitfield, self.resolution, self.cascades)
+        origins = rays.origins
+        for limit in (rays.near, rays.far):
+            if limit is not None:
+                good = limit >= 0.0 if limit is rays.near else ~limit.isnan()
+                origins = torch.where(good[:, None], origins, math.nan)
         return MarchedRays(
-            rays.origins.contiguous(),
+            origins.contiguous(),
             rays.directions.contiguous(),
             self.t_near,
             self.t_far,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from dreamfusion_fast.fields import FieldOutput, FieldSamples
-from dreamfusion_fast.rendering import OccupancyGrid, Rays, RendererConfig, RenderOutput, VolumeRenderer, orbit_cameras
+from dreamfusion_fast.rendering import (
+    InvalidRaysError,
+    OccupancyGrid,
+    Rays,
+    RendererConfig,
+    RenderOutput,
+    VolumeRenderer,
+    orbit_cameras,
+)
 
 STEP = 0.06
 CHUNKS = [10**9, 150]
@@ -65,7 +74,8 @@ def dense(field: Scene, origins: Tensor, directions: Tensor, appearance: Tensor)
     rows = torch.arange(n).repeat_interleave(k)
     positions = (origins[:, None] + t[..., None] * directions[:, None]).reshape(-1, 3)
     flat = t.reshape(-1)
-    samples = FieldSamples(positions, directions, rows, flat - STEP / 2, flat + STEP / 2, {"appearance": appearance})
+    bounds = (flat - STEP / 2, flat + STEP / 2)
+    samples = FieldSamples(positions, directions, rows, bounds, {"appearance": appearance})
     output = field(samples)
     alpha = output.alpha if field.alpha else 1 - torch.exp(-output.density * STEP)
     alpha = alpha.view(n, k) * inside
@@ -304,6 +314,14 @@ def test_wrong_needs_and_extras_of_other_types_are_named() -> None:
     field = needing("time")
     with pytest.raises(TypeError, match=r"extras\['time'\]: got float, want a tensor \[n_rays, ...\]"):
         VolumeRenderer(field).render(make_rays(3), extras={"time": 0.5})
+    with pytest.raises(TypeError, match=r"extras: got Tensor, want tensors \[n_rays, ...\] by name"):
+        VolumeRenderer(field).render(make_rays(3), extras=torch.rand(9))
+    with pytest.raises(ValueError, match=r"extras\['time'\]: is on meta, want cpu, where the rays are"):
+        VolumeRenderer(field).render(make_rays(3), extras={"time": torch.rand(9, device="meta")})
+    with pytest.raises(ValueError, match=r"light: is on meta, want cpu, where the rays are"):
+        VolumeRenderer(lambda x: (x[:, 0], x)).render(
+            make_rays(3), shading="lambertian", light=torch.ones(3, device="meta")
+        )
     field.needs = "directions"
     with pytest.raises(TypeError, match=r"field\.needs: got 'directions', want a tuple of names"):
         VolumeRenderer(field)
@@ -324,3 +342,88 @@ def test_channels_that_change_between_chunks_are_named() -> None:
 
     with pytest.raises(ValueError, match=r"field: returned channels \{'c2': 3\}, and \{'c1': 3\} before"):
         VolumeRenderer(field, config=RendererConfig(max_samples_per_chunk=200)).render(make_rays(3))
+
+
+@pytest.mark.parametrize("name", ["directions", "ray_indices", "t_starts", "t_ends"])
+def test_what_positions_alone_do_not_know_is_named(name: str) -> None:
+    samples = FieldSamples(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=rf"samples\.{name}: the field is asked at positions that lie on no rays"):
+        getattr(samples, name)
+
+
+def test_extras_can_be_asked_for_where_they_are_unknown() -> None:
+    extras = FieldSamples(torch.zeros(2, 3)).extras
+    assert "look" not in extras
+    with pytest.raises(ValueError, match=r"samples\.extras\['look'\]: the field is asked at positions"):
+        extras["look"]
+
+
+def test_normals_in_inference_mode_of_a_field_that_saves_where_samples_begin() -> None:
+    scale = nn.Parameter(torch.tensor(0.3))
+
+    def field(samples: FieldSamples) -> tuple[Tensor, Tensor]:
+        return samples.positions.square().sum(dim=1) * (samples.t_starts * scale), samples.positions.sigmoid()
+
+    field.needs = ("positions", "t_starts")
+    renderer, rays = VolumeRenderer(field, config=RendererConfig(step=STEP)), make_rays(3).to(dtype=torch.float32)
+    with torch.inference_mode():
+        output = renderer.render(rays, with_normals=True)
+    torch.testing.assert_close(output.normal, renderer.render(rays, with_normals=True).normal.detach())
+
+
+@pytest.mark.parametrize("pruning", [{"early_stop": 0.2}, {"alpha_threshold": 0.1}])
+def test_opacities_prune_by_themselves_whatever_a_density_method_says(pruning: dict[str, float]) -> None:
+    """Such a field has the method for an occupancy grid."""
+
+    class WithDensity(Scene):
+        def density(self, positions: Tensor) -> Tensor:
+            return torch.full_like(positions[:, 0], 1e-3)
+
+    extras = {"appearance": make_inputs()[2].detach()}
+    config = RendererConfig(step=STEP, **pruning)
+    wanted, actual = (
+        VolumeRenderer(make(True), config=config).render(make_rays(), extras=extras) for make in (Scene, WithDensity)
+    )
+    everything = VolumeRenderer(Scene(True), config=RendererConfig(step=STEP)).render(make_rays(), extras=extras)
+    assert actual.samples == wanted.samples < everything.samples
+    assert torch.equal(actual.color, wanted.color)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"near": -1.0}, r"ray 0 has near -1\.0, want at least 0"),
+        ({"near": math.nan}, "ray 0 has near nan"),
+        ({"far": math.nan}, "ray 0 has a far that is not a number"),
+    ],
+)
+@pytest.mark.parametrize("streams", [False, True])
+def test_limits_that_are_none_are_named(streams: bool, limits: dict[str, float], message: str) -> None:
+    from streaming_cases import make_field
+
+    field = make_field("native") if streams else (lambda x: (x.square().sum(dim=1), x.sigmoid()))
+    rays = make_rays(3)
+    with pytest.raises(InvalidRaysError, match=message):
+        VolumeRenderer(field).render(Rays.from_tensors(rays.origins, rays.directions, **limits))
+
+
+def test_a_single_ray() -> None:
+    rays, renderer = make_rays(3), VolumeRenderer(lambda x: (x.square().sum(dim=1), x.sigmoid()))
+    output, wanted = renderer.render(rays[4]), renderer.render(rays[4:5])
+    for name in ("color", "opacity", "depth"):
+        assert torch.equal(getattr(output, name), getattr(wanted, name)[0])
+
+
+@pytest.mark.parametrize(
+    ("colors", "error", "message"),
+    [
+        (lambda d: d[:, :1], ValueError, r"background: returned \[3, 1\] for 3 directions, want \[3, 3\]"),
+        (lambda d: d[:2], ValueError, r"background: returned \[2, 3\] for 3 directions"),
+        (lambda d: 0.5, TypeError, "background: returned float, want a tensor"),
+    ],
+)
+def test_wrong_colours_of_a_called_background_are_named(
+    colors: Callable[[Tensor], Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        VolumeRenderer(lambda x: (x[:, 0].abs(), x)).render(make_rays(3)[:3], background=colors)

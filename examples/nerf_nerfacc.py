@@ -1,4 +1,4 @@
-"""The NeRF of nerf.py as a project renders it that uses nerfacc: `nerfacc` is ours, all calls of it are as there.
+"""The NeRF of nerf.py as a project renders that uses nerfacc: `nerfacc` is ours, its calls are as there.
 
     python examples/nerf_nerfacc.py [views.png]
 

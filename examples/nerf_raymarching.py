@@ -1,4 +1,4 @@
-"""The NeRF of nerf.py as a fork of torch-ngp or stable-dreamfusion renders it: `raymarching` is ours, the rest as there.
+"""The NeRF of nerf.py as forks of torch-ngp and stable-dreamfusion render: `raymarching` is ours, its calls theirs.
 
     python examples/nerf_raymarching.py [views.png]
 
@@ -11,7 +11,7 @@ from scene import BOX, WHITE, photograph, psnr, save_if_asked
 from dreamfusion_fast.fields import FieldSamples, SceneField, SceneFieldConfig
 from dreamfusion_fast.integrations import raymarching  # import raymarching
 
-BOUND, CELLS, MAX_STEPS = 0.9, 32, 128  # half of the cube's size, cells along it, samples across [-1, 1]^3
+BOUND, CELLS, MAX_STEPS = 0.9, 32, 120  # half of the cube's size, cells along it, samples across [-1, 1]^3
 
 
 @torch.no_grad()

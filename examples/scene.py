@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from dreamfusion_fast.rendering import Cameras, Rays
 
 WHITE = torch.ones(3)
-COLORS = torch.tensor([[0.0, 0.0, 0.0], [0.8, 0.15, 0.1], [0.1, 0.3, 0.75], [0.6, 0.6, 0.5]])  # nothing, ball, box, floor
+COLORS = torch.tensor([[0.0, 0.0, 0.0], [0.8, 0.15, 0.1], [0.1, 0.3, 0.75], [0.6, 0.6, 0.5]])  # nothing, ball, box...
 BOX = (-0.9, -0.9, -0.65, 0.9, 0.9, 0.45)
 _BALL = torch.tensor([-0.3, 0.1, 0.0]), 0.4  # middle and radius
 _BOX = torch.tensor([0.4, -0.25, -0.1]), torch.tensor([0.25, 0.25, 0.3])  # middle and half of the size
@@ -27,8 +27,11 @@ _LIGHT = normalize(torch.tensor([0.5, -0.6, 1.0]), dim=0)
 
 @dataclass(frozen=True)
 class Photographs:
-    """`poses` [B, 3, 4] by OpenCV's convention, `intrinsics` [3, 3], `size` in pixels. Per pixel of all views, as `rays`
-    has them: `color` [n, 3] before black, `opacity` [n, 1], `label` [n] as in `COLORS`, and `depth` [n], infinite for nothing."""
+    """`poses` [B, 3, 4] by OpenCV's convention, `intrinsics` [3, 3], `size` in pixels.
+
+    And for each pixel of all views, as `rays` has them: `color` [n, 3] before black, `opacity` [n, 1], `label` [n], a
+    row of `COLORS`, and `depth` [n], infinite where there is nothing.
+    """
 
     poses: Tensor
     intrinsics: Tensor

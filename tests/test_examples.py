@@ -51,6 +51,10 @@ def test_classes_are_learned_from_a_few_labelled_views(monkeypatch: pytest.Monke
     assert run("semantic_channel", monkeypatch)["accuracy"] > 0.96
 
 
+def test_an_op_equals_its_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("hash_grid_op", monkeypatch)["features"].shape == (113, 8)
+
+
 @pytest.mark.parametrize("name", ["nerfacc", "tinycudann", "gridencoder", "raymarching"])
 def test_drop_ins_take_the_names(name: str) -> None:
     """In a process of its own, as modules stay where they are put."""

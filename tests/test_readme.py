@@ -21,7 +21,7 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 # The others are in test_examples.py.
-EXAMPLES = [ROOT / "examples" / f"{name}.py" for name in ("generate", "hash_grid_op", "own_field", "train_field")]
+EXAMPLES = [ROOT / "examples" / f"{name}.py" for name in ("generate", "own_field", "train_field")]
 
 
 def blocks(language: str) -> list[str]:

@@ -16,8 +16,6 @@ class Ball(torch.nn.Module):
 
 
 pose = torch.tensor([[[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, -2]]])  # looking along +z, as OpenCV has it
-rays = Cameras.from_poses(pose, (30.0, 30.0, 16.0, 16.0), width=32, height=32).rays().reshape(1, 32, 32)
-exposure = torch.full((1, 32, 32), 0.8)
-output = VolumeRenderer(Ball()).render(rays, extras={"exposure": exposure}, return_samples=True)
-print(output.color.shape, output.channels["height"].shape)  # [1, 32, 32, 3], [1, 32, 32, 1]
-print(output.ray_samples.weights.shape, output.samples)  # of each sample, with gradients
+rays = Cameras.from_poses(pose, (30.0, 30.0, 16.0, 16.0), width=32, height=32).rays()
+output = VolumeRenderer(Ball()).render(rays, extras={"exposure": torch.full((len(rays),), 0.8)}, return_samples=True)
+print(output.color.shape, output.channels["height"].shape, output.ray_samples.weights.shape)  # [n, 3], [n, 1], [m]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.export.density import sample_density
-from dreamfusion_fast.fields.base import Field, query_density
+from dreamfusion_fast.fields.base import Field, evaluate, query_density
 from dreamfusion_fast.rendering.orbits import sample_cameras
 from dreamfusion_fast.rendering.rays import Rays
 from dreamfusion_fast.rendering.volume.renderer import VolumeRenderer
@@ -116,7 +116,7 @@ def _torn(field: Field, longest: float) -> tuple[Struts, Tensor] | None:
     if struts is None:
         return None
     with torch.no_grad():
-        colors = field(torch.cat([struts.start, struts.end]).to(field.aabb))[1]
+        colors = evaluate(field, torch.cat([struts.start, struts.end]).to(field.aabb)).color
     return struts, colors.view(2, -1, 3)
 
 

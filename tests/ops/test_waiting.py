@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import dreamfusion_fast
 
 CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
@@ -14,9 +17,10 @@ CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 def run(code: str, **environment: str) -> str:
     """What a Python of its own prints, with no way of waiting in the environment but those given."""
     rest = {name: value for name, value in os.environ.items() if name not in CHOICES}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=rest | environment, capture_output=True, text=True, check=False
-    )
+    # From where the package under test lies: a source tree as working folder would hide an installed one.
+    folder = Path(dreamfusion_fast.__file__).parents[1]
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=rest | environment, capture_output=True, text=True, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

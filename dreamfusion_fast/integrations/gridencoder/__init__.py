@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dreamfusion_fast.integrations._deferred import deferred
+from dreamfusion_fast.integrations._names import deferred
 from dreamfusion_fast.integrations.gridencoder._install import install
 
 if TYPE_CHECKING:
     from dreamfusion_fast.integrations.gridencoder.grid import GridEncoder, grid_encode
 else:
-    __getattr__, __dir__ = deferred(__name__, dict.fromkeys(("GridEncoder", "grid_encode"), "grid"))
+    __getattr__, __dir__ = deferred(__name__, dict.fromkeys(("GridEncoder", "grid_encode"), f"{__name__}.grid"))
 
 __all__ = ["GridEncoder", "grid_encode", "install"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
+
+from dreamfusion_fast.integrations._names import present
 
 _PACKAGE = "dreamfusion_fast.integrations.gridencoder"
 _NAMES = {
@@ -46,4 +47,4 @@ def _present(name: str) -> bool:
     parent = name.rpartition(".")[0]
     if parent:  # to look for it would import the project's package
         return sys.modules.get(parent) is not sys.modules[_PACKAGE]
-    return name in sys.modules or importlib.util.find_spec(name) is not None
+    return present(name)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
+from dreamfusion_fast.integrations._names import stand_in
 
 _PACKAGE = "dreamfusion_fast.integrations.nerfacc"
 _MODULES = (
-    "",
     ".data_specs",
     ".estimators",
     ".estimators.base",
@@ -33,17 +30,5 @@ def install(force: bool = False) -> bool:
     Returns:
         Whether it does so: not where nerfacc is installed and `force` is False.
     """
-    if not force and _present():
-        return sys.modules.get("nerfacc") is sys.modules[_PACKAGE]
-    modules = {f"nerfacc{name}": importlib.import_module(f"{_PACKAGE}{name}") for name in _MODULES}
-    for name in [name for name in sys.modules if name == "nerfacc" or name.startswith("nerfacc.")]:
-        del sys.modules[name]
-    sys.modules.update(modules)
-    return True
-
-
-def _present() -> bool:
-    """Whether there is something of that name."""
-    if "nerfacc" in sys.modules:
-        return True
-    return importlib.util.find_spec("nerfacc") is not None
+    modules = {f"nerfacc{name}": f"{_PACKAGE}{name}" for name in _MODULES}
+    return stand_in("nerfacc", _PACKAGE, modules, force)

@@ -21,33 +21,15 @@ The functions are loaded when first used: the ops below them take torch longer t
 
 from __future__ import annotations
 
-from typing import Any
+from dreamfusion_fast.integrations._names import deferred
+from dreamfusion_fast.integrations.raymarching._install import install
 
-from dreamfusion_fast.integrations.raymarching._install import install, load
+# Of each flavour its own.
+OWN = ("composite_rays", "composite_rays_train", "march_rays", "march_rays_train")
+# Of both flavours.
+SHARED = ("morton3D", "morton3D_invert", "morton_bitfield", "near_far_from_aabb", "packbits", "sph_from_ray")
+_MODULES = dict.fromkeys(OWN, f"{__name__}._stable_dreamfusion")
+_MODULES |= dict.fromkeys((*SHARED, "flatten_rays"), f"{__name__}._grid")
+__all__ = ["install", *_MODULES]
 
-_FUNCTIONS = (
-    "composite_rays",
-    "composite_rays_train",
-    "flatten_rays",
-    "march_rays",
-    "march_rays_train",
-    "morton3D",
-    "morton3D_invert",
-    "morton_bitfield",
-    "near_far_from_aabb",
-    "packbits",
-    "sph_from_ray",
-)
-__all__ = ["install", *_FUNCTIONS]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _FUNCTIONS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = load("_stable_dreamfusion", name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = deferred(__name__, _MODULES)

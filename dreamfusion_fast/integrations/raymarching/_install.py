@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
-from typing import Any
+
+from dreamfusion_fast.integrations._names import present
 
 _PACKAGE = "dreamfusion_fast.integrations.raymarching"
 _FLAVOURS = {"stable-dreamfusion": _PACKAGE, "torch-ngp": f"{_PACKAGE}.torch_ngp"}
@@ -31,15 +31,9 @@ def install(force: bool = False, flavour: str = "stable-dreamfusion") -> list[st
         raise ValueError(f"install: flavour must be {' or '.join(_FLAVOURS)}, got {flavour!r}")
     installed = []
     for name, target in (("raymarching", _FLAVOURS[flavour]), ("_raymarching", f"{_PACKAGE}.backend")):
-        present = sys.modules.get(name)
-        ours = present is not None and present.__name__.startswith(_PACKAGE)
-        if force or ours or (present is None and importlib.util.find_spec(name) is None):
+        loaded = sys.modules.get(name)
+        ours = loaded is not None and loaded.__name__.startswith(_PACKAGE)
+        if force or ours or not present(name):
             sys.modules[name] = importlib.import_module(target)
             installed.append(name)
     return installed
-
-
-def load(module: str, name: str) -> Any:
-    """A function of one of the modules here, or of those that both flavours share."""
-    found = importlib.import_module(f"{_PACKAGE}.{module}")
-    return getattr(found if hasattr(found, name) else importlib.import_module(f"{_PACKAGE}._grid"), name)

@@ -6,32 +6,12 @@ first step begins. All else is as in `dreamfusion_fast.integrations.raymarching`
 
 from __future__ import annotations
 
-from typing import Any
+from dreamfusion_fast.integrations._names import deferred
+from dreamfusion_fast.integrations.raymarching import OWN, SHARED
+from dreamfusion_fast.integrations.raymarching._install import install
 
-from dreamfusion_fast.integrations.raymarching._install import install, load
+_PACKAGE = __name__.rpartition(".")[0]
+_MODULES = dict.fromkeys(OWN, f"{_PACKAGE}._torch_ngp") | dict.fromkeys(SHARED, f"{_PACKAGE}._grid")
+__all__ = ["install", *_MODULES]
 
-_FUNCTIONS = (
-    "composite_rays",
-    "composite_rays_train",
-    "march_rays",
-    "march_rays_train",
-    "morton3D",
-    "morton3D_invert",
-    "morton_bitfield",
-    "near_far_from_aabb",
-    "packbits",
-    "sph_from_ray",
-)
-__all__ = ["install", *_FUNCTIONS]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _FUNCTIONS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = load("_torch_ngp", name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = deferred(__name__, _MODULES)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dreamfusion_fast.integrations._deferred import deferred
+from dreamfusion_fast.integrations._names import deferred
 from dreamfusion_fast.integrations.tinycudann._install import install
 
 if TYPE_CHECKING:
@@ -25,11 +25,7 @@ if TYPE_CHECKING:
         free_temporary_memory,
     )
 else:
-    __getattr__, __dir__ = deferred(
-        __name__,
-        dict.fromkeys(
-            ("Encoding", "Module", "Network", "NetworkWithInputEncoding", "free_temporary_memory"), "modules"
-        ),
-    )
+    _OURS = ("Encoding", "Module", "Network", "NetworkWithInputEncoding", "free_temporary_memory")
+    __getattr__, __dir__ = deferred(__name__, dict.fromkeys(_OURS, f"{__name__}.modules"))
 
 __all__ = ["Encoding", "Module", "Network", "NetworkWithInputEncoding", "free_temporary_memory", "install"]

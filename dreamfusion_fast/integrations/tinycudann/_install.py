@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
+from dreamfusion_fast.integrations._names import stand_in
 
 _PACKAGE = "dreamfusion_fast.integrations.tinycudann"
 
@@ -18,16 +16,4 @@ def install(force: bool = False) -> bool:
     Returns:
         Whether it does so: not where tiny-cuda-nn is installed and `force` is False.
     """
-    package = sys.modules[_PACKAGE]
-    if not force and _present():
-        return sys.modules.get("tinycudann") is package
-    for name in [name for name in sys.modules if name == "tinycudann" or name.startswith("tinycudann.")]:
-        del sys.modules[name]
-    sys.modules["tinycudann"] = package
-    sys.modules["tinycudann.modules"] = importlib.import_module(f"{_PACKAGE}.modules")
-    return True
-
-
-def _present() -> bool:
-    """Whether there is something of that name."""
-    return "tinycudann" in sys.modules or importlib.util.find_spec("tinycudann") is not None
+    return stand_in("tinycudann", _PACKAGE, {"tinycudann.modules": f"{_PACKAGE}.modules"}, force)

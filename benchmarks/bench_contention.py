@@ -95,7 +95,7 @@ STEPS = {"render": render_step, "run": run_step}
 
 
 def serve(kind: str, size: int) -> None:
-    """What a worker does: for each number on stdin as many steps, and their milliseconds on stdout."""
+    """A worker: takes as many steps as each number on stdin says, and prints their milliseconds."""
     step = STEPS[kind](size)
     for _ in range(WARMUPS):
         step()

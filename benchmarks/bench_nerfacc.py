@@ -34,7 +34,7 @@ WARMUPS = 3
 
 
 def modules(device: torch.device) -> dict[str, ModuleType]:
-    """What answers to the names, by the name of a row."""
+    """The modules that answer to nerfacc's names, by the name of a row."""
     found = {"drop-in": importlib.import_module("dreamfusion_fast.integrations.nerfacc")}
     try:
         theirs = importlib.import_module("nerfacc")

@@ -160,7 +160,7 @@ def _parse(kind: type[T], arguments: list[str], command: str, description: str, 
 
 
 def _left_over(kind: type[T], arguments: list[str], unknown: str, options: dict[str, Any]) -> str | None:
-    """What is wrong where `unknown`, tyro's list, begins with a value that is one too many; None for an option."""
+    """The error where `unknown`, tyro's list, begins with a value that is one too many; None for an option."""
     import tyro
 
     named = [re.match("--?[A-Za-z]", word) is not None for word in arguments]

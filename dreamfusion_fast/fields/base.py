@@ -203,7 +203,7 @@ def _density_of(output: Any, positions: Tensor) -> Tensor:
 
 
 def _asked(field: FieldLike, samples: FieldSamples) -> FieldSamples | Tensor:
-    """What the field is called with."""
+    """The argument of a call of the field: its samples, or their positions."""
     return samples if takes_samples(field) else samples.positions
 
 

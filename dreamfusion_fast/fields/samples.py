@@ -1,4 +1,4 @@
-"""What a field may know of the samples at which it is asked."""
+"""The samples at which a field is evaluated, and which of their properties it asks for."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class FieldSamples:
 
     @cached_property
     def extras(self) -> Mapping[str, Tensor]:
-        """What the caller of the render gave per ray, spread over the samples: `[m, ...]` each."""
+        """The extras that the caller of the render gave per ray, spread over the samples: `[m, ...]` each."""
         return _PerSample(self.ray_extras or {}, self.rows)
 
     def at(self, positions: Tensor) -> FieldSamples:
@@ -120,7 +120,7 @@ class _PerSample(Mapping[str, Tensor]):
 
 
 def needs_of(field: Callable[..., Any]) -> tuple[str, ...]:
-    """What a field asks for of the samples: its attribute `needs`, by default positions alone.
+    """The properties of samples that a field asks for: its attribute `needs`, by default positions alone.
 
     A field whose `needs` name more is called with :class:`FieldSamples`, every other one with positions `[m, 3]`. Names
     other than `positions`, `directions`, `ray_indices`, `t_starts` and `t_ends` are extras, which each render has to

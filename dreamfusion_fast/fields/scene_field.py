@@ -42,13 +42,13 @@ class SceneFieldConfig(Settings):
     hidden_layers: Annotated[int, Range(1, 64)] = 1
     """Hidden layers of the MLP for the density."""
     geometry_features: Annotated[int, Range(1, 4096)] = 15
-    """What the density's MLP tells the colour's."""
+    """Features that the density's MLP passes to the colour's."""
     color_layers: Annotated[int, Range(1, 64)] = 2
     """Hidden layers of the MLP for the colour."""
     view_degree: Annotated[int, Range(0, MOST_BANDS)] = 4
     """Bands of spherical harmonics of the viewing direction that the colour sees; 0: it does not depend on it."""
     density_activation: Literal["exp", "softplus"] = "exp"
-    """What makes a density of its logit."""
+    """Function from the density's logit to the density."""
     density_bias: Annotated[float, Range(-1e6, 1e6)] = -1.0
     """Initial bias of the density's logit. A scene starts with a density of exp of it per scene unit (softplus: of
     log(1 + exp)): the lower, the thinner."""

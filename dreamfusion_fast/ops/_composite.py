@@ -1,4 +1,4 @@
-"""What the ops that composite share: checks, and the calls of the native functions."""
+"""Checks and calls of the native functions, for all ops that composite."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def weights_backward(
 
 
 def empty_outputs(absorbing: Tensor, values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `forward` fills."""
+    """The outputs of `forward`, to be filled."""
     n_rays = offsets.shape[0] - 1
     return (
         absorbing.new_zeros(absorbing.shape[0]),  # zeros for the samples of no ray

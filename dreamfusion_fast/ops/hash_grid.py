@@ -187,7 +187,7 @@ def _levels(
 def _contiguous(
     level_offsets: Tensor, resolutions: Tensor, placements: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What the native core reads of the levels. To be kept until it has been called."""
+    """The levels as the native core reads them. To be kept until it has been called."""
     placements = None if placements is None else placements.contiguous()
     return level_offsets.contiguous(), resolutions.contiguous(), placements
 

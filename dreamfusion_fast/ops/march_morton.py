@@ -190,7 +190,7 @@ def _packed(
     limit: int,
     contract: bool,
 ) -> tuple[object, ...]:
-    """What the native functions take as the struct of the rays; the tensors are contiguous."""
+    """The struct of the rays, as the native functions take it; the tensors are contiguous."""
     addresses = (*(pointer(tensor) for tensor in tensors), pointer(bitfield))
     numbers = (resolution, cascades, bound, cone_angle, min_step, max_step, limit, bool(contract))
     return (*addresses, *numbers, tensors[0].shape[0])

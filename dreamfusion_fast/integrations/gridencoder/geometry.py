@@ -38,7 +38,7 @@ def check_flavour(op: str, flavour: str) -> None:
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a grid's vertices depend on.
+    """The options that a grid's vertices depend on.
 
     Attributes:
         log2_scale: S, the growth of resolution per level.
@@ -66,7 +66,7 @@ class Geometry:
 
 @lru_cache(maxsize=256)
 def placements_of(geometry: Geometry, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What `hash_grid` wants of the levels: resolutions and placements, on a device."""
+    """Resolutions and placements of the levels, as `hash_grid` takes them, on a device."""
     growth = np.float32(geometry.log2_scale)
     sizes = [np.exp2(np.float32(i) * growth) * np.float32(geometry.base_resolution) for i in range(geometry.num_levels)]
     highest: list[int] | None = None

@@ -1,4 +1,4 @@
-"""What the drop-in takes from the rest of the package, imported when first used."""
+"""Names from the rest of the package, imported when they are first used."""
 
 from __future__ import annotations
 

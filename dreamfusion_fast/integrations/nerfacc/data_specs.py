@@ -1,4 +1,4 @@
-"""What a traversal or a resampling gives: edges of intervals, and samples within them (nerfacc's data structures)."""
+"""nerfacc's data structures: edges of intervals, and samples within them, of a traversal or a resampling."""
 
 from __future__ import annotations
 

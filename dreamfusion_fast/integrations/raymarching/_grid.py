@@ -1,4 +1,4 @@
-"""What both flavours of raymarching have in common: rays and boxes, Morton order, bitfields, lists of rays."""
+"""Functions of both flavours of raymarching: rays and boxes, Morton order, bitfields, lists of rays."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 
 
 class RepeatedDraws:
-    """What is drawn in the calls of one render.
+    """The random numbers that are drawn in the calls of one render.
 
     Draws from `random` and NumPy are the same in all of its calls, since they choose something for the whole image: how
     it is shaded, a strength of light. Those of torch are of each chunk its own, as noise is, and the same again when

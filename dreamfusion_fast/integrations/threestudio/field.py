@@ -16,7 +16,7 @@ from dreamfusion_fast.ops.composite import composite
 
 
 class Parts(Protocol):
-    """What a renderer has of the scene."""
+    """The parts of the scene that a renderer holds."""
 
     @property
     def geometry(self) -> Any:
@@ -29,7 +29,7 @@ class Parts(Protocol):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a render is to give besides colour, opacity and depth.
+    """The outputs of a render besides colour, opacity and depth.
 
     Attributes:
         normal: sums of weight * normal, where there are normals.

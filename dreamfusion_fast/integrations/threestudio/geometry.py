@@ -114,7 +114,7 @@ class HashGridGeometry(BaseImplicitGeometry):
         return self.field.density(self._flat(points)).view(*points.shape[:-1], 1)
 
     def forward_field(self, points: Tensor) -> tuple[Tensor, None]:
-        """What the surface is a level of, and no deformation."""
+        """The field whose level set is the surface, and no deformation."""
         return self.forward_density(points), None
 
     def forward_level(self, field: Tensor, threshold: float) -> Tensor:

@@ -124,7 +124,7 @@ class SceneRenderer:
 
     @staticmethod
     def _composited(output: RenderOutput, field: GeometryField, scale: Tensor) -> dict[str, Any]:
-        """What there is of each ray."""
+        """The outputs per ray."""
         channels = output.channels
         color = output.color if field.color_channels >= 3 else channels["more"]
         if field.color_channels > 3:
@@ -142,7 +142,7 @@ class SceneRenderer:
         return out
 
     def _samples(self, output: RenderOutput, field: GeometryField, rays_d: Tensor, scale: Tensor) -> dict[str, Any]:
-        """What there is of each sample."""
+        """The outputs per sample."""
         held = output.ray_samples
         assert held is not None
         rows = held.ray_indices

@@ -1,4 +1,4 @@
-"""What stands in for samples that a renderer does not hold."""
+"""Stand-ins for samples that a renderer does not hold."""
 
 from __future__ import annotations
 

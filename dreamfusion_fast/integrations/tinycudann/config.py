@@ -57,7 +57,7 @@ class Options:
         return bool(value)
 
     def choice(self, name: str, default: str, choices: Mapping[str, Any]) -> Any:
-        """What a name stands for, in whatever case. Raises ValueError for other names."""
+        """The value that a name stands for, in whatever case. Raises ValueError for other names."""
         value = self.raw(name, default)
         found = {choice.lower(): meaning for choice, meaning in choices.items()}
         if not isinstance(value, str) or value.lower() not in found:

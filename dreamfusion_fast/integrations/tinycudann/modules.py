@@ -25,7 +25,7 @@ def free_temporary_memory() -> None:
 
 
 class Module(nn.Module):
-    """What the modules below share.
+    """The base class of the modules below.
 
     Attributes:
         n_input_dims, n_output_dims: dimensions.
@@ -61,7 +61,7 @@ class Module(nn.Module):
 
     @property
     def loss_scale(self) -> float:
-        """What tiny-cuda-nn multiplies gradients by within its modules."""
+        """The factor by which tiny-cuda-nn multiplies gradients within its modules."""
         return 128.0 if self.dtype == torch.float16 else 1.0
 
     def forward(self, x: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class _Packed:
 
 @dataclass(frozen=True)
 class _PerRay:
-    """What is given per ray, of some of the rays.
+    """The inputs per ray, of some of the rays.
 
     Attributes:
         rays: `n` rays.

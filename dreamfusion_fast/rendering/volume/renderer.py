@@ -413,7 +413,7 @@ def _as_list(rays: Rays) -> Rays:
 
 
 def _behind(background: Callable[[Tensor], Tensor], rays: Rays) -> Tensor:
-    """What a background that is called says: `[3]` or `[n_rays, 3]`."""
+    """The colours that a background returns when it is called: `[3]` or `[n_rays, 3]`."""
     colors: Any = background(rays.directions)
     if not isinstance(colors, Tensor):
         raise TypeError(f"background: returned {type(colors).__name__}, want a tensor [n, 3]")

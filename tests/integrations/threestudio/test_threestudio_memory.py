@@ -1,4 +1,4 @@
-"""What a training step of 512^2 rays with analytic normals holds on a GPU."""
+"""Memory of a training step of 512^2 rays with analytic normals on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What estimators have in common."""
+"""The base class of estimators."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ class AbstractEstimator(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} defines no sampling")
 
     def update_every_n_steps(self, *args: Any, **kwargs: Any) -> Any:
-        """What there is to do in each training step."""
+        """Update the estimator; called in each training step."""
         raise NotImplementedError(f"{type(self).__name__} defines no update_every_n_steps")

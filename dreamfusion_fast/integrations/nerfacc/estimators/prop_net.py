@@ -186,7 +186,7 @@ def _pdf_loss(
     cdfs_key: Tensor,
     eps: float = 1e-7,
 ) -> Tensor:
-    """What a coarse distribution fails to bound of a fine one (mip-NeRF 360, eq. 13), for each fine interval."""
+    """The part of a fine distribution that a coarse one fails to bound, per interval (mip-NeRF 360, eq. 13)."""
     left, right = searchsorted(segments_key, segments_query)
     if segments_query.vals.dim() > 1:
         weights = cdfs_query.diff(dim=-1)

@@ -15,6 +15,7 @@ from dreamfusion_fast.io import user_path
 from dreamfusion_fast.settings import Range, Settings
 
 Mode = Literal["sds", "csd"]
+"""The methods; `dreamfusion_fast.guidance.distillation.METHODS` has the class of each."""
 DtypeName = Literal["auto", "float64", "float32", "float16", "bfloat16"]
 TextDevice = Literal["auto", "cpu", "cuda"]
 TextDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
@@ -42,13 +43,24 @@ class GuidanceConfig(Settings):
         guidance_scale: s in eps_null + s (eps_text - eps_null); None takes the model's own default.
         convention: "null" as above, as in diffusers; "text" for eps_text + s (eps_text - eps_null), as in the
             DreamFusion paper (s = 100 there is s = 101 here).
-        weighting: w(t): "sds" sigma_t^2 (the paper), "uniform" 1, "fantasia3d" alpha_t sigma_t^2.
+        guidance_rescale: share of rescaled guidance (Lin et al. 2023): the guided prediction gets the standard deviation
+            of the prediction with the text; 0.7 in the paper. It does nothing to csd.
+        perp_neg: Perp-Neg (Armandpour et al. 2023): the prompt with "front view" and "side view" push away where a view
+            is neither, which takes four predictions in place of two.
+        weighting: w(t): "sds" sigma_t^2 (DreamFusion), "uniform" 1, "fantasia3d" alpha_t sigma_t^2, "ism" sigma_t /
+            alpha_t (LucidDreamer), "dreamtime" DreamTime's importance of t. None takes that of the mode's authors.
         mode: "sds" pulls along eps_hat - eps; "csd" along s (eps_text - eps_null), classifier score distillation.
+        second_mode: the mode that `schedule.sds_share` of a run hands the rest of the pull to; None: csd where the mode
+            is sds, else no other.
         clip_x0: clamp the model's estimate of the clean image to the range of images and recompute eps_hat (static
             thresholding, Saharia et al. 2022, section 2.3). None takes the model's default. Pixel-space models only.
         grad_clip: largest norm over channels of the weighted residual at a pixel of the model's input; None: no limit.
+        grad_clip_end: what `grad_clip` goes to, linearly, until the end of the run; None: it stays. Debiased score
+            distillation (Hong et al. 2023) goes from 0.5 to 2.
         negative_prompt: text of the unconditional half.
         view_dependent: name the view's direction in the prompt.
+        interpolate_views: between front, side and back, interpolate the embedded prompts by the azimuth, as
+            stable-dreamfusion does, in place of switching at 45 and 135 degrees. `perp_neg` does so in any case.
         dtype: arithmetic of the diffusion model; "auto" leaves it to the model (diffusers pipelines: float16 on a GPU,
             float32 on a CPU).
         text_device: where a diffusers pipeline's text encoder runs: "cuda" whole on the run's GPU, "cpu", or "auto": on
@@ -66,12 +78,17 @@ class GuidanceConfig(Settings):
     name: str = "embedded"
     guidance_scale: Annotated[float | None, Range(-1e6, 1e6)] = None
     convention: Convention = "null"
-    weighting: Weighting = "sds"
+    guidance_rescale: Annotated[float, Range(0, 1)] = 0.0
+    perp_neg: bool = False
+    weighting: Weighting | None = None
     mode: Mode = "sds"
+    second_mode: Mode | None = None
     clip_x0: bool | None = None
     grad_clip: Annotated[float | None, Range(0, open="low")] = None
+    grad_clip_end: Annotated[float | None, Range(0, open="low")] = None
     negative_prompt: str = ""
     view_dependent: bool = True
+    interpolate_views: bool = False
     dtype: DtypeName = "auto"
     text_device: TextDevice = "auto"
     text_dtype: TextDtype = "auto"
@@ -90,8 +107,20 @@ class GuidanceConfig(Settings):
             self.refuse("variant", want="letters and digits, such as fp16")
         if self.mode == "csd" and self.clip_x0:
             self.refuse("clip_x0", "mode", want="no clip_x0 with csd, which has no clean-image estimate to clamp")
+        if self.grad_clip is None and self.grad_clip_end is not None:
+            self.refuse("grad_clip_end", "grad_clip", want="a grad_clip to begin with")
+        if self.perp_neg and not self.view_dependent:
+            self.refuse("perp_neg", "view_dependent", want="view_dependent prompts, which Perp-Neg tells apart")
+        if self.interpolate_views and not self.view_dependent:
+            self.refuse("interpolate_views", "view_dependent", want="view_dependent prompts to interpolate")
         if self.text_dtype == "int8" and self.text_device == "cpu":
             self.refuse("text_dtype", "text_device", want="a GPU for int8: text_device auto, or text_dtype bfloat16")
+
+    @property
+    def modes(self) -> tuple[Mode, Mode | None]:
+        """The methods of a run: the first one, and the one that takes the rest of the pull."""
+        second = ("csd" if self.mode == "sds" else None) if self.second_mode is None else self.second_mode
+        return self.mode, None if second == self.mode else second
 
 
 def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:

@@ -138,8 +138,38 @@ def view_index(azimuth: Tensor, elevation: Tensor) -> Tensor:
         raise ValueError(
             f"azimuth and elevation must both have shape [B], got {tuple(azimuth.shape)} and {tuple(elevation.shape)}"
         )
-    from_front = torch.remainder(azimuth + math.pi, 2 * math.pi).sub(math.pi).abs()
+    angle = from_front(azimuth)
     index = torch.ones_like(azimuth, dtype=torch.int64)
-    index = index.masked_fill(from_front <= math.radians(FRONT_LIMIT_DEG) + _TOLERANCE, 0)
-    index = index.masked_fill(from_front >= math.radians(BACK_LIMIT_DEG) - _TOLERANCE, 2)
-    return index.masked_fill(elevation > math.radians(OVERHEAD_LIMIT_DEG) + _TOLERANCE, 3)
+    index = index.masked_fill(angle <= math.radians(FRONT_LIMIT_DEG) + _TOLERANCE, 0)
+    index = index.masked_fill(angle >= math.radians(BACK_LIMIT_DEG) - _TOLERANCE, 2)
+    return index.masked_fill(is_overhead(elevation), 3)
+
+
+def view_shares(azimuth: Tensor, elevation: Tensor) -> Tensor:
+    """Share of each of `VIEW_NAMES` in a view whose prompt is interpolated, computed on the device of its input.
+
+    From the front to the side and from there to the back, shares change linearly with the azimuth, as in
+    stable-dreamfusion. There is nothing between these and "overhead".
+
+    Args:
+        azimuth: [B] radians, any multiple of 2 pi allowed; 0 is the front.
+        elevation: [B] radians above the horizon.
+
+    Returns:
+        [B, 4], dtype of the azimuth; each row adds up to 1.
+    """
+    quarter = from_front(azimuth) / (math.pi / 2)  # 0 front, 1 side, 2 back
+    overhead = is_overhead(elevation)
+    sides = torch.stack([(1 - quarter).clamp_min(0), 1 - (quarter - 1).abs(), (quarter - 1).clamp_min(0)], dim=1)
+    sides = sides.masked_fill(overhead[:, None], 0.0)
+    return torch.cat([sides, overhead[:, None].to(sides.dtype)], dim=1)
+
+
+def from_front(azimuth: Tensor) -> Tensor:
+    """Angle between an azimuth and the front, either way around: 0 to pi, radians."""
+    return torch.remainder(azimuth + math.pi, 2 * math.pi).sub(math.pi).abs()
+
+
+def is_overhead(elevation: Tensor) -> Tensor:
+    """Whether a view at this elevation, radians, is an overhead view."""
+    return elevation > math.radians(OVERHEAD_LIMIT_DEG) + _TOLERANCE

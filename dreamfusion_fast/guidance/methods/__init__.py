@@ -1,14 +1,18 @@
 """Distillation methods: from a model's predictions to the pull on its input."""
 
+from dreamfusion_fast.guidance.methods.combination import Combination
 from dreamfusion_fast.guidance.methods.csd import ClassifierScoreDistillation
-from dreamfusion_fast.guidance.methods.method import Method, Predictions
-from dreamfusion_fast.guidance.methods.mixed import MixedScoreDistillation
+from dreamfusion_fast.guidance.methods.method import Distilled, Guiding, Method, Predictions
+from dreamfusion_fast.guidance.methods.mixed import MixedDistillation
 from dreamfusion_fast.guidance.methods.sds import ScoreDistillationSampling
 
 __all__ = [
     "ClassifierScoreDistillation",
+    "Combination",
+    "Distilled",
+    "Guiding",
     "Method",
-    "MixedScoreDistillation",
+    "MixedDistillation",
     "Predictions",
     "ScoreDistillationSampling",
 ]

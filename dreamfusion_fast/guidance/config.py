@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
 
 from dreamfusion_fast.guidance.methods.cfg import Convention
+from dreamfusion_fast.guidance.methods.ism import IsmConfig
+from dreamfusion_fast.guidance.methods.sdi import SdiConfig
 from dreamfusion_fast.guidance.models.schedule import Weighting
 from dreamfusion_fast.io import user_path
 from dreamfusion_fast.settings import Range, Settings
 
-Mode = Literal["sds", "csd"]
+Mode = Literal["sds", "csd", "sdi", "ism"]
 """The methods; `dreamfusion_fast.guidance.distillation.METHODS` has the class of each."""
 DtypeName = Literal["auto", "float64", "float32", "float16", "bfloat16"]
 TextDevice = Literal["auto", "cpu", "cuda"]
@@ -40,16 +42,19 @@ class GuidanceConfig(Settings):
     Args:
         name: "embedded", another name of `KNOWN_GUIDANCE`, a folder in diffusers' format, or a hub id "owner/name".
             The path of a folder is made absolute.
-        guidance_scale: s in eps_null + s (eps_text - eps_null); None takes the model's own default.
+        guidance_scale: s in eps_null + s (eps_text - eps_null); None takes that of the mode's authors, if they have
+            one, else the model's own default.
         convention: "null" as above, as in diffusers; "text" for eps_text + s (eps_text - eps_null), as in the
             DreamFusion paper (s = 100 there is s = 101 here).
-        guidance_rescale: share of rescaled guidance (Lin et al. 2023): the guided prediction gets the standard deviation
-            of the prediction with the text; 0.7 in the paper. It does nothing to csd.
+        guidance_rescale: share of rescaled guidance (Lin et al. 2023): the guided prediction gets the standard
+            deviation of the prediction with the text; 0.7 in the paper. It does nothing to csd.
         perp_neg: Perp-Neg (Armandpour et al. 2023): the prompt with "front view" and "side view" push away where a view
             is neither, which takes four predictions in place of two.
         weighting: w(t): "sds" sigma_t^2 (DreamFusion), "uniform" 1, "fantasia3d" alpha_t sigma_t^2, "ism" sigma_t /
             alpha_t (LucidDreamer), "dreamtime" DreamTime's importance of t. None takes that of the mode's authors.
-        mode: "sds" pulls along eps_hat - eps; "csd" along s (eps_text - eps_null), classifier score distillation.
+        mode: "sds" pulls along eps_hat - eps; "csd" along s (eps_text - eps_null), classifier score distillation;
+            "sdi" as sds, with noise that inversion finds in the render; "ism" matches an interval of that inversion;
+            `docs/guidance.md` has the equations.
         second_mode: the mode that `schedule.sds_share` of a run hands the rest of the pull to; None: csd where the mode
             is sds, else no other.
         clip_x0: clamp the model's estimate of the clean image to the range of images and recompute eps_hat (static
@@ -73,6 +78,7 @@ class GuidanceConfig(Settings):
         revision: branch, tag or commit of a hub id.
         allow_pickle: also load weights stored as pickles, which can run code on loading; only safetensors otherwise.
         cache: keep prompt embeddings on disk.
+        sdi, ism: settings of these modes.
     """
 
     name: str = "embedded"
@@ -97,6 +103,8 @@ class GuidanceConfig(Settings):
     revision: str | None = None
     allow_pickle: bool = False
     cache: bool = True
+    sdi: SdiConfig = field(default_factory=SdiConfig)
+    ism: IsmConfig = field(default_factory=IsmConfig)
 
     def check_together(self) -> None:
         if self.name not in KNOWN_GUIDANCE:

@@ -27,16 +27,20 @@ from dreamfusion_fast.guidance.methods import (
     Combination,
     Distilled,
     Guiding,
+    IntervalScoreMatching,
     Method,
     MixedDistillation,
     Predictions,
     ScoreDistillationSampling,
+    ScoreDistillationViaInversion,
 )
 from dreamfusion_fast.guidance.prompts import PromptSet
 
 METHODS: dict[str, Callable[[GuidanceConfig], Method]] = {
     "sds": lambda config: ScoreDistillationSampling(),
     "csd": lambda config: ClassifierScoreDistillation(),
+    "sdi": lambda config: ScoreDistillationViaInversion(config.sdi),
+    "ism": lambda config: IntervalScoreMatching(config.ism),
 }
 """The methods that a config's mode and second mode name."""
 
@@ -47,9 +51,13 @@ def create_method(config: GuidanceConfig) -> Method:
     method = METHODS[first](config)
     return method if second is None else MixedDistillation(method, METHODS[second](config))
 
+
 # The graph of one prediction, kept for the gradient of what is trained in a network, takes about as much as so many
 # guided pairs without one. An estimate: half of the activations of a U-Net are of its widest level.
 _PAIRS_OF_A_GRAPH = 16
+# A mean over a whole input has gradients that vanish in float16 on their way through a network. A power of two changes
+# no other digit.
+_LOSS_SCALE = 1024.0
 
 
 class ScoreDistillation(Guidance):
@@ -154,7 +162,8 @@ class ScoreDistillation(Guidance):
             if distilled.loss is not None:  # backward at once, so that no part's graph is kept beside another
                 loss = distilled.loss * (len(part) / batch)
                 losses.append(loss.detach())
-                added = torch.autograd.grad(loss, self._parameters)
+                scaled = torch.autograd.grad(_LOSS_SCALE * loss, self._parameters)
+                added = [gradient / _LOSS_SCALE for gradient in scaled]
                 before = parameter_gradients
                 parameter_gradients = [a + b for a, b in zip(before, added, strict=True)] if before else added
             pull = self._clipped(distilled.pull, request.progress)
@@ -219,9 +228,9 @@ class ScoreDistillation(Guidance):
     def _draw(self, x: Tensor, request: GuidanceRequest) -> tuple[Tensor, Tensor, Tensor]:
         """Timesteps `[B]` int64, noise `[B, ...]` and the method's draws `[n, B, ...]`, all of the whole batch.
 
-        `x` is the input of its first part. Timesteps are uniform over those between both fractions of the schedule, ends
-        included, one for each group of views; noise is standard normal. All is drawn in float32 where the generator
-        lives, so that a seed means one noise everywhere.
+        `x` is the input of its first part. Timesteps are uniform over those between both fractions of the schedule,
+        ends included, one for each group of views; noise is standard normal. All is drawn in float32 where the
+        generator lives, so that a seed means one noise everywhere.
         """
         batch, generator, group = len(request.images), request.generator, self.views_per_group
         low, high = self._timesteps(request)

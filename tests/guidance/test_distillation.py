@@ -405,7 +405,7 @@ def test_clamping_latents_is_refused() -> None:
     [
         ({"convention": "both"}, "convention: got 'both', want one of null, text"),
         ({"weighting": "x"}, "weighting: got 'x', want one of"),
-        ({"mode": "vsd"}, "mode: got 'vsd', want one of sds, csd"),
+        ({"mode": "dds"}, "mode: got 'dds', want one of sds, csd"),
         ({"dtype": "int8"}, "dtype: got 'int8', want one of"),
         ({"guidance_scale": math.nan}, "finite"),
         ({"grad_clip": 0.0}, "above 0"),

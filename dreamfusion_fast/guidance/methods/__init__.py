@@ -2,8 +2,10 @@
 
 from dreamfusion_fast.guidance.methods.combination import Combination
 from dreamfusion_fast.guidance.methods.csd import ClassifierScoreDistillation
+from dreamfusion_fast.guidance.methods.ism import IntervalScoreMatching, IsmConfig
 from dreamfusion_fast.guidance.methods.method import Distilled, Guiding, Method, Predictions
 from dreamfusion_fast.guidance.methods.mixed import MixedDistillation
+from dreamfusion_fast.guidance.methods.sdi import ScoreDistillationViaInversion, SdiConfig
 from dreamfusion_fast.guidance.methods.sds import ScoreDistillationSampling
 
 __all__ = [
@@ -11,8 +13,12 @@ __all__ = [
     "Combination",
     "Distilled",
     "Guiding",
+    "IntervalScoreMatching",
+    "IsmConfig",
     "Method",
     "MixedDistillation",
     "Predictions",
     "ScoreDistillationSampling",
+    "ScoreDistillationViaInversion",
+    "SdiConfig",
 ]

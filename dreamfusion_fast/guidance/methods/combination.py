@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -12,8 +13,8 @@ from dreamfusion_fast.guidance.contract import Views
 from dreamfusion_fast.guidance.methods.cfg import Convention
 from dreamfusion_fast.guidance.prompts import from_front, is_overhead
 
-# f(r) = a exp(-b r) + c of Perp-Neg's negative prompts, with threestudio's numbers. Between front and side: both; between
-# side and back: "side", then "front".
+# f(r) = a exp(-b r) + c of Perp-Neg's negative prompts, with threestudio's numbers. Between front and side: of both;
+# between side and back: of "side", then of "front".
 _NEAR_FRONT = (4.0, 0.5, -2.426)
 _SIDE_NEAR_BACK = (1.0, 0.5, -0.606)
 _FRONT_NEAR_BACK = (1.0, 0.5, 0.967)
@@ -26,8 +27,9 @@ class Combination:
     Args:
         scale: s of classifier-free guidance, base + s d with d = text - null (Ho and Salimans 2022, arXiv 2207.12598).
         convention: the base is the prediction under "null" or under "text".
-        rescale: phi of rescaled guidance (Lin et al. 2023, arXiv 2305.08891, equations 15 and 16): the result's standard
-            deviation per view goes by this share to that of the prediction under "text". 0: not at all; theirs is 0.7.
+        rescale: phi of rescaled guidance (Lin et al. 2023, arXiv 2305.08891, equations 15 and 16): the result's
+            standard deviation per view goes by this share to that of the prediction under "text". 0: not at all; theirs
+            is 0.7.
         perp_neg: Perp-Neg (Armandpour et al. 2023, arXiv 2304.04968): the predictions under "front" and "side" push
             away, each by its part that is perpendicular to d, with the weights of `perp_neg_weights`.
     """
@@ -43,9 +45,9 @@ class Combination:
         return ("null", "text", "front", "side") if self.perp_neg else ("null", "text")
 
     def direction(self, outputs: Mapping[str, Tensor], views: Views) -> Tensor:
-        """d: what the text changes, and with Perp-Neg d - sum_i w_i (e_i - <e_i, d> / <d, d> d), e_i = negative_i - null.
+        """d = text - null, what the text changes; with Perp-Neg d - sum_i w_i (e_i - <e_i, d> / <d, d> d).
 
-        Inner products are over all of a view's prediction.
+        There e_i is what negative prompt i changes. Inner products are over all of a view's prediction.
         """
         null = outputs["null"]
         direction = outputs["text"] - null
@@ -76,10 +78,9 @@ class Combination:
 def perp_neg_weights(azimuth: Tensor, elevation: Tensor) -> Tensor:
     """Weights of Perp-Neg's negative prompts "front" and "side" for each view.
 
-    At r from the side (0) to the front (1), "front" has f(r) and "side" f(1 - r) with f(r) = 4 exp(-r / 2) - 2.426; at r
-    from the back (0) to the side (1), "side" has exp(-r / 2) - 0.606 and "front" exp(-r / 2) + 0.967. So a prompt that is
-    the view's own has none. These are threestudio's numbers; the paper leaves them to the reader. Overhead views have no
-    negative prompt.
+    At r from the side (0) to the front (1), "front" has f(r) and "side" f(1 - r) with f(r) = 4 exp(-r / 2) - 2.426; at
+    r from the back (0) to the side (1), "side" has exp(-r / 2) - 0.606 and "front" exp(-r / 2) + 0.967. So a prompt
+    that is the view's own has none. The numbers are threestudio's. Overhead views have no negative prompt.
 
     Args:
         azimuth: [B] radians, any multiple of 2 pi allowed; 0 is the front.

@@ -46,9 +46,7 @@ def time_of(progress: float, t_min: float, t_max: float, shape: tuple[float, flo
 
 
 @functools.lru_cache(maxsize=8)
-def _tail_sums(
-    t_min: float, t_max: float, shape: tuple[float, float, float, float]
-) -> tuple[list[float], list[float]]:
+def _tail_sums(t_min: float, t_max: float, shape: tuple[float, float, float, float]) -> tuple[list[float], list[float]]:
     """Times from the largest to the smallest, and the sums of p from the largest down to each, which rise to 1."""
     first, last = round(t_min * _STEPS), round(t_max * _STEPS)
     times = torch.arange(last, first - 1, -1, dtype=torch.float64) / _STEPS

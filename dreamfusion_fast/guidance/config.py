@@ -12,11 +12,12 @@ import torch
 from dreamfusion_fast.guidance.methods.cfg import Convention
 from dreamfusion_fast.guidance.methods.ism import IsmConfig
 from dreamfusion_fast.guidance.methods.sdi import SdiConfig
+from dreamfusion_fast.guidance.methods.vsd import VsdConfig
 from dreamfusion_fast.guidance.models.schedule import Weighting
 from dreamfusion_fast.io import user_path
 from dreamfusion_fast.settings import Range, Settings
 
-Mode = Literal["sds", "csd", "sdi", "ism"]
+Mode = Literal["sds", "csd", "sdi", "ism", "vsd"]
 """The methods; `dreamfusion_fast.guidance.distillation.METHODS` has the class of each."""
 DtypeName = Literal["auto", "float64", "float32", "float16", "bfloat16"]
 TextDevice = Literal["auto", "cpu", "cuda"]
@@ -54,6 +55,7 @@ class GuidanceConfig(Settings):
             alpha_t (LucidDreamer), "dreamtime" DreamTime's importance of t. None takes that of the mode's authors.
         mode: "sds" pulls along eps_hat - eps; "csd" along s (eps_text - eps_null), classifier score distillation;
             "sdi" as sds, with noise that inversion finds in the render; "ism" matches an interval of that inversion;
+            "vsd" compares with a LoRA of the model that learns the renders (needs peft).
             `docs/guidance.md` has the equations.
         second_mode: the mode that `schedule.sds_share` of a run hands the rest of the pull to; None: csd where the mode
             is sds, else no other.
@@ -78,7 +80,7 @@ class GuidanceConfig(Settings):
         revision: branch, tag or commit of a hub id.
         allow_pickle: also load weights stored as pickles, which can run code on loading; only safetensors otherwise.
         cache: keep prompt embeddings on disk.
-        sdi, ism: settings of these modes.
+        sdi, ism, vsd: settings of these modes.
     """
 
     name: str = "embedded"
@@ -105,6 +107,7 @@ class GuidanceConfig(Settings):
     cache: bool = True
     sdi: SdiConfig = field(default_factory=SdiConfig)
     ism: IsmConfig = field(default_factory=IsmConfig)
+    vsd: VsdConfig = field(default_factory=VsdConfig)
 
     def check_together(self) -> None:
         if self.name not in KNOWN_GUIDANCE:

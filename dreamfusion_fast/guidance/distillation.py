@@ -33,6 +33,7 @@ from dreamfusion_fast.guidance.methods import (
     Predictions,
     ScoreDistillationSampling,
     ScoreDistillationViaInversion,
+    VariationalScoreDistillation,
 )
 from dreamfusion_fast.guidance.prompts import PromptSet
 
@@ -41,6 +42,7 @@ METHODS: dict[str, Callable[[GuidanceConfig], Method]] = {
     "csd": lambda config: ClassifierScoreDistillation(),
     "sdi": lambda config: ScoreDistillationViaInversion(config.sdi),
     "ism": lambda config: IntervalScoreMatching(config.ism),
+    "vsd": lambda config: VariationalScoreDistillation(config.vsd),
 }
 """The methods that a config's mode and second mode name."""
 

@@ -52,7 +52,7 @@ class GaussianModel(DiffusionModel):
 
 
 def epsilon(noisy: Tensor, alpha: Tensor | float, sigma: Tensor | float, mean: Tensor | float) -> Tensor:
-    """The expected noise in `noisy` = alpha x + sigma n, for x normal with this mean and standard deviation `SPREAD`."""
+    """The expected noise in `noisy` = alpha x + sigma n, for x normal with this mean and deviation `SPREAD`."""
     return sigma * (noisy - alpha * mean) / (alpha**2 * SPREAD**2 + sigma**2)
 
 

@@ -7,6 +7,7 @@ from dreamfusion_fast.guidance.methods.method import Distilled, Guiding, Method,
 from dreamfusion_fast.guidance.methods.mixed import MixedDistillation
 from dreamfusion_fast.guidance.methods.sdi import ScoreDistillationViaInversion, SdiConfig
 from dreamfusion_fast.guidance.methods.sds import ScoreDistillationSampling
+from dreamfusion_fast.guidance.methods.vsd import VariationalScoreDistillation, VsdConfig
 
 __all__ = [
     "ClassifierScoreDistillation",
@@ -21,4 +22,6 @@ __all__ = [
     "ScoreDistillationSampling",
     "ScoreDistillationViaInversion",
     "SdiConfig",
+    "VariationalScoreDistillation",
+    "VsdConfig",
 ]

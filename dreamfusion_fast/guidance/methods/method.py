@@ -32,6 +32,7 @@ class Predictions:
         t_most: no timestep of the batch is larger; a number on the host, so that nobody has to wait for `t`.
         draws: [n, B, C, h, w] standard normal, as many as `Method.draws` says.
         reference: [B, C, h, w] what the noise of the guided prediction is compared with; None: `noise`.
+        trained: [B, C, h, w] the output of what the method trains, with a graph; None: it trains nothing.
         outputs: condition -> [B, C, h, w], as the model gave them for `noisy`, without a graph.
     """
 
@@ -49,6 +50,7 @@ class Predictions:
     t_most: int = 0
     draws: Tensor | None = None
     reference: Tensor | None = None
+    trained: Tensor | None = None
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -40,10 +40,12 @@ class MixedDistillation(Method):
             predictions.ask(tuple(dict.fromkeys(name for _, method in parts for name in method.asked)))
         done = [(own, method.distil(predictions)) for own, method in parts]
         losses = [distilled.loss for _, distilled in done if distilled.loss is not None]
+        with torch.enable_grad():
+            loss = torch.stack(losses).sum() if losses else None
         return Distilled(
             _total([(own, distilled.residual) for own, distilled in done]),
             _total([(own, distilled.pull) for own, distilled in done]),
-            torch.stack(losses).sum() if losses else None,
+            loss,
         )
 
     def residual(self, predictions: Predictions) -> Tensor:

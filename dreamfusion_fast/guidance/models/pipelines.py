@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from dreamfusion_fast.errors import UserError
@@ -104,7 +104,7 @@ class PipelineModel(DiffusionModel):
         self._check_text_width()
         self._read_schedule(configs["scheduler"])
         self._unet: Any = None
-        self._fused, self._offload = config.fused, False
+        self._fused, self._offload, self._trains = config.fused, False, False
         self._evaluate = CapturedFunction(self._call_unet, config.fused)
         # The quicker parts are kernels of Triton; without it, diffusers' own are as quick and need less.
         self._fuses = config.fused and device.type == "cuda" and triton_serves(device)
@@ -237,9 +237,17 @@ class PipelineModel(DiffusionModel):
             stream_weights(unet, self.device)
         else:
             unet.to(self.device)
-            if self._fuses:
+            if self._fuses and not self._trains:
                 fuse(unet)
         self._unet = unet
+
+    def trainable_network(self) -> nn.Module:
+        """See `DiffusionModel.trainable_network`: the U-Net without fused parts, which have no gradient."""
+        if not self._trains:
+            self._trains, self._unet = True, None
+            self.free_graphs()
+        self.load()
+        return self._unet
 
     def predict(self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor], views: Views) -> Tensor:
         """See `DiffusionModel.predict`; channels of a learned variance are dropped. A CUDA graph on a GPU."""

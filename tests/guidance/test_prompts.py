@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dreamfusion_fast.errors import UserError
-from dreamfusion_fast.guidance.prompts import VIEW_NAMES, Prompt, PromptSet, shortened, view_index
+from dreamfusion_fast.guidance.prompts import VIEW_NAMES, Prompt, PromptSet, shortened, view_index, view_shares
 
 
 def test_texts_follow_the_order_of_the_views() -> None:
@@ -80,3 +80,18 @@ def test_batch_and_shapes() -> None:
     assert view_index(azimuth[:0], elevation[:0]).shape == (0,)
     with pytest.raises(ValueError, match=r"\(4,\) and \(3,\)"):
         view_index(azimuth, elevation[:3])
+
+
+def test_shares_of_views_lie_between_the_nearest_two() -> None:
+    azimuth = torch.deg2rad(torch.tensor([0.0, 45.0, 90.0, -135.0, 180.0, 450.0, 10.0], dtype=torch.float64))
+    elevation = torch.tensor([0.0] * 6 + [1.2], dtype=torch.float64)
+    expected = [
+        [1, 0, 0, 0],
+        [0.5, 0.5, 0, 0],
+        [0, 1, 0, 0],
+        [0, 0.5, 0.5, 0],
+        [0, 0, 1, 0],
+        [0, 1, 0, 0],
+        [0, 0, 0, 1],
+    ]
+    torch.testing.assert_close(view_shares(azimuth, elevation), torch.tensor(expected, dtype=torch.float64))

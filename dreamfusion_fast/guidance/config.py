@@ -14,6 +14,7 @@ from dreamfusion_fast.guidance.methods.ism import IsmConfig
 from dreamfusion_fast.guidance.methods.sdi import SdiConfig
 from dreamfusion_fast.guidance.methods.vsd import VsdConfig
 from dreamfusion_fast.guidance.models.schedule import Weighting
+from dreamfusion_fast.guidance.prompts import dropped_words
 from dreamfusion_fast.io import user_path
 from dreamfusion_fast.settings import Range, Settings
 
@@ -68,6 +69,9 @@ class GuidanceConfig(Settings):
         view_dependent: name the view's direction in the prompt.
         interpolate_views: between front, side and back, interpolate the embedded prompts by the azimuth, as
             stable-dreamfusion does, in place of switching at 45 and 135 degrees. `perp_neg` does so in any case.
+        drop_words: words of the prompt that contradict a view and are left out of its text, such as "back: face,
+            smiling; overhead: face". Prompt debiasing (Hong et al. 2023) finds them with a language model; here they
+            are given.
         dtype: arithmetic of the diffusion model; "auto" leaves it to the model (diffusers pipelines: float16 on a GPU,
             float32 on a CPU).
         text_device: where a diffusers pipeline's text encoder runs: "cuda" whole on the run's GPU, "cpu", or "auto": on
@@ -97,6 +101,7 @@ class GuidanceConfig(Settings):
     negative_prompt: str = ""
     view_dependent: bool = True
     interpolate_views: bool = False
+    drop_words: str = ""
     dtype: DtypeName = "auto"
     text_device: TextDevice = "auto"
     text_dtype: TextDtype = "auto"
@@ -120,6 +125,12 @@ class GuidanceConfig(Settings):
             self.refuse("clip_x0", "mode", want="no clip_x0 with csd, which has no clean-image estimate to clamp")
         if self.grad_clip is None and self.grad_clip_end is not None:
             self.refuse("grad_clip_end", "grad_clip", want="a grad_clip to begin with")
+        try:
+            dropped_words(self.drop_words)
+        except ValueError:
+            self.refuse(
+                "drop_words", want="front, side, back or overhead with words, such as back: face, smiling; side: grin"
+            )
         if self.perp_neg and not self.view_dependent:
             self.refuse("perp_neg", "view_dependent", want="view_dependent prompts, which Perp-Neg tells apart")
         if self.interpolate_views and not self.view_dependent:

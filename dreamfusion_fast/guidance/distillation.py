@@ -35,7 +35,7 @@ from dreamfusion_fast.guidance.methods import (
     ScoreDistillationViaInversion,
     VariationalScoreDistillation,
 )
-from dreamfusion_fast.guidance.prompts import PromptSet
+from dreamfusion_fast.guidance.prompts import PromptSet, dropped_words
 
 METHODS: dict[str, Callable[[GuidanceConfig], Method]] = {
     "sds": lambda config: ScoreDistillationSampling(),
@@ -122,9 +122,10 @@ class ScoreDistillation(Guidance):
         return replace(needs, unet=needs.unet + needs.unet * _PAIRS_OF_A_GRAPH // 2, offloadable=0)
 
     def embed(self, prompts: PromptSet | str) -> PromptEmbeddings:
-        """See `Guidance.embed`; a plain string takes negative prompt and view dependence from the config."""
+        """See `Guidance.embed`; for a plain string the config says the rest of a `PromptSet`."""
         if isinstance(prompts, str):
-            prompts = PromptSet(prompts, self.config.negative_prompt, self.config.view_dependent)
+            c = self.config
+            prompts = PromptSet(prompts, c.negative_prompt, c.view_dependent, dropped_words(c.drop_words))
         if self._cache is None:
             tensors = self.model.embed_texts(prompts.texts)
         else:

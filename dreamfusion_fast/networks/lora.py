@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dreamfusion_fast.errors import UserError
 
-ATTENTION = r".*\battn\w*\.(to_q|to_k|to_v|to_out\.0)"
+ATTENTION = r".*\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
 """The projections of attention, by the names that diffusers gives them."""
 
 

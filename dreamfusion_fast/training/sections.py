@@ -157,12 +157,6 @@ class ScheduleConfig(Settings):
     t_anneal: Literal["linear", "sqrt", "dreamtime", "none"] = "linear"
     """How t_max goes to t_max_end: linear, sqrt (HiFA: fast at first), or none. dreamtime: timesteps fall from t_max to
     t_min, slowly where DreamTime's importance of them is large, and t_max_end is not read."""
-    t_draw: Literal["below", "exact"] = "below"
-    """Timesteps are drawn between t_min and the annealed t_max (below), or are that (exact: HiFA, SDI, and always
-    dreamtime)."""
-    dreamtime: Annotated[tuple[float, float, float, float], Range(0, 1, open="low")] = DREAMTIME
-    """DreamTime's m1, m2, s1, s2 as shares of the schedule: importance is 1 from m2 to m1 and falls off around as
-    normal distributions of standard deviation s1 above and s2 below."""
     render_size_start: Annotated[int, Range(1, 4096)] = 32
     """Height and width rendered at the beginning, pixels; scaled up to what the guidance wants."""
     render_size: Annotated[int, Range(1, 4096)] = 64
@@ -172,6 +166,12 @@ class ScheduleConfig(Settings):
     sds_share: Ramp = Ramp(1.0, 0.4, 0.3, 0.6)
     """Share of the guidance's mode, by default score distillation, in the pull; the rest is that of its second_mode, by
     default classifier score distillation, which shows more detail and firmer edges once there is an object."""
+    t_draw: Literal["below", "exact"] = "below"
+    """Timesteps are drawn between t_min and the annealed t_max (below), or are that (exact: HiFA, SDI, and always
+    dreamtime)."""
+    dreamtime: Annotated[tuple[float, float, float, float], Range(0, 1, open="low")] = DREAMTIME
+    """DreamTime's m1, m2, s1, s2 as shares of the schedule: importance is 1 from m2 to m1 and falls off around as
+    normal distributions of standard deviation s1 above and s2 below."""
 
     def check_together(self) -> None:
         if not self.t_min < self.t_max_end <= self.t_max:

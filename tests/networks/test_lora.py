@@ -91,7 +91,7 @@ def test_numbers_come_from_the_generator_alone() -> None:
 
 
 def test_networks_that_cannot_have_them_are_refused() -> None:
-    with pytest.raises(UserError, match=r"no layers called .*to_q"):
+    with pytest.raises(UserError, match=r"no layers called .*to_out"):
         LoraAdapters(nn.Sequential(nn.Linear(2, 2)), 1)
     adapted = network()
     LoraAdapters(adapted, 1)

@@ -27,7 +27,7 @@ class Combination:
     Args:
         scale: s of classifier-free guidance, base + s d with d = text - null (Ho and Salimans 2022, arXiv 2207.12598).
         convention: the base is the prediction under "null" or under "text".
-        rescale: phi of rescaled guidance (Lin et al. 2023, arXiv 2305.08891, equations 15 and 16): the result's
+        rescale: phi of rescaled guidance (Lin et al. 2023, arXiv 2305.08891, section 3.4): the result's
             standard deviation per view goes by this share to that of the prediction under "text". 0: not at all; theirs
             is 0.7.
         perp_neg: Perp-Neg (Armandpour et al. 2023, arXiv 2304.04968): the predictions under "front" and "side" push

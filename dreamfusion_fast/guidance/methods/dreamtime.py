@@ -1,4 +1,4 @@
-"""DreamTime's importance of diffusion times (Huang et al. 2023, arXiv 2306.12422, version 1, equations 6 and 8)."""
+"""DreamTime's importance of diffusion times (Huang et al. 2023, arXiv 2306.12422)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interval Score Matching (LucidDreamer, Liang et al. 2023, arXiv 2311.11284, equations 14 to 17)."""
+"""Interval Score Matching (LucidDreamer, Liang et al. 2023, arXiv 2311.11284)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Variational Score Distillation (ProlificDreamer, Wang et al. 2023, arXiv 2305.16213, equations 8 and 9)."""
+"""Variational Score Distillation (ProlificDreamer, Wang et al. 2023, arXiv 2305.16213)."""
 
 from __future__ import annotations
 

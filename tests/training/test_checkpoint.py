@@ -68,7 +68,7 @@ def test_failed_save_keeps_the_old_file(saved):
 
 
 def test_one_that_is_replaced_while_it_is_read_is_the_old_or_the_new(tmp_path):
-    """safetensors' reader opens the path twice: 1,707 of 20,000 readings mixed the header of one with the other's data."""
+    """safetensors' reader opens the path twice, and mixed two files in 1,707 of 20,000 readings."""
     path, fresh, config = tmp_path / "c.safetensors", tmp_path / "fresh", Config(prompt="a chair")
     contents = []
     for step in (1, 2):

@@ -207,22 +207,26 @@ def _generate(arguments: list[str]) -> int:
     # What --config or --resume hold are the defaults for the rest, and a model has settings of its own: read first.
     first = _Parser(prog=f"{PROG} generate", add_help=False, allow_abbrev=False)
     first.add_argument("--config")
+    first.add_argument("--preset")
     first.add_argument("--resume")
     first.add_argument("--guidance.name", dest="guidance")
     known, rest = first.parse_known_args(arguments)
     if known.guidance is not None:
         rest += ["--guidance.name", known.guidance]
-    if known.config is not None and known.resume is not None:
-        raise UserError("give --config or --resume, not both; a resumed run has its own config")
+    for option in ("config", "preset"):
+        if getattr(known, option) is not None and known.resume is not None:
+            raise UserError(f"give --{option} or --resume, not both; a resumed run has its own config")
 
     from dreamfusion_fast.io import open_run_folder
     from dreamfusion_fast.training.checkpoint import run_config
     from dreamfusion_fast.training.config import Config
     from dreamfusion_fast.training.device import resolve_device
+    from dreamfusion_fast.training.presets import preset_names
 
-    base = Config.for_guidance(known.guidance or "embedded")
+    preset = None if known.preset is None else Config.from_preset(known.preset)
+    base = preset or Config.for_guidance(known.guidance or "embedded")
     if known.config is not None:
-        base = Config.load(known.config, guidance=known.guidance)
+        base = Config.load(known.config, guidance=known.guidance, base=preset)
     elif known.resume is not None:
         base = dataclasses.replace(run_config(open_run_folder(known.resume)), out=known.resume)
     config = _parse(
@@ -230,7 +234,9 @@ def _generate(arguments: list[str]) -> int:
         rest,
         "generate",
         "Make a textured mesh of what the prompt says.\n\n"
-        "Besides the options below: --config FILE.yaml reads options from a file (the command line wins), "
+        "Besides the options below: --preset NAME takes the settings of a published recipe "
+        f"({', '.join(preset_names())}), "
+        "--config FILE.yaml reads options from a file (it wins over the preset, the command line over both), "
         "--resume RUN continues an interrupted run.",
         base,
     )

@@ -1,4 +1,4 @@
-"""The command line: generate, export, sample, doctor.
+"""The command line: generate, export, sample, validate, doctor.
 
 Only parsing and messages are here. torch and what is built on it are imported inside the commands, so that help and
 doctor are quick and work where torch does not.
@@ -44,6 +44,7 @@ usage:
   {PROG} generate --resume out/armchair              continue an interrupted run
   {PROG} export out/armchair --resolution 256        make mesh and pictures again with other settings
   {PROG} sample "an armchair" -n 9 --out grid.png    what the embedded 2D prior makes of a prompt
+  {PROG} validate --guidance.name sdxl               whether a diffusion model does what it should, on one page
   {PROG} doctor                                      what works on this machine, what is missing, how to get it
 
 {PROG} COMMAND --help lists the options of a command; --version prints the version.
@@ -349,6 +350,34 @@ def _sample(arguments: list[str]) -> int:
     return 0
 
 
+def _validate(arguments: list[str]) -> int:
+    from dreamfusion_fast.io import make_folder, user_path, write_text
+    from dreamfusion_fast.training.device import resolve_device
+    from dreamfusion_fast.validation.config import ValidateConfig
+
+    given = _parse(
+        ValidateConfig,
+        arguments,
+        "validate",
+        "Load a diffusion model, let it draw and guide a short run, and compare what it does with what is expected. "
+        "Exit code 0: all is as expected; 1: something is not.",
+    )
+    given.check()
+    out = user_path(given.out, "--out")
+    page = out / "index.html"
+    if page.exists() and not given.overwrite:
+        raise UserError(f"{page} exists; choose another folder with --out, or give --overwrite")
+    resolve_device(given.device)
+    make_folder(out)
+    from dreamfusion_fast.validation.run import validate
+
+    report = validate(given)
+    write_text(out / "validation.json", report.to_json())
+    write_text(page, report.to_html())
+    print(f"{report.summary()}; done: {page}")
+    return 1 if report.failures else 0
+
+
 def _doctor(arguments: list[str]) -> int:
     argparse.ArgumentParser(
         prog=f"{PROG} doctor",
@@ -365,6 +394,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": _generate,
     "export": _export,
     "sample": _sample,
+    "validate": _validate,
     "doctor": _doctor,
 }
 

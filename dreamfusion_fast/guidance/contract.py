@@ -250,6 +250,16 @@ class DiffusionModel(UsesMemory, ABC):
     def encode(self, images: Tensor) -> Tensor:
         """Differentiable map from images [B, 3, H, W] in [0, 1] to the model's input [B, C, h, w] in their dtype."""
 
+    def decode(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] of inputs [B, C, h, w], to look at; without gradients.
+
+        What it needs beside the weights of `predict` is loaded for this call alone and freed after it.
+        """
+        if self.x0_range is None:
+            raise NotImplementedError(f"{self.name} has no decoder")
+        low, high = self.x0_range
+        return ((x.detach() - low) / (high - low)).clamp(0, 1)
+
     @abstractmethod
     def predict(self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor], views: Views) -> Tensor:
         """Evaluate all conditions in one batch.

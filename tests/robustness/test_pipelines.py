@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from forms import LONG
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from watching import TooLongError, watched
 
 from dreamfusion_fast.errors import UserError
@@ -108,6 +108,18 @@ def hostile(own_pipeline: Pipelines, tmp_path: Path) -> Pipelines:
         return folder
 
     return get
+
+
+def test_what_libraries_in_rust_open_is_seen(tmp_path: Path) -> None:
+    for name in ("ours", "outside"):
+        (tmp_path / name).mkdir()
+        save_file({"a": torch.zeros(3)}, tmp_path / name / "a.safetensors")
+    with watched(tmp_path / "ours") as done:
+        load_file(tmp_path / "ours" / "a.safetensors")
+    assert not done
+    with watched(tmp_path / "ours") as done:
+        load_file(tmp_path / "outside" / "a.safetensors")
+    assert set(done) == {f"open {tmp_path.resolve()}/outside/a.safetensors"}
 
 
 @pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])

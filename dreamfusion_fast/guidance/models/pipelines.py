@@ -371,6 +371,14 @@ class LatentModel(PipelineModel):
             mean = self._vae.encode(pixels.to(self._vae_dtype)).latent_dist.mean
         return (mean.to(images.dtype) - self._shift) * self._scale
 
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """See `DiffusionModel.decode`: by diffusers' decoder, one picture after another."""
+        vae = self._source.load("vae", self._vae_dtype).to(self.device)
+        latents = (x / self._scale + self._shift).to(self._vae_dtype)
+        images = [vae.decode(latent[None]).sample for latent in latents]
+        return (torch.cat(images).to(x.dtype) / 2 + 0.5).clamp(0, 1)
+
     def _encodes_fused(self) -> bool:
         """Whether `LatentEncoder` stands in for diffusers' encoder; known before weights are loaded."""
         return self._fuses and not unserved(self._source.skeleton("vae"))

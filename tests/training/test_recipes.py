@@ -20,6 +20,8 @@ from dreamfusion_fast.training.trainer import Trainer
 THEIRS = {
     "threestudio-sd": (2.0, (1.5, 2.0), (0.8, 1.5), 512, (10.0, 1000.0, 1.0), 10_000, 2001),
     "threestudio-if": (2.0, (1.5, 2.0), (0.8, 1.5), 64, (10.0, 1000.0, 1.0), 10_000, 2001),
+    "sdi": (2.0, (1.5, 2.0), (0.8, 1.5), 512, (10.0, 1000.0, 1.0), 10_000, 2001),
+    "prolificdreamer": (1.0, (1.0, 1.5), None, 512, (0.0, 0.0, 10.0), 25_000, 25_000),
     "dreamfusion": (1.4, (1.0, 1.5), (0.8, 1.5), None, (1e-4, 1e-2, 1e-3), 15_000, 1000),
 }
 
@@ -29,17 +31,20 @@ def test_theirs_in_our_units(name: str) -> None:
     unit, distance, light, pixels, weights, steps, albedo_steps = THEIRS[name]
     config = Config.from_preset(name, prompt="a kite")
     assert config.camera.distance == pytest.approx([x / unit for x in distance], rel=1e-3)
-    assert config.shading.light_distance == pytest.approx([x / unit for x in light], rel=1e-3)
+    if light is not None:
+        assert config.shading.light_distance == pytest.approx([x / unit for x in light], rel=1e-3)
     assert config.camera.position_jitter == pytest.approx(0.1 / unit, rel=1e-3)
     assert config.camera.look_at_jitter == pytest.approx(0.2 / unit, rel=2e-3)
     per_pixel = 1.0 if pixels is None else 1.0 / pixels**2
     ours = (config.loss.orientation.start, config.loss.orientation.end, config.loss.opacity.start)
     assert ours == pytest.approx([weight * per_pixel for weight in weights], rel=2e-3)
     assert (config.steps, config.shading.albedo_steps) == (steps, pytest.approx(albedo_steps / steps, rel=1e-3))
-    assert [config.schedule.t_range(progress) for progress in (0.0, 1.0)] == [(0.02, 0.98)] * 2
-    if name.startswith("threestudio"):  # softplus(10 (1 - r / 0.5)) per unit of theirs, where it is not near 0
+    times = [(0.98, 0.98), (0.2, 0.2)] if name == "sdi" else [(0.02, 0.98)] * 2
+    for progress, time in zip((0.0, 1.0), times, strict=True):
+        assert config.schedule.t_range(progress) == pytest.approx(time)
+    if name != "dreamfusion":  # softplus(10 (1 - r / 0.5)) per unit of theirs, where it is not near 0
         blob = config.field
-        radius = torch.linspace(0, 0.35, 8)
+        radius = torch.linspace(0, 0.7, 8) / unit
         here = torch.nn.functional.softplus(blob.blob_scale * (1 - radius / blob.blob_radius))
         there = torch.nn.functional.softplus(10 * (1 - unit * radius / 0.5))
         assert (here - unit * there).abs().max() < 1.4  # of up to 20: where both are about to vanish

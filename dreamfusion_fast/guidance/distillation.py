@@ -25,10 +25,15 @@ from dreamfusion_fast.guidance.methods import (
     Method,
     MixedScoreDistillation,
     Predictions,
+    RectifiedFlowDistillation,
 )
 from dreamfusion_fast.guidance.prompts import PromptSet
 
-METHODS: dict[str, type[Method]] = {"sds": MixedScoreDistillation, "csd": ClassifierScoreDistillation}
+METHODS: dict[str, type[Method]] = {
+    "sds": MixedScoreDistillation,
+    "csd": ClassifierScoreDistillation,
+    "rfds": RectifiedFlowDistillation,
+}
 """The methods that a config's mode names; "sds" is SDS alone unless a request says otherwise."""
 
 
@@ -42,7 +47,8 @@ class ScoreDistillation(Guidance):
         method: what is made of predictions; by default what the config's mode says. It is moved to the model's device.
 
     Raises:
-        UserError: clip_x0 asked of a model whose input has no fixed range (a latent model).
+        UserError: clip_x0 asked of a model whose input has no fixed range (a latent model); a method that is not for
+            such a model.
     """
 
     def __init__(
@@ -64,6 +70,7 @@ class ScoreDistillation(Guidance):
                 f"guidance clip_x0 needs a pixel-space model, and {model.name} works on latents: turn it off"
             )
         self.method = (METHODS[self.config.mode]() if method is None else method).to(model.device)
+        self.method.check(model)
         self._groups = self.method.parameter_groups()
         self._parameters = [parameter for group in self._groups for parameter in group["params"]]
         self._cache = cache if cache is not None else (EmbeddingCache() if self.config.cache else None)

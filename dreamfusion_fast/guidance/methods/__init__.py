@@ -3,6 +3,7 @@
 from dreamfusion_fast.guidance.methods.csd import ClassifierScoreDistillation
 from dreamfusion_fast.guidance.methods.method import Method, Predictions
 from dreamfusion_fast.guidance.methods.mixed import MixedScoreDistillation
+from dreamfusion_fast.guidance.methods.rfds import RectifiedFlowDistillation
 from dreamfusion_fast.guidance.methods.sds import ScoreDistillationSampling
 
 __all__ = [
@@ -10,5 +11,6 @@ __all__ = [
     "Method",
     "MixedScoreDistillation",
     "Predictions",
+    "RectifiedFlowDistillation",
     "ScoreDistillationSampling",
 ]

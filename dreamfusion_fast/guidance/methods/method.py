@@ -66,6 +66,10 @@ class Method(nn.Module, ABC):
     conditions: tuple[str, ...] = ("null", "text")
     learning_rate = 1e-4
 
+    def check(self, model: DiffusionModel) -> None:
+        """Raise UserError for a model that the method cannot distil; here none. Nothing is loaded yet."""
+        return
+
     @abstractmethod
     def residual(self, predictions: Predictions) -> Tensor:
         """[B, C, h, w]: minus the direction in which the model's input is to move; the caller weights it by w(t).

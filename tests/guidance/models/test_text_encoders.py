@@ -41,7 +41,7 @@ def imagined_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def imagine(free: int = 10**9, bfloat16: bool = True, installed: tuple[str, ...] = ("accelerate",)) -> None:
         monkeypatch.setattr(text_encoders, "free_bytes", lambda device: free)
-        monkeypatch.setattr(text_encoders, "_has_bfloat16", lambda device: bfloat16)
+        monkeypatch.setattr(text_encoders, "has_bfloat16", lambda device: bfloat16)
         monkeypatch.setattr(text_encoders, "installed", lambda library: library in installed)
 
     return imagine

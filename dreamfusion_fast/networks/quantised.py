@@ -52,7 +52,7 @@ def quantise(network: nn.Module, kind: Quantisation, device: torch.device) -> No
 def quantised_bytes(network: nn.Module, kind: Quantisation, dtype: torch.dtype) -> int:
     """Bytes that a network's weights take after `quantise`, the others in `dtype`. It may be on the meta device."""
     rounded = sum(linear.weight.numel() for _, _, linear in _linear_layers(network))
-    every = sum(parameter.numel() for parameter in network.parameters())
+    every = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
     return int(rounded * _BYTES[kind]) + (every - rounded) * dtype.itemsize
 
 

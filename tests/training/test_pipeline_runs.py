@@ -49,7 +49,7 @@ class StopAfter(Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("kind", ["latent", "pixel", "sdxl"])
+@pytest.mark.parametrize("kind", ["latent", "pixel", "sdxl", "sd3", "flux"])
 def test_a_run_that_was_stopped_goes_on_where_it_was(
     pipeline: Pipelines, kind: str, tmp_path: Path, said: Callable[[], list[str]]
 ) -> None:

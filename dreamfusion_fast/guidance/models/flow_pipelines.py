@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from abc import abstractmethod
 from typing import Any, ClassVar
 
@@ -21,8 +20,9 @@ from dreamfusion_fast.guidance.models.text_encoders import PromptEncoder, has_bf
 _log = logging.getLogger(__name__)
 
 _SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
-_SHIFTS = {"shift": 0.0, "base_shift": -math.inf, "max_shift": -math.inf} | dict.fromkeys(
-    ("base_image_seq_len", "max_image_seq_len"), 0.0
+# Fields of a scheduler that shift its sigmas, each with what it is above and at most.
+_SHIFTS = {"shift": (0.0, 1e3), "base_shift": (-1e2, 1e2), "max_shift": (-1e2, 1e2)} | dict.fromkeys(
+    ("base_image_seq_len", "max_image_seq_len"), (0.0, 1e6)
 )
 # A table of positions is made before weights are read; the largest published one, of Stable Diffusion 3.5 medium, is of
 # 384 a side.
@@ -100,12 +100,11 @@ class FlowModel(LatentModel):
         if kind not in _SCHEDULERS or config.get("invert_sigmas"):
             raise source.error(f"{kind} is no schedule of a flow from images to noise: {' or '.join(_SCHEDULERS)} is")
         steps = checked_timesteps(config, source)
-        for field, above in _SHIFTS.items():
+        for field, (above, most) in _SHIFTS.items():
             value = config.get(field, 1.0)
-            number = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
-            if not number or value <= above:
-                more = " above 0" if above == 0 else ""
-                raise source.error(f"the scheduler's {field} must be a number{more}, got {value!r}")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not above < value <= most:
+                raise source.error(f"the scheduler's {field} must be above {above:g} and up to {most:g}, got {value!r}")
         # The other fields say how few of the timesteps a sampler takes.
         fields = (*_SHIFTS, "num_train_timesteps", "use_dynamic_shifting", "time_shift_type")
         with source.faults("the noise schedule cannot be made"):

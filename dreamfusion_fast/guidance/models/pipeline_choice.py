@@ -28,11 +28,14 @@ def load_pipeline_model(config: GuidanceConfig, device: torch.device) -> Pipelin
 def _model_class(source: PipelineSource) -> type[PipelineModel]:
     kind = source.kind
     if source.class_name("unet") is None:
-        if source.class_name("transformer") in FLOW_MODELS:
-            return FLOW_MODELS[str(source.class_name("transformer"))]
-        others = [part for part in ("transformer", "prior", "safety_checker") if source.class_name(part) is not None]
+        transformer = source.class_name("transformer")
+        if transformer in FLOW_MODELS:
+            return FLOW_MODELS[transformer]
+        if transformer is not None:
+            raise UserError(f"guidance {source.name!r} ({kind}) has a transformer of class {transformer}: {SERVED}")
+        others = [part for part in ("prior", "safety_checker") if source.class_name(part) is not None]
         held = f"only {', '.join(others)}" if others else "none"
-        raise UserError(f"guidance {source.name!r} ({kind}) has no unet, {held}: {SERVED}")
+        raise UserError(f"guidance {source.name!r} ({kind}) has no unet or transformer, {held}: {SERVED}")
     if source.class_name("text_encoder_2") is not None:
         if source.class_name("text_encoder") is None:
             raise UserError(

@@ -254,10 +254,12 @@ class PipelineModel(DiffusionModel):
 
         The measurements are those of `benchmarks/bench_guidance.py`, with a third added.
         """
+        network = self._source.skeleton(self._part)
         if self._quantisation is not None:
-            weights = quantised_bytes(self._source.skeleton(self._part), self._quantisation, self.dtype)
+            weights = quantised_bytes(network, self._quantisation, self.dtype)
             return GuidanceMemory(weights=weights, unet=self._evaluation_bytes())
-        weights = self._source.parameters(self._part) * self.dtype.itemsize
+        numbers = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
+        weights = numbers * self.dtype.itemsize
         offloadable = int((1 - RESIDENT_SHARE) * weights) if can_stream_weights(self.device) else 0
         return GuidanceMemory(weights=weights, unet=self._evaluation_bytes(), offloadable=offloadable)
 

@@ -103,7 +103,7 @@ def test_component_missing_on_disk(own_pipeline: Pipelines, component: str, lack
 def test_folder_with_a_safety_checker_only(tmp_path: Path) -> None:
     index = {"_class_name": "StableDiffusionPipeline", "safety_checker": ["stable_diffusion", "Checker"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    _refused(tmp_path, "has no unet, only safety_checker")
+    _refused(tmp_path, "has no unet or transformer, only safety_checker")
 
 
 def test_pipeline_of_another_kind(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.errors import UserError, one_line
 from dreamfusion_fast.guidance.config import GuidanceConfig
 from dreamfusion_fast.guidance.models.flow_pipelines import FLOW_MODELS
 from dreamfusion_fast.guidance.models.pipeline_source import PipelineSource, open_source
@@ -32,7 +32,7 @@ def _model_class(source: PipelineSource) -> type[PipelineModel]:
         if transformer in FLOW_MODELS:
             return FLOW_MODELS[transformer]
         if transformer is not None:
-            raise UserError(f"guidance {source.name!r} ({kind}) has a transformer of class {transformer}: {SERVED}")
+            raise source.error(f"{kind} has a transformer of class {one_line(transformer, 60)}: {SERVED}")
         others = [part for part in ("prior", "safety_checker") if source.class_name(part) is not None]
         held = f"only {', '.join(others)}" if others else "none"
         raise UserError(f"guidance {source.name!r} ({kind}) has no unet or transformer, {held}: {SERVED}")

@@ -226,6 +226,35 @@ def test_gradient_equals_an_independent_derivation(
     torch.testing.assert_close(out.gradient, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_half_precision_gives_a_float32_gradient_near_the_exact_one(pipeline: Pipelines, kind: str) -> None:
+    results = []
+    for dtype in ("float64", "bfloat16"):
+        guidance = _guidance(pipeline(kind), dtype=dtype, guidance_scale=2.0)
+        images = torch.linspace(0, 1, 3 * 3 * 256).view(3, 3, 16, 16)
+        embeddings = guidance.embed("a teapot")
+        out = guidance.gradient(GuidanceRequest(images, embeddings, VIEWS, generator=torch.Generator().manual_seed(4)))
+        assert out.gradient.dtype == torch.float32
+        results.append(out.gradient)
+    assert (results[0] - results[1]).norm() / results[0].norm() < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("no_tf32")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_gives_the_same(pipeline: Pipelines, kind: str) -> None:
+    results = []
+    for device in ("cpu", "cuda:0"):
+        config = GuidanceConfig(name=str(pipeline(kind)), dtype="float32", cache=False)
+        guidance = create_guidance(config, device)
+        images = torch.linspace(0, 1, 3 * 3 * 256, device=device).view(3, 3, 16, 16)
+        views = Views(VIEWS.azimuth.to(device), VIEWS.elevation.to(device))
+        generator = torch.Generator().manual_seed(4)
+        request = GuidanceRequest(images, guidance.embed("a teapot"), views, generator=generator)
+        results.append(guidance.gradient(request).gradient.cpu())
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-4 * float(results[0].abs().max()))
+
+
 def test_rfds_is_for_flows(pipeline: Pipelines) -> None:
     with pytest.raises(UserError, match=r"mode rfds: .* is no flow-matching model.*use mode sds"):
         _guidance(pipeline("latent"), mode="rfds")

@@ -174,7 +174,7 @@ class StableDiffusion3Model(FlowModel):
     }
 
     def __init__(self, source: PipelineSource, config: GuidanceConfig, device: torch.device):
-        with_t5 = source.class_name("text_encoder_3") is not None
+        with_t5 = source.index.get("text_encoder_3") not in (None, [None, None])
         self._text_suffixes = ("", "_2", "_3") if with_t5 else ("", "_2")
         texts = [f"{part}{suffix}" for suffix in self._text_suffixes for part in ("text_encoder", "tokenizer")]
         self._components = ("transformer", "scheduler", "vae", *texts)

@@ -38,7 +38,7 @@ def _unet(channels: int, out_channels: int, **options: Any) -> Any:
 
 
 def _scheduler(folder: Path, prediction_type: str, class_name: str = "PNDMScheduler") -> None:
-    _write(
+    write(
         folder / "scheduler" / "scheduler_config.json",
         {
             "_class_name": class_name,
@@ -52,12 +52,12 @@ def _scheduler(folder: Path, prediction_type: str, class_name: str = "PNDMSchedu
     )
 
 
-def _write(path: Path, content: Any) -> None:
+def write(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def _clip_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> int:
+def clip_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> int:
     """A CLIP tokenizer that knows single characters and the few words of the tests; the size of its vocabulary."""
     characters = sorted(set("".join(WORDS)))
     tokens = [*characters, *(character + "</w>" for character in characters)]
@@ -70,7 +70,7 @@ def _clip_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> int:
             left += right
             tokens.append(left)
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
-    _write(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
+    write(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *dict.fromkeys(merges)]), encoding="utf-8")
     special = {
         "bos_token": "<|startoftext|>",
@@ -78,15 +78,15 @@ def _clip_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> int:
         "unk_token": "<|endoftext|>",
         "pad_token": pad_token,
     }
-    _write(folder / "special_tokens_map.json", special)
-    _write(
+    write(folder / "special_tokens_map.json", special)
+    write(
         folder / "tokenizer_config.json",
         {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, **special},
     )
     return len(tokens)
 
 
-def _t5_tokenizer(folder: Path) -> int:
+def t5_tokenizer(folder: Path) -> int:
     """A tokenizer of the T5 kind (pad 0, end of sequence appended) over whole words; the size of its vocabulary."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -96,7 +96,7 @@ def _t5_tokenizer(folder: Path) -> int:
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write(
+    write(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -109,7 +109,7 @@ def _t5_tokenizer(folder: Path) -> int:
     return len(vocabulary)
 
 
-def _clip(vocabulary: int, width: int, **options: Any) -> Any:
+def clip(vocabulary: int, width: int, **options: Any) -> Any:
     """The configuration of a CLIP text encoder."""
     from transformers import CLIPTextConfig
 
@@ -127,19 +127,19 @@ def _clip(vocabulary: int, width: int, **options: Any) -> Any:
     )
 
 
-def _vae(folder: Path, **options: Any) -> None:
+def vae(folder: Path, **options: Any) -> None:
     from diffusers import AutoencoderKL
 
-    AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=16,
-        scaling_factor=0.7,
-        **options,
-    ).save_pretrained(folder / "vae")
+    shape: dict[str, Any] = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+        "sample_size": 16,
+        "scaling_factor": 0.7,
+    }
+    AutoencoderKL(**{**shape, **options}).save_pretrained(folder / "vae")
 
 
 def make_latent(folder: Path, prediction_type: str = "epsilon", text_width: int = WIDTH) -> Path:
@@ -147,12 +147,12 @@ def make_latent(folder: Path, prediction_type: str = "epsilon", text_width: int 
     from transformers import CLIPTextModel
 
     torch.manual_seed(1)
-    vocabulary = _clip_tokenizer(folder / "tokenizer")
-    CLIPTextModel(_clip(vocabulary, text_width)).save_pretrained(folder / "text_encoder")
+    vocabulary = clip_tokenizer(folder / "tokenizer")
+    CLIPTextModel(clip(vocabulary, text_width)).save_pretrained(folder / "text_encoder")
     _unet(4, 4).save_pretrained(folder / "unet")
-    _vae(folder)
+    vae(folder)
     _scheduler(folder, prediction_type)
-    _write(
+    write(
         folder / "model_index.json",
         {
             "_class_name": "StableDiffusionPipeline",
@@ -175,18 +175,18 @@ def make_sdxl(folder: Path, prediction_type: str = "epsilon") -> Path:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(3)
-    vocabulary = _clip_tokenizer(folder / "tokenizer")
-    CLIPTextModel(_clip(vocabulary, 10)).save_pretrained(folder / "text_encoder")
+    vocabulary = clip_tokenizer(folder / "tokenizer")
+    CLIPTextModel(clip(vocabulary, 10)).save_pretrained(folder / "text_encoder")
     # The second tokenizer of SDXL pads with another token than the first. It parts words: this one, none of a view's.
-    vocabulary = _clip_tokenizer(folder / "tokenizer_2", pad_token="p")
-    second = CLIPTextModelWithProjection(_clip(vocabulary, 6, projection_dim=12, hidden_act="gelu"))
+    vocabulary = clip_tokenizer(folder / "tokenizer_2", pad_token="p")
+    second = CLIPTextModelWithProjection(clip(vocabulary, 6, projection_dim=12, hidden_act="gelu"))
     second.save_pretrained(folder / "text_encoder_2")
     numbers = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 12 + 6 * 8}
     unet = _unet(4, 4, addition_embed_type="text_time", **numbers)
     unet.save_pretrained(folder / "unet")
-    _vae(folder, force_upcast=True)
+    vae(folder, force_upcast=True)
     _scheduler(folder, prediction_type)
-    _write(
+    write(
         folder / "model_index.json",
         {
             "_class_name": "StableDiffusionXLPipeline",
@@ -226,13 +226,13 @@ def make_pixel(folder: Path, prediction_type: str = "epsilon") -> Path:
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(2)
-    vocabulary = _t5_tokenizer(folder / "tokenizer")
+    vocabulary = t5_tokenizer(folder / "tokenizer")
     T5EncoderModel(
         T5Config(vocab_size=vocabulary, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
     ).save_pretrained(folder / "text_encoder")
     _unet(3, 6, **_IF_BLOCKS).save_pretrained(folder / "unet")
     _scheduler(folder, prediction_type, "DDPMScheduler")
-    _write(
+    write(
         folder / "model_index.json",
         {
             "_class_name": "IFPipeline",
@@ -251,15 +251,23 @@ def make_pixel(folder: Path, prediction_type: str = "epsilon") -> Path:
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """pipeline("latent", "sdxl" or "pixel", prediction_type) -> folder, made once; to be read only."""
+    """pipeline("latent", "sdxl" or "pixel", prediction_type) or pipeline(one of `FLOW_MAKERS`) -> folder, made once.
+
+    It is to be read only.
+    """
+    from flow_pipelines import FLOW_MAKERS  # which takes the parts above
+
     made: dict[tuple[str, str], Path] = {}
 
     def get(kind: str, prediction_type: str = "epsilon") -> Path:
         if (kind, prediction_type) not in made:
             folder = tmp_path_factory.mktemp(f"{kind}-{prediction_type}")
             with torch.random.fork_rng():
-                make = {"latent": make_latent, "sdxl": make_sdxl, "pixel": make_pixel}[kind]
-                made[kind, prediction_type] = make(folder, prediction_type)
+                if kind in FLOW_MAKERS:
+                    made[kind, prediction_type] = FLOW_MAKERS[kind](folder)
+                else:
+                    make = {"latent": make_latent, "sdxl": make_sdxl, "pixel": make_pixel}[kind]
+                    made[kind, prediction_type] = make(folder, prediction_type)
         return made[kind, prediction_type]
 
     return get

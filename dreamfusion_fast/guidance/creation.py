@@ -30,6 +30,6 @@ def create_model(config: GuidanceConfig, device: torch.device | str = "cpu") -> 
 
         return EmbeddedPrior(device, config.dtype, fused=config.fused)
 
-    from dreamfusion_fast.guidance.models.pipelines import load_pipeline_model
+    from dreamfusion_fast.guidance.models.pipeline_choice import load_pipeline_model
 
     return load_pipeline_model(config, device)

@@ -31,6 +31,7 @@ from dreamfusion_fast.guidance.methods import (
     Method,
     MixedDistillation,
     Predictions,
+    RectifiedFlowDistillation,
     ScoreDistillationSampling,
     ScoreDistillationViaInversion,
     VariationalScoreDistillation,
@@ -43,6 +44,7 @@ METHODS: dict[str, Callable[[GuidanceConfig], Method]] = {
     "sdi": lambda config: ScoreDistillationViaInversion(config.sdi),
     "ism": lambda config: IntervalScoreMatching(config.ism),
     "vsd": lambda config: VariationalScoreDistillation(config.vsd),
+    "rfds": lambda config: RectifiedFlowDistillation(),
 }
 """The methods that a config's mode and second mode name."""
 
@@ -72,8 +74,8 @@ class ScoreDistillation(Guidance):
         method: what is made of predictions; by default what the config's modes say. It is moved to the model's device.
 
     Raises:
-        UserError: clip_x0 asked of a model whose input has no fixed range (a latent model), or a method that trains
-            part of the network of a model that has none.
+        UserError: clip_x0 asked of a model whose input has no fixed range (a latent model), or a method that is not for
+            such a model.
     """
 
     def __init__(

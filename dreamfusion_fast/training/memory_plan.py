@@ -207,8 +207,8 @@ class MemoryPlanner:
         if least > self.limit.size:
             raise UserError(
                 f"the weights of guidance {self.guidance.name!r} alone take {shown(least)}, and the run may use "
-                f"{shown(self.limit.size)} ({self.limit.source}): choose a smaller model with --guidance.name, or "
-                "allow more with --memory"
+                f"{shown(self.limit.size)} ({self.limit.source}): choose a smaller model with --guidance.name, "
+                "fewer bits with --guidance.weights, or allow more with --memory"
             )
         return next((plan for plan in self.ladder if self._fits(self.expected(plan))), self.ladder[-1])
 

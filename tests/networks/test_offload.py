@@ -36,7 +36,7 @@ def is_streamed(unet: torch.nn.Module) -> bool:
     return any(hasattr(part, "_diffusers_hook") for part in unet.modules())
 
 
-@pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
+@pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel", "sd3", "flux"])
 def test_turned_on_and_off_between_steps(pipeline: Pipelines, kind: str) -> None:
     """Here from main memory to main memory: the hooks are the same."""
     guidance = guidance_of(pipeline(kind), "cpu", "float64")
@@ -44,7 +44,7 @@ def test_turned_on_and_off_between_steps(pipeline: Pipelines, kind: str) -> None
     for on in (False, True, True, False):
         guidance.set_offload(on)
         results.append(gradient_of(guidance, "cpu"))
-        assert is_streamed(model._unet) == on
+        assert is_streamed(model._network) == on
     assert results[0].abs().max() > 0
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-12, atol=1e-14)
@@ -55,10 +55,10 @@ def test_setting_it_again_loads_nothing_again(pipeline: Pipelines) -> None:
     for on in (False, True):
         guidance.set_offload(on)
         guidance.load()
-        before = guidance.model._unet
+        before = guidance.model._network
         guidance.set_offload(on)
         guidance.load()
-        assert guidance.model._unet is before
+        assert guidance.model._network is before
 
 
 def test_a_model_says_how_much_it_saves(pipeline: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +67,7 @@ def test_a_model_says_how_much_it_saves(pipeline: Pipelines, monkeypatch: pytest
     monkeypatch.setattr("dreamfusion_fast.guidance.models.pipelines.can_stream_weights", lambda device: True)
     needs = guidance.memory_needs(1, 64)
     guidance.load()
-    unet = 4 * sum(parameter.numel() for parameter in guidance.model._unet.parameters())
+    unet = 4 * sum(parameter.numel() for parameter in guidance.model._network.parameters())
     assert needs.offloadable == int(0.9 * unet)
 
 
@@ -81,7 +81,7 @@ def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("no_tf32")
-@pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
+@pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel", "sd3", "flux"])
 def test_on_a_gpu(pipeline: Pipelines, kind: str) -> None:
     guidance = guidance_of(pipeline(kind), "cuda:0", "float32")
     wanted = gradient_of(guidance, "cuda:0")
@@ -89,7 +89,7 @@ def test_on_a_gpu(pipeline: Pipelines, kind: str) -> None:
     for _ in range(3):  # layers are prefetched from the second time on
         found = gradient_of(guidance, "cuda:0")
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
-        assert all(parameter.device.type == "cpu" for parameter in guidance.model._unet.parameters())
+        assert all(parameter.device.type == "cpu" for parameter in guidance.model._network.parameters())
 
 
 @pytest.mark.gpu

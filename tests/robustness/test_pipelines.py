@@ -27,6 +27,7 @@ from dreamfusion_fast.guidance.config import KNOWN_GUIDANCE
 pytest.importorskip("diffusers")
 
 Pipelines = Callable[..., Path]
+KINDS = ["latent", "sdxl", "pixel", "sd3", "flux"]
 SAMPLE = 12  # of each kind's changed values
 
 EVIL = 'import pathlib\npathlib.Path(__file__).with_name("marker").touch()\nclass Evil:\n    pass\n'
@@ -122,12 +123,12 @@ def test_what_libraries_in_rust_open_is_seen(tmp_path: Path) -> None:
     assert set(done) == {f"open {tmp_path.resolve()}/outside/a.safetensors"}
 
 
-@pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_whole_pipeline_is_served(hostile: Pipelines, kind: str) -> None:
     assert _attempt(hostile(kind), seconds=60) is None
 
 
-@pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_any_value_may_be_any_other(hostile: Pipelines, kind: str) -> None:
     folder = hostile(kind)
     cases = [
@@ -177,7 +178,36 @@ def test_values_that_no_model_has(hostile: Pipelines, relative: str, fields: dic
     _refused(folder)
 
 
-@pytest.mark.parametrize("kind", ["latent", "sdxl"])
+@pytest.mark.parametrize(
+    ("kind", "relative", "fields"),
+    [
+        ("sd3", "transformer/config.json", {"pos_embed_max_size": 10**5}),
+        ("sd3", "transformer/config.json", {"pos_embed_max_size": 0}),
+        ("sd3", "transformer/config.json", {"num_layers": 10**6}),
+        ("sd3", "transformer/config.json", {"dual_attention_layers": 3}),
+        ("sd3", "transformer/config.json", {"patch_size": 3}),
+        ("sd3", "transformer/config.json", {"qk_norm": "evil"}),
+        ("sd3", "transformer/config.json", {"num_attention_heads": 10**5, "attention_head_dim": 10**5}),
+        ("sd3", "text_encoder_3/config.json", {"num_layers": 10**6}),
+        ("sd3", "scheduler/scheduler_config.json", {"num_train_timesteps": 10**6}),
+        ("sd3", "scheduler/scheduler_config.json", {"shift": 1e308}),
+        ("sd3", "scheduler/scheduler_config.json", {"invert_sigmas": True}),
+        ("flux", "transformer/config.json", {"num_single_layers": 10**6}),
+        ("flux", "transformer/config.json", {"axes_dims_rope": [10**5, 10**5, 10**5]}),
+        ("flux", "transformer/config.json", {"axes_dims_rope": [2, 2]}),
+        ("flux", "transformer/config.json", {"sample_size": 10**6}),
+        ("flux", "scheduler/scheduler_config.json", {"max_image_seq_len": 8}),
+        ("flux", "scheduler/scheduler_config.json", {"max_shift": 1e9}),
+        ("flux", "scheduler/scheduler_config.json", {"time_shift_type": "evil"}),
+    ],
+)
+def test_values_that_no_flow_has(hostile: Pipelines, kind: str, relative: str, fields: dict[str, Any]) -> None:
+    folder = hostile(kind)
+    _edit(folder / relative, **fields)
+    _refused(folder)
+
+
+@pytest.mark.parametrize("kind", ["latent", "sdxl", "sd3", "flux"])
 def test_no_other_class_is_taken(hostile: Pipelines, kind: str) -> None:
     folder = hostile(kind)
     index = json.loads((folder / "model_index.json").read_text())

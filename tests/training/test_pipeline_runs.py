@@ -52,10 +52,13 @@ class StopAfter(Callback):
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [
-        *[(kind, "sds") for kind in ("latent", "pixel", "sdxl")],
+        *[(kind, "sds") for kind in ("latent", "pixel", "sdxl", "sd3", "flux")],
         *[(kind, "vsd") for kind in ("latent", "pixel", "sdxl")],
         ("latent", "sdi"),
         ("pixel", "ism"),
+        ("sd3", "rfds"),
+        ("sd3", "vsd"),
+        ("flux", "ism"),
     ],
 )
 def test_a_run_that_was_stopped_goes_on_where_it_was(

@@ -5,6 +5,7 @@ from dreamfusion_fast.guidance.methods.csd import ClassifierScoreDistillation
 from dreamfusion_fast.guidance.methods.ism import IntervalScoreMatching, IsmConfig
 from dreamfusion_fast.guidance.methods.method import Distilled, Guiding, Method, Predictions
 from dreamfusion_fast.guidance.methods.mixed import MixedDistillation
+from dreamfusion_fast.guidance.methods.rfds import RectifiedFlowDistillation
 from dreamfusion_fast.guidance.methods.sdi import ScoreDistillationViaInversion, SdiConfig
 from dreamfusion_fast.guidance.methods.sds import ScoreDistillationSampling
 from dreamfusion_fast.guidance.methods.vsd import VariationalScoreDistillation, VsdConfig
@@ -19,6 +20,7 @@ __all__ = [
     "Method",
     "MixedDistillation",
     "Predictions",
+    "RectifiedFlowDistillation",
     "ScoreDistillationSampling",
     "ScoreDistillationViaInversion",
     "SdiConfig",

@@ -125,7 +125,11 @@ class Method(nn.Module, ABC):
     combination: Combination
 
     def attach(self, model: DiffusionModel, guiding: Guiding) -> None:
-        """Called once, before anything else, with the model that it distils and with the config's choices."""
+        """Called once, before anything else, with the model that it distils and with the config's choices.
+
+        Raises:
+            UserError: it cannot distil such a model.
+        """
         scale = guiding.scale
         if scale is None:
             scale = model.default_guidance_scale if self.guidance_scale is None else self.guidance_scale

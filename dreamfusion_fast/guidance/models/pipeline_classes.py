@@ -20,8 +20,9 @@ _TOKENIZERS = (
 _CLASSES = {
     "unet": ("diffusers", ("UNet2DConditionModel",)),
     "vae": ("diffusers", ("AutoencoderKL",)),
-    **dict.fromkeys(("text_encoder", "text_encoder_2"), ("transformers", TEXT_ENCODERS)),
-    **dict.fromkeys(("tokenizer", "tokenizer_2"), ("transformers", _TOKENIZERS)),
+    "transformer": ("diffusers", ("SD3Transformer2DModel", "FluxTransformer2DModel")),
+    **{f"text_encoder{suffix}": ("transformers", TEXT_ENCODERS) for suffix in ("", "_2", "_3")},
+    **{f"tokenizer{suffix}": ("transformers", _TOKENIZERS) for suffix in ("", "_2", "_3")},
 }
 # What a text encoder's configuration may say. Others name code, kernels or quantisation to be fetched or run.
 _ENCODER_FIELDS = (

@@ -33,8 +33,8 @@ from dreamfusion_fast.io import user_path
 _log = logging.getLogger(__name__)
 
 _EXPECTED = (
-    "a folder in diffusers' format holds model_index.json and the folders unet, scheduler, tokenizer, text_encoder "
-    "and, for a latent model, vae (SDXL: also tokenizer_2 and text_encoder_2)"
+    "a folder in diffusers' format holds model_index.json and the folders unet or transformer, scheduler, tokenizer, "
+    "text_encoder and, for a latent model, vae (SDXL, Stable Diffusion 3 and FLUX: also tokenizer_2 and text_encoder_2)"
 )
 # In place of a space; T5's tokenizer knows it without any file.
 _SENTENCEPIECE_SPACE = "\u2581"
@@ -42,6 +42,7 @@ _SENTENCEPIECE_SPACE = "\u2581"
 _NAMED = 3
 # Height and width of a model's input, far above any published one's.
 _LARGEST_SAMPLE = 4096
+_FLUX_SAMPLE = 128
 # Weights that a configuration may describe and files lack before memory is taken for them: what lacks is said by name.
 _LACKING = 10**7
 
@@ -214,7 +215,7 @@ class PipelineSource(ABC):
 
     def warn_of_adapters(self) -> None:
         """Say which LoRA and other adapters lie in the pipeline: they are not applied."""
-        for component in ("", "unet", "text_encoder", "text_encoder_2"):
+        for component in ("", "unet", "transformer", "text_encoder", "text_encoder_2"):
             for name in self._files_in(component) or ():
                 if "lora" in name.lower() or name.startswith("adapter_"):
                     where = f"{component}/{name}" if component else name
@@ -232,17 +233,20 @@ class PipelineSource(ABC):
 
     @property
     def sample_size(self) -> int:
-        """Height and width of what the U-Net reads.
+        """Height and width of what the U-Net or transformer reads.
 
         Raises:
             UserError: its configuration has no such number.
         """
-        size = self.config("unet").get("sample_size")
+        part = "transformer" if self.class_name("unet") is None else "unet"
+        # FLUX's configuration has none, and its pipeline takes this one.
+        usual = _FLUX_SAMPLE if self.class_name(part) == "FluxTransformer2DModel" else None
+        size = self.config(part).get("sample_size", usual)
         if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
             size = size[0]
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= _LARGEST_SAMPLE:
             raise self.error(
-                f"the unet's sample_size must be one positive number up to {_LARGEST_SAMPLE}, got {size!r}"
+                f"the {part}'s sample_size must be one positive number up to {_LARGEST_SAMPLE}, got {size!r}"
             )
         return size
 

@@ -1,4 +1,4 @@
-"""diffusers pipelines as guidance: Stable Diffusion 1.x, 2.x and SDXL (latents), DeepFloyd IF stage I (pixels)."""
+"""diffusers pipelines with a U-Net: Stable Diffusion 1.x, 2.x and SDXL (latents), DeepFloyd IF stage I (pixels)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from dreamfusion_fast.gpu.capture import CapturedFunction
 from dreamfusion_fast.guidance.config import GuidanceConfig, resolve_dtype
 from dreamfusion_fast.guidance.contract import DiffusionModel, Views
 from dreamfusion_fast.guidance.memory import GuidanceMemory
-from dreamfusion_fast.guidance.models.pipeline_source import PipelineSource, open_source
+from dreamfusion_fast.guidance.models.pipeline_source import PipelineSource
 from dreamfusion_fast.guidance.models.schedule import PredictionType, VariancePreserving
 from dreamfusion_fast.guidance.models.text_encoders import PromptEncoder
 from dreamfusion_fast.guidance.prompts import Prompt
 from dreamfusion_fast.networks.fused_unet import fuse
 from dreamfusion_fast.networks.latent_encoder import LatentEncoder, unserved
 from dreamfusion_fast.networks.offload import RESIDENT_SHARE, can_stream_weights, stream_weights
+from dreamfusion_fast.networks.quantised import Quantisation, absent_library, quantise, quantised_bytes
 from dreamfusion_fast.ops._triton import triton_serves
 
 _PREDICTION_TYPES = get_args(PredictionType)
@@ -32,56 +33,26 @@ _UNET_BYTES = 45_000
 _ENCODE_BYTES, _ENCODE_RECOMPUTED_BYTES = 3_500, 2_300
 _ENCODE_BYTES_OF_DIFFUSERS = 8_500
 _MOST_TIMESTEPS = 100_000
-_SERVED = "pipelines of Stable Diffusion 1.x and 2.x, SDXL and DeepFloyd IF stage I can guide"
 
 
-def load_pipeline_model(config: GuidanceConfig, device: torch.device) -> PipelineModel:
-    """The diffusion model of a diffusers pipeline, its configurations checked, its weights not loaded yet.
-
-    Raises:
-        UserError: the name leads nowhere, or to a pipeline that cannot guide; the message says what is missing.
-    """
-    source = open_source(config)
-    with source.faults("its configuration describes no pipeline that can guide"):
-        model = _model_class(source)(source, config, device)
-        model.try_out()
-    source.warn_of_adapters()
-    return model
-
-
-def _model_class(source: PipelineSource) -> type[PipelineModel]:
-    kind = source.kind
-    if source.class_name("unet") is None:
-        if "Flow" in str(source.class_name("scheduler")):
-            raise UserError(f"guidance {source.name!r} ({kind}): flow-matching models are not served yet; {_SERVED}")
-        others = [part for part in ("transformer", "prior", "safety_checker") if source.class_name(part) is not None]
-        held = f"only {', '.join(others)}" if others else "none"
-        raise UserError(f"guidance {source.name!r} ({kind}) has no unet, {held}: {_SERVED}")
-    if source.class_name("text_encoder_2") is not None:
-        if source.class_name("text_encoder") is None:
-            raise UserError(
-                f"guidance {source.name!r} ({kind}) has a text_encoder_2 alone, as SDXL's refiner does, which only "
-                "improves pictures of the base model: name the base model"
-            )
-        return SDXLModel
-    # A Stable Diffusion pipeline without its vae is a latent model that lacks something, not a pixel model.
-    if source.class_name("vae") is not None or kind.startswith("StableDiffusion"):
-        return LatentModel
-    return PixelModel
+SERVED = "pipelines of Stable Diffusion 1.x to 3.5, SDXL, DeepFloyd IF stage I and FLUX.1 can guide"
 
 
 class PipelineModel(DiffusionModel):
-    """The base of all pipelines: schedule, text encoders, U-Net.
+    """The base of all pipelines: schedule, text encoders, and the network that predicts, here a U-Net.
 
     Args:
         source: the pipeline.
-        config: its dtype, fused, text_device and text_dtype are followed.
+        config: its dtype, weights, fused, text_device and text_dtype are followed.
         device: of the run.
     """
 
+    _part = "unet"  # the component that predicts
     _components: tuple[str, ...] = ("unet", "scheduler", "text_encoder", "tokenizer")
     _text_suffixes: tuple[str, ...] = ("",)
     _condition_names: tuple[str, ...] = ("hidden",)
+    # Whether it is so small that launching its kernels takes longer than running them.
+    _capturable = True
     # What the U-Net may be told beside timestep and hidden states: None, or "text" for the hidden states pooled inside.
     _added_conditions: tuple[str | None, ...] = (None, "text")
 
@@ -90,7 +61,7 @@ class PipelineModel(DiffusionModel):
         self.name = source.name
         self.revision = source.revision
         self.device = device
-        self.dtype = resolve_dtype(config.dtype, device)
+        self.dtype = self._arithmetic(config, device)
         self._source = source
         configs = {part: source.config(part) for part in self._components if not part.startswith("tokenizer")}
         for component in self._components:
@@ -98,20 +69,41 @@ class PipelineModel(DiffusionModel):
                 source.check_tokenizer(component)
             elif component != "scheduler":
                 source.check_weights(component)
-        self._unet_config = configs["unet"]
-        self._check_unet()
-        self._text = PromptEncoder(source, self._text_suffixes, config, self.dtype, device)
+        self._network_config = configs[self._part]
+        self._check_network()
+        self._text = self._make_prompt_encoder(config)
         self._check_text_width()
         self._read_schedule(configs["scheduler"])
-        self._unet: Any = None
-        self._fused, self._offload, self._trains = config.fused, False, False
-        self._evaluate = CapturedFunction(self._call_unet, config.fused)
+        self._network: Any = None
+        self._quantisation = self._find_quantisation(config)
+        # Quantised layers are made anew in each call, by libraries that do not promise to be captured.
+        self._captures = config.fused and self._capturable and self._quantisation is None
+        self._offload, self._trains = False, False
+        self._evaluate = CapturedFunction(self._call_network, self._captures)
         # The quicker parts are kernels of Triton; without it, diffusers' own are as quick and need less.
         self._fuses = config.fused and device.type == "cuda" and triton_serves(device)
 
-    def _check_unet(self) -> None:
+    def _arithmetic(self, config: GuidanceConfig, device: torch.device) -> torch.dtype:
+        return resolve_dtype(config.dtype, device)
+
+    def _make_prompt_encoder(self, config: GuidanceConfig) -> PromptEncoder:
+        return PromptEncoder(self._source, self._text_suffixes, config, self.dtype, self.device)
+
+    def _find_quantisation(self, config: GuidanceConfig) -> Quantisation | None:
+        """How weights are rounded; raises UserError if a library for it is absent."""
+        if config.weights == "plain":
+            return None
+        absent = absent_library(config.weights)
+        if absent is not None:
+            raise UserError(
+                f"guidance weights {config.weights} needs {absent}, not installed here: pip install {absent}, or use "
+                "weights plain"
+            )
+        return config.weights
+
+    def _check_network(self) -> None:
         """Raise UserError for a U-Net that reads something which `_unet_arguments` does not give."""
-        config = self._unet_config
+        config = self._network_config
         if config.get("addition_embed_type") == "text_time" and "text_time" not in self._added_conditions:
             raise self._source.error(
                 "the unet is one of SDXL, which reads two text encoders, but the pipeline has no text_encoder_2"
@@ -132,10 +124,10 @@ class PipelineModel(DiffusionModel):
         }
         for field, served in read.items():
             if config.get(field) not in served:
-                raise self._source.error(f"the unet reads more than text ({field} is {config[field]!r}): {_SERVED}")
+                raise self._source.error(f"the unet reads more than text ({field} is {config[field]!r}): {SERVED}")
 
     def _check_text_width(self) -> None:
-        config = self._unet_config
+        config = self._network_config
         field = "cross_attention_dim" if config.get("encoder_hid_dim") is None else "encoder_hid_dim"
         wanted = config.get(field, 1280)  # diffusers' default
         widths = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted]
@@ -164,9 +156,7 @@ class PipelineModel(DiffusionModel):
             raise self._source.error(
                 f"prediction_type must be one of {', '.join(_PREDICTION_TYPES)}, got {prediction_type!r}"
             )
-        timesteps = config["num_train_timesteps"]
-        if not isinstance(timesteps, int) or not 1 <= timesteps <= _MOST_TIMESTEPS:
-            raise self._source.error(f"num_train_timesteps must be 1 to {_MOST_TIMESTEPS}, got {timesteps!r}")
+        timesteps = checked_timesteps(config, self._source)
         # Every scheduler of diffusers shares these fields; DDPM is the one that holds alphas_cumprod and nothing else.
         fields = (
             "num_train_timesteps",
@@ -184,11 +174,16 @@ class PipelineModel(DiffusionModel):
         self.schedule = VariancePreserving(scheduler.alphas_cumprod.to(self.device), prediction_type)
 
     def try_out(self) -> None:
-        """Evaluate the U-Net on torch's meta device, without weights, so that nothing wrong is loaded.
+        """Evaluate the network on torch's meta device, without weights, so that nothing wrong is loaded.
 
         Raises:
             UserError: its configuration describes no model, or one that cannot be evaluated.
         """
+        self._try_network()
+        for suffix in self._text_suffixes:
+            self._source.skeleton(f"text_encoder{suffix}")
+
+    def _try_network(self) -> None:
         size, unet = self._source.sample_size, self._source.skeleton("unet")
         hidden = self._text.hidden_width
         if hidden is None:
@@ -196,14 +191,12 @@ class PipelineModel(DiffusionModel):
         with self._source.faults("the configuration of unet describes a model that cannot be evaluated"):
             widths = {"hidden": (1, 77, hidden), "pooled": (1, self._text.pooled_width or 1)}
             condition = {name: torch.zeros(*widths[name], device="meta") for name in self._condition_names}
-            noisy = torch.zeros(1, self._unet_config["in_channels"], size, size, device="meta")
+            noisy = torch.zeros(1, self._network_config["in_channels"], size, size, device="meta")
             arguments = tree_map_only(Tensor, lambda value: value.to("meta").float(), self._unet_arguments(condition))
             with torch.no_grad():
                 output = unet(noisy, torch.zeros(1, device="meta"), **arguments, return_dict=False)[0]
             if output.shape[2:] != noisy.shape[2:]:
                 raise ValueError(f"it makes {list(output.shape)} of {list(noisy.shape)}")
-        for suffix in self._text_suffixes:
-            self._source.skeleton(f"text_encoder{suffix}")
 
     @property
     def text_identity(self) -> str:
@@ -219,59 +212,69 @@ class PipelineModel(DiffusionModel):
         return {name: shapes[name] for name in self._condition_names}
 
     def free_graphs(self) -> None:
-        """See `UsesMemory.free_graphs`: the U-Net's."""
+        """See `UsesMemory.free_graphs`: those of what predicts."""
         self._evaluate.clear()
 
     def set_offload(self, on: bool) -> None:
-        """See `UsesMemory.set_offload`: the U-Net's weights. It is loaded again when next needed."""
+        """See `UsesMemory.set_offload`: the weights of what predicts. It is loaded again when next needed."""
         if on != self._offload:
-            self._offload, self._unet = on, None
-            self._evaluate.enabled = self._fused and not on
+            self._offload, self._network = on, None
+            self._evaluate.enabled = self._captures and not on
             self.free_graphs()
 
     def load(self) -> None:
-        if self._unet is not None:
+        if self._network is not None:
             return
-        unet = self._source.load("unet", self.dtype)
-        if self._offload:  # as it is: graphs, and parts that read weights of several layers, find them nowhere
-            stream_weights(unet, self.device)
+        network = self._source.load(self._part, self.dtype)
+        if self._quantisation is not None:
+            quantise(network, self._quantisation, self.device)
+        elif self._offload:  # as it is: graphs, and parts that read weights of several layers, find them nowhere
+            stream_weights(network, self.device)
         else:
-            unet.to(self.device)
-            if self._fuses and not self._trains:
-                fuse(unet)
-        self._unet = unet
+            network.to(self.device)
+            if self._fuses and self._part == "unet" and not self._trains:
+                fuse(network)
+        self._network = network
 
     def trainable_network(self) -> nn.Module:
-        """See `DiffusionModel.trainable_network`: the U-Net without fused parts, which have no gradient."""
+        """See `DiffusionModel.trainable_network`: the network without fused parts, which have no gradient."""
         if not self._trains:
-            self._trains, self._unet = True, None
+            self._trains, self._network = True, None
             self.free_graphs()
         self.load()
-        return self._unet
+        return self._network
 
     def predict(self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor], views: Views) -> Tensor:
         """See `DiffusionModel.predict`; channels of a learned variance are dropped. A CUDA graph on a GPU."""
         self.load()
         told = [condition[name] for name in self._condition_names]
         times = len(told[0]) // len(noisy)
-        evaluate = self._call_unet if torch.is_grad_enabled() else self._evaluate
+        evaluate = self._call_network if torch.is_grad_enabled() else self._evaluate
         output = evaluate(noisy.to(self.dtype).repeat(times, 1, 1, 1), t.repeat(times), *told)
         return output[:, : noisy.shape[1]]
 
-    def _call_unet(self, noisy: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
+    def _call_network(self, noisy: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
         arguments = self._unet_arguments(dict(zip(self._condition_names, condition, strict=True)))
-        return self._unet(noisy, t, **arguments, return_dict=False)[0]
+        return self._network(noisy, t, **arguments, return_dict=False)[0]
 
     def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
         """See `UsesMemory.memory_needs`: weights counted, the rest scaled from what was measured of SD 1.5.
 
         The measurements are those of `benchmarks/bench_guidance.py`, with a third added.
         """
-        size, width = self._source.sample_size, self._unet_config.get("block_out_channels", (320,))[0]
-        unet = _UNET_BYTES * size**2 * width // 320 * self.dtype.itemsize // 2
-        weights = self._source.parameters("unet") * self.dtype.itemsize
+        network = self._source.skeleton(self._part)
+        if self._quantisation is not None:
+            weights = quantised_bytes(network, self._quantisation, self.dtype)
+            return GuidanceMemory(weights=weights, unet=self._evaluation_bytes())
+        numbers = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
+        weights = numbers * self.dtype.itemsize
         offloadable = int((1 - RESIDENT_SHARE) * weights) if can_stream_weights(self.device) else 0
-        return GuidanceMemory(weights=weights, unet=unet, offloadable=offloadable)
+        return GuidanceMemory(weights=weights, unet=self._evaluation_bytes(), offloadable=offloadable)
+
+    def _evaluation_bytes(self) -> int:
+        """What predicting the guided pair of one view takes beside the weights."""
+        size, width = self._source.sample_size, self._network_config.get("block_out_channels", (320,))[0]
+        return _UNET_BYTES * size**2 * width // 320 * self.dtype.itemsize // 2
 
     def _unet_arguments(self, condition: Mapping[str, Tensor]) -> dict[str, Any]:
         """The U-Net's inputs beside image and timestep, from rows of all conditions; never waits for the GPU."""
@@ -279,7 +282,7 @@ class PipelineModel(DiffusionModel):
 
     def _check_channels(self, channels: int) -> None:
         """Raise UserError unless the U-Net reads so many and predicts as many, or twice: with a learned variance."""
-        config = self._unet_config
+        config = self._network_config
         if config.get("in_channels") != channels:
             raise self._source.error(
                 f"the unet reads {config.get('in_channels')} channels, {channels} are wanted: "
@@ -350,7 +353,7 @@ class LatentModel(PipelineModel):
         ):
             mean = vae.encode(torch.zeros(1, 3, self.image_size, self.image_size, device="meta")).latent_dist.mean
             if mean.shape[2:] != (size, size):
-                raise ValueError(f"its latents are {list(mean.shape[2:])}, the unet reads {[size, size]}")
+                raise ValueError(f"its latents are {list(mean.shape[2:])}, the {self._part} reads {[size, size]}")
 
     def load(self) -> None:
         super().load()
@@ -390,7 +393,7 @@ class LatentModel(PipelineModel):
             self._encoder.set_recompute(on)
 
     def free_graphs(self) -> None:
-        """See `UsesMemory.free_graphs`: the U-Net's and the autoencoder's."""
+        """See `UsesMemory.free_graphs`: the autoencoder's, too."""
         super().free_graphs()
         if self._encoder is not None:
             self._encoder.free_graphs()
@@ -431,8 +434,8 @@ class SDXLModel(LatentModel):
         # Original height and width, top and left of the crop, target height and width.
         sizes = (self.image_size, self.image_size, 0, 0, self.image_size, self.image_size)
         self._time_ids = torch.tensor([sizes], dtype=self.dtype, device=device)
-        per_number = self._unet_config.get("addition_time_embed_dim")
-        wanted = self._unet_config.get("projection_class_embeddings_input_dim")
+        per_number = self._network_config.get("addition_time_embed_dim")
+        wanted = self._network_config.get("projection_class_embeddings_input_dim")
         if not isinstance(per_number, int) or not isinstance(wanted, int):
             raise self._source.error(
                 "the unet's configuration lacks addition_time_embed_dim or "
@@ -459,6 +462,14 @@ def resize(images: Tensor, size: int) -> Tensor:
     return torch.nn.functional.interpolate(
         images, (size, size), mode="bilinear", align_corners=False, antialias=shrinks
     )
+
+
+def checked_timesteps(config: dict[str, Any], source: PipelineSource) -> int:
+    """The number of timesteps that a scheduler's configuration states; raises UserError for one that no model has."""
+    timesteps = config.get("num_train_timesteps")
+    if isinstance(timesteps, bool) or not isinstance(timesteps, int) or not 1 <= timesteps <= _MOST_TIMESTEPS:
+        raise source.error(f"num_train_timesteps must be 1 to {_MOST_TIMESTEPS}, got {timesteps!r}")
+    return timesteps
 
 
 def _number(config: dict[str, Any], field: str, default: float, source: PipelineSource) -> float:

@@ -114,6 +114,30 @@ class SampleLevel(NoiseLevel):
         return self.error_of_clean(output, clean)
 
 
+class FlowLevel(NoiseLevel):
+    """The model's output is the velocity v = n - x, with alpha = 1 - sigma (Liu et al. 2022, arXiv 2209.03003).
+
+    x_t = (1 - sigma) x + sigma n moves along v at constant speed from x to n as sigma grows from 0 to 1.
+    """
+
+    def clean(self, output: Tensor, noisy: Tensor) -> Tensor:
+        return noisy - self.sigma * output
+
+    def noise(self, output: Tensor, noisy: Tensor) -> Tensor:
+        return noisy + self.alpha * output
+
+    def output(self, clean: Tensor, noise: Tensor) -> Tensor:
+        return noise - clean
+
+    def error(self, output: Tensor, noisy: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
+        """See `NoiseLevel.error`: (1 - sigma) times `velocity_error`, since both name one line through x_t."""
+        return self.alpha * self.velocity_error(output, clean, noise)
+
+    def velocity_error(self, output: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
+        """The v that a model's output is less the one that leads from x to the n that was added."""
+        return output - (noise - clean)
+
+
 _LEVELS: dict[str, type[NoiseLevel]] = {
     "epsilon": EpsilonLevel,
     "v_prediction": VelocityLevel,
@@ -153,3 +177,21 @@ class VariancePreserving(NoiseSchedule):
         """See `NoiseSchedule.at`."""
         abar = self.alphas_cumprod[t].to(dtype).view(-1, 1, 1, 1)
         return _LEVELS[self.prediction_type](abar.sqrt(), (1 - abar).clamp_min(0).sqrt())
+
+
+class FlowMatching(NoiseSchedule):
+    """alpha + sigma = 1, and outputs that are velocities: rectified flows such as Stable Diffusion 3 and FLUX.
+
+    Args:
+        sigmas: [T] float32, sigma of each timestep, rising, in (0, 1]. They are not evenly spaced where the published
+            scheduler shifts them towards noise (Esser et al. 2024, arXiv 2403.03206, section 5.3.2).
+    """
+
+    def __init__(self, sigmas: Tensor) -> None:
+        self.sigmas = sigmas
+        self.steps = len(sigmas)
+
+    def at(self, t: Tensor, dtype: torch.dtype) -> FlowLevel:
+        """See `NoiseSchedule.at`."""
+        sigma = self.sigmas[t].to(dtype).view(-1, 1, 1, 1)
+        return FlowLevel(1 - sigma, sigma)

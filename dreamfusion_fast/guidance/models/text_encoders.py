@@ -6,6 +6,7 @@ is run from main memory, one layer after another on the GPU, where the card is s
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import warnings
@@ -26,8 +27,6 @@ from dreamfusion_fast.networks.offload import installed
 Placement = Literal["gpu", "layers", "cpu"]
 """Where an encoder runs: whole on the GPU, layer by layer on the GPU from main memory, or on the CPU."""
 
-# DeepFloyd IF was trained on captions of at most 77 tokens, although T5 takes longer ones.
-_T5_TOKENS = 77
 # A start, an end and a word.
 _FEWEST_TOKENS = 3
 # Weights may take this part of the memory that is free; the rest is for activations and what the allocator loses.
@@ -36,6 +35,8 @@ _FREE_SHARE = 0.6
 
 class PromptEncoder:
     """The text encoders of one diffusers pipeline: one (Stable Diffusion, DeepFloyd IF) or two (SDXL).
+
+    Those of flow-matching models derive from it (`flow_text`).
 
     With one encoder the embedding of a text is its last hidden state. With two it is, as in Podell et al. 2023 (SDXL,
     section 2.1), the penultimate hidden states of both side by side, and the pooled output of the last.
@@ -51,6 +52,9 @@ class PromptEncoder:
         UserError: an encoder of a class that is not known here; a choice of text_device or text_dtype that this machine
             or this encoder cannot follow.
     """
+
+    # DeepFloyd IF was trained on captions of at most 77 tokens, although T5 takes longer ones.
+    t5_tokens = 77
 
     def __init__(
         self,
@@ -74,12 +78,7 @@ class PromptEncoder:
 
     def _check(self) -> None:
         for suffix in self._suffixes:
-            class_name = self._source.class_name(f"text_encoder{suffix}")
-            # Of two encoders the last gives a pooled output as well.
-            pooled = self._two and suffix == self._suffixes[-1]
-            # Pipelines with a BERT (tools/latent_prior) have one encoder.
-            plain = [name for name in TEXT_ENCODERS if not (self._two and name == "BertModel")]
-            wanted = ["CLIPTextModelWithProjection"] if pooled else plain
+            class_name, wanted = self._source.class_name(f"text_encoder{suffix}"), self._classes(suffix)
             if class_name not in wanted:
                 raise self._source.error(
                     f"text_encoder{suffix} is of class {class_name}, wanted is {' or '.join(wanted)}"
@@ -104,6 +103,14 @@ class PromptEncoder:
                     f"{' '.join(absent)}, or use text_dtype bfloat16"
                 )
 
+    def _classes(self, suffix: str) -> Sequence[str]:
+        """Names of the classes that an encoder may be of."""
+        # Of two encoders the last gives a pooled output as well.
+        if self._two and suffix == self._suffixes[-1]:
+            return ("CLIPTextModelWithProjection",)
+        # Pipelines with a BERT (tools/latent_prior) have one encoder.
+        return [name for name in TEXT_ENCODERS if not (self._two and name == "BertModel")]
+
     @property
     def hidden_width(self) -> int | None:
         """Width of the vectors the U-Net attends to, of all encoders together; None if a configuration lacks it."""
@@ -120,9 +127,13 @@ class PromptEncoder:
         """A string that changes whenever the embedding of some text could change by more than where it is computed."""
         dtypes = ",".join(f"{name} in {dtype}" for name, dtype in map(self._dtype, self._suffixes))
         components = [f"{part}{suffix}" for suffix in self._suffixes for part in ("tokenizer", "text_encoder")]
+        return f"{self._form}:{dtypes}:{self._source.variant}:{self._source.identity(components)}"
+
+    @property
+    def _form(self) -> str:
+        """What is made of the encoders' outputs, for the identity."""
         # The number is raised whenever texts become other tokens; before 2, long prompts lost the name of the view.
-        form = f"{'pooled' if self._two else 'last'}{'-zeros' if self._zeros_for_empty else ''}-2"
-        return f"{form}:{dtypes}:{self._source.variant}:{self._source.identity(components)}"
+        return f"{'pooled' if self._two else 'last'}{'-zeros' if self._zeros_for_empty else ''}-2"
 
     def embed(self, texts: list[Prompt]) -> dict[str, Tensor]:
         """Embed n texts in one batch per encoder.
@@ -139,6 +150,10 @@ class PromptEncoder:
         with self._source.faults("its text encoder cannot embed the prompt"):
             tokens = self._tokenize(texts)
             outputs = [self._embed_with(suffix, tokens[suffix]) for suffix in self._suffixes]
+        return self._joined(texts, outputs)
+
+    def _joined(self, texts: list[Prompt], outputs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """The embedding of n texts, of what `_taken` took of each encoder's output."""
         if not self._two:
             return {"hidden": outputs[0][0]}
         tensors = {"hidden": torch.cat([hidden for hidden, _ in outputs], dim=-1), "pooled": outputs[-1][1]}
@@ -149,11 +164,11 @@ class PromptEncoder:
         return tensors
 
     def _embed_with(self, suffix: str, tokens: Any) -> tuple[Tensor, Tensor]:
-        """Hidden states [n, tokens, width] and the encoder's first output, on the CPU; the encoder is gone after it."""
+        """What `_taken` takes of an encoder's output, on the CPU; the encoder is gone after it."""
         placements = self._placements(suffix)
         for placement in placements:
             try:
-                hidden, first = self._evaluate(suffix, placement, tokens)
+                hidden, other = self._evaluate(suffix, placement, tokens)
                 break
             except torch.OutOfMemoryError:
                 if placement == placements[-1]:
@@ -165,12 +180,12 @@ class PromptEncoder:
                 gc.collect()
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()
-        if not (hidden.isfinite().all() and first.isfinite().all()):
+        if not (hidden.isfinite().all() and other.isfinite().all()):
             raise NonFiniteError(
                 f"guidance {self._source.name!r}: text_encoder{suffix} gives NaN or infinity in "
                 f"{self._dtype(suffix)[0]}: use guidance text_dtype float32"
             )
-        return hidden, first
+        return hidden, other
 
     def _evaluate(self, suffix: str, placement: Placement, tokens: Any) -> tuple[Tensor, Tensor]:
         encoder = self._load(suffix, placement)
@@ -184,7 +199,12 @@ class PromptEncoder:
                 attention_mask=tokens.attention_mask.to(device) if masked else None,
                 output_hidden_states=self._two,
             )
-        return (output.hidden_states[-2] if self._two else output[0]).cpu(), output[0].cpu()
+            hidden, other = self._taken(suffix, output)
+        return hidden.cpu(), other.cpu()
+
+    def _taken(self, suffix: str, output: Any) -> tuple[Tensor, Tensor]:
+        """Hidden states [n, tokens, width] of an encoder's output, and its first, which of two encoders is pooled."""
+        return output.hidden_states[-2] if self._two else output[0], output[0]
 
     def _load(self, suffix: str, placement: Placement) -> Any:
         component, (name, dtype) = f"text_encoder{suffix}", self._dtype(suffix)
@@ -205,18 +225,28 @@ class PromptEncoder:
         tokenizers = {suffix: self._source.load(f"tokenizer{suffix}") for suffix in self._suffixes}
         lengths = {suffix: self._length(suffix, tokenizer) for suffix, tokenizer in tokenizers.items()}
 
-        def fits(text: str) -> bool:
+        def fits(text: str, suffixes: Sequence[str]) -> bool:
             return all(
-                len(tokenizer(self._read(suffix, text), max_length=lengths[suffix] + 1, truncation=True).input_ids)
+                len(
+                    tokenizers[suffix](
+                        self._read(suffix, text), max_length=lengths[suffix] + 1, truncation=True
+                    ).input_ids
+                )
                 <= lengths[suffix]
-                for suffix, tokenizer in tokenizers.items()
+                for suffix in suffixes
             )
 
-        short, lost = shortened(texts, fits)
-        warn_of_lost_words(self._source.name, min(lengths.values()), lost)
+        short: dict[str, list[str]] = {}
+        # A T5 beside CLIP takes longer texts, and reads on where CLIP has to stop. Those of one kind read the same.
+        for t5 in (False, True):
+            group = [suffix for suffix in self._suffixes if self._is_t5(suffix) == t5]
+            if group:
+                kept, lost = shortened(texts, functools.partial(fits, suffixes=group))
+                warn_of_lost_words(self._source.name, min(lengths[suffix] for suffix in group), lost)
+                short |= dict.fromkeys(group, kept)
         return {
             suffix: tokenizer(
-                [self._read(suffix, text) for text in short],
+                [self._read(suffix, text) for text in short[suffix]],
                 padding="max_length",
                 max_length=lengths[suffix],
                 truncation=True,
@@ -229,7 +259,7 @@ class PromptEncoder:
     def _length(self, suffix: str, tokenizer: Any) -> int:
         """Most tokens of a text, with those that mark its start and end."""
         if self._is_t5(suffix):
-            return _T5_TOKENS
+            return self.t5_tokens
         positions = self._configs[suffix].get("max_position_embeddings", 77)
         length = min(tokenizer.model_max_length, positions)
         if not isinstance(length, int) or length < _FEWEST_TOKENS:
@@ -274,9 +304,9 @@ class PromptEncoder:
         large for main memory, bfloat16 all the same, which torch emulates.
         """
         on_cpu = self._device.type != "cuda" or self._wanted_device == "cpu"
-        has_bfloat16 = on_cpu or _has_bfloat16(self._device)
+        bfloat16 = on_cpu or has_bfloat16(self._device)
         if self._wanted_dtype == "int8":
-            return "int8", torch.bfloat16 if has_bfloat16 else torch.float16
+            return "int8", torch.bfloat16 if bfloat16 else torch.float16
         if self._wanted_dtype != "auto":
             return self._wanted_dtype, getattr(torch, self._wanted_dtype)
         # Not every transformers version can mask in float64.
@@ -284,7 +314,7 @@ class PromptEncoder:
         if not self._is_t5(suffix):
             dtype = torch.float32 if on_cpu and dtype == torch.float16 else dtype
         elif dtype == torch.float16:
-            dtype = torch.bfloat16 if has_bfloat16 else torch.float32
+            dtype = torch.bfloat16 if bfloat16 else torch.float32
         if dtype == torch.float32 and self._is_t5(suffix):
             memory = _main_memory()
             if memory is not None and self._bytes(suffix, dtype) > _FREE_SHARE * memory:
@@ -295,7 +325,7 @@ class PromptEncoder:
         return self._source.parameters(f"text_encoder{suffix}") * dtype.itemsize
 
 
-def _has_bfloat16(device: torch.device) -> bool:
+def has_bfloat16(device: torch.device) -> bool:
     """Whether a GPU computes in bfloat16 rather than having torch emulate it."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 

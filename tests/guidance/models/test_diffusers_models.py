@@ -334,7 +334,7 @@ def test_a_model_says_what_memory_it_needs(pipeline: Pipelines) -> None:
     needs = guidance.memory_needs(1, 64)
     guidance.model.load()
     model: Any = guidance.model
-    unet = 4 * sum(parameter.numel() for parameter in model._unet.parameters())
+    unet = 4 * sum(parameter.numel() for parameter in model._network.parameters())
     encoder = 4 * sum(parameter.numel() for parameter in model._vae.encoder.parameters())
     assert unet + encoder < needs.weights < unet + 4 * encoder
     assert needs.unet > 0

@@ -11,10 +11,11 @@ from dreamfusion_fast.guidance.methods import (
     ClassifierScoreDistillation,
     Combination,
     Predictions,
+    RectifiedFlowDistillation,
     ScoreDistillationSampling,
 )
 from dreamfusion_fast.guidance.methods.cfg import guided
-from dreamfusion_fast.guidance.models.schedule import VariancePreserving
+from dreamfusion_fast.guidance.models.schedule import FlowMatching, VariancePreserving
 
 ABAR = torch.tensor([0.999, 0.9, 0.5, 0.1, 0.01], dtype=torch.float64)
 KINDS = ["epsilon", "v_prediction", "sample"]
@@ -56,6 +57,42 @@ def test_weights():
     assert level.weight("ism").item() == pytest.approx(1)
     with pytest.raises(ValueError, match="'dreamtime', want one that depends on the noise level alone"):
         level.weight("dreamtime")
+
+
+def test_a_flow():
+    sigmas = torch.tensor([0.02, 0.3, 0.9, 1.0], dtype=torch.float64)
+    x, noise, other = torch.randn(3, 4, 3, 5, 5, dtype=torch.float64)
+    schedule = FlowMatching(sigmas)
+    assert schedule.steps == 4
+    level = schedule.at(torch.arange(4), torch.float64)
+    assert torch.equal(level.sigma.flatten(), sigmas)
+    torch.testing.assert_close(level.alpha + level.sigma, torch.ones(4, 1, 1, 1, dtype=torch.float64))
+    noisy, output = level.noisy(x, noise), noise - x
+    torch.testing.assert_close(level.clean(output, noisy), x)
+    torch.testing.assert_close(level.noise(output, noisy), noise)
+    torch.testing.assert_close(level.error(output, noisy, x, noise), torch.zeros_like(x))
+    # A velocity that means the noise `other` and the same noisy input.
+    output = (other - noisy) / level.alpha.clamp_min(1e-9)
+    torch.testing.assert_close(level.error(output, noisy, x, noise)[:-1], (other - noise)[:-1])
+    torch.testing.assert_close(level.error(output, noisy, x, noise), level.noise(output, noisy) - noise)
+    torch.testing.assert_close(
+        level.alpha * level.velocity_error(output, x, noise), (other - noise) * (level.alpha > 0)
+    )
+    torch.testing.assert_close(level.error_of_clean(x + level.sigma, x), -level.alpha.expand_as(x))
+
+
+def test_the_methods_of_a_flow():
+    generator = torch.Generator().manual_seed(0)
+    x, noise, null, text = torch.randn(4, 2, 3, 3, 3, dtype=torch.float64, generator=generator)
+    level = FlowMatching(torch.tensor([0.1, 0.6], dtype=torch.float64)).at(torch.arange(2), torch.float64)
+    nobody = Mock()
+    given = {"null": null, "text": text}
+    p = Predictions(nobody, nobody, nobody, nobody, x, noise, level.noisy(x, noise), level, 7.0, outputs=given)
+    velocity = null + 7.0 * (text - null)
+    rfds = RectifiedFlowDistillation().residual(p)
+    torch.testing.assert_close(rfds, velocity - noise + x)
+    torch.testing.assert_close(ScoreDistillationSampling().residual(p), level.alpha * rfds)
+    torch.testing.assert_close(ClassifierScoreDistillation().residual(p), level.alpha * 7.0 * (text - null))
 
 
 def test_an_unknown_prediction_is_named():

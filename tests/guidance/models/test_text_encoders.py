@@ -41,7 +41,7 @@ def imagined_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def imagine(free: int = 10**9, bfloat16: bool = True, installed: tuple[str, ...] = ("accelerate",)) -> None:
         monkeypatch.setattr(text_encoders, "free_bytes", lambda device: free)
-        monkeypatch.setattr(text_encoders, "_has_bfloat16", lambda device: bfloat16)
+        monkeypatch.setattr(text_encoders, "has_bfloat16", lambda device: bfloat16)
         monkeypatch.setattr(text_encoders, "installed", lambda library: library in installed)
 
     return imagine
@@ -76,7 +76,7 @@ def test_text_encoder_is_loaded_once_per_prompt(pipeline: Pipelines, monkeypatch
     assert loaded == ["tokenizer", "text_encoder"] * 2
 
 
-@pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
+@pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel", "sd3", "flux"])
 def test_one_model_in_memory_at_a_time(pipeline: Pipelines, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Whenever a model is loaded, the encoders loaded before are gone; so are all of them in the end."""
     encoders: list[weakref.ref[torch.nn.Module]] = []
@@ -97,7 +97,7 @@ def test_one_model_in_memory_at_a_time(pipeline: Pipelines, monkeypatch: pytest.
     guidance.embed("a chair")
     assert all(encoder() is None for encoder in encoders)
     guidance.model.load()
-    assert len(encoders) == (2 if kind == "sdxl" else 1)
+    assert len(encoders) == {"sd3": 3, "sdxl": 2, "flux": 2}.get(kind, 1)
     assert batches == [5] * len(encoders), "four directions and the unconditional text in one batch"
 
 

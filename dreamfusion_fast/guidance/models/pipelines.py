@@ -16,7 +16,8 @@ from dreamfusion_fast.gpu.capture import CapturedFunction
 from dreamfusion_fast.guidance.config import GuidanceConfig, resolve_dtype
 from dreamfusion_fast.guidance.contract import DiffusionModel, Views
 from dreamfusion_fast.guidance.memory import GuidanceMemory
-from dreamfusion_fast.guidance.models.pipeline_source import PipelineSource, open_source
+from dreamfusion_fast.guidance.models.pipeline_origins import open_source
+from dreamfusion_fast.guidance.models.pipeline_source import PipelineSource
 from dreamfusion_fast.guidance.models.schedule import PredictionType, VariancePreserving
 from dreamfusion_fast.guidance.models.text_encoders import PromptEncoder
 from dreamfusion_fast.guidance.prompts import Prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -70,6 +71,8 @@ class GuidanceConfig(Settings):
         revision: branch, tag or commit of a hub id; a run keeps the commit that it began with.
         allow_pickle: also load weights stored as pickles, which can run code on loading; only safetensors otherwise.
         cache: keep prompt embeddings on disk.
+        lora: safetensors files of LoRAs that are merged into the weights of U-Net and text encoders, each with a scale
+            if it is not 1: "file.safetensors:0.8". Paths are made absolute.
     """
 
     name: str = "embedded"
@@ -89,8 +92,12 @@ class GuidanceConfig(Settings):
     revision: str | None = None
     allow_pickle: bool = False
     cache: bool = True
+    lora: tuple[str, ...] = ()
 
     def check_together(self) -> None:
+        self.lora = tuple(self._absolute("lora", text) for text in self.lora)
+        if any(scale is not None and not _is_finite(scale) for _, scale in map(split_file, self.lora)):
+            self.refuse("lora", want="file.safetensors or file.safetensors:0.8, a finite number")
         if self.name not in KNOWN_GUIDANCE:
             folder = user_path(self.name, "guidance")
             if folder.is_dir():  # a run is resumed from elsewhere, too, and a/b there is a model on the hub
@@ -101,6 +108,34 @@ class GuidanceConfig(Settings):
             self.refuse("clip_x0", "mode", want="no clip_x0 with csd, which has no clean-image estimate to clamp")
         if self.text_dtype == "int8" and self.text_device == "cpu":
             self.refuse("text_dtype", "text_device", want="a GPU for int8: text_device auto, or text_dtype bfloat16")
+
+    def _absolute(self, field: str, text: str) -> str:
+        """A file and what follows its colon, the file's path absolute."""
+        path, rest = split_file(text)
+        if not path:
+            self.refuse(field, want="paths of files")
+        path = os.path.abspath(user_path(path, f"guidance {field}"))
+        return path if rest is None else f"{path}:{rest}"
+
+
+def split_file(text: str) -> tuple[str, str | None]:
+    """The path of a file, and what follows the colon after its ending; None: nothing does.
+
+    "a/b.safetensors:0.8" is a/b.safetensors and 0.8.
+    """
+    match = re.fullmatch(r"(.*\.safetensors)(?::(.*))?", text, re.DOTALL)
+    if match is not None:
+        return match[1], match[2]
+    folder, slash, name = text.rpartition("/")
+    name, colon, rest = name.partition(":")
+    return folder + slash + name, rest if colon else None
+
+
+def _is_finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -176,6 +177,7 @@ class DiffusionModel(UsesMemory, ABC):
         x0_range: range of a clean input if it has one (pixel models: (-1, 1)), else None.
         clip_x0: whether the estimate of the clean input is clamped to `x0_range` by default.
         revision: commit of the hub's repository that the weights are of; None: of no hub.
+        files: sha256 of files that were added to the model, by their paths.
     """
 
     name: str
@@ -186,6 +188,7 @@ class DiffusionModel(UsesMemory, ABC):
     x0_range: tuple[float, float] | None = None
     clip_x0: bool = False
     revision: str | None = None
+    files: Mapping[str, str] = MappingProxyType({})
 
     @property
     @abstractmethod
@@ -232,11 +235,13 @@ class Guidance(UsesMemory, ABC):
         name: for messages.
         image_size: height and width of images the model was trained on.
         revision: commit of the hub's repository that the weights are of; None: of no hub.
+        files: sha256 of files that were added to the model, by their paths.
     """
 
     name: str
     image_size: int
     revision: str | None = None
+    files: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def embed(self, prompts: PromptSet | str) -> PromptEmbeddings:

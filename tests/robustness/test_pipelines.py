@@ -10,14 +10,15 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
 from forms import LONG
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from watching import TooLongError, watched
 
 from dreamfusion_fast.errors import UserError
@@ -59,9 +60,9 @@ def _replaced(tree: Any, place: tuple[Any, ...], value: Any) -> Any:
     return tree
 
 
-def _use(folder: Path) -> None:
+def _use(folder: Path, options: dict[str, Any]) -> None:
     """All that a run does with a pipeline."""
-    guidance: Any = create_guidance(GuidanceConfig(name=str(folder), dtype="float32", cache=False))
+    guidance: Any = create_guidance(GuidanceConfig(name=str(folder), dtype="float32", cache=False, **options))
     embeddings = guidance.embed("a chair")
     guidance.load()
     model, views = guidance.model, Views(torch.zeros(1), torch.zeros(1))
@@ -70,12 +71,14 @@ def _use(folder: Path) -> None:
         model.predict(noisy, torch.zeros(1, dtype=torch.int64), embeddings.select(("null", "text"), views), views)
 
 
-def _attempt(folder: Path, *also: Path, seconds: int = 10) -> str | None:
+def _attempt(
+    folder: Path, *also: Path, seconds: int = 10, options: Mapping[str, Any] = MappingProxyType({})
+) -> str | None:
     """The message of the error by which the pipeline was refused, or None; whatever else it did fails the test."""
     message = None
     with watched(folder, *also, seconds=seconds) as done:
         try:
-            _use(folder)
+            _use(folder, dict(options))
         except UserError as error:
             message = str(error)
     assert not done
@@ -344,3 +347,49 @@ def test_a_relative_folder_is_kept_as_an_absolute_one(
 def test_revisions_and_variants_are_names(options: dict[str, str]) -> None:
     with pytest.raises(UserError, match=next(iter(options))):
         create_guidance(GuidanceConfig(name="owner/name", **options))
+
+
+LORA_CONTENTS: dict[str, bytes] = {
+    **CONTENTS,
+    "a header of all bytes": (2**63 - 1).to_bytes(8, "little") + b"{}",
+    "a header that ends late": (100).to_bytes(8, "little") + b"{}",
+    "tensors out of the file": (63).to_bytes(8, "little")
+    + b'{"a.lora_up.weight":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}'[:63],
+    "a pickle": b"\x80\x04cos\nsystem\n(S'touch marker'\ntR.",
+    "a zip": b"PK\x03\x04" + bytes(100),
+}
+
+
+@pytest.mark.parametrize("content", LORA_CONTENTS)
+def test_additions_that_hold_something_else(hostile: Pipelines, content: str) -> None:
+    folder = hostile("latent")
+    path = folder.parent / "lora.safetensors"
+    path.write_bytes(LORA_CONTENTS[content])
+    for options in ({"lora": (str(path),)},):
+        message = _attempt(folder, path.parent, options=options)
+        assert message is not None
+        assert str(path) in message
+
+
+def test_additions_that_are_none(hostile: Pipelines) -> None:
+    folder = hostile("latent")
+    path = folder.parent / "lora.safetensors"
+    for make in (lambda: os.mkfifo(path), path.mkdir, lambda: path.symlink_to(path), lambda: path.symlink_to("x")):
+        make()
+        for options in ({"lora": (str(path),)},):
+            assert _attempt(folder, path.parent, options=options) is not None
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_names_of_a_lora_are_not_obeyed(hostile: Pipelines) -> None:
+    """Neither as text for a terminal, nor as patterns, nor as names of files."""
+    folder = hostile("latent")
+    path = folder.parent / "lora.safetensors"
+    slow = {"unet.alpha_pattern": {"(a+)+$": 1.0}}
+    for metadata in ({"lora_adapter_metadata": json.dumps(slow)}, {"lora_adapter_metadata": "[" * 10**5}, {}):
+        for name in ("unet." + "a" * 5000, "\x1b[2J", "../../outside", "unet.conv_in", "unet." + "a.processor." * 9):
+            save_file({f"{name}.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}, path, metadata=metadata)
+            assert _attempt(folder, path.parent, options={"lora": (str(path),)}) is not None
+    (path.parent / "adapter_config.json").write_text("{}")
+    save_file({f"t{i}.lora_A.weight": torch.ones(1) for i in range(60_000)}, path)
+    assert _attempt(folder, path.parent, options={"lora": (str(path),)}) is not None

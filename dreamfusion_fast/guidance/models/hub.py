@@ -77,9 +77,9 @@ class HubSource(PipelineSource):
                 _log.warning(one_line(f"guidance is taken from {hub_id}, since {errors[0]}"))
             return
         # Another one that is there but cannot be reached matters more than one that is gone.
-        error = next((error for error in errors if error.unreachable), errors[0])
+        fault = next((fault for fault in errors if fault.unreachable), errors[0])
         others = f"; nor could its mirrors be had: {', '.join(self._hub_ids[1:])}" if len(errors) > 1 else ""
-        raise UserError(f"{error}{others}") from error
+        raise UserError(f"{fault}{others}") from fault
 
     def _file(self, relative: str) -> Path:
         return hub_file(self._hub_id, relative, self._commit)

@@ -15,6 +15,7 @@ import torch
 from dreamfusion_fast.errors import UserError, one_line
 from dreamfusion_fast.guidance.config import GuidanceConfig
 from dreamfusion_fast.guidance.models import pipeline_classes
+from dreamfusion_fast.guidance.models.additions import Additions
 from dreamfusion_fast.guidance.models.pipeline_files import (
     TOKENIZER_FILES,
     TOKENIZER_SETTINGS,
@@ -49,6 +50,7 @@ class PipelineSource(ABC):
         name: for messages.
         index_file: what is read first.
         index: its contents.
+        additions: what is added to the components as they are loaded.
         kind: the class of the pipeline, for messages.
         revision: commit of the hub's repository, or "owner/name@commit" where several hold it; None: a folder.
     """
@@ -66,6 +68,7 @@ class PipelineSource(ABC):
         self.variant = config.variant
         self._allow_pickle = config.allow_pickle
         self._skeletons: dict[str, torch.nn.Module] = {}
+        self.additions = Additions()
         self._find()
         self.index = self._json(self.index_file)
         kind = self.index.get("_class_name", "a pipeline")
@@ -93,7 +96,7 @@ class PipelineSource(ABC):
 
     def identity(self, components: list[str]) -> str:
         """A string that changes whenever one of the components changes."""
-        return self._identity(components)
+        return self._identity(components) + self.additions.identity(components)
 
     @abstractmethod
     def _identity(self, components: list[str]) -> str:
@@ -205,6 +208,11 @@ class PipelineSource(ABC):
                     where = f"{component}/{name}" if component else name
                     _log.warning(one_line(f"guidance {self.name!r}: {where} is ignored, adapters are not applied"))
 
+    def open_additions(self, config: GuidanceConfig) -> None:
+        """Read and check what a config adds to the pipeline; raises as `Additions.open` does."""
+        components = [component for component in self.index if self.class_name(component) is not None]
+        self.additions = Additions.open(config, components, self.skeleton)
+
     def config(self, component: str) -> dict[str, Any]:
         """Configuration of a model or scheduler; raises UserError for a number that no size of one is."""
         relative = f"{component}/{'scheduler_config' if component == 'scheduler' else 'config'}.json"
@@ -292,6 +300,8 @@ class PipelineSource(ABC):
             with staged(files) as folder:
                 model, report = model_class.from_pretrained(folder, local_files_only=True, **options)
         self._require_all_weights(component, report)
+        with self.faults(f"cannot add to {component}"):
+            self.additions.apply(component, model, quantized="quantization_config" in options)
         return model.eval().requires_grad_(False)
 
     def _names(self, component: str) -> list[str]:

@@ -46,7 +46,9 @@ def load_pipeline_model(config: GuidanceConfig, device: torch.device) -> Pipelin
     with source.faults("its configuration describes no pipeline that can guide"):
         model = _model_class(source)(source, config, device)
         model.try_out()
+        source.open_additions(config)
     source.warn_of_adapters()
+    model.files = source.additions.files
     return model
 
 

@@ -73,6 +73,8 @@ class GuidanceConfig(Settings):
         cache: keep prompt embeddings on disk.
         lora: safetensors files of LoRAs that are merged into the weights of U-Net and text encoders, each with a scale
             if it is not 1: "file.safetensors:0.8". Paths are made absolute.
+        autoencoder_dtype: arithmetic of a latent model's autoencoder; "auto" is that of the diffusion model, but for
+            one that overflows in float16: it is rescaled on a GPU (`networks/half_range.py`), and float32 elsewhere.
     """
 
     name: str = "embedded"
@@ -93,6 +95,7 @@ class GuidanceConfig(Settings):
     allow_pickle: bool = False
     cache: bool = True
     lora: tuple[str, ...] = ()
+    autoencoder_dtype: DtypeName = "auto"
 
     def check_together(self) -> None:
         self.lora = tuple(self._absolute("lora", text) for text in self.lora)

@@ -22,6 +22,7 @@ from dreamfusion_fast.guidance.models.schedule import PredictionType, VariancePr
 from dreamfusion_fast.guidance.models.text_encoders import PromptEncoder
 from dreamfusion_fast.guidance.prompts import Prompt
 from dreamfusion_fast.networks.fused_unet import fuse
+from dreamfusion_fast.networks.half_range import fit_half_range
 from dreamfusion_fast.networks.latent_encoder import LatentEncoder, unserved
 from dreamfusion_fast.networks.offload import RESIDENT_SHARE, can_stream_weights, stream_weights
 from dreamfusion_fast.ops._triton import triton_serves
@@ -312,7 +313,8 @@ class LatentModel(PipelineModel):
 
     _components = (*PipelineModel._components, "vae")
     # SDXL's autoencoder overflows in float16 and says so by force_upcast. As in diffusers, only SDXL's is believed: the
-    # same stands, as the default, in every folder of Stable Diffusion 1.x and 2.x that diffusers saved.
+    # same stands, as the default, in every folder of Stable Diffusion 1.x and 2.x that diffusers saved. It is
+    # rescaled to fit (`fit_half_range`); where the encoder is not the package's own, it runs in float32.
     _may_upcast = False
     default_guidance_scale = 100.0
 
@@ -326,8 +328,8 @@ class LatentModel(PipelineModel):
         self._shift = _number(vae, "shift_factor", 0.0, source)
         if self._scale == 0:
             raise self._source.error("the vae's scaling_factor is 0, which leaves nothing of an image")
-        upcast = self._may_upcast and vae.get("force_upcast", False) and self.dtype == torch.float16
-        self._vae_dtype = torch.float32 if upcast else self.dtype
+        self._overflows = bool(self._may_upcast and vae.get("force_upcast", False))
+        self._wanted_vae_dtype = config.autoencoder_dtype
         self.image_size = source.image_size
         self._width = vae.get("block_out_channels", (64,))[0]
         self._vae: Any = None
@@ -350,9 +352,16 @@ class LatentModel(PipelineModel):
     def load(self) -> None:
         super().load()
         if self._vae is None:
-            vae = self._source.load("vae", self._vae_dtype)
+            dtype = self._vae_dtype
+            fits = not (self._overflows and dtype == torch.float16)
+            vae = self._source.load("vae", dtype if fits else torch.float32)
             vae.decoder = None  # it is never run
             vae.to(self.device)
+            if not fits:
+                with self._source.faults("its autoencoder cannot be run in float16"):
+                    fit_half_range(vae)
+                for part in filter(None, (vae.encoder, vae.quant_conv)):
+                    part.to(dtype)
             if self._encodes_fused():
                 self._encoder = LatentEncoder(vae, self._recompute)
             self._vae = vae  # last: what did not fit is loaded again
@@ -365,6 +374,14 @@ class LatentModel(PipelineModel):
         else:
             mean = self._vae.encode(pixels.to(self._vae_dtype)).latent_dist.mean
         return (mean.to(images.dtype) - self._shift) * self._scale
+
+    @property
+    def _vae_dtype(self) -> torch.dtype:
+        """Arithmetic of the autoencoder."""
+        if self._wanted_vae_dtype != "auto":
+            return resolve_dtype(self._wanted_vae_dtype, self.device)
+        upcast = self._overflows and self.dtype == torch.float16 and not self._encodes_fused()
+        return torch.float32 if upcast else self.dtype
 
     def _encodes_fused(self) -> bool:
         """Whether `LatentEncoder` stands in for diffusers' encoder; known before weights are loaded."""

@@ -82,7 +82,7 @@ class HubSource(PipelineSource):
         raise UserError(f"{fault}{others}") from fault
 
     def _file(self, relative: str) -> Path:
-        return hub_file(self._hub_id, relative, self._commit)
+        return hub_file(self._hub_id, self._place(relative), self._commit)
 
     def _files_in(self, component: str) -> list[str] | None:
         if self._listing is None:
@@ -94,6 +94,7 @@ class HubSource(PipelineSource):
                 self._listing = []
         if not self._listing:
             return None
+        component = self._place(component)
         folder = f"{component}/" if component else ""
         names = [name.removeprefix(folder) for name in self._listing if name.startswith(folder)]
         return [name for name in names if "/" not in name]
@@ -101,7 +102,9 @@ class HubSource(PipelineSource):
     def _names(self, component: str) -> list[str]:
         """See `PipelineSource._names`: what is in the cache, where the hub cannot be asked."""
         names = self._files_in(component)
-        return names if names is not None else [path.name for path in (self._snapshot / component).glob("*")]
+        return (
+            names if names is not None else [path.name for path in (self._snapshot / self._place(component)).glob("*")]
+        )
 
     def _identity(self, components: list[str]) -> str:
         return f"{self._hub_id}@{self._commit}:{','.join(components)}"

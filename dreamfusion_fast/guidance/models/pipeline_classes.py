@@ -19,7 +19,7 @@ _TOKENIZERS = (
 )
 _CLASSES = {
     "unet": ("diffusers", ("UNet2DConditionModel",)),
-    "vae": ("diffusers", ("AutoencoderKL",)),
+    "vae": ("diffusers", ("AutoencoderKL", "AutoencoderTiny")),
     **dict.fromkeys(("text_encoder", "text_encoder_2"), ("transformers", TEXT_ENCODERS)),
     **dict.fromkeys(("tokenizer", "tokenizer_2"), ("transformers", _TOKENIZERS)),
 }

@@ -70,7 +70,7 @@ class PipelineSource(ABC):
         self._skeletons: dict[str, torch.nn.Module] = {}
         self.additions = Additions()
         self._find()
-        self.index = self._json(self.index_file)
+        self.index = self._read_index()
         kind = self.index.get("_class_name", "a pipeline")
         if not isinstance(kind, str):
             raise self.error(f"it is of class {kind!r}, which is code of its own and is not run; {EXPECTED}")
@@ -89,6 +89,13 @@ class PipelineSource(ABC):
             raise
         except Exception as error:
             raise self.error(f"{what}: {one_line(error)}") from error
+
+    def _read_index(self) -> dict[str, Any]:
+        return self._json(self.index_file)
+
+    def _place(self, relative: str) -> str:
+        """Where a file or folder of the pipeline is, by its place in a whole pipeline."""
+        return relative
 
     @abstractmethod
     def _file(self, relative: str) -> Path:

@@ -16,7 +16,7 @@ from dreamfusion_fast.gpu.capture import CapturedFunction
 from dreamfusion_fast.guidance.config import GuidanceConfig, resolve_dtype
 from dreamfusion_fast.guidance.contract import DiffusionModel, Views
 from dreamfusion_fast.guidance.memory import GuidanceMemory
-from dreamfusion_fast.guidance.models.pipeline_origins import open_source
+from dreamfusion_fast.guidance.models.pipeline_origins import open_autoencoder, open_source
 from dreamfusion_fast.guidance.models.pipeline_source import PipelineSource
 from dreamfusion_fast.guidance.models.schedule import PredictionType, VariancePreserving
 from dreamfusion_fast.guidance.models.text_encoders import PromptEncoder
@@ -316,15 +316,21 @@ class LatentModel(PipelineModel):
     # same stands, as the default, in every folder of Stable Diffusion 1.x and 2.x that diffusers saved. It is
     # rescaled to fit (`fit_half_range`); where the encoder is not the package's own, it runs in float32.
     _may_upcast = False
+    # Ollin Boer Bohan's tiny autoencoder for these latents.
+    _tiny_autoencoder = "madebyollin/taesd"
     default_guidance_scale = 100.0
 
     def __init__(self, source: PipelineSource, config: GuidanceConfig, device: torch.device):
         super().__init__(source, config, device)
-        vae = source.config("vae")
+        self._vae_source = source
+        if config.autoencoder is not None:
+            self._vae_source = open_autoencoder(config, self._tiny_autoencoder)
+            self._vae_source.check_weights("vae")
+        vae, self._is_tiny = self._vae_source.config("vae"), self._vae_source.class_name("vae") == "AutoencoderTiny"
         if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
             raise self._source.error("a vae with a latents_mean or latents_std per channel is not served")
         self._check_channels(vae.get("latent_channels", 4))
-        self._scale = _number(vae, "scaling_factor", 0.18215, source)
+        self._scale = _number(vae, "scaling_factor", 1.0 if self._is_tiny else 0.18215, source)
         self._shift = _number(vae, "shift_factor", 0.0, source)
         if self._scale == 0:
             raise self._source.error("the vae's scaling_factor is 0, which leaves nothing of an image")
@@ -340,12 +346,12 @@ class LatentModel(PipelineModel):
         """See `PipelineModel.try_out`; the autoencoder's encoder, too."""
         super().try_out()
         size: int = self._source.sample_size
-        vae: Any = self._source.skeleton("vae")
+        vae = self._vae_source.skeleton("vae")
         with (
-            self._source.faults("the configuration of vae describes a model that cannot be evaluated"),
+            self._vae_source.faults("the configuration of vae describes a model that cannot be evaluated"),
             torch.no_grad(),
         ):
-            mean = vae.encode(torch.zeros(1, 3, self.image_size, self.image_size, device="meta")).latent_dist.mean
+            mean = self._encode_by(vae, torch.zeros(1, 3, self.image_size, self.image_size, device="meta"))
             if mean.shape[2:] != (size, size):
                 raise ValueError(f"its latents are {list(mean.shape[2:])}, the unet reads {[size, size]}")
 
@@ -354,11 +360,11 @@ class LatentModel(PipelineModel):
         if self._vae is None:
             dtype = self._vae_dtype
             fits = not (self._overflows and dtype == torch.float16)
-            vae = self._source.load("vae", dtype if fits else torch.float32)
+            vae = self._vae_source.load("vae", dtype if fits else torch.float32)
             vae.decoder = None  # it is never run
             vae.to(self.device)
             if not fits:
-                with self._source.faults("its autoencoder cannot be run in float16"):
+                with self._vae_source.faults("its autoencoder cannot be run in float16"):
                     fit_half_range(vae)
                 for part in filter(None, (vae.encoder, vae.quant_conv)):
                     part.to(dtype)
@@ -372,8 +378,13 @@ class LatentModel(PipelineModel):
         if self._encoder is not None:
             mean = self._encoder(pixels)
         else:
-            mean = self._vae.encode(pixels.to(self._vae_dtype)).latent_dist.mean
+            mean = self._encode_by(self._vae, pixels.to(self._vae_dtype))
         return (mean.to(images.dtype) - self._shift) * self._scale
+
+    def _encode_by(self, vae: Any, pixels: Tensor) -> Tensor:
+        """Latents before their scale and shift, by diffusers' module."""
+        encoded = vae.encode(pixels)
+        return encoded.latents if self._is_tiny else encoded.latent_dist.mean
 
     @property
     def _vae_dtype(self) -> torch.dtype:
@@ -385,7 +396,7 @@ class LatentModel(PipelineModel):
 
     def _encodes_fused(self) -> bool:
         """Whether `LatentEncoder` stands in for diffusers' encoder; known before weights are loaded."""
-        return self._fuses and not unserved(self._source.skeleton("vae"))
+        return self._fuses and not unserved(self._vae_source.skeleton("vae"))
 
     def set_recompute(self, on: bool) -> None:
         """See `UsesMemory.set_recompute`. Where diffusers' encoder runs, nothing changes."""
@@ -412,7 +423,7 @@ class LatentModel(PipelineModel):
             encode, recomputed = _ENCODE_BYTES, _ENCODE_RECOMPUTED_BYTES
         return replace(
             needs,
-            weights=needs.weights + self._source.parameters("vae") * bytes_each // 2,
+            weights=needs.weights + self._vae_source.parameters("vae") * bytes_each // 2,
             encode=encode * scale,
             encode_recomputed=recomputed * scale,
         )
@@ -429,6 +440,7 @@ class SDXLModel(LatentModel):
     _condition_names = ("hidden", "pooled")
     _added_conditions = ("text_time",)
     _may_upcast = True
+    _tiny_autoencoder = "madebyollin/taesdxl"
 
     def __init__(self, source: PipelineSource, config: GuidanceConfig, device: torch.device):
         super().__init__(source, config, device)

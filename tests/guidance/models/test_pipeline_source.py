@@ -139,8 +139,8 @@ def test_unet_of_stable_diffusion_with_two_text_encoders(own_pipeline: Pipelines
         ),
         (
             "vae",
-            "AutoencoderTiny",
-            "vae is of class AutoencoderTiny of diffusers, wanted is AutoencoderKL of diffusers",
+            "AutoencoderDC",
+            "vae is of class AutoencoderDC of diffusers, wanted is AutoencoderKL or AutoencoderTiny of diffusers",
         ),
         (
             "text_encoder",

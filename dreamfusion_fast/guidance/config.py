@@ -73,6 +73,8 @@ class GuidanceConfig(Settings):
         cache: keep prompt embeddings on disk.
         lora: safetensors files of LoRAs that are merged into the weights of U-Net and text encoders, each with a scale
             if it is not 1: "file.safetensors:0.8". Paths are made absolute.
+        textual_inversion: safetensors files of words whose embeddings were learned, each with the word for prompts if
+            it is not that of the file: "file.safetensors:<my-cat>". Paths are made absolute.
         autoencoder: in place of a latent pipeline's own: "tiny", the distilled one that is published for such latents
             (TAESD and its kin: quicker, and coarser), or a folder or hub id that holds one.
         autoencoder_dtype: arithmetic of a latent model's autoencoder; "auto" is that of the diffusion model, but for
@@ -97,6 +99,7 @@ class GuidanceConfig(Settings):
     allow_pickle: bool = False
     cache: bool = True
     lora: tuple[str, ...] = ()
+    textual_inversion: tuple[str, ...] = ()
     autoencoder: str | None = None
     autoencoder_dtype: DtypeName = "auto"
 
@@ -106,6 +109,7 @@ class GuidanceConfig(Settings):
             if folder.is_dir():
                 self.autoencoder = os.path.abspath(folder)
         self.lora = tuple(self._absolute("lora", text) for text in self.lora)
+        self.textual_inversion = tuple(self._absolute("textual_inversion", text) for text in self.textual_inversion)
         if any(scale is not None and not _is_finite(scale) for _, scale in map(split_file, self.lora)):
             self.refuse("lora", want="file.safetensors or file.safetensors:0.8, a finite number")
         if self.name not in KNOWN_GUIDANCE:

@@ -294,6 +294,7 @@ class PipelineSource(ABC):
                 with staged(self._tokenizer_files(component, names)) as folder:
                     tokenizer = model_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
                 self._require_words(component, tokenizer)
+                self.additions.apply_to_tokenizer(component, tokenizer)
                 return tokenizer
             files = self._model_files(component, names, model_class)
             options["dtype" if library == "transformers" else "torch_dtype"] = dtype

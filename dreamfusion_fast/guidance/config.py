@@ -47,8 +47,10 @@ class GuidanceConfig(Settings):
     """Which diffusion model guides, and how.
 
     Args:
-        name: "embedded", another name of `KNOWN_GUIDANCE`, a folder in diffusers' format, or a hub id "owner/name".
-            The path of a folder is made absolute.
+        name: "embedded", another name of `KNOWN_GUIDANCE`, a folder in diffusers' format, a checkpoint of Stable
+            Diffusion or SDXL in one safetensors file, or a hub id "owner/name". Paths are made absolute.
+        base: of a single file: a name, folder or hub id of a pipeline that it was made from, whose configurations and
+            tokenizers are used; None: the file says enough, as all but those of Stable Diffusion 2 do.
         guidance_scale: s in eps_null + s (eps_text - eps_null); None takes the model's own default.
         convention: "null" as above, as in diffusers; "text" for eps_text + s (eps_text - eps_null), as in the
             DreamFusion paper (s = 100 there is s = 101 here).
@@ -82,6 +84,7 @@ class GuidanceConfig(Settings):
     """
 
     name: str = "embedded"
+    base: str | None = None
     guidance_scale: Annotated[float | None, Range(-1e6, 1e6)] = None
     convention: Convention = "null"
     weighting: Weighting = "sds"
@@ -112,10 +115,11 @@ class GuidanceConfig(Settings):
         self.textual_inversion = tuple(self._absolute("textual_inversion", text) for text in self.textual_inversion)
         if any(scale is not None and not _is_finite(scale) for _, scale in map(split_file, self.lora)):
             self.refuse("lora", want="file.safetensors or file.safetensors:0.8, a finite number")
-        if self.name not in KNOWN_GUIDANCE:
-            folder = user_path(self.name, "guidance")
-            if folder.is_dir():  # a run is resumed from elsewhere, too, and a/b there is a model on the hub
-                self.name = os.path.abspath(folder)
+        # A run is resumed from elsewhere, too, and a/b there is a model on the hub.
+        if self.name not in KNOWN_GUIDANCE and user_path(self.name, "guidance").exists():
+            self.name = os.path.abspath(user_path(self.name, "guidance"))
+        if self.base is not None and self.base not in KNOWN_GUIDANCE and user_path(self.base, "guidance base").exists():
+            self.base = os.path.abspath(user_path(self.base, "guidance base"))
         if self.variant is not None and not re.fullmatch(r"[\w-]+", self.variant):
             self.refuse("variant", want="letters and digits, such as fp16")
         if self.mode == "csd" and self.clip_x0:

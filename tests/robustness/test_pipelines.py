@@ -62,7 +62,8 @@ def _replaced(tree: Any, place: tuple[Any, ...], value: Any) -> Any:
 
 def _use(folder: Path, options: dict[str, Any]) -> None:
     """All that a run does with a pipeline."""
-    guidance: Any = create_guidance(GuidanceConfig(name=str(folder), dtype="float32", cache=False, **options))
+    settings = {"name": str(folder), "dtype": "float32", "cache": False, **options}
+    guidance: Any = create_guidance(GuidanceConfig(**settings))
     embeddings = guidance.embed("a chair")
     guidance.load()
     model, views = guidance.model, Views(torch.zeros(1), torch.zeros(1))
@@ -365,7 +366,7 @@ def test_additions_that_hold_something_else(hostile: Pipelines, content: str) ->
     folder = hostile("latent")
     path = folder.parent / "lora.safetensors"
     path.write_bytes(LORA_CONTENTS[content])
-    for options in ({"lora": (str(path),)}, {"textual_inversion": (str(path),)}):
+    for options in ({"lora": (str(path),)}, {"textual_inversion": (str(path),)}, {"name": str(path)}):
         message = _attempt(folder, path.parent, options=options)
         assert message is not None
         assert str(path) in message
@@ -376,7 +377,7 @@ def test_additions_that_are_none(hostile: Pipelines) -> None:
     path = folder.parent / "lora.safetensors"
     for make in (lambda: os.mkfifo(path), path.mkdir, lambda: path.symlink_to(path), lambda: path.symlink_to("x")):
         make()
-        for options in ({"lora": (str(path),)}, {"textual_inversion": (str(path),)}):
+        for options in ({"lora": (str(path),)}, {"textual_inversion": (str(path),)}, {"name": str(path)}):
             assert _attempt(folder, path.parent, options=options) is not None
         path.rmdir() if path.is_dir() else path.unlink()
 

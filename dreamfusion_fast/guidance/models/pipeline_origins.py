@@ -13,6 +13,8 @@ from dreamfusion_fast.guidance.config import KNOWN_GUIDANCE, GuidanceConfig
 from dreamfusion_fast.guidance.models.hub import HubSource
 from dreamfusion_fast.guidance.models.pipeline_files import content_hash, is_pickle
 from dreamfusion_fast.guidance.models.pipeline_source import EXPECTED, PipelineSource
+from dreamfusion_fast.guidance.models.single_file import SingleFileSource
+from dreamfusion_fast.guidance.models.single_file_configs import CONFIGS
 from dreamfusion_fast.io import user_path
 
 _HUB_ID = r"[A-Za-z0-9_-][\w.-]*/[\w.-]+"
@@ -27,10 +29,18 @@ def open_source(config: GuidanceConfig) -> PipelineSource:
     hub_ids = KNOWN_GUIDANCE.get(config.name) or (config.name,)
     name = hub_ids[0]
     path = user_path(name, "guidance")
+    if path.is_file() and path.suffix == ".safetensors":
+        base = None
+        if config.base is not None and config.base not in CONFIGS:
+            base = open_source(dataclasses.replace(config, name=config.base, base=None))
+        return SingleFileSource(path, config, base)
+    if config.base is not None:
+        raise UserError(f"guidance base {config.base!r} is for a checkpoint in one file, and {config.name!r} is none")
     if path.is_dir():
         return LocalSource(path, config)
     if path.exists():
-        raise UserError(f"guidance {config.name!r} is a file, but a pipeline folder is wanted: {EXPECTED}")
+        why = "which can run code on loading" if is_pickle(path.name) else "but no checkpoint in safetensors"
+        raise UserError(f"guidance {config.name!r} is a file, {why}: want one in safetensors, or a folder: {EXPECTED}")
     if re.fullmatch(_HUB_ID, name):
         return HubSource(hub_ids, config)
     if "/" in name or "\\" in name or name.startswith((".", "~")):

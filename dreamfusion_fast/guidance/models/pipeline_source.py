@@ -215,6 +215,11 @@ class PipelineSource(ABC):
                     where = f"{component}/{name}" if component else name
                     _log.warning(one_line(f"guidance {self.name!r}: {where} is ignored, adapters are not applied"))
 
+    @property
+    def files(self) -> dict[str, str]:
+        """sha256 of files that are not part of a folder or repository, by their paths."""
+        return self.additions.files
+
     def open_additions(self, config: GuidanceConfig) -> None:
         """Read and check what a config adds to the pipeline; raises as `Additions.open` does."""
         components = [component for component in self.index if self.class_name(component) is not None]

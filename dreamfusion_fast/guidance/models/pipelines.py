@@ -49,7 +49,7 @@ def load_pipeline_model(config: GuidanceConfig, device: torch.device) -> Pipelin
         model.try_out()
         source.open_additions(config)
     source.warn_of_adapters()
-    model.files = source.additions.files
+    model.files = source.files
     return model
 
 

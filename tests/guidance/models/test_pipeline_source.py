@@ -47,9 +47,10 @@ def test_folder_that_is_no_pipeline(tmp_path: Path) -> None:
     _refused(tmp_path, "no diffusers pipeline, it lacks model_index.json")
 
 
-def test_single_file(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    _refused(tmp_path / "model.safetensors", "is a file, but a pipeline folder is wanted")
+@pytest.mark.parametrize(("name", "message"), [("model.ckpt", "which can run code"), ("model.txt", "no checkpoint in")])
+def test_other_files(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    _refused(tmp_path / name, f"is a file, .*{message}.*want one in safetensors, or a folder")
 
 
 @pytest.mark.parametrize("content", ["{not json", "[1, 2]", ""])

@@ -177,7 +177,7 @@ class DiffusionModel(UsesMemory, ABC):
         x0_range: range of a clean input if it has one (pixel models: (-1, 1)), else None.
         clip_x0: whether the estimate of the clean input is clamped to `x0_range` by default.
         revision: commit of the hub's repository that the weights are of; None: of no hub.
-        files: sha256 of files that were added to the model, by their paths.
+        files: sha256 of single files that the model is made of, by path, and commits of other repositories, by hub id.
     """
 
     name: str
@@ -235,7 +235,7 @@ class Guidance(UsesMemory, ABC):
         name: for messages.
         image_size: height and width of images the model was trained on.
         revision: commit of the hub's repository that the weights are of; None: of no hub.
-        files: sha256 of files that were added to the model, by their paths.
+        files: sha256 of single files that the model is made of, by path, and commits of other repositories, by hub id.
     """
 
     name: str

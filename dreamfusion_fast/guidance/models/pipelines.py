@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, get_args
 
 import torch
@@ -49,7 +50,7 @@ def load_pipeline_model(config: GuidanceConfig, device: torch.device) -> Pipelin
         model.try_out()
         source.open_additions(config)
     source.warn_of_adapters()
-    model.files = source.files
+    model.files = {**source.files, **model.elsewhere}
     return model
 
 
@@ -83,6 +84,8 @@ class PipelineModel(DiffusionModel):
         device: of the run.
     """
 
+    # Commits of other repositories that parts come from, by hub id.
+    elsewhere: Mapping[str, str] = MappingProxyType({})
     _components: tuple[str, ...] = ("unet", "scheduler", "text_encoder", "tokenizer")
     _text_suffixes: tuple[str, ...] = ("",)
     _condition_names: tuple[str, ...] = ("hidden",)
@@ -326,6 +329,8 @@ class LatentModel(PipelineModel):
         if config.autoencoder is not None:
             self._vae_source = open_autoencoder(config, self._tiny_autoencoder)
             self._vae_source.check_weights("vae")
+            if self._vae_source.revision is not None:
+                self.elsewhere = {self._vae_source.name: self._vae_source.revision}
         vae, self._is_tiny = self._vae_source.config("vae"), self._vae_source.class_name("vae") == "AutoencoderTiny"
         if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
             raise self._source.error("a vae with a latents_mean or latents_std per channel is not served")

@@ -90,6 +90,7 @@ def test_tiny_is_the_one_that_is_published_for_the_latents(
     monkeypatch.setattr(huggingface_hub, "list_repo_files", listing)
     model = _model(pipeline(kind), "tiny", revision="main", variant=None)
     model.encode(torch.rand(1, 3, 16, 16, dtype=torch.float64))
+    assert model.files == {hub_id: "0123abc"}
     assert asked == {(hub_id, "config.json"), (hub_id, "diffusion_pytorch_model.safetensors")}
 
 

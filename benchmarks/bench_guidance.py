@@ -35,7 +35,7 @@ from torch import Tensor
 
 from dreamfusion_fast.gpu.capture import CapturedFunction
 from dreamfusion_fast.networks.fused_unet import fuse
-from dreamfusion_fast.networks.half_range import fit_half_range
+from dreamfusion_fast.networks.half_range import to_half
 from dreamfusion_fast.networks.latent_encoder import LatentEncoder
 
 
@@ -122,9 +122,7 @@ def vae_rows(name: str, views: int, dtype: torch.dtype, repeats: int, kernels: i
         return vae.encode(x.to(dtype)).latent_dist.mean
 
     def rescaled(recompute: bool) -> LatentEncoder:
-        fit_half_range(vae)
-        for part in (vae.encoder, vae.quant_conv):
-            part.half()
+        to_half(vae)
         return LatentEncoder(vae, recompute)
 
     wanted: Tensor | None = None

@@ -43,6 +43,17 @@ def _load(name: str) -> ModuleType:
         raise UnavailableError(f"{name} cannot be imported: {type(error).__name__}: {error}") from None
 
 
+def _seed(seed: int, device: torch.device) -> None:
+    """Seeds the generator that nerfacc's jitter comes from.
+
+    `torch.manual_seed` also seeds kinds of devices that are not there, and formats a stack trace for each of them.
+    """
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 class _Nerfacc(ABC):
     """March and compositing by nerfacc, around a field that a subclass gives."""
 
@@ -71,7 +82,7 @@ class _Nerfacc(ABC):
     def render(self, seed: int) -> tuple[Tensor, int]:
         scene = self._scene
         origins, directions = scene.rays.origins, scene.rays.directions
-        torch.manual_seed(seed)
+        _seed(seed, scene.device)
 
         def places(t_starts: Tensor, t_ends: Tensor, ray_indices: Tensor) -> Tensor:
             middle = 0.5 * (t_starts + t_ends)[:, None]

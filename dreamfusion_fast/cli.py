@@ -1,4 +1,4 @@
-"""The command line: generate, export, sample, doctor.
+"""The command line: generate, export, sample, validate, doctor.
 
 Only parsing and messages are here. torch and what is built on it are imported inside the commands, so that help and
 doctor are quick and work where torch does not.
@@ -44,6 +44,7 @@ usage:
   {PROG} generate --resume out/armchair              continue an interrupted run
   {PROG} export out/armchair --resolution 256        make mesh and pictures again with other settings
   {PROG} sample "an armchair" -n 9 --out grid.png    what the embedded 2D prior makes of a prompt
+  {PROG} validate --guidance.name sdxl               whether a diffusion model does what it should, on one page
   {PROG} doctor                                      what works on this machine, what is missing, how to get it
 
 {PROG} COMMAND --help lists the options of a command; --version prints the version.
@@ -207,22 +208,26 @@ def _generate(arguments: list[str]) -> int:
     # What --config or --resume hold are the defaults for the rest, and a model has settings of its own: read first.
     first = _Parser(prog=f"{PROG} generate", add_help=False, allow_abbrev=False)
     first.add_argument("--config")
+    first.add_argument("--preset")
     first.add_argument("--resume")
     first.add_argument("--guidance.name", dest="guidance")
     known, rest = first.parse_known_args(arguments)
     if known.guidance is not None:
         rest += ["--guidance.name", known.guidance]
-    if known.config is not None and known.resume is not None:
-        raise UserError("give --config or --resume, not both; a resumed run has its own config")
+    for option in ("config", "preset"):
+        if getattr(known, option) is not None and known.resume is not None:
+            raise UserError(f"give --{option} or --resume, not both; a resumed run has its own config")
 
     from dreamfusion_fast.io import open_run_folder
     from dreamfusion_fast.training.checkpoint import run_config
     from dreamfusion_fast.training.config import Config
     from dreamfusion_fast.training.device import resolve_device
+    from dreamfusion_fast.training.presets import preset_names
 
-    base = Config.for_guidance(known.guidance or "embedded")
+    preset = None if known.preset is None else Config.from_preset(known.preset)
+    base = preset or Config.for_guidance(known.guidance or "embedded")
     if known.config is not None:
-        base = Config.load(known.config, guidance=known.guidance)
+        base = Config.load(known.config, guidance=known.guidance, base=preset)
     elif known.resume is not None:
         base = dataclasses.replace(run_config(open_run_folder(known.resume)), out=known.resume)
     config = _parse(
@@ -230,7 +235,9 @@ def _generate(arguments: list[str]) -> int:
         rest,
         "generate",
         "Make a textured mesh of what the prompt says.\n\n"
-        "Besides the options below: --config FILE.yaml reads options from a file (the command line wins), "
+        "Besides the options below: --preset NAME takes the settings of a published recipe "
+        f"({', '.join(preset_names())}), "
+        "--config FILE.yaml reads options from a file (it wins over the preset, the command line over both), "
         "--resume RUN continues an interrupted run.",
         base,
     )
@@ -343,6 +350,34 @@ def _sample(arguments: list[str]) -> int:
     return 0
 
 
+def _validate(arguments: list[str]) -> int:
+    from dreamfusion_fast.io import make_folder, user_path, write_text
+    from dreamfusion_fast.training.device import resolve_device
+    from dreamfusion_fast.validation.config import ValidateConfig
+
+    given = _parse(
+        ValidateConfig,
+        arguments,
+        "validate",
+        "Load a diffusion model, let it draw and guide a short run, and compare what it does with what is expected. "
+        "Exit code 0: all is as expected; 1: something is not.",
+    )
+    given.check()
+    out = user_path(given.out, "--out")
+    page = out / "index.html"
+    if page.exists() and not given.overwrite:
+        raise UserError(f"{page} exists; choose another folder with --out, or give --overwrite")
+    resolve_device(given.device)
+    make_folder(out)
+    from dreamfusion_fast.validation.run import validate
+
+    report = validate(given)
+    write_text(out / "validation.json", report.to_json())
+    write_text(page, report.to_html())
+    print(f"{report.summary()}; done: {page}")
+    return 1 if report.failures else 0
+
+
 def _doctor(arguments: list[str]) -> int:
     argparse.ArgumentParser(
         prog=f"{PROG} doctor",
@@ -359,6 +394,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": _generate,
     "export": _export,
     "sample": _sample,
+    "validate": _validate,
     "doctor": _doctor,
 }
 

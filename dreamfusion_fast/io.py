@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import logging
 import os
 import re
@@ -19,8 +20,12 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dreamfusion_fast.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _log = logging.getLogger(__name__)
 
@@ -84,6 +89,24 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8 to `path`, whole or not at all."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, on the CPU, and its metadata, all of one and the same file.
+
+    safetensors' own reader opens the path twice, for the header and for the data. A file that is put in place of
+    another between the two would be read as a mixture of both.
+
+    Raises:
+        OSError: the file cannot be read.
+        safetensors.SafetensorError: it is no safetensors file.
+    """
+    from safetensors.torch import load  # imports torch, which most commands that write files do without
+
+    data = Path(path).read_bytes()
+    tensors = load(data)  # which has checked the header
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return tensors, header.get("__metadata__") or {}
 
 
 class RunFolder:

@@ -46,6 +46,7 @@ ORDER = (
     "training.memory_plan",
     "training.config",
     "training",
+    "validation",
     "doctor",
     "cli",
 )

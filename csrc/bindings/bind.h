@@ -60,12 +60,13 @@ struct FromPython<T[kCount]> {
 // A struct within an op's comes as a tuple of the members listed.
 template <typename Struct, auto... kMembers>
 struct FromTuple {
-  template <auto kMember>
-  using Python = FromPython<std::remove_reference_t<decltype(std::declval<Struct>().*kMember)>>;
+  // By the type of a member, not by the member: Clang 14 takes no pack of `auto` for an alias with an `auto`.
+  template <typename Member>
+  using Python = FromPython<std::remove_reference_t<decltype(std::declval<Struct>().*std::declval<Member>())>>;
 
-  using Type = std::tuple<typename Python<kMembers>::Type...>;
+  using Type = std::tuple<typename Python<decltype(kMembers)>::Type...>;
   static void read(const Type& values, Struct& filled) {
-    std::apply([&](const auto&... value) { (Python<kMembers>::read(value, filled.*kMembers), ...); }, values);
+    std::apply([&](const auto&... value) { (Python<decltype(kMembers)>::read(value, filled.*kMembers), ...); }, values);
   }
 };
 

@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance.prompts import Prompt
-from dreamfusion_fast.io import atomic_path, user_path
+from dreamfusion_fast.io import atomic_path, read_safetensors, user_path
 
 # Part of every key: raised whenever the meaning of a stored file changes.
 _FORMAT = 1
@@ -100,9 +100,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 def _read(path: Path, rows: int, shapes: Mapping[str, tuple[int | None, ...]]) -> dict[str, Tensor] | None:
     """The tensors `[rows, ..., width]` of a whole, undamaged file; None for no file and, with a warning, any other."""
     try:
-        with safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            metadata = file.metadata() or {}
+        tensors, metadata = read_safetensors(path)
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError) as error:

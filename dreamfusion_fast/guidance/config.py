@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
 
 from dreamfusion_fast.guidance.methods.cfg import Convention
+from dreamfusion_fast.guidance.methods.ism import IsmConfig
+from dreamfusion_fast.guidance.methods.sdi import SdiConfig
+from dreamfusion_fast.guidance.methods.vsd import VsdConfig
 from dreamfusion_fast.guidance.models.schedule import Weighting
+from dreamfusion_fast.guidance.prompts import dropped_words
 from dreamfusion_fast.io import user_path
 from dreamfusion_fast.settings import Range, Settings
 
-Mode = Literal["sds", "csd"]
+Mode = Literal["sds", "csd", "sdi", "ism", "vsd"]
+"""The methods; `dreamfusion_fast.guidance.distillation.METHODS` has the class of each."""
 DtypeName = Literal["auto", "float64", "float32", "float16", "bfloat16"]
 TextDevice = Literal["auto", "cpu", "cuda"]
 TextDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
@@ -51,16 +56,34 @@ class GuidanceConfig(Settings):
             Diffusion or SDXL in one safetensors file, or a hub id "owner/name". Paths are made absolute.
         base: of a single file: a name, folder or hub id of a pipeline that it was made from, whose configurations and
             tokenizers are used; None: the file says enough, as all but those of Stable Diffusion 2 do.
-        guidance_scale: s in eps_null + s (eps_text - eps_null); None takes the model's own default.
+        guidance_scale: s in eps_null + s (eps_text - eps_null); None takes that of the mode's authors, if they have
+            one, else the model's own default.
         convention: "null" as above, as in diffusers; "text" for eps_text + s (eps_text - eps_null), as in the
             DreamFusion paper (s = 100 there is s = 101 here).
-        weighting: w(t): "sds" sigma_t^2 (the paper), "uniform" 1, "fantasia3d" alpha_t sigma_t^2.
-        mode: "sds" pulls along eps_hat - eps; "csd" along s (eps_text - eps_null), classifier score distillation.
+        guidance_rescale: share of rescaled guidance (Lin et al. 2023): the guided prediction gets the standard
+            deviation of the prediction with the text; 0.7 in the paper. It does nothing to csd.
+        perp_neg: Perp-Neg (Armandpour et al. 2023): the prompt with "front view" and "side view" push away where a view
+            is neither, which takes four predictions in place of two.
+        weighting: w(t): "sds" sigma_t^2 (DreamFusion), "uniform" 1, "fantasia3d" alpha_t sigma_t^2, "ism" sigma_t /
+            alpha_t (LucidDreamer), "dreamtime" DreamTime's importance of t. None takes that of the mode's authors.
+        mode: "sds" pulls along eps_hat - eps; "csd" along s (eps_text - eps_null), classifier score distillation;
+            "sdi" as sds, with noise that inversion finds in the render; "ism" matches an interval of that inversion;
+            "vsd" compares with a LoRA of the model that learns the renders (needs peft).
+            `docs/guidance.md` has the equations.
+        second_mode: the mode that `schedule.sds_share` of a run hands the rest of the pull to; None: csd where the mode
+            is sds, else no other.
         clip_x0: clamp the model's estimate of the clean image to the range of images and recompute eps_hat (static
             thresholding, Saharia et al. 2022, section 2.3). None takes the model's default. Pixel-space models only.
         grad_clip: largest norm over channels of the weighted residual at a pixel of the model's input; None: no limit.
+        grad_clip_end: what `grad_clip` goes to, linearly, until the end of the run; None: it stays. Debiased score
+            distillation (Hong et al. 2023) goes from 0.5 to 2.
         negative_prompt: text of the unconditional half.
         view_dependent: name the view's direction in the prompt.
+        interpolate_views: between front, side and back, interpolate the embedded prompts by the azimuth, as
+            stable-dreamfusion does, in place of switching at 45 and 135 degrees. `perp_neg` does so in any case.
+        drop_words: words of the prompt that contradict a view and are left out of its text, such as "back: face,
+            smiling; overhead: face". Prompt debiasing (Hong et al. 2023) finds them with a language model; here they
+            are given.
         dtype: arithmetic of the diffusion model; "auto" leaves it to the model (diffusers pipelines: float16 on a GPU,
             float32 on a CPU).
         text_device: where a diffusers pipeline's text encoder runs: "cuda" whole on the run's GPU, "cpu", or "auto": on
@@ -81,18 +104,25 @@ class GuidanceConfig(Settings):
             (TAESD and its kin: quicker, and coarser), or a folder or hub id that holds one.
         autoencoder_dtype: arithmetic of a latent model's autoencoder; "auto" is that of the diffusion model, but for
             one that overflows in float16: it is rescaled on a GPU (`networks/half_range.py`), and float32 elsewhere.
+        sdi, ism, vsd: settings of these modes.
     """
 
     name: str = "embedded"
     base: str | None = None
     guidance_scale: Annotated[float | None, Range(-1e6, 1e6)] = None
     convention: Convention = "null"
-    weighting: Weighting = "sds"
+    guidance_rescale: Annotated[float, Range(0, 1)] = 0.0
+    perp_neg: bool = False
+    weighting: Weighting | None = None
     mode: Mode = "sds"
+    second_mode: Mode | None = None
     clip_x0: bool | None = None
     grad_clip: Annotated[float | None, Range(0, open="low")] = None
+    grad_clip_end: Annotated[float | None, Range(0, open="low")] = None
     negative_prompt: str = ""
     view_dependent: bool = True
+    interpolate_views: bool = False
+    drop_words: str = ""
     dtype: DtypeName = "auto"
     text_device: TextDevice = "auto"
     text_dtype: TextDtype = "auto"
@@ -105,6 +135,9 @@ class GuidanceConfig(Settings):
     textual_inversion: tuple[str, ...] = ()
     autoencoder: str | None = None
     autoencoder_dtype: DtypeName = "auto"
+    sdi: SdiConfig = field(default_factory=SdiConfig)
+    ism: IsmConfig = field(default_factory=IsmConfig)
+    vsd: VsdConfig = field(default_factory=VsdConfig)
 
     def check_together(self) -> None:
         if self.autoencoder not in (None, "tiny"):
@@ -124,8 +157,26 @@ class GuidanceConfig(Settings):
             self.refuse("variant", want="letters and digits, such as fp16")
         if self.mode == "csd" and self.clip_x0:
             self.refuse("clip_x0", "mode", want="no clip_x0 with csd, which has no clean-image estimate to clamp")
+        if self.grad_clip is None and self.grad_clip_end is not None:
+            self.refuse("grad_clip_end", "grad_clip", want="a grad_clip to begin with")
+        try:
+            dropped_words(self.drop_words)
+        except ValueError:
+            self.refuse(
+                "drop_words", want="front, side, back or overhead with words, such as back: face, smiling; side: grin"
+            )
+        if self.perp_neg and not self.view_dependent:
+            self.refuse("perp_neg", "view_dependent", want="view_dependent prompts, which Perp-Neg tells apart")
+        if self.interpolate_views and not self.view_dependent:
+            self.refuse("interpolate_views", "view_dependent", want="view_dependent prompts to interpolate")
         if self.text_dtype == "int8" and self.text_device == "cpu":
             self.refuse("text_dtype", "text_device", want="a GPU for int8: text_device auto, or text_dtype bfloat16")
+
+    @property
+    def modes(self) -> tuple[Mode, Mode | None]:
+        """The methods of a run: the first one, and the one that takes the rest of the pull."""
+        second = ("csd" if self.mode == "sds" else None) if self.second_mode is None else self.second_mode
+        return self.mode, None if second == self.mode else second
 
     def _absolute(self, field: str, text: str) -> str:
         """A file and what follows its colon, the file's path absolute."""

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance.memory import UsesMemory
 from dreamfusion_fast.guidance.models.schedule import NoiseSchedule
-from dreamfusion_fast.guidance.prompts import VIEW_NAMES, Prompt, PromptSet, view_index
+from dreamfusion_fast.guidance.prompts import VIEW_NAMES, Prompt, PromptSet, view_index, view_shares
 
 ShadingName = Literal["albedo", "lambertian", "textureless"]
 
@@ -34,12 +35,19 @@ class Views:
         elevation: [B] radians above the horizon.
         background: [B, 3] solid colour behind the object in [0, 1], or None where it is not one colour.
         shading: shading of the whole batch.
+        camera_to_world: [B, 4, 4] poses, camera space x right, y up, looking along -z; None: not known.
+        fov_y: [B] vertical field of view, radians; None: not known.
+        group: so many views, one after another, show the object together: a model for several views reads them as one.
+            They share a timestep, and have a noise each.
     """
 
     azimuth: Tensor
     elevation: Tensor
     background: Tensor | None = None
     shading: ShadingName = "albedo"
+    camera_to_world: Tensor | None = None
+    fov_y: Tensor | None = None
+    group: int = 1
 
     def __post_init__(self) -> None:
         if self.azimuth.ndim != 1 or self.azimuth.shape != self.elevation.shape:
@@ -51,14 +59,31 @@ class Views:
             raise ValueError(f"background must have shape [{len(self)}, 3], got {tuple(self.background.shape)}")
         if self.shading not in get_args(ShadingName):
             raise ValueError(f"shading must be one of {', '.join(get_args(ShadingName))}, got {self.shading!r}")
+        if self.camera_to_world is not None and self.camera_to_world.shape != (len(self), 4, 4):
+            shape = tuple(self.camera_to_world.shape)
+            raise ValueError(f"camera_to_world must have shape [{len(self)}, 4, 4], got {shape}")
+        if self.fov_y is not None and self.fov_y.shape != (len(self),):
+            raise ValueError(f"fov_y must have shape [{len(self)}], got {tuple(self.fov_y.shape)}")
+        if self.group < 1 or len(self) % self.group:
+            raise ValueError(f"group: got {self.group}, want a divisor of the number of views, {len(self)}")
 
     def __len__(self) -> int:
         return self.azimuth.shape[0]
 
     def __getitem__(self, rows: slice) -> Views:
-        """Some of the views."""
-        background = None if self.background is None else self.background[rows]
-        return Views(self.azimuth[rows], self.elevation[rows], background, self.shading)
+        """Some of the views, in whole groups."""
+
+        def some(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows]
+
+        return replace(
+            self,
+            azimuth=self.azimuth[rows],
+            elevation=self.elevation[rows],
+            background=some(self.background),
+            camera_to_world=some(self.camera_to_world),
+            fov_y=some(self.fov_y),
+        )
 
 
 @dataclass(frozen=True)
@@ -67,9 +92,12 @@ class PromptEmbeddings:
 
     Args:
         tensors: name -> [5, ...]. The names belong to the model ("hidden" for the sequence, and what else it needs).
+        interpolated: the text of a view is what lies between those of the directions next to it, by `view_shares`;
+            False: that of the direction that the view counts as.
     """
 
     tensors: Mapping[str, Tensor]
+    interpolated: bool = False
 
     ROWS = len(VIEW_NAMES) + 1
 
@@ -81,14 +109,14 @@ class PromptEmbeddings:
                 raise ValueError(f"tensors[{name!r}] must have shape [{self.ROWS}, ...], got {tuple(value.shape)}")
 
     def to(self, device: torch.device | str) -> PromptEmbeddings:
-        return PromptEmbeddings({name: value.to(device) for name, value in self.tensors.items()})
+        return replace(self, tensors={name: value.to(device) for name, value in self.tensors.items()})
 
     def select(self, conditions: Sequence[str], views: Views) -> dict[str, Tensor]:
         """Rows for each view under each condition, on the embeddings' device and without waiting for it.
 
         Args:
-            conditions: "null" for the unconditional row, "text" for that of each view's direction, or one of
-                `VIEW_NAMES` for that direction's.
+            conditions: "null" for the unconditional row, "text" for what each view's direction says, or one of
+                `VIEW_NAMES` for that direction's row.
             views: B of them.
 
         Returns:
@@ -97,7 +125,16 @@ class PromptEmbeddings:
         text = view_index(views.azimuth, views.elevation)
         fixed = {"null": len(VIEW_NAMES), **{name: row for row, name in enumerate(VIEW_NAMES)}}
         rows = torch.cat([text if name == "text" else torch.full_like(text, fixed[name]) for name in conditions])
-        return {name: value.index_select(0, rows.to(value.device)) for name, value in self.tensors.items()}
+        selected = {name: value.index_select(0, rows.to(value.device)) for name, value in self.tensors.items()}
+        if not self.interpolated or "text" not in conditions:
+            return selected
+        shares = view_shares(views.azimuth, views.elevation)
+        first = list(conditions).index("text") * len(views)
+        for name, value in self.tensors.items():
+            directions = value[: len(VIEW_NAMES)]
+            mixed = torch.tensordot(shares.to(value.device, value.dtype), directions, dims=1)
+            selected[name][first : first + len(views)] = mixed
+        return selected
 
 
 @dataclass(frozen=True)
@@ -111,10 +148,11 @@ class GuidanceRequest:
         t_range: timesteps are drawn uniformly between these fractions of the model's noise schedule, ends included.
             A run sets them by its `ScheduleConfig`.
         generator: source of timesteps and noise. A CPU generator gives the same numbers on every device.
-        sds_share: share of the residual of score distillation; the rest is that of classifier score distillation.
-            Methods other than mode "sds" do not read it.
-        views_per_call: most views in one call of the model, for the memory of so many; None: all. Timesteps and noise
-            are drawn for the whole batch all the same.
+        sds_share: where a guidance has two methods, share of the first one in the pull, which by default is score
+            distillation; the rest is that of the second one. A guidance of one method does not read it.
+        views_per_call: most views in one call of the model, for the memory of so many, but at least one group of them;
+            None: all. Timesteps and noise are drawn for the whole batch all the same.
+        progress: fraction of the run that is done, 0 to 1.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, such as a t_range other than 0 <= low <= high <= 1.
@@ -127,6 +165,7 @@ class GuidanceRequest:
     generator: torch.Generator | None = None
     sds_share: float = 1.0
     views_per_call: int | None = None
+    progress: float = 0.0
 
     def __post_init__(self) -> None:
         images, views, t_range = self.images, self.views, self.t_range
@@ -142,6 +181,8 @@ class GuidanceRequest:
             raise ValueError(f"sds_share: got {self.sds_share}, want 0 to 1")
         if self.views_per_call is not None and self.views_per_call < 1:
             raise ValueError(f"views_per_call: got {self.views_per_call}, want at least 1")
+        if not 0 <= self.progress <= 1:
+            raise ValueError(f"progress: got {self.progress}, want 0 to 1")
 
 
 class GuidanceOutput(NamedTuple):
@@ -176,6 +217,7 @@ class DiffusionModel(UsesMemory, ABC):
         default_guidance_scale: used where the config names none; convention eps_null + s (eps_text - eps_null).
         x0_range: range of a clean input if it has one (pixel models: (-1, 1)), else None.
         clip_x0: whether the estimate of the clean input is clamped to `x0_range` by default.
+        views_per_group: views that it reads as one (`Views.group`).
         revision: commit of the hub's repository that the weights are of; None: of no hub.
         files: sha256 of single files that the model is made of, by path, and commits of other repositories, by hub id.
     """
@@ -187,6 +229,7 @@ class DiffusionModel(UsesMemory, ABC):
     default_guidance_scale: float
     x0_range: tuple[float, float] | None = None
     clip_x0: bool = False
+    views_per_group: int = 1
     revision: str | None = None
     files: Mapping[str, str] = MappingProxyType({})
 
@@ -210,6 +253,16 @@ class DiffusionModel(UsesMemory, ABC):
     def encode(self, images: Tensor) -> Tensor:
         """Differentiable map from images [B, 3, H, W] in [0, 1] to the model's input [B, C, h, w] in their dtype."""
 
+    def decode(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] of inputs [B, C, h, w], to look at; without gradients.
+
+        What it needs beside the weights of `predict` is loaded for this call alone and freed after it.
+        """
+        if self.x0_range is None:
+            raise NotImplementedError(f"{self.name} has no decoder")
+        low, high = self.x0_range
+        return ((x.detach() - low) / (high - low)).clamp(0, 1)
+
     @abstractmethod
     def predict(self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor], views: Views) -> Tensor:
         """Evaluate all conditions in one batch.
@@ -227,6 +280,17 @@ class DiffusionModel(UsesMemory, ABC):
             [K B, C, h, w]: B predictions under the first condition, then B under the second, and so on.
         """
 
+    def trainable_network(self) -> nn.Module:
+        """The network that `predict` evaluates with gradients enabled, loaded, for adapters to be put into its layers.
+
+        From then on its weights stay where they are: `set_offload(True)` is not called. With gradients disabled,
+        `predict` is that of the network without adapters, or with adapters that are turned off.
+
+        Raises:
+            UserError: there is none; the message says which methods do not work with this model.
+        """
+        raise UserError(f"guidance {self.name!r} has no network that could be trained: mode vsd needs one")
+
 
 class Guidance(UsesMemory, ABC):
     """Pulls images towards a prompt.
@@ -234,12 +298,14 @@ class Guidance(UsesMemory, ABC):
     Attributes:
         name: for messages.
         image_size: height and width of images the model was trained on.
+        views_per_group: views that have to show the object together (`Views.group`); a batch is a multiple of it.
         revision: commit of the hub's repository that the weights are of; None: of no hub.
         files: sha256 of single files that the model is made of, by path, and commits of other repositories, by hub id.
     """
 
     name: str
     image_size: int
+    views_per_group: int = 1
     revision: str | None = None
     files: Mapping[str, str] = MappingProxyType({})
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,16 +21,45 @@ from dreamfusion_fast.guidance.contract import (
     GuidanceRequest,
     PromptEmbeddings,
 )
+from dreamfusion_fast.guidance.memory import GuidanceMemory
 from dreamfusion_fast.guidance.methods import (
     ClassifierScoreDistillation,
+    Combination,
+    Distilled,
+    Guiding,
+    IntervalScoreMatching,
     Method,
-    MixedScoreDistillation,
+    MixedDistillation,
     Predictions,
+    ScoreDistillationSampling,
+    ScoreDistillationViaInversion,
+    VariationalScoreDistillation,
 )
-from dreamfusion_fast.guidance.prompts import PromptSet
+from dreamfusion_fast.guidance.prompts import PromptSet, dropped_words
 
-METHODS: dict[str, type[Method]] = {"sds": MixedScoreDistillation, "csd": ClassifierScoreDistillation}
-"""The methods that a config's mode names; "sds" is SDS alone unless a request says otherwise."""
+METHODS: dict[str, Callable[[GuidanceConfig], Method]] = {
+    "sds": lambda config: ScoreDistillationSampling(),
+    "csd": lambda config: ClassifierScoreDistillation(),
+    "sdi": lambda config: ScoreDistillationViaInversion(config.sdi),
+    "ism": lambda config: IntervalScoreMatching(config.ism),
+    "vsd": lambda config: VariationalScoreDistillation(config.vsd),
+}
+"""The methods that a config's mode and second mode name."""
+
+
+def create_method(config: GuidanceConfig) -> Method:
+    """The method that a config names; of two, which one pulls is up to the requests (`GuidanceRequest.sds_share`)."""
+    first, second = config.modes
+    method = METHODS[first](config)
+    return method if second is None else MixedDistillation(method, METHODS[second](config))
+
+
+# The graph of one prediction, kept for the gradient of what is trained in a network, takes about as much as so many
+# guided pairs without one. An estimate: half of the activations of a U-Net are of its widest level.
+_PAIRS_OF_A_GRAPH = 16
+# A mean over a whole input has gradients that vanish in float16 on their way through a network. A power of two changes
+# no other digit.
+_LOSS_SCALE = 1024.0
 
 
 class ScoreDistillation(Guidance):
@@ -39,10 +69,11 @@ class ScoreDistillation(Guidance):
         model: what predicts.
         config: how; its name is not read.
         cache: of prompt embeddings; by default the user's, if the config wants one.
-        method: what is made of predictions; by default what the config's mode says. It is moved to the model's device.
+        method: what is made of predictions; by default what the config's modes say. It is moved to the model's device.
 
     Raises:
-        UserError: clip_x0 asked of a model whose input has no fixed range (a latent model).
+        UserError: clip_x0 asked of a model whose input has no fixed range (a latent model), or a method that trains
+            part of the network of a model that has none.
     """
 
     def __init__(
@@ -58,29 +89,44 @@ class ScoreDistillation(Guidance):
         self.image_size = model.image_size
         self.revision = model.revision
         self.files = model.files
-        self.guidance_scale = self._scale()
+        self.views_per_group = model.views_per_group
         self.clip_x0 = model.clip_x0 if self.config.clip_x0 is None else self.config.clip_x0
         if self.clip_x0 and model.x0_range is None:
             raise UserError(
                 f"guidance clip_x0 needs a pixel-space model, and {model.name} works on latents: turn it off"
             )
-        self.method = (METHODS[self.config.mode]() if method is None else method).to(model.device)
+        self.method = create_method(self.config) if method is None else method
+        self.method.attach(model, self._guiding())
         self._groups = self.method.parameter_groups()
         self._parameters = [parameter for group in self._groups for parameter in group["params"]]
         self._cache = cache if cache is not None else (EmbeddingCache() if self.config.cache else None)
         self._finite = _FiniteGuard(model.name)
 
-    def _scale(self) -> float:
-        """The config's scale; the model's default is given in the "null" convention and turned into the config's."""
-        if self.config.guidance_scale is not None:
-            return self.config.guidance_scale
-        default = self.model.default_guidance_scale
-        return default if self.config.convention == "null" else default - 1.0
+    def _guiding(self) -> Guiding:
+        """What the config says to every method."""
+        config = self.config
+        combination = Combination(0.0, config.convention, config.guidance_rescale, config.perp_neg)
+        return Guiding(combination, config.guidance_scale, config.weighting)
+
+    @property
+    def guidance_scale(self) -> float:
+        """s of the (first) method, in the config's convention."""
+        return self.method.combination.scale
+
+    def memory_needs(self, batch: int, render_size: int) -> GuidanceMemory:
+        """See `UsesMemory.memory_needs`: the model's, more where the method asks for more, or trains something."""
+        needs = super().memory_needs(batch, render_size)
+        # A model says what a guided pair takes.
+        needs = replace(needs, unet=needs.unet * max(len(self.method.asked), 2) // 2)
+        if not self._parameters:
+            return needs
+        return replace(needs, unet=needs.unet + needs.unet * _PAIRS_OF_A_GRAPH // 2, offloadable=0)
 
     def embed(self, prompts: PromptSet | str) -> PromptEmbeddings:
-        """See `Guidance.embed`; a plain string takes negative prompt and view dependence from the config."""
+        """See `Guidance.embed`; for a plain string the config says the rest of a `PromptSet`."""
         if isinstance(prompts, str):
-            prompts = PromptSet(prompts, self.config.negative_prompt, self.config.view_dependent)
+            c = self.config
+            prompts = PromptSet(prompts, c.negative_prompt, c.view_dependent, dropped_words(c.drop_words))
         if self._cache is None:
             tensors = self.model.embed_texts(prompts.texts)
         else:
@@ -88,7 +134,8 @@ class ScoreDistillation(Guidance):
             tensors = self._cache.get_or_compute(
                 model.text_identity, prompts.texts, model.embed_texts, model.text_shapes()
             )
-        return PromptEmbeddings(tensors).to(self.model.device)
+        interpolated = prompts.view_dependent and (self.config.interpolate_views or self.config.perp_neg)
+        return PromptEmbeddings(tensors, interpolated).to(self.model.device)
 
     def gradient(self, request: GuidanceRequest) -> GuidanceOutput:
         """See `Guidance.gradient`. Arithmetic is in the images' dtype, the model's evaluation in its own.
@@ -98,39 +145,45 @@ class ScoreDistillation(Guidance):
         images, batch = request.images.detach(), len(request.images)
         if images.device.type != self.model.device.type:
             raise ValueError(f"images must be on {self.model.device}, the guidance's device, got {images.device}")
+        group = self.views_per_group
+        if request.views.group != group:
+            raise ValueError(
+                f"views.group: got {request.views.group}, want {group}, as many views as {self.name} reads together"
+            )
         gradients: list[Tensor] = []
         sizes: list[Tensor] = []
         losses: list[Tensor] = []
         parameter_gradients: Sequence[Tensor] = ()
-        step = request.views_per_call or batch
+        step = max((request.views_per_call or batch) // group, 1) * group
         for first in range(0, batch, step):
             rows = slice(first, first + step)
             part = images[rows].requires_grad_(True)
             with torch.enable_grad(), stage("encode"):
                 x = self.model.encode(part)
             if first == 0:  # only now it is known what the noise is like
-                t, noise = self._draw(x, request)
-            predictions, residual, pull = self._pull(x.detach(), t[rows], noise[rows], rows, request)
-            with stage("encode backward"):
-                gradients += torch.autograd.grad(x, part, grad_outputs=pull)
-            sizes.append(residual.square().flatten(1).mean(dim=1).sqrt())
-            with torch.enable_grad():
-                loss = self.method.loss(predictions)
-            if loss is not None:  # its backward is done at once, so that no part's graph is kept beside the next
-                losses.append(loss.detach() * (len(part) / batch))
-                added = torch.autograd.grad(loss * (len(part) / batch), self._parameters)
+                t, noise, draws = self._draw(x, request)
+            distilled = self._distil(x.detach(), t[rows], noise[rows], draws[:, rows], rows, request)
+            if distilled.loss is not None:  # backward at once, so that no part's graph is kept beside another
+                loss = distilled.loss * (len(part) / batch)
+                losses.append(loss.detach())
+                scaled = torch.autograd.grad(_LOSS_SCALE * loss, self._parameters)
+                added = [gradient / _LOSS_SCALE for gradient in scaled]
                 before = parameter_gradients
                 parameter_gradients = [a + b for a, b in zip(before, added, strict=True)] if before else added
+            pull = self._clipped(distilled.pull, request.progress)
+            with stage("encode backward"):
+                gradients += torch.autograd.grad(x, part, grad_outputs=pull)
+            sizes.append(distilled.residual.square().flatten(1).mean(dim=1).sqrt())
         gradient = _joined(gradients)
         self._finite.check(images, gradient)
-        loss = torch.stack(losses).sum() if losses else None
-        return GuidanceOutput(gradient, t, _joined(sizes), loss, parameter_gradients)
+        total = torch.stack(losses).sum() if losses else None
+        return GuidanceOutput(gradient, t, _joined(sizes), total, parameter_gradients)
 
     @torch.no_grad()
-    def _pull(
-        self, clean: Tensor, t: Tensor, noise: Tensor, rows: slice, request: GuidanceRequest
-    ) -> tuple[Predictions, Tensor, Tensor]:
-        """Predictions for some views of a batch, the method's residual, and its weighted and clipped form."""
+    def _distil(
+        self, clean: Tensor, t: Tensor, noise: Tensor, draws: Tensor, rows: slice, request: GuidanceRequest
+    ) -> Distilled:
+        """What the method makes of some views of a batch."""
         level = self.model.schedule.at(t, clean.dtype)
         predictions = Predictions(
             model=self.model,
@@ -141,19 +194,22 @@ class ScoreDistillation(Guidance):
             noise=noise,
             noisy=level.noisy(clean, noise),
             level=level,
-            scale=self.guidance_scale,
-            convention=self.config.convention,
+            combination=self.method.combination,
             x0_range=self.model.x0_range if self.clip_x0 else None,
             sds_share=request.sds_share,
+            t_most=self._timesteps(request)[1],
+            draws=draws,
         )
         with stage("unet"):
-            predictions.outputs = predictions.predict(self.method.conditions)
-        residual = self.method.residual(predictions)
-        pull, clip = level.weight(self.config.weighting) * residual, self.config.grad_clip
-        if clip is not None:
-            size = pull.norm(dim=1, keepdim=True)
-            pull = pull * (clip / size.clamp_min(clip))
-        return predictions, residual, pull
+            return self.method.distil(predictions)
+
+    def _clipped(self, pull: Tensor, progress: float) -> Tensor:
+        """The pull with its norm over channels limited as the config says, here and now."""
+        start, end = self.config.grad_clip, self.config.grad_clip_end
+        if start is None:
+            return pull
+        clip = start if end is None else start + (end - start) * progress
+        return pull * (clip / pull.norm(dim=1, keepdim=True).clamp_min(clip))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """See `Guidance.parameter_groups`: the method's."""
@@ -167,22 +223,30 @@ class ScoreDistillation(Guidance):
         """See `Guidance.load_state`."""
         self.method.load_state_dict(state)
 
-    def _draw(self, x: Tensor, request: GuidanceRequest) -> tuple[Tensor, Tensor]:
-        """Timesteps `[B]` int64 and noise `[B, ...]` of the whole batch, for an input `x` of the first part of it.
-
-        Timesteps are uniform over those between both fractions of the schedule, ends included; noise is standard
-        normal. Both are drawn in float32 where the generator lives, so that a seed means one noise everywhere.
-        """
-        steps, batch, generator = self.model.schedule.steps, len(request.images), request.generator
+    def _timesteps(self, request: GuidanceRequest) -> tuple[int, int]:
+        """The smallest and the largest timestep that may be drawn."""
+        steps = self.model.schedule.steps
         low, high = (min(round(fraction * steps), steps - 1) for fraction in request.t_range)
+        return low, high
+
+    def _draw(self, x: Tensor, request: GuidanceRequest) -> tuple[Tensor, Tensor, Tensor]:
+        """Timesteps `[B]` int64, noise `[B, ...]` and the method's draws `[n, B, ...]`, all of the whole batch.
+
+        `x` is the input of its first part. Timesteps are uniform over those between both fractions of the schedule,
+        ends included, one for each group of views; noise is standard normal. All is drawn in float32 where the
+        generator lives, so that a seed means one noise everywhere.
+        """
+        batch, generator, group = len(request.images), request.generator, self.views_per_group
+        low, high = self._timesteps(request)
         where = generator.device if generator is not None else torch.device("cpu")
         pinned = x.is_cuda and where.type == "cpu"  # so that no copy waits
-        t = torch.empty(batch, dtype=torch.int64, device=where, pin_memory=pinned)
-        torch.randint(low, high + 1, (batch,), generator=generator, out=t)
-        noise = torch.empty(batch, *x.shape[1:], dtype=torch.float32, device=where, pin_memory=pinned)
+        t = torch.empty(batch // group, dtype=torch.int64, device=where, pin_memory=pinned)
+        torch.randint(low, high + 1, t.shape, generator=generator, out=t)
+        noise = torch.empty(1 + self.method.draws, batch, *x.shape[1:], device=where, pin_memory=pinned)
         torch.randn(noise.shape, generator=generator, out=noise)
         device = self.model.device
-        return t.to(device, non_blocking=True), noise.to(device, x.dtype, non_blocking=True)
+        t, noise = t.to(device, non_blocking=True), noise.to(device, x.dtype, non_blocking=True)
+        return t.repeat_interleave(group) if group > 1 else t, noise[0], noise[1:]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ import re
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -57,26 +57,56 @@ class PromptSet:
         prompt: what to make, for example "an armchair"; surrounding white space is dropped.
         negative_prompt: text of the unconditional half; empty for plain classifier-free guidance.
         view_dependent: append ", front view" and so on; otherwise every view is guided by the prompt as it is.
+        dropped: direction -> words or phrases of the prompt that its text goes without, upper or lower case.
 
     Raises:
-        UserError: the prompt is empty.
+        UserError: the prompt is empty, or all of it is dropped.
     """
 
     prompt: str
     negative_prompt: str = ""
     view_dependent: bool = True
+    dropped: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise UserError(f'the prompt is empty (got {self.prompt!r}): say what to make, for example "an armchair"')
         object.__setattr__(self, "prompt", " ".join(self.prompt.split()))
         object.__setattr__(self, "negative_prompt", " ".join(self.negative_prompt.split()))
+        for name in self.dropped:
+            if not self._text(name):
+                raise UserError(
+                    f"nothing is left of the prompt {self.prompt!r} without the words dropped in {name} views"
+                )
 
     @property
     def texts(self) -> list[Prompt]:
         """The five texts to embed: one per entry of `VIEW_NAMES`, then the unconditional one."""
-        views = [Prompt(self.prompt, name if self.view_dependent else None) for name in VIEW_NAMES]
+        views = [Prompt(self._text(name), name if self.view_dependent else None) for name in VIEW_NAMES]
         return [*views, Prompt(self.negative_prompt)]
+
+    def _text(self, view: str) -> str:
+        """The prompt without what is dropped in this view."""
+        text = self.prompt
+        for words in self.dropped.get(view, ()):
+            text = re.sub(rf"(?<!\w){re.escape(words)}(?!\w)", " ", text, flags=re.IGNORECASE)
+        return re.sub(r"\s+([,.;])", r"\1", " ".join(text.split())).strip(" ,;")
+
+
+def dropped_words(text: str) -> dict[str, list[str]]:
+    """Words by direction, as "back: face, smiling; overhead: face" lists them.
+
+    Raises:
+        ValueError: an unknown direction, or one without words.
+    """
+    dropped: dict[str, list[str]] = {}
+    for part in filter(str.strip, text.split(";")):
+        name, _, words = part.partition(":")
+        found = [" ".join(word.split()) for word in words.split(",") if word.strip()]
+        if name.strip() not in VIEW_NAMES or not found:
+            raise ValueError(f"{part.strip()!r} is not one of {', '.join(VIEW_NAMES)}, a colon and words")
+        dropped.setdefault(name.strip(), []).extend(found)
+    return dropped
 
 
 def shortened(prompts: Sequence[Prompt], fits: Callable[[str], bool]) -> tuple[list[str], dict[str, str]]:
@@ -138,8 +168,38 @@ def view_index(azimuth: Tensor, elevation: Tensor) -> Tensor:
         raise ValueError(
             f"azimuth and elevation must both have shape [B], got {tuple(azimuth.shape)} and {tuple(elevation.shape)}"
         )
-    from_front = torch.remainder(azimuth + math.pi, 2 * math.pi).sub(math.pi).abs()
+    angle = from_front(azimuth)
     index = torch.ones_like(azimuth, dtype=torch.int64)
-    index = index.masked_fill(from_front <= math.radians(FRONT_LIMIT_DEG) + _TOLERANCE, 0)
-    index = index.masked_fill(from_front >= math.radians(BACK_LIMIT_DEG) - _TOLERANCE, 2)
-    return index.masked_fill(elevation > math.radians(OVERHEAD_LIMIT_DEG) + _TOLERANCE, 3)
+    index = index.masked_fill(angle <= math.radians(FRONT_LIMIT_DEG) + _TOLERANCE, 0)
+    index = index.masked_fill(angle >= math.radians(BACK_LIMIT_DEG) - _TOLERANCE, 2)
+    return index.masked_fill(is_overhead(elevation), 3)
+
+
+def view_shares(azimuth: Tensor, elevation: Tensor) -> Tensor:
+    """Share of each of `VIEW_NAMES` in a view whose prompt is interpolated, computed on the device of its input.
+
+    From the front to the side and from there to the back, shares change linearly with the azimuth, as in
+    stable-dreamfusion. There is nothing between these and "overhead".
+
+    Args:
+        azimuth: [B] radians, any multiple of 2 pi allowed; 0 is the front.
+        elevation: [B] radians above the horizon.
+
+    Returns:
+        [B, 4], dtype of the azimuth; each row adds up to 1.
+    """
+    quarter = from_front(azimuth) / (math.pi / 2)  # 0 front, 1 side, 2 back
+    overhead = is_overhead(elevation)
+    sides = torch.stack([(1 - quarter).clamp_min(0), 1 - (quarter - 1).abs(), (quarter - 1).clamp_min(0)], dim=1)
+    sides = sides.masked_fill(overhead[:, None], 0.0)
+    return torch.cat([sides, overhead[:, None].to(sides.dtype)], dim=1)
+
+
+def from_front(azimuth: Tensor) -> Tensor:
+    """Angle between an azimuth and the front, either way around: 0 to pi, radians."""
+    return torch.remainder(azimuth + math.pi, 2 * math.pi).sub(math.pi).abs()
+
+
+def is_overhead(elevation: Tensor) -> Tensor:
+    """Whether a view at this elevation, radians, is an overhead view."""
+    return elevation > math.radians(OVERHEAD_LIMIT_DEG) + _TOLERANCE

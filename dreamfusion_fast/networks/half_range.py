@@ -25,6 +25,14 @@ _LARGEST = 256.0
 _TEST_SIZE = 256
 
 
+def to_half(vae: Any) -> None:
+    """Turn the encoder of an autoencoder into float16, in place, after `fit_half_range`; raises as that does."""
+    fit_half_range(vae)
+    for part in (vae.encoder, vae.quant_conv):
+        if part is not None:
+            part.half()
+
+
 @torch.no_grad()
 def fit_half_range(vae: Any, size: int = _TEST_SIZE) -> float:
     """Rescale the encoder of an autoencoder in place, so that it can be turned into float16.

@@ -377,7 +377,9 @@ def _visit(
     """Of each step whether it is kept, its position and span, ``[n_rays, n_steps, ...]``."""
     origins, directions, t_near, t_far, noise = (x.detach() for x in (origins, directions, t_near, t_far, noise))
     one = origins.new_ones(())
-    size, half_bound, shortest, longest, angle = (one * x for x in (resolution, bound, min_step, max_step, cone_angle))
+    # A tensor takes no int beyond 64 bits, which the op takes where a float is meant.
+    numbers = (float(x) for x in (resolution, bound, min_step, max_step, cone_angle))
+    size, half_bound, shortest, longest, angle = (one * x for x in numbers)
 
     def step_at(t: Tensor) -> Tensor:
         return torch.fmin(longest, torch.fmax(shortest, t * angle))

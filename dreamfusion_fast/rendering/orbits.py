@@ -104,7 +104,11 @@ class CameraConfig(Settings):
 
 
 def sample_cameras(
-    config: CameraConfig, batch: int, generator: torch.Generator, device: torch.device | str = "cpu"
+    config: CameraConfig,
+    batch: int,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+    group: int = 1,
 ) -> OrbitCameras:
     """Draw `batch` training cameras.
 
@@ -113,12 +117,20 @@ def sample_cameras(
         batch: how many views.
         generator: source of randomness; a CPU generator gives the same cameras for every `device`.
         device: where the result lives.
+        group: so many cameras, one after another, are evenly around the object, at one elevation, distance and field of
+            view, as MVDream's (Shi et al. 2023, arXiv 2308.16512). The azimuth range is that of the first of them.
+
+    Raises:
+        ValueError: a batch below 1, or one that is no multiple of the group.
     """
     if batch < 1:
         raise ValueError(f"batch: got {batch}, want at least 1")
+    if group < 1 or batch % group:
+        raise ValueError(f"group: got {group}, want a divisor of the batch, {batch}")
+    groups = batch // group
 
     def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(batch, generator=generator, device=generator.device)
+        return low + (high - low) * torch.rand(groups, generator=generator, device=generator.device)
 
     def normal(scale: float) -> Tensor:
         return scale * torch.randn(batch, 3, generator=generator, device=generator.device)
@@ -133,8 +145,8 @@ def sample_cameras(
 
     part = uniform(0.0, 1.0)
     if config.spread_azimuth:
-        order = torch.randperm(batch, generator=generator, device=generator.device)
-        part = (order + part) / batch
+        order = torch.randperm(groups, generator=generator, device=generator.device)
+        part = (order + part) / groups
     low, high = (math.radians(angle) for angle in config.azimuth_deg)
     azimuth = low + (high - low) * part
 
@@ -144,6 +156,11 @@ def sample_cameras(
         fov_y = 2.0 * torch.atan(1.0 / uniform(1.0 / math.tan(0.5 * high), 1.0 / math.tan(0.5 * low)))
     else:
         fov_y = uniform(low, high)
+
+    if group > 1:
+        around = torch.arange(group, device=azimuth.device) * (2.0 * math.pi / group)
+        azimuth = (azimuth[:, None] + around).flatten()
+        elevation, distance, fov_y = (value.repeat_interleave(group) for value in (elevation, distance, fov_y))
 
     offset = config.position_jitter * (2.0 * torch.rand(batch, 3, generator=generator, device=generator.device) - 1.0)
     position = spherical_positions(azimuth, elevation, distance) + offset

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dreamfusion_fast.errors import UserError, joined
-from dreamfusion_fast.io import RunFolder, atomic_path
+from dreamfusion_fast.io import RunFolder, atomic_path, read_safetensors
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.config_io import architecture, differences
 
@@ -97,9 +97,7 @@ def load_checkpoint(path: str | Path, expected_config: Config | None = None) -> 
         return UserError(f"checkpoint {path} is corrupt ({joined(problem)}); start the run again in another folder")
 
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors, metadata = read_safetensors(path)
     except OSError as error:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
     except (SafetensorError, *_BAD_VALUES) as error:

@@ -26,7 +26,7 @@ from dreamfusion_fast.settings import Range, Settings
 from dreamfusion_fast.training import config_io
 from dreamfusion_fast.training.memory_plan import parse_memory
 from dreamfusion_fast.training.opaque import OpaqueThresholds
-from dreamfusion_fast.training.presets import settings_for
+from dreamfusion_fast.training.presets import preset_text, settings_for
 from dreamfusion_fast.training.sections import (
     SMALL_FIELD,
     BackgroundConfig,
@@ -120,6 +120,16 @@ class Config(Settings):
         """The config of a run that the model called `name` guides (`presets`); `settings` are fields, and win."""
         return cls(**({"guidance": GuidanceConfig(name=name)} | settings_for(name) | settings))
 
+    @classmethod
+    def from_preset(cls, name: str, **settings: Any) -> Config:
+        """The config of a published recipe (`presets.preset_names`); `settings` are fields, and win.
+
+        Raises:
+            UserError: there is no preset of this name.
+        """
+        config = cls.from_yaml(preset_text(name), source=f"preset {name}")
+        return dataclasses.replace(config, **settings)
+
     def to_dict(self) -> dict[str, Any]:
         """The tree as nested dicts of plain values."""
         return config_io.to_dict(self)
@@ -133,22 +143,26 @@ class Config(Settings):
         config_io.save_yaml(self, path)
 
     @classmethod
-    def from_dict(cls, values: Any, *, source: str = "config", guidance: str | None = None) -> Config:
-        """Read a tree from nested dicts; what they do not hold is as `for_guidance` has it.
+    def from_dict(
+        cls, values: Any, *, source: str = "config", guidance: str | None = None, base: Config | None = None
+    ) -> Config:
+        """Read a tree from nested dicts; what they do not hold is as `base`, or as `for_guidance`, has it.
 
         Args:
             values: keys of the tree.
             source: what errors call their origin, such as the file's name.
             guidance: name of the model; by default the one in `values`.
+            base: such as a preset's.
 
         Raises:
             UserError: an unknown key, a wrong type, or a value that is refused.
         """
         values = _with_ray_entropy(_without_t_range(values, source))
-        if guidance is None:
+        if base is None and guidance is None:
             given = values.get("guidance") if isinstance(values, Mapping) else None
             guidance = given.get("name") if isinstance(given, Mapping) else None
-        base = cls.for_guidance(guidance) if isinstance(guidance, str) else None
+        if base is None and isinstance(guidance, str):
+            base = cls.for_guidance(guidance)
         return config_io.from_dict(cls, values, source=source, base=base)
 
     @classmethod
@@ -157,6 +171,6 @@ class Config(Settings):
         return cls.from_dict(config_io.parse_yaml(text, source=source), source=source, guidance=guidance)
 
     @classmethod
-    def load(cls, path: str | Path, *, guidance: str | None = None) -> Config:
+    def load(cls, path: str | Path, *, guidance: str | None = None, base: Config | None = None) -> Config:
         """Read a tree from a YAML file; as from_dict, and UserError where the file cannot be read."""
-        return cls.from_dict(config_io.load_yaml(path), source=str(path), guidance=guidance)
+        return cls.from_dict(config_io.load_yaml(path), source=str(path), guidance=guidance, base=base)

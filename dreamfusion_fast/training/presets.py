@@ -4,10 +4,14 @@
 scene: a small field, a thousand steps. A published diffusion model knows far more, and the settings that DreamFusion
 and its reimplementations use with one are gathered here. They could not be tried on published weights while this was
 written.
+
+Recipes that others have tried are files in `dreamfusion_fast/presets`, for `--preset`; docs/recipes.md compares them.
 """
 
 from __future__ import annotations
 
+import difflib
+from pathlib import Path
 from typing import Any
 
 from dreamfusion_fast.errors import UserError
@@ -28,6 +32,28 @@ from dreamfusion_fast.training.sections import (
 
 # Sides below which a model in a folder is taken for one like the embedded prior, pixels.
 _SMALL_LATENT, _SMALL_PIXEL = 256, 64
+
+
+_FOLDER = Path(__file__).parents[1] / "presets"
+
+
+def preset_names() -> list[str]:
+    """The names that `preset_text` takes."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def preset_text(name: str) -> str:
+    """The YAML text of a preset: the settings of a published recipe.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    known = preset_names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"unknown preset {name!r}; known: {', '.join(known)}{hint}")
+    return (_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def is_small(name: str) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from dreamfusion_fast.fields.hash_field import HashGridFieldConfig
+from dreamfusion_fast.guidance.methods.dreamtime import DREAMTIME, time_of
 from dreamfusion_fast.settings import Range, Settings
 from dreamfusion_fast.training.config_io import ARCHITECTURE
 
@@ -153,8 +154,9 @@ class ScheduleConfig(Settings):
     """Largest diffusion time at the beginning."""
     t_max_end: Annotated[float, Range(0, 1)] = 0.3
     """Largest diffusion time at the end; equal to t_max for no annealing (DreamFusion)."""
-    t_anneal: Literal["linear", "sqrt", "none"] = "linear"
-    """How t_max goes to t_max_end: linear, sqrt (HiFA: fast at first), or none."""
+    t_anneal: Literal["linear", "sqrt", "dreamtime", "none"] = "linear"
+    """How t_max goes to t_max_end: linear, sqrt (HiFA: fast at first), or none. dreamtime: timesteps fall from t_max to
+    t_min, slowly where DreamTime's importance of them is large, and t_max_end is not read."""
     render_size_start: Annotated[int, Range(1, 4096)] = 32
     """Height and width rendered at the beginning, pixels; scaled up to what the guidance wants."""
     render_size: Annotated[int, Range(1, 4096)] = 64
@@ -162,21 +164,33 @@ class ScheduleConfig(Settings):
     render_size_until: Annotated[float, Range(0, 1)] = 0.4
     """Fraction of the run rendered at render_size_start."""
     sds_share: Ramp = Ramp(1.0, 0.4, 0.3, 0.6)
-    """Share of score distillation in the pull; the rest is classifier score distillation, which shows more detail and
-    firmer edges once there is an object."""
+    """Share of the guidance's mode, by default score distillation, in the pull; the rest is that of its second_mode, by
+    default classifier score distillation, which shows more detail and firmer edges once there is an object."""
+    t_draw: Literal["below", "exact"] = "below"
+    """Timesteps are drawn between t_min and the annealed t_max (below), or are that (exact: HiFA, SDI, and always
+    dreamtime)."""
+    dreamtime: Annotated[tuple[float, float, float, float], Range(0, 1, open="low")] = DREAMTIME
+    """DreamTime's m1, m2, s1, s2 as shares of the schedule: importance is 1 from m2 to m1 and falls off around as
+    normal distributions of standard deviation s1 above and s2 below."""
 
     def check_together(self) -> None:
         if not self.t_min < self.t_max_end <= self.t_max:
             self.refuse("t_min", "t_max_end", "t_max", want="t_min < t_max_end <= t_max")
+        if self.dreamtime[1] > self.dreamtime[0]:
+            self.refuse("dreamtime", want="m2 <= m1 in m1, m2, s1, s2")
 
     def t_range(self, progress: float) -> tuple[float, float]:
         """Smallest and largest diffusion time at `progress`, the fraction of the run that is done."""
-        if self.t_anneal == "none":
-            return self.t_min, self.t_max
         fraction = min(max(progress, 0.0), 1.0)
+        if self.t_anneal == "dreamtime":
+            time = time_of(fraction, self.t_min, self.t_max, self.dreamtime)
+            return time, time
+        if self.t_anneal == "none":
+            fraction = 0.0
         if self.t_anneal == "sqrt":
             fraction = fraction**0.5
-        return self.t_min, self.t_max + (self.t_max_end - self.t_max) * fraction
+        t_max = self.t_max + (self.t_max_end - self.t_max) * fraction
+        return (t_max if self.t_draw == "exact" else self.t_min), t_max
 
     def size(self, progress: float) -> int:
         """Height and width to render at `progress`, pixels."""

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dreamfusion_fast.errors import DoesNotFitError, NonFiniteError
+from dreamfusion_fast.errors import DoesNotFitError, NonFiniteError, UserError
 from dreamfusion_fast.gpu.memory import is_out_of_memory, what_was_wanted
 from dreamfusion_fast.gpu.stages import stage
 from dreamfusion_fast.guidance.contract import Guidance, GuidanceRequest
@@ -97,7 +97,13 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.scene = make_scene(config, device, self.generator)
         self.guidance = create_guidance(config.guidance, device) if guidance is None else guidance
-        self._sampler = ViewSampler(config, device, self.generator)
+        group = self.guidance.views_per_group
+        if self.batch % group:
+            raise UserError(
+                f"batch: got {self.batch}, want a multiple of {group}: {self.guidance.name} reads so many views "
+                "together"
+            )
+        self._sampler = ViewSampler(config, device, self.generator, group)
         self.optimizer = self._make_optimizer()
         self._optimizer_step = CapturedStep(self.optimizer, device)
         self.planner = MemoryPlanner(
@@ -235,6 +241,7 @@ class Trainer:
                 generator=self.generator,
                 sds_share=config.schedule.sds_share.at(progress),
                 views_per_call=self.plan.views_per_call,
+                progress=progress,
             )
             pull = self.guidance.gradient(request)
 

@@ -57,10 +57,11 @@ class ViewSampler:
         config: the run's settings.
         device: where views are to be.
         generator: on the CPU, source of all random numbers here.
+        group: so many views show the object together, evenly from around it.
     """
 
-    def __init__(self, config: Config, device: torch.device, generator: torch.Generator) -> None:
-        self._config, self._device, self._generator = config, device, generator
+    def __init__(self, config: Config, device: torch.device, generator: torch.Generator, group: int = 1) -> None:
+        self._config, self._device, self._generator, self._group = config, device, generator, group
         self._batch = config.batch_on(device)
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._steps: deque[torch.cuda.Event] = deque()
@@ -76,21 +77,24 @@ class ViewSampler:
         """
         config, batch = self._config, self._batch
         shading = self._draw_shading(progress)
-        cameras = sample_cameras(config.camera, batch, self._generator)
+        cameras = sample_cameras(config.camera, batch, self._generator, group=self._group)
         plain = self._draw_backgrounds()
         lights = sample_lights(cameras.positions, self._generator, distance=config.shading.light_distance)
         seed = int(torch.randint(2**31 - 1, (), generator=self._generator))
 
-        values = [cameras.camera_to_world, cameras.fov_y, cameras.azimuth, cameras.elevation, lights]
+        last_row = torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(batch, 1, 4)
+        poses = torch.cat([cameras.camera_to_world, last_row], dim=1)
+        values = [poses, cameras.fov_y, cameras.azimuth, cameras.elevation, lights]
         with self._beside_the_last_step(renderer):
             pose, fov_y, azimuth, elevation, lights, *rest = send(
                 self._device, *values, *([] if plain is None else [plain])
             )
-            prepared = renderer.prepare(Cameras(pose, fov_y), size, True, seed)
+            prepared = renderer.prepare(Cameras(pose[:, :3], fov_y), size, True, seed)
+            background = rest[0] if rest else None
             drawn = DrawnViews(
                 size,
                 shading,
-                Views(azimuth, elevation, rest[0] if rest else None, shading.value),
+                Views(azimuth, elevation, background, shading.value, pose, fov_y, self._group),
                 prepared,
                 per_view(lights, size * size) if shading.needs_normals else None,
                 per_view(rest[0], size * size) if rest else None,

@@ -370,10 +370,21 @@ def test_gradient_that_is_not_finite_is_an_error() -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_reports_later_and_does_not_wait() -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"mode": "sdi"},
+        {"mode": "ism", "second_mode": "csd"},
+        {"perp_neg": True, "guidance_rescale": 0.7},
+        {"weighting": "dreamtime", "grad_clip": 1.0, "grad_clip_end": 2.0},
+    ],
+)
+def test_gpu_reports_later_and_does_not_wait(settings: dict[str, Any]) -> None:
     cuda = torch.device("cuda")
     model = PointModel(device=cuda)
-    guidance, embeddings, views = ScoreDistillation(model), _embeddings(cuda), _views(cuda)
+    guidance = ScoreDistillation(model, GuidanceConfig(**settings))
+    embeddings, views = replace(_embeddings(cuda), interpolated=guidance.config.perp_neg), _views(cuda)
     images = _images(cuda)
     guidance.gradient(GuidanceRequest(images, embeddings, views))
     torch.cuda.set_sync_debug_mode("error")
@@ -405,7 +416,7 @@ def test_clamping_latents_is_refused() -> None:
     [
         ({"convention": "both"}, "convention: got 'both', want one of null, text"),
         ({"weighting": "x"}, "weighting: got 'x', want one of"),
-        ({"mode": "vsd"}, "mode: got 'vsd', want one of sds, csd"),
+        ({"mode": "dds"}, "mode: got 'dds', want one of sds, csd"),
         ({"dtype": "int8"}, "dtype: got 'int8', want one of"),
         ({"guidance_scale": math.nan}, "finite"),
         ({"grad_clip": 0.0}, "above 0"),

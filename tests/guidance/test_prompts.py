@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from dreamfusion_fast.errors import UserError
-from dreamfusion_fast.guidance.prompts import VIEW_NAMES, Prompt, PromptSet, shortened, view_index
+from dreamfusion_fast.guidance import GuidanceConfig
+from dreamfusion_fast.guidance.prompts import (
+    VIEW_NAMES,
+    Prompt,
+    PromptSet,
+    dropped_words,
+    shortened,
+    view_index,
+    view_shares,
+)
 
 
 def test_texts_follow_the_order_of_the_views() -> None:
@@ -80,3 +89,45 @@ def test_batch_and_shapes() -> None:
     assert view_index(azimuth[:0], elevation[:0]).shape == (0,)
     with pytest.raises(ValueError, match=r"\(4,\) and \(3,\)"):
         view_index(azimuth, elevation[:3])
+
+
+def test_shares_of_views_lie_between_the_nearest_two() -> None:
+    azimuth = torch.deg2rad(torch.tensor([0.0, 45.0, 90.0, -135.0, 180.0, 450.0, 10.0], dtype=torch.float64))
+    elevation = torch.tensor([0.0] * 6 + [1.2], dtype=torch.float64)
+    expected = [
+        [1, 0, 0, 0],
+        [0.5, 0.5, 0, 0],
+        [0, 1, 0, 0],
+        [0, 0.5, 0.5, 0],
+        [0, 0, 1, 0],
+        [0, 1, 0, 0],
+        [0, 0, 0, 1],
+    ]
+    torch.testing.assert_close(view_shares(azimuth, elevation), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_words_that_contradict_a_view_are_left_out_of_its_text() -> None:
+    dropped = dropped_words("back: smiling, FACE of; overhead:smiling;")
+    assert dropped == {"back": ["smiling", "FACE of"], "overhead": ["smiling"]}
+    assert [str(text) for text in PromptSet("a smiling, Smiling face of a facet cat", dropped=dropped).texts] == [
+        "a smiling, Smiling face of a facet cat, front view",
+        "a smiling, Smiling face of a facet cat, side view",
+        "a, a facet cat, back view",
+        "a, face of a facet cat, overhead view",
+        "",
+    ]
+    guidance = GuidanceConfig(drop_words="back: cat")
+    assert guidance.drop_words == "back: cat"
+
+
+@pytest.mark.parametrize("text", ["behind: face", "back", "back: ,", "face"])
+def test_directions_and_words_that_are_none(text: str) -> None:
+    with pytest.raises(UserError, match=r"drop_words: got .*, want front, side, back or overhead with words"):
+        GuidanceConfig(drop_words=text)
+
+
+def test_dropping_all_of_a_prompt() -> None:
+    with pytest.raises(
+        UserError, match="nothing is left of the prompt 'a face' without the words dropped in back views"
+    ):
+        PromptSet("a face", dropped={"back": ["a", "face"]})

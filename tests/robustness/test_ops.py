@@ -255,6 +255,23 @@ def twin_can_follow(name: str, arguments: Arguments) -> bool:
     return name != "march" or (arguments["step"] >= 1e-3 and not far)
 
 
+def assert_sound(name: str, arguments: Arguments) -> None:
+    """The op agrees with its twin, or says in one line which argument it cannot take."""
+    if name == "traverse" and isinstance(arguments["step"], float) and 0 < arguments["step"] < 1e-9:
+        return  # 2^24 samples of each ray, as it says: right, but gigabytes
+    try:
+        actual = call_op(name, arguments)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        message = str(error)
+        # `mlp_with_input_gradient` and the like check under the name of what they share.
+        assert re.match(rf"{name.removesuffix('_position_gradient')}\w*: .+$", message), message
+        assert any(re.search(rf"\b{key}\b", message) for key in inspect.signature(getattr(ops, name)).parameters)
+        assert len(message) < 500
+        return
+    if twin_can_follow(name, arguments):
+        assert_agree(name, actual, call(name, lambda taken: call_twin(name, taken), arguments))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_hostile_calls_end_in_a_line_that_names_the_argument(name: str) -> None:
     @SETTINGS
@@ -266,18 +283,27 @@ def test_hostile_calls_end_in_a_line_that_names_the_argument(name: str) -> None:
             arguments |= {key: arguments[key][:2] for key in ("origins", "directions", "t_near", "t_far")}
         for key in {make.choose(*arguments), make.choose(*arguments)}:
             arguments[key] = hostile(make, arguments[key])
-        if name == "traverse" and isinstance(arguments["step"], float) and 0 < arguments["step"] < 1e-9:
-            return  # 2^24 samples of each ray, as it says: right, but gigabytes
-        try:
-            actual = call_op(name, arguments)
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            message = str(error)
-            # `mlp_with_input_gradient` and the like check under the name of what they share.
-            assert re.match(rf"{name.removesuffix('_position_gradient')}\w*: .+$", message), message
-            assert any(re.search(rf"\b{key}\b", message) for key in inspect.signature(getattr(ops, name)).parameters)
-            assert len(message) < 500
-            return
-        if twin_can_follow(name, arguments):
-            assert_agree(name, actual, call(name, lambda taken: call_twin(name, taken), arguments))
+        assert_sound(name, arguments)
+
+    run()
+
+
+FLOAT_PARAMETERS = [
+    (name, key)
+    for name in NAMES
+    for key, parameter in inspect.signature(getattr(ops, name)).parameters.items()
+    if parameter.annotation in (float, "float")
+]
+
+
+@pytest.mark.parametrize(("name", "key"), FLOAT_PARAMETERS)
+def test_an_int_beyond_64_bits_where_a_float_is_meant(name: str, key: str) -> None:
+    """A tensor does not take one, where pybind11 makes a float of it: twins did not follow their ops."""
+
+    @settings(SETTINGS, max_examples=3)
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        arguments = MAKERS[name](Maker(data))
+        assert_sound(name, arguments | {key: 10**30})
 
     run()

@@ -114,6 +114,18 @@ def hostile(own_pipeline: Pipelines, tmp_path: Path) -> Pipelines:
     return get
 
 
+def test_what_libraries_in_rust_open_is_seen(tmp_path: Path) -> None:
+    for name in ("ours", "outside"):
+        (tmp_path / name).mkdir()
+        save_file({"a": torch.zeros(3)}, tmp_path / name / "a.safetensors")
+    with watched(tmp_path / "ours") as done:
+        load_file(tmp_path / "ours" / "a.safetensors")
+    assert not done
+    with watched(tmp_path / "ours") as done:
+        load_file(tmp_path / "outside" / "a.safetensors")
+    assert set(done) == {f"open {tmp_path.resolve()}/outside/a.safetensors"}
+
+
 @pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
 def test_a_whole_pipeline_is_served(hostile: Pipelines, kind: str) -> None:
     assert _attempt(hostile(kind), seconds=60) is None

@@ -1,12 +1,18 @@
-"""What a piece of code opens, runs and asks of the network, by Python's audit events, and a limit on its time."""
+"""What a piece of code opens, runs and asks of the network, and a limit on its time.
+
+Python's audit events tell of what Python opens. Libraries in Rust and C open files without one, so the kernel is asked
+as well (inotify): of all that lies beside the folders that may be read.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import struct
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,11 +43,47 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
         _seen.append(f"import {arguments[0]}")
 
 
+_IN_OPEN, _IN_ISDIR = 0x20, 0x40000000
+_EVENT = struct.Struct("iIII")  # watch, mask, cookie, length of the name that follows
+
+
+@contextmanager
+def opened_beside(folders: Sequence[Path]) -> Iterator[list[str]]:
+    """The files that lie beside `folders`, or below what does, and were opened within it by whatever library."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    handle = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    if handle < 0:
+        raise OSError(ctypes.get_errno(), "inotify_init1")
+    names: dict[int, str] = {}
+    allowed = {os.path.realpath(folder) for folder in folders}
+    for parent in {os.path.dirname(folder) for folder in allowed}:
+        for place, below, _ in os.walk(parent):
+            below[:] = [name for name in below if os.path.join(place, name) not in allowed]
+            if place not in allowed:
+                names[libc.inotify_add_watch(handle, os.fsencode(place), _IN_OPEN)] = place
+    found: list[str] = []
+    try:
+        assert min(names) >= 0, "no watch is left"
+        yield found
+    finally:
+        try:
+            events = os.read(handle, 1 << 20)
+        except BlockingIOError:
+            events = b""
+        os.close(handle)
+        while events:
+            watch, mask, _, length = _EVENT.unpack_from(events)
+            name = events[_EVENT.size : _EVENT.size + length].rstrip(b"\0")
+            events = events[_EVENT.size + length :]
+            if not mask & _IN_ISDIR:
+                found.append(f"open {os.path.join(names.get(watch, '?'), os.fsdecode(name))}")
+
+
 @contextmanager
 def watched(*folders: Path, seconds: int = 10) -> Iterator[list[str]]:
     """The list of what was done within it and must not be: files opened outside `folders` and Python's own, and others.
 
-    Libraries in Rust open files without an audit event: of these only the result tells.
+    It is whole when the block has ended.
     """
     global _seen, _installed
     if not _installed:  # a hook stays for good
@@ -60,8 +102,10 @@ def watched(*folders: Path, seconds: int = 10) -> Iterator[list[str]]:
     signal.alarm(12 * seconds)
     _seen = found
     try:
-        yield found
+        with opened_beside(folders) as beside:
+            yield found
     finally:
+        found += [event for event in beside if event not in found]
         _seen = None
         signal.alarm(0)
         signal.setitimer(signal.ITIMER_PROF, 0)

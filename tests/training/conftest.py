@@ -1,10 +1,26 @@
-"""One thread for tests whose tensors are too small to share out, and whose bits are compared."""
+"""One thread for tests whose tensors are too small to share out, and whose bits are compared; and a fixture."""
 
 from __future__ import annotations
 
 import pytest
 
+from dreamfusion_fast import Generator
+from dreamfusion_fast.training.config import Config
+
 
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread: None) -> None:
     """For all tests here."""
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """Configs that the command line would have run."""
+    configs: list[Config] = []
+
+    def remember(self: Generator, prompt: Config) -> None:
+        configs.append(prompt)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Generator, "__init__", remember)
+    return configs

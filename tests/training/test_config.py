@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -232,6 +233,8 @@ def test_schedule():
     assert schedule.t_range(0.25)[1] == pytest.approx(0.8)
     assert dataclasses.replace(schedule, t_anneal="sqrt").t_range(0.25)[1] == pytest.approx(0.7)
     assert dataclasses.replace(schedule, t_anneal="none").t_range(1.0) == (0.1, 0.9)
+    exact = dataclasses.replace(schedule, t_draw="exact")
+    assert exact.t_range(0.25) == (schedule.t_range(0.25)[1],) * 2
     assert (schedule.size(0.39), schedule.size(0.4)) == (32, 64)
 
 
@@ -242,3 +245,41 @@ def test_impossible_values_are_refused():
         ScheduleConfig(t_anneal="cubic")
     with pytest.raises(ValueError, match="sum of at most 1"):
         ShadingConfig(albedo_probability=0.7, textureless_probability=0.4)
+
+
+def test_dreamtime_schedule_is_its_argmin():
+    """Equation by equation, over 1000 timesteps."""
+    m1, m2, s1, s2 = 700, 400, 200, 150
+    schedule = ScheduleConfig(t_min=0.02, t_max=0.98, t_anneal="dreamtime", dreamtime=(0.7, 0.4, 0.2, 0.15))
+    importance = {
+        t: math.exp(-((t - m1) ** 2) / (2 * s1**2))
+        if t > m1
+        else math.exp(-((t - m2) ** 2) / (2 * s2**2))
+        if t < m2
+        else 1
+        for t in range(20, 981)
+    }
+    total, tail, sums = sum(importance.values()), 0.0, {}
+    for t in reversed(importance):
+        tail += importance[t] / total
+        sums[t] = tail
+    found = []
+    for step in range(0, 401, 7):
+        low, high = schedule.t_range(step / 400)
+        assert low == high
+        found.append(round(1000 * low))
+        distances = {t: abs(value - step / 400) for t, value in sums.items()}
+        assert distances[found[-1]] == pytest.approx(min(distances.values()), abs=1e-12)
+    assert found == sorted(found, reverse=True)
+    assert (found[0], schedule.t_range(1.0)) == (980, (0.02, 0.02))
+
+
+def test_importance_has_its_middle_in_order():
+    with pytest.raises(UserError, match=r"dreamtime: got \(0.4, 0.5, 0.3, 0.1\), want m2 <= m1"):
+        ScheduleConfig(dreamtime=(0.4, 0.5, 0.3, 0.1))
+
+
+def test_guidance_of_an_older_config_means_what_it_did():
+    config = Config.from_yaml("prompt: x\nguidance: {mode: csd, weighting: sds, convention: text, grad_clip: 0.5}")
+    assert config.guidance.modes == ("csd", None)
+    assert (config.guidance.weighting, config.guidance.grad_clip_end) == ("sds", None)

@@ -50,13 +50,22 @@ class StopAfter(Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("kind", ["latent", "pixel", "sdxl"])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *[(kind, "sds") for kind in ("latent", "pixel", "sdxl")],
+        *[(kind, "vsd") for kind in ("latent", "pixel", "sdxl")],
+        ("latent", "sdi"),
+        ("pixel", "ism"),
+    ],
+)
 def test_a_run_that_was_stopped_goes_on_where_it_was(
-    pipeline: Pipelines, kind: str, tmp_path: Path, said: Callable[[], list[str]]
+    pipeline: Pipelines, kind: str, mode: Any, tmp_path: Path, said: Callable[[], list[str]]
 ) -> None:
     """To the bit, optimiser and random numbers included; and it says what it loads."""
     torch.set_num_threads(1)
-    config = config_for(pipeline(kind), log=LogConfig(0, 2, False, progress_bar=False))
+    guidance = GuidanceConfig(name=str(pipeline(kind)), dtype="float32", mode=mode)
+    config = config_for(pipeline(kind), log=LogConfig(0, 2, False, progress_bar=False), guidance=guidance)
     whole = Generator(config, out=str(tmp_path / "whole")).run()
     assert f"loading {pipeline(kind)}" in said()
     assert whole.mesh.faces > 0
@@ -69,6 +78,9 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
     assert a.step == b.step == 6
     assert a.tensors.keys() == b.tensors.keys()
     assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
+    trained = [value for name, value in a.tensors.items() if name.startswith("guidance.lora")]
+    assert bool(trained) == (mode == "vsd")
+    assert all(float(value.abs().max()) > 0 for value in trained)
     assert any(not torch.equal(a.tensors[name], stopped.tensors[name]) for name in a.tensors)
 
 

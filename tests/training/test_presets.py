@@ -85,19 +85,6 @@ def test_yaml_that_names_a_model(tmp_path: Path) -> None:
     assert Config.load(path, guidance="sdxl").field == LARGE.field
 
 
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
-    """Configs that the command line would have run."""
-    configs: list[Config] = []
-
-    def remember(self: Generator, prompt: Config) -> None:
-        configs.append(prompt)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Generator, "__init__", remember)
-    return configs
-
-
 @pytest.mark.parametrize("form", [["--guidance.name", "sdxl"], ["--guidance.name=sdxl"]])
 def test_the_command_line(tmp_path: Path, made: list[Config], form: list[str]) -> None:
     assert main(["generate", "a kite", *form, "--steps", "9", "--device", "cpu"]) == 130

@@ -12,7 +12,4 @@ class ScoreDistillationSampling(Method):
 
     def residual(self, predictions: Predictions) -> Tensor:
         """See `Method.residual`. Where estimates of x are clamped, eps_hat is that of the clamped one."""
-        p, output = predictions, self.guided(predictions)
-        if p.x0_range is not None:
-            return p.level.error_of_clean(p.level.clean(output, p.noisy).clamp(*p.x0_range), p.clean)
-        return p.level.error(output, p.noisy, p.clean, p.noise)
+        return self.error(predictions)

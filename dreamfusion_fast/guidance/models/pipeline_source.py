@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -234,6 +235,19 @@ class PipelineSource(ABC):
         except ValueError as error:
             raise self.error(f"{relative}: {error}") from error
         return content
+
+    def number(self, config: dict[str, Any], field: str, default: float) -> float:
+        """A finite number of an autoencoder's configuration; the default where it is null or not there.
+
+        Raises:
+            UserError: it is something else.
+        """
+        value = config.get(field)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise self.error(f"the vae's {field} must be a number, got {value!r}")
+        return float(value)
 
     @property
     def sample_size(self) -> int:

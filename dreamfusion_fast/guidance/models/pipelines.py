@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from dreamfusion_fast.errors import UserError
@@ -23,7 +22,7 @@ from dreamfusion_fast.guidance.models.schedule import PredictionType, VariancePr
 from dreamfusion_fast.guidance.models.text_encoders import PromptEncoder
 from dreamfusion_fast.guidance.prompts import Prompt
 from dreamfusion_fast.networks.fused_unet import fuse
-from dreamfusion_fast.networks.half_range import fit_half_range
+from dreamfusion_fast.networks.half_range import to_half
 from dreamfusion_fast.networks.latent_encoder import LatentEncoder, unserved
 from dreamfusion_fast.networks.offload import RESIDENT_SHARE, can_stream_weights, stream_weights
 from dreamfusion_fast.ops._triton import triton_serves
@@ -111,7 +110,7 @@ class PipelineModel(DiffusionModel):
         self._check_text_width()
         self._read_schedule(configs["scheduler"])
         self._unet: Any = None
-        self._fused, self._offload = config.fused, False
+        self._fused, self._offload, self._trains = config.fused, False, False
         self._evaluate = CapturedFunction(self._call_unet, config.fused)
         # The quicker parts are kernels of Triton; without it, diffusers' own are as quick and need less.
         self._fuses = config.fused and device.type == "cuda" and triton_serves(device)
@@ -244,9 +243,17 @@ class PipelineModel(DiffusionModel):
             stream_weights(unet, self.device)
         else:
             unet.to(self.device)
-            if self._fuses:
+            if self._fuses and not self._trains:
                 fuse(unet)
         self._unet = unet
+
+    def trainable_network(self) -> nn.Module:
+        """See `DiffusionModel.trainable_network`: the U-Net without fused parts, which have no gradient."""
+        if not self._trains:
+            self._trains, self._unet = True, None
+            self.free_graphs()
+        self.load()
+        return self._unet
 
     def predict(self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor], views: Views) -> Tensor:
         """See `DiffusionModel.predict`; channels of a learned variance are dropped. A CUDA graph on a GPU."""
@@ -335,8 +342,8 @@ class LatentModel(PipelineModel):
         if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
             raise self._source.error("a vae with a latents_mean or latents_std per channel is not served")
         self._check_channels(vae.get("latent_channels", 4))
-        self._scale = _number(vae, "scaling_factor", 1.0 if self._is_tiny else 0.18215, source)
-        self._shift = _number(vae, "shift_factor", 0.0, source)
+        self._scale = source.number(vae, "scaling_factor", 1.0 if self._is_tiny else 0.18215)
+        self._shift = source.number(vae, "shift_factor", 0.0)
         if self._scale == 0:
             raise self._source.error("the vae's scaling_factor is 0, which leaves nothing of an image")
         self._overflows = bool(self._may_upcast and vae.get("force_upcast", False))
@@ -363,16 +370,12 @@ class LatentModel(PipelineModel):
     def load(self) -> None:
         super().load()
         if self._vae is None:
-            dtype = self._vae_dtype
-            fits = not (self._overflows and dtype == torch.float16)
-            vae = self._vae_source.load("vae", dtype if fits else torch.float32)
-            vae.decoder = None  # it is never run
+            vae = self._vae_source.load("vae", self._unscaled_dtype)
+            vae.decoder = None  # `decode` loads it again
             vae.to(self.device)
-            if not fits:
+            if self._vae_dtype != self._unscaled_dtype:
                 with self._vae_source.faults("its autoencoder cannot be run in float16"):
-                    fit_half_range(vae)
-                for part in filter(None, (vae.encoder, vae.quant_conv)):
-                    part.to(dtype)
+                    to_half(vae)
             if self._encodes_fused():
                 self._encoder = LatentEncoder(vae, self._recompute)
             self._vae = vae  # last: what did not fit is loaded again
@@ -398,6 +401,20 @@ class LatentModel(PipelineModel):
             return resolve_dtype(self._wanted_vae_dtype, self.device)
         upcast = self._overflows and self.dtype == torch.float16 and not self._encodes_fused()
         return torch.float32 if upcast else self.dtype
+
+    @property
+    def _unscaled_dtype(self) -> torch.dtype:
+        """That of diffusers' module, decoder and all, which is not rescaled."""
+        overflows = self._overflows and self._vae_dtype == torch.float16
+        return torch.float32 if overflows else self._vae_dtype
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """See `DiffusionModel.decode`: by diffusers' decoder, one picture after another."""
+        vae = self._vae_source.load("vae", self._unscaled_dtype).to(self.device)
+        latents = (x / self._scale + self._shift).to(self._unscaled_dtype)
+        images = [vae.decode(latent[None]).sample for latent in latents]
+        return (torch.cat(images).to(x.dtype) / 2 + 0.5).clamp(0, 1)
 
     def _encodes_fused(self) -> bool:
         """Whether `LatentEncoder` stands in for diffusers' encoder; known before weights are loaded."""
@@ -480,13 +497,3 @@ def resize(images: Tensor, size: int) -> Tensor:
     return torch.nn.functional.interpolate(
         images, (size, size), mode="bilinear", align_corners=False, antialias=shrinks
     )
-
-
-def _number(config: dict[str, Any], field: str, default: float, source: PipelineSource) -> float:
-    """A finite number of an autoencoder's configuration; the default where it is null or not there."""
-    value = config.get(field)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise source.error(f"the vae's {field} must be a number, got {value!r}")
-    return float(value)

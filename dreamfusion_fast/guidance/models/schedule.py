@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Weighting = Literal["sds", "uniform", "fantasia3d"]
+Weighting = Literal["sds", "uniform", "fantasia3d", "ism", "dreamtime"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 # Keeps quotients finite where a schedule reaches alpha = 0 or sigma = 0.
@@ -47,13 +47,29 @@ class NoiseLevel(ABC):
         """`error` of a model whose estimate of x is given, without the cancellation."""
         return self.alpha / self.sigma.clamp_min(_SMALL) * (clean - estimate)
 
+    def noise_of_clean(self, estimate: Tensor, noisy: Tensor) -> Tensor:
+        """The n that an estimate of x means."""
+        return (noisy - self.alpha * estimate) / self.sigma.clamp_min(_SMALL)
+
+    @abstractmethod
+    def output(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """The output that means x and n: what a model is trained to say."""
+
     def weight(self, weighting: Weighting) -> Tensor:
-        """w(t): "sds" sigma^2, "uniform" 1, "fantasia3d" alpha sigma^2."""
+        """w(t): "sds" sigma^2, "uniform" 1, "fantasia3d" alpha sigma^2, "ism" sigma / alpha.
+
+        Raises:
+            ValueError: "dreamtime", which is no function of the level but of t.
+        """
         if weighting == "sds":
             return self.sigma**2
         if weighting == "uniform":
             return torch.ones_like(self.sigma)
-        return self.alpha * self.sigma**2
+        if weighting == "fantasia3d":
+            return self.alpha * self.sigma**2
+        if weighting == "ism":
+            return self.sigma / self.alpha.clamp_min(_SMALL)
+        raise ValueError(f"weighting: got {weighting!r}, want one that depends on the noise level alone")
 
 
 class EpsilonLevel(NoiseLevel):
@@ -65,6 +81,9 @@ class EpsilonLevel(NoiseLevel):
     def noise(self, output: Tensor, noisy: Tensor) -> Tensor:
         return output
 
+    def output(self, clean: Tensor, noise: Tensor) -> Tensor:
+        return noise
+
 
 class VelocityLevel(NoiseLevel):
     """The model's output is v = alpha n - sigma x, with alpha^2 + sigma^2 = 1 (Salimans and Ho 2022)."""
@@ -75,6 +94,9 @@ class VelocityLevel(NoiseLevel):
     def noise(self, output: Tensor, noisy: Tensor) -> Tensor:
         return self.sigma * noisy + self.alpha * output
 
+    def output(self, clean: Tensor, noise: Tensor) -> Tensor:
+        return self.alpha * noise - self.sigma * clean
+
 
 class SampleLevel(NoiseLevel):
     """The model's output is x."""
@@ -83,7 +105,10 @@ class SampleLevel(NoiseLevel):
         return output
 
     def noise(self, output: Tensor, noisy: Tensor) -> Tensor:
-        return (noisy - self.alpha * output) / self.sigma.clamp_min(_SMALL)
+        return self.noise_of_clean(output, noisy)
+
+    def output(self, clean: Tensor, noise: Tensor) -> Tensor:
+        return clean
 
     def error(self, output: Tensor, noisy: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
         return self.error_of_clean(output, clean)

@@ -9,6 +9,7 @@ import torch
 
 from dreamfusion_fast.guidance.methods import (
     ClassifierScoreDistillation,
+    Combination,
     Predictions,
     ScoreDistillationSampling,
 )
@@ -30,6 +31,8 @@ def test_clean_and_noise_of_each_kind_of_output(kind):
     torch.testing.assert_close(level.alpha**2 + level.sigma**2, torch.ones(4, 1, 1, 1, dtype=torch.float64))
     noisy = level.noisy(x, noise)
     output = outputs(x, noise, level)[kind]
+    assert torch.equal(level.output(x, noise), output)
+    torch.testing.assert_close(level.noise_of_clean(x, noisy), noise)
     torch.testing.assert_close(level.clean(output, noisy), x)
     torch.testing.assert_close(level.noise(output, noisy), noise)
     torch.testing.assert_close(level.error(output, noisy, x, noise), torch.zeros_like(x), atol=1e-12, rtol=0)
@@ -50,6 +53,9 @@ def test_weights():
     assert level.weight("sds").item() == pytest.approx(0.5)
     assert level.weight("uniform").item() == 1
     assert level.weight("fantasia3d").item() == pytest.approx(0.5**1.5)
+    assert level.weight("ism").item() == pytest.approx(1)
+    with pytest.raises(ValueError, match="'dreamtime', want one that depends on the noise level alone"):
+        level.weight("dreamtime")
 
 
 def test_an_unknown_prediction_is_named():
@@ -76,7 +82,7 @@ def test_methods_say_the_same_for_every_kind_of_output(kind):
 
     given = {"null": said(null), "text": said(text)}
     nobody = Mock()
-    p = Predictions(nobody, nobody, nobody, nobody, x, noise, noisy, level, 7.0, outputs=given)
+    p = Predictions(nobody, nobody, nobody, nobody, x, noise, noisy, level, Combination(7.0), outputs=given)
     torch.testing.assert_close(ScoreDistillationSampling().residual(p), null + 7.0 * (text - null) - noise)
     torch.testing.assert_close(ClassifierScoreDistillation().residual(p), 7.0 * (text - null))
     x0 = level.clean(ScoreDistillationSampling().guided(p), noisy)

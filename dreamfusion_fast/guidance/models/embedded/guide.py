@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.gpu.capture import CapturedFunction
@@ -101,6 +101,10 @@ class EmbeddedPrior(DiffusionModel):
         vector = torch.cat([condition["pooled"], view.repeat(len(condition["pooled"]) // len(noisy), 1)], dim=1)
         evaluate = self._repeated if torch.is_grad_enabled() else self._evaluate
         return evaluate(noisy.to(self._dtype), t, condition["tokens"].to(self._dtype), vector.to(self._dtype))
+
+    def trainable_network(self) -> nn.Module:
+        """See `DiffusionModel.trainable_network`. On a CPU the frozen network's weights are packed apart from it."""
+        return self.network
 
     def free_graphs(self) -> None:
         """See `UsesMemory.free_graphs`."""

@@ -237,7 +237,7 @@ class RandomWeights(PipelineSource):
     def _files_in(self, component: str) -> None:
         return None
 
-    def identity(self, components: list[str]) -> str:
+    def _identity(self, components: list[str]) -> str:
         return f"random weights of {self._unet}: {components}"
 
     def load(self, component: str, dtype: torch.dtype | None = None, **options: Any) -> Any:

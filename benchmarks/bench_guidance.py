@@ -4,13 +4,15 @@ Per row: milliseconds, the median over the repeats after warm-up, by CUDA events
 torch's peak above the weights, allocated and reserved. Rows:
 
 - vae: images of the model's size to latents and back to the images' gradient. diffusers: its module under autograd,
-  alone and as a CUDA graph would see it; ours: `LatentEncoder`, also with recomputation;
+  alone and as a CUDA graph would see it; ours: `LatentEncoder`, also with recomputation; with --dtype float32 also
+  rescaled and in float16, as SDXL's runs, whose error is then beside float32;
 - unet: the guided pair of one view in one batch. eager, diffusers' module; graph, the same captured; fused, after
   `fuse`, captured; compiled, by torch.compile, captured (with the seconds that took).
 
     python benchmarks/bench_guidance.py                          # needs a GPU; a minute without --compile
     python benchmarks/bench_guidance.py --parts vae --models sd --views 1 4
     python benchmarks/bench_guidance.py --parts vae --models sd --kernels 12    # the longest kernels of each row, too
+    python benchmarks/bench_guidance.py --parts vae --models sdxl --dtype float32   # SDXL's autoencoder, both ways
     python benchmarks/bench_guidance.py --compile --out          # written to benchmarks/results
 """
 
@@ -33,6 +35,7 @@ from torch import Tensor
 
 from dreamfusion_fast.gpu.capture import CapturedFunction
 from dreamfusion_fast.networks.fused_unet import fuse
+from dreamfusion_fast.networks.half_range import to_half
 from dreamfusion_fast.networks.latent_encoder import LatentEncoder
 
 
@@ -118,12 +121,18 @@ def vae_rows(name: str, views: int, dtype: torch.dtype, repeats: int, kernels: i
     def diffusers(x: Tensor) -> Tensor:
         return vae.encode(x.to(dtype)).latent_dist.mean
 
+    def rescaled(recompute: bool) -> LatentEncoder:
+        to_half(vae)
+        return LatentEncoder(vae, recompute)
+
     wanted: Tensor | None = None
     variants: list[tuple[str, Callable[[], Callable[[Tensor], Tensor]]]] = [
         ("diffusers", lambda: diffusers),
         ("ours", lambda: LatentEncoder(vae)),
         ("ours, recomputed", lambda: LatentEncoder(vae, recompute=True)),
     ]
+    if dtype == torch.float32:  # last: they change the module
+        variants += [("rescaled float16", lambda: rescaled(False)), ("same, recomputed", lambda: rescaled(True))]
     for variant, make in variants:
         row = Row("vae", name, variant, views, str(dtype).split(".")[1], weights_mb=weights)
         try:

@@ -30,7 +30,8 @@ from machine import RESULTS, describe, headline, write_result
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance import GuidanceConfig, PromptEmbeddings, PromptSet, ScoreDistillation
-from dreamfusion_fast.guidance.models.pipelines import LatentModel, PipelineModel, PixelModel, SDXLModel
+from dreamfusion_fast.guidance.models.pipelines import LatentModel, PipelineModel, PixelModel
+from dreamfusion_fast.guidance.models.sdxl_pipeline import SDXLModel
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.memory_plan import capped
 from dreamfusion_fast.training.profile import StepProfile, StepProfiler

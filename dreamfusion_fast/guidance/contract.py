@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -218,6 +219,7 @@ class DiffusionModel(UsesMemory, ABC):
         clip_x0: whether the estimate of the clean input is clamped to `x0_range` by default.
         views_per_group: views that it reads as one (`Views.group`).
         revision: commit of the hub's repository that the weights are of; None: of no hub.
+        files: sha256 of single files that the model is made of, by path, and commits of other repositories, by hub id.
     """
 
     name: str
@@ -229,6 +231,7 @@ class DiffusionModel(UsesMemory, ABC):
     clip_x0: bool = False
     views_per_group: int = 1
     revision: str | None = None
+    files: Mapping[str, str] = MappingProxyType({})
 
     @property
     @abstractmethod
@@ -297,12 +300,14 @@ class Guidance(UsesMemory, ABC):
         image_size: height and width of images the model was trained on.
         views_per_group: views that have to show the object together (`Views.group`); a batch is a multiple of it.
         revision: commit of the hub's repository that the weights are of; None: of no hub.
+        files: sha256 of single files that the model is made of, by path, and commits of other repositories, by hub id.
     """
 
     name: str
     image_size: int
     views_per_group: int = 1
     revision: str | None = None
+    files: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def embed(self, prompts: PromptSet | str) -> PromptEmbeddings:

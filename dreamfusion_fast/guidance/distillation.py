@@ -90,6 +90,7 @@ class ScoreDistillation(Guidance):
         self.name = model.name
         self.image_size = model.image_size
         self.revision = model.revision
+        self.files = model.files
         self.views_per_group = model.views_per_group
         self.clip_x0 = model.clip_x0 if self.config.clip_x0 is None else self.config.clip_x0
         if self.clip_x0 and model.x0_range is None:

@@ -253,7 +253,7 @@ class LatentEncoder:
         self._differentiable.clear()
 
     def __call__(self, images: Tensor) -> Tensor:
-        """`[n, 3, H, W]` in any float type to `[n, channels, H / f, W / f]` in the encoder's; CUDA graphs on a GPU."""
+        """`[n, 3, H, W]` in any float type to `[n, channels, H / f, W / f]` in the same; CUDA graphs on a GPU."""
         if images.requires_grad and torch.is_grad_enabled():
             return self._differentiable(images)
         mean, _ = self.forward(images, keep=False)
@@ -261,22 +261,29 @@ class LatentEncoder:
 
     @torch.no_grad()
     def forward(self, images: Tensor, keep: bool = True) -> tuple[Tensor, list[Any]]:
-        """The mean, and what `backward` wants."""
+        """The mean in the type of the images, through which its gradient comes back, and what `backward` wants."""
         x = Pending(images.to(self.dtype).contiguous(memory_format=torch.channels_last))
         everything: list[Any] = [images.dtype]
         for layer in self._layers:
             x, kept = layer.forward(x, self.recompute)
             if keep:
                 everything.append(kept)
-        return x.total(), everything if keep else []
+        return x.total().to(images.dtype), everything if keep else []
 
     @torch.no_grad()
     def backward(self, grad: Tensor, kept: list[Any]) -> Tensor:
-        """The gradient of the images, in their type, from that of the mean. Empties `kept`."""
+        """The gradient of the images, in their type, from that of the mean. Empties `kept`.
+
+        In float16 it goes back as a multiple whose largest number is 1 to 2, so that small ones keep their digits.
+        """
+        factor = None
+        if self.dtype == torch.float16:
+            factor = grad.float().abs().amax().clamp(min=torch.finfo(torch.float32).tiny).log2().floor().exp2()
+            grad = grad.float() / factor
         grad = grad.to(self.dtype).contiguous(memory_format=torch.channels_last)
         for layer in reversed(self._layers):
             grad = layer.backward(grad, kept.pop())
-        return grad.to(kept.pop())
+        return (grad if factor is None else grad.float() * factor).to(kept.pop())
 
 
 def unserved(vae: Any) -> str:

@@ -218,6 +218,10 @@ class Generator:
         trainer = Trainer(self.config, self.device, guidance, profiler)
         if self._checkpoint is not None:
             trainer.restore(self._checkpoint)
+            began = self._checkpoint.meta.get("guidance_files")
+            for path, digest in trainer.guidance.files.items():
+                if isinstance(began, dict) and began.get(path, digest) != digest:
+                    _log.warning("%s has changed since this run began, which goes on with what it holds now", path)
         return trainer
 
     def _load(self, trainer: Trainer, folder: RunFolder) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.fields import HashGridFieldConfig
 from dreamfusion_fast.guidance.config import KNOWN_GUIDANCE, GuidanceConfig
-from dreamfusion_fast.guidance.models.pipeline_source import open_source
+from dreamfusion_fast.guidance.models.pipeline_origins import open_source
 from dreamfusion_fast.io import user_path
 from dreamfusion_fast.rendering import RendererConfig
 from dreamfusion_fast.training.sections import (

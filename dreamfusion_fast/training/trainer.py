@@ -326,6 +326,7 @@ class Trainer:
         moments, rest = flatten_optimizer(self.optimizer)
         meta: dict[str, object]
         meta = {"optimizer": rest, "guidance_revision": self.guidance.revision, "firmed": self.firmed}
+        meta["guidance_files"] = dict(self.guidance.files)
         return tensors | moments, meta
 
     def restore(self, checkpoint: Checkpoint) -> None:

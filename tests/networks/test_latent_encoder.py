@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.networks import latent_encoder as module
+from dreamfusion_fast.networks.half_range import fit_half_range
 from dreamfusion_fast.networks.latent_encoder import LatentEncoder, unserved
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,6 +108,95 @@ def test_the_kernels(dtype: torch.dtype, roundings: float, recompute: bool) -> N
 
     for own, others in zip(errors(found), errors(plain), strict=True):
         assert own <= max(1.5 * others, roundings * torch.finfo(dtype).eps)
+
+
+def enlarge(vae: Any, stream: float, inner: float) -> Any:
+    """The same function with numbers in the residual stream and inside of blocks that are larger by these factors."""
+    encoder = vae.encoder
+    with torch.no_grad():
+        for module in (encoder.conv_in, *(a.to_out[0] for a in encoder.mid_block.attentions)):
+            module.weight.mul_(stream)
+            module.bias.mul_(stream)
+        for block in (*encoder.down_blocks, encoder.mid_block):
+            for resnet in block.resnets:
+                for module, factor in ((resnet.conv1, inner), (resnet.conv2, stream)):
+                    module.weight.mul_(factor)
+                    module.bias.mul_(factor)
+                if resnet.conv_shortcut is not None:
+                    resnet.conv_shortcut.bias.mul_(stream)
+                resnet.norm1.eps *= stream**2
+                resnet.norm2.eps *= inner**2
+            for downsampler in getattr(block, "downsamplers", None) or ():
+                downsampler.conv.bias.mul_(stream)
+        for attention in encoder.mid_block.attentions:
+            attention.group_norm.eps *= stream**2
+        encoder.conv_norm_out.eps *= stream**2
+    return vae
+
+
+def in_half(vae: Any) -> Any:
+    for part in (vae.encoder, vae.quant_conv):
+        part.half()
+    return vae
+
+
+def gradient_error(vae: Any, wanted: tuple[Tensor, Tensor], images: Tensor, mix: Tensor) -> float:
+    encoder = LatentEncoder(vae)
+    _, gradient = with_encoder(encoder, images.float(), mix.to(encoder.dtype))
+    return float((gradient.double() - wanted[1]).norm() / wanted[1].norm())
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_rescaling_changes_nothing_but_the_range(size: int) -> None:
+    vae = enlarge(make_vae(), 3e6, 1e7)
+    images, mix = (
+        torch.rand(2, 3, size, size, dtype=torch.float64) * 2 - 1,
+        torch.randn(2, 4, size // 4, size // 4).double(),
+    )
+    wanted, wanted_gradient = with_autograd(vae, images, mix)
+    scale = fit_half_range(vae, 32)
+    assert 1e-5 < scale < 1e-2
+    assert math.log2(scale).is_integer()
+    mean, gradient = with_autograd(vae, images, mix)
+    torch.testing.assert_close(mean, wanted, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-11, atol=1e-13)
+    assert fit_half_range(vae, 32) == 1.0  # it fits now
+
+
+@pytest.mark.parametrize(("stream", "inner"), [(1e5, 1.0), (1.0, 3e5), (3e5, 1e5)])
+def test_an_encoder_that_overflows_in_float16_is_rescaled(stream: float, inner: float) -> None:
+    """And its gradient then has the error of float16, as one has that does not overflow; bfloat16's is larger."""
+    shape: dict[str, Any] = {"block_out_channels": (32, 64, 64), "norm_num_groups": 8}
+    images, mix = torch.rand(1, 3, 32, 32, dtype=torch.float64) * 2 - 1, torch.randn(1, 4, 8, 8, dtype=torch.float64)
+    wanted = with_autograd(enlarge(make_vae(**shape), stream, inner), images, mix)
+    assert not gradient_error(in_half(enlarge(make_vae(**shape), stream, inner)), wanted, images, mix) < 1
+    rescaled = enlarge(make_vae(torch.float32, **shape), stream, inner)
+    fit_half_range(rescaled, 32)
+    error = gradient_error(in_half(rescaled), wanted, images, mix)
+    assert error < 1e-2
+    assert error < 1.5 * gradient_error(in_half(make_vae(**shape)), wanted, images, mix)
+    assert error < gradient_error(enlarge(make_vae(**shape), stream, inner).to(torch.bfloat16), wanted, images, mix) / 3
+
+
+@pytest.mark.parametrize("magnitude", [1e-12, 1e-6, 1e6])
+def test_gradients_of_any_size_go_back_in_float16(magnitude: float) -> None:
+    vae, images = make_vae(), torch.rand(1, 3, 16, 16, dtype=torch.float64) * 2 - 1
+    mix = torch.randn(1, 4, 4, 4, dtype=torch.float64)
+    wanted = with_autograd(vae, images, mix)[1]
+    encoder = LatentEncoder(in_half(make_vae()))
+    given = images.float().requires_grad_()
+    (gradient,) = torch.autograd.grad(encoder(given).float(), given, mix.float() * magnitude)
+    assert float((gradient.double() / magnitude - wanted).norm() / wanted.norm()) < 1e-2
+    (zero,) = torch.autograd.grad(encoder(given).float(), given, torch.zeros(1, 4, 4, 4))
+    assert not zero.any()
+
+
+def test_an_encoder_that_gives_nan_is_not_rescaled() -> None:
+    vae = make_vae()
+    with torch.no_grad():
+        vae.encoder.conv_in.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="vae: it gives NaN"):
+        fit_half_range(vae, 32)
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import loras
 import pytest
 import torch
 
@@ -84,3 +85,33 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
     assert bool(trained) == (mode == "vsd")
     assert all(float(value.abs().max()) > 0 for value in trained)
     assert any(not torch.equal(a.tensors[name], stopped.tensors[name]) for name in a.tensors)
+
+
+def test_a_run_with_a_lora_goes_on_with_it(
+    pipeline: Pipelines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
+) -> None:
+    """From another folder than the one that it was started in; and it says when the file is no longer the same."""
+    from diffusers import UNet2DConditionModel
+
+    torch.set_num_threads(1)
+    folder, file = pipeline("latent"), tmp_path / "a.safetensors"
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    loras.kohya(file, {"lora_unet": loras.pairs(unet, loras.UNET_LAYERS)})
+    monkeypatch.chdir(tmp_path)
+    guidance = GuidanceConfig(name=str(folder), dtype="float32", lora=("a.safetensors:0.5",))
+    config = config_for(folder, steps=4, guidance=guidance)
+    Generator(config, out="whole").run()
+    with pytest.raises(KeyboardInterrupt):
+        Generator(config, out="parts", callbacks=[StopAfter(2)]).run()
+    without = config_for(folder, steps=4, guidance=GuidanceConfig(name=str(folder), dtype="float32"))
+    Generator(without, out="without").run()
+    monkeypatch.chdir("/")
+    Generator.resume(tmp_path / "parts").run()
+    tensors = [load_checkpoint(tmp_path / name / "checkpoint.safetensors").tensors for name in ("whole", "parts")]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    other = load_checkpoint(tmp_path / "without" / "checkpoint.safetensors").tensors
+    assert any(not torch.equal(tensors[0][name], other[name]) for name in other)
+    assert not any("has changed" in line for line in said())
+    loras.kohya(file, {"lora_unet": loras.pairs(unet, loras.UNET_LAYERS, seed=1)})
+    Generator.resume(tmp_path / "parts").run()
+    assert any(f"{file} has changed since this run began" in line for line in said())

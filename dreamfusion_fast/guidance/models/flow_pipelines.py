@@ -129,7 +129,7 @@ class FlowModel(LatentModel):
 
     def _try_network(self) -> None:
         size, transformer = self._source.sample_size, self._source.skeleton("transformer")
-        channels = self._source.config("vae").get("latent_channels", 4)
+        channels = self._vae_source.config("vae").get("latent_channels", 4)
         with self._source.faults("the configuration of transformer describes a model that cannot be evaluated"):
             noisy = torch.zeros(1, channels, size, size, device="meta")
             hidden = torch.zeros(1, self._text_tokens, self._size("joint_attention_dim"), device="meta")
@@ -162,6 +162,7 @@ class FlowModel(LatentModel):
 class StableDiffusion3Model(FlowModel):
     """Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206), with or without their T5."""
 
+    _tiny_autoencoder = "madebyollin/taesd3"
     _usual_sizes: ClassVar[dict[str, int]] = {
         "in_channels": 16,
         "out_channels": 16,
@@ -222,6 +223,7 @@ class FluxModel(FlowModel):
     learned much of the noise levels between them, and is warned of.
     """
 
+    _tiny_autoencoder = "madebyollin/taef1"
     _text_suffixes = ("", "_2")
     _components = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     _usual_sizes: ClassVar[dict[str, int]] = {

@@ -7,8 +7,10 @@ import torch
 from dreamfusion_fast.errors import UserError, one_line
 from dreamfusion_fast.guidance.config import GuidanceConfig
 from dreamfusion_fast.guidance.models.flow_pipelines import FLOW_MODELS
-from dreamfusion_fast.guidance.models.pipeline_source import PipelineSource, open_source
-from dreamfusion_fast.guidance.models.pipelines import SERVED, LatentModel, PipelineModel, PixelModel, SDXLModel
+from dreamfusion_fast.guidance.models.pipeline_origins import open_source
+from dreamfusion_fast.guidance.models.pipeline_source import PipelineSource
+from dreamfusion_fast.guidance.models.pipelines import SERVED, LatentModel, PipelineModel, PixelModel
+from dreamfusion_fast.guidance.models.sdxl_pipeline import SDXLModel
 
 
 def load_pipeline_model(config: GuidanceConfig, device: torch.device) -> PipelineModel:
@@ -21,7 +23,9 @@ def load_pipeline_model(config: GuidanceConfig, device: torch.device) -> Pipelin
     with source.faults("its configuration describes no pipeline that can guide"):
         model = _model_class(source)(source, config, device)
         model.try_out()
+        source.open_additions(config)
     source.warn_of_adapters()
+    model.files = {**source.files, **model.elsewhere}
     return model
 
 

@@ -19,7 +19,7 @@ _TOKENIZERS = (
 )
 _CLASSES = {
     "unet": ("diffusers", ("UNet2DConditionModel",)),
-    "vae": ("diffusers", ("AutoencoderKL",)),
+    "vae": ("diffusers", ("AutoencoderKL", "AutoencoderTiny")),
     "transformer": ("diffusers", ("SD3Transformer2DModel", "FluxTransformer2DModel")),
     **{f"text_encoder{suffix}": ("transformers", TEXT_ENCODERS) for suffix in ("", "_2", "_3")},
     **{f"tokenizer{suffix}": ("transformers", _TOKENIZERS) for suffix in ("", "_2", "_3")},

@@ -15,6 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from dreamfusion_fast.errors import one_line
+
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _TOKENIZER_DATA = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
@@ -26,6 +30,8 @@ _WEIGHTS = {
 # Bytes, levels, digits: far more than any published model's.
 _LARGEST_JSON, _DEEPEST_JSON, _LONGEST_INTEGER = 2**24, 32, 40
 _READ_AT_ONCE = 2**20
+# Bytes of a LoRA or of an embedding.
+_LARGEST_ADDITION = 2**32
 TOKENIZER_FILES = "tokenizer.json, vocab.json with merges.txt, vocab.txt, or a sentencepiece *.model"
 
 
@@ -88,7 +94,11 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: no JSON, no object, or one that is too large or too deep.
     """
     with path.open("rb") as file:
-        data = file.read(_LARGEST_JSON + 1)
+        return parse_json(file.read(_LARGEST_JSON + 1))
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """The same of the contents of a file; raises ValueError as `read_json` does."""
     if len(data) > _LARGEST_JSON:
         raise ValueError(f"more than {_LARGEST_JSON >> 20} MiB")
     try:
@@ -110,6 +120,37 @@ def _integer(digits: str) -> int:
     if len(digits) > _LONGEST_INTEGER:
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
+    """The tensors of a safetensors file, on the CPU, its metadata, and sha256 of all, of one and the same file.
+
+    For files that are small beside a model.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no safetensors file, is too large, or holds something else than real numbers.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if is_pickle(path.name):
+        raise ValueError("it is a pickle, which can run code on loading: convert it to safetensors")
+    if not path.is_file():
+        raise ValueError("it is no file" if path.exists() else "there is no such file")
+    with path.open("rb") as file:
+        data = file.read(_LARGEST_ADDITION + 1)
+    if len(data) > _LARGEST_ADDITION:
+        raise ValueError(f"it has more than {_LARGEST_ADDITION >> 30} GiB")
+    try:
+        tensors = load(data)
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
+        raise ValueError(f"it is no safetensors file ({one_line(error, 200)})") from error
+    for name, value in tensors.items():
+        if not value.is_floating_point() or value.dtype.itemsize < 2:
+            raise ValueError(f"{one_line(name, 80)} is of {value.dtype}, want real numbers of 16 bits or more")
+    return tensors, metadata, hashlib.sha256(data).hexdigest()
 
 
 @contextmanager

@@ -1,11 +1,10 @@
-"""Where a diffusers pipeline comes from, a folder or the Hugging Face hub; checked before anything large is loaded."""
+"""The parts of a diffusers pipeline, wherever it is: checked before anything large is loaded, then loaded."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
-import re
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +14,12 @@ from typing import Any
 import torch
 
 from dreamfusion_fast.errors import UserError, one_line
-from dreamfusion_fast.guidance.config import KNOWN_GUIDANCE, GuidanceConfig
+from dreamfusion_fast.guidance.config import GuidanceConfig
 from dreamfusion_fast.guidance.models import pipeline_classes
+from dreamfusion_fast.guidance.models.additions import Additions
 from dreamfusion_fast.guidance.models.pipeline_files import (
     TOKENIZER_FILES,
     TOKENIZER_SETTINGS,
-    content_hash,
     holds_tokenizer,
     is_pickle,
     read_json,
@@ -28,11 +27,10 @@ from dreamfusion_fast.guidance.models.pipeline_files import (
     tokenizer_files,
     weights_file,
 )
-from dreamfusion_fast.io import user_path
 
 _log = logging.getLogger(__name__)
 
-_EXPECTED = (
+EXPECTED = (
     "a folder in diffusers' format holds model_index.json and the folders unet or transformer, scheduler, tokenizer, "
     "text_encoder and, for a latent model, vae (SDXL, Stable Diffusion 3 and FLUX: also tokenizer_2 and text_encoder_2)"
 )
@@ -47,38 +45,19 @@ _FLUX_SAMPLE = 128
 _LACKING = 10**7
 
 
-def open_source(config: GuidanceConfig) -> PipelineSource:
-    """The pipeline a config names.
-
-    Raises:
-        UserError: neither a known name, nor a pipeline folder, nor the form of a hub id; or the hub does not have it.
-    """
-    name = KNOWN_GUIDANCE.get(config.name) or config.name
-    path = user_path(name, "guidance")
-    if path.is_dir():
-        return LocalSource(path, config)
-    if path.exists():
-        raise UserError(f"guidance {config.name!r} is a file, but a pipeline folder is wanted: {_EXPECTED}")
-    if re.fullmatch(r"[A-Za-z0-9_-][\w.-]*/[\w.-]+", name):
-        return HubSource(name, config)
-    if "/" in name or "\\" in name or name.startswith((".", "~")):
-        raise UserError(f"guidance {config.name!r}: there is no such folder; {_EXPECTED}")
-    raise UserError(
-        f"unknown guidance {config.name!r}: choose one of {', '.join(KNOWN_GUIDANCE)}, a folder holding a diffusers "
-        "pipeline, or a hub id such as owner/name"
-    )
-
-
 class PipelineSource(ABC):
     """Reads configurations and loads components of one pipeline.
 
     Attributes:
         name: for messages.
-        index: the contents of model_index.json.
+        index_file: what is read first.
+        index: its contents.
+        additions: what is added to the components as they are loaded.
         kind: the class of the pipeline, for messages.
-        revision: commit of the hub's repository; None: a folder.
+        revision: commit of the hub's repository, or "owner/name@commit" where several hold it; None: a folder.
     """
 
+    index_file = "model_index.json"
     revision: str | None = None
 
     def __init__(self, name: str, config: GuidanceConfig):
@@ -91,10 +70,12 @@ class PipelineSource(ABC):
         self.variant = config.variant
         self._allow_pickle = config.allow_pickle
         self._skeletons: dict[str, torch.nn.Module] = {}
-        self.index = self._json("model_index.json")
+        self.additions = Additions()
+        self._find()
+        self.index = self._read_index()
         kind = self.index.get("_class_name", "a pipeline")
         if not isinstance(kind, str):
-            raise self.error(f"it is of class {kind!r}, which is code of its own and is not run; {_EXPECTED}")
+            raise self.error(f"it is of class {kind!r}, which is code of its own and is not run; {EXPECTED}")
         self.kind = one_line(kind, 60)
 
     def error(self, text: str) -> UserError:
@@ -111,13 +92,28 @@ class PipelineSource(ABC):
         except Exception as error:
             raise self.error(f"{what}: {one_line(error)}") from error
 
+    def _read_index(self) -> dict[str, Any]:
+        return self._json(self.index_file)
+
+    def _place(self, relative: str) -> str:
+        """Where a file or folder of the pipeline is, by its place in a whole pipeline."""
+        return relative
+
     @abstractmethod
     def _file(self, relative: str) -> Path:
         """A small file of the pipeline on this machine; raises UserError if there is none."""
 
-    @abstractmethod
     def identity(self, components: list[str]) -> str:
         """A string that changes whenever one of the components changes."""
+        return self._identity(components) + self.additions.identity(components)
+
+    @abstractmethod
+    def _identity(self, components: list[str]) -> str:
+        """The same of their files."""
+
+    def _find(self) -> None:
+        """Settle where the pipeline is, and its revision; called before anything of it is read."""
+        self.revision = None
 
     @abstractmethod
     def _files_in(self, component: str) -> list[str] | None:
@@ -198,7 +194,7 @@ class PipelineSource(ABC):
         """Library and class of a component; raises UserError for one that is not served, see `pipeline_classes`."""
         class_name, library = self.class_name(component), str((self.index.get(component) or [None])[0])
         if class_name is None:
-            raise self.error(f"{self.kind} has no {component}: {_EXPECTED}")
+            raise self.error(f"{self.kind} has no {component}: {EXPECTED}")
         try:
             pipeline_classes.check_class(component, library, class_name)
         except ValueError as error:
@@ -209,7 +205,7 @@ class PipelineSource(ABC):
         """Raise UserError unless every component is there, of a class that is served."""
         missing = [component for component in components if self.class_name(component) is None]
         if missing:
-            raise UserError(f"guidance {self.name!r} ({self.kind}) has no {', '.join(missing)}: {_EXPECTED}")
+            raise UserError(f"guidance {self.name!r} ({self.kind}) has no {', '.join(missing)}: {EXPECTED}")
         for component in components:
             self._class(component)
 
@@ -221,6 +217,16 @@ class PipelineSource(ABC):
                     where = f"{component}/{name}" if component else name
                     _log.warning(one_line(f"guidance {self.name!r}: {where} is ignored, adapters are not applied"))
 
+    @property
+    def files(self) -> dict[str, str]:
+        """sha256 of files that are not part of a folder or repository, by their paths."""
+        return self.additions.files
+
+    def open_additions(self, config: GuidanceConfig) -> None:
+        """Read and check what a config adds to the pipeline; raises as `Additions.open` does."""
+        components = [component for component in self.index if self.class_name(component) is not None]
+        self.additions = Additions.open(config, components, self.skeleton)
+
     def config(self, component: str) -> dict[str, Any]:
         """Configuration of a model or scheduler; raises UserError for a number that no size of one is."""
         relative = f"{component}/{'scheduler_config' if component == 'scheduler' else 'config'}.json"
@@ -230,6 +236,19 @@ class PipelineSource(ABC):
         except ValueError as error:
             raise self.error(f"{relative}: {error}") from error
         return content
+
+    def number(self, config: dict[str, Any], field: str, default: float) -> float:
+        """A finite number of an autoencoder's configuration; the default where it is null or not there.
+
+        Raises:
+            UserError: it is something else.
+        """
+        value = config.get(field)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise self.error(f"the vae's {field} must be a number, got {value!r}")
+        return float(value)
 
     @property
     def sample_size(self) -> int:
@@ -298,6 +317,7 @@ class PipelineSource(ABC):
                 with staged(self._tokenizer_files(component, names)) as folder:
                     tokenizer = model_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
                 self._require_words(component, tokenizer)
+                self.additions.apply_to_tokenizer(component, tokenizer)
                 return tokenizer
             files = self._model_files(component, names, model_class)
             options["dtype" if library == "transformers" else "torch_dtype"] = dtype
@@ -311,6 +331,8 @@ class PipelineSource(ABC):
             with staged(files) as folder:
                 model, report = model_class.from_pretrained(folder, local_files_only=True, **options)
         self._require_all_weights(component, report)
+        with self.faults(f"cannot add to {component}"):
+            self.additions.apply(component, model, quantized="quantization_config" in options)
         return model.eval().requires_grad_(False)
 
     def _names(self, component: str) -> list[str]:
@@ -379,107 +401,6 @@ class PipelineSource(ABC):
             return read_json(self._file(relative))
         except (OSError, ValueError) as error:
             raise self.error(f"cannot read {relative}: {one_line(error)}") from error
-
-
-class LocalSource(PipelineSource):
-    """A pipeline in a folder."""
-
-    def __init__(self, folder: Path, config: GuidanceConfig):
-        self._folder = folder
-        # Links may lead about the folder, and from a snapshot in the hub's cache to where it keeps contents.
-        root = folder.resolve()
-        self._roots = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
-        super().__init__(config.name, config)
-
-    def _inside(self, path: Path) -> bool:
-        return any(path.resolve().is_relative_to(root) for root in self._roots)
-
-    def _file(self, relative: str) -> Path:
-        path = self._folder / relative
-        if not path.is_file():
-            raise self.error(f"no diffusers pipeline, it lacks {relative}: {_EXPECTED}")
-        if not self._inside(path):
-            raise self.error(f"{relative} is a link out of the folder, which is not followed")
-        return path
-
-    def _files_in(self, component: str) -> list[str]:
-        return sorted(path.name for path in (self._folder / component).glob("*") if path.is_file())
-
-    def identity(self, components: list[str]) -> str:
-        """See `PipelineSource.identity`: of the contents of all files that may be read, wherever the folder is."""
-        digest = hashlib.sha256()
-        for component in components:
-            for name in self._files_in(component):
-                if self._allow_pickle or not is_pickle(name):
-                    path = self._file(f"{component}/{name}")
-                    digest.update(f"{path.relative_to(self._folder).as_posix()}:{content_hash(path)}\n".encode())
-        return digest.hexdigest()
-
-
-class HubSource(PipelineSource):
-    """A pipeline on the hub, or in the hub's cache on this machine."""
-
-    def __init__(self, hub_id: str, config: GuidanceConfig):
-        self._hub_id = hub_id
-        self.revision = config.revision
-        if self.revision is not None and not re.fullmatch(r"\w[\w-]*([./]\w[\w-]*)*", self.revision):
-            raise UserError(f"guidance revision {self.revision!r} is no branch, tag or commit of {hub_id!r}")
-        self._listing: list[str] | None = None
-        super().__init__(hub_id, config)
-        # The cached file lies in a folder named after the commit: everything else is taken from the same one.
-        self._snapshot = self._file("model_index.json").parent
-        self.revision = self._snapshot.name
-
-    def _file(self, relative: str) -> Path:
-        from huggingface_hub import errors, hf_hub_download
-
-        try:
-            return Path(hf_hub_download(self._hub_id, relative, revision=self.revision))
-        except errors.GatedRepoError as error:
-            raise UserError(
-                f"guidance {self.name!r} asks for its licence to be accepted: do so at "
-                f"https://huggingface.co/{self._hub_id} and log in with: hf auth login"
-            ) from error
-        except errors.RepositoryNotFoundError as error:
-            raise UserError(
-                f"guidance {self.name!r} is neither a folder here nor a model on the hub: {_EXPECTED}"
-            ) from error
-        except errors.RevisionNotFoundError as error:
-            raise UserError(f"guidance {self.name!r} has no revision {self.revision!r} on the hub") from error
-        except errors.LocalEntryNotFoundError as error:
-            raise UserError(self._unreachable()) from error
-        except errors.EntryNotFoundError as error:
-            raise self.error(f"no diffusers pipeline, it lacks {relative}: {_EXPECTED}") from error
-        except Exception as error:  # the hub's HTTP library differs between versions, and so do its errors
-            raise UserError(f"{self._unreachable()} ({one_line(error)})") from error
-
-    def _files_in(self, component: str) -> list[str] | None:
-        if self._listing is None:
-            import huggingface_hub
-
-            try:
-                self._listing = list(huggingface_hub.list_repo_files(self._hub_id, revision=self.revision))
-            except Exception:  # not reachable now: the files may all be in the cache, and loading them will tell
-                self._listing = []
-        if not self._listing:
-            return None
-        folder = f"{component}/" if component else ""
-        names = [name.removeprefix(folder) for name in self._listing if name.startswith(folder)]
-        return [name for name in names if "/" not in name]
-
-    def _names(self, component: str) -> list[str]:
-        """See `PipelineSource._names`: what is in the cache, where the hub cannot be asked."""
-        names = self._files_in(component)
-        return names if names is not None else [path.name for path in (self._snapshot / component).glob("*")]
-
-    def _unreachable(self) -> str:
-        return (
-            f"guidance {self.name!r} is not a folder here and the hub cannot be reached: check the network, name a "
-            "folder that holds a diffusers pipeline, or use guidance embedded"
-        )
-
-    def identity(self, components: list[str]) -> str:
-        return f"{self._hub_id}@{self.revision}:{','.join(components)}"
 
 
 def _needs_low_memory_flag(library: str) -> bool:

@@ -1,10 +1,10 @@
-"""diffusers pipelines with a U-Net: Stable Diffusion 1.x, 2.x and SDXL (latents), DeepFloyd IF stage I (pixels)."""
+"""diffusers pipelines with a U-Net: Stable Diffusion 1.x and 2.x (latents), DeepFloyd IF stage I (pixels)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, get_args
 
 import torch
@@ -16,11 +16,13 @@ from dreamfusion_fast.gpu.capture import CapturedFunction
 from dreamfusion_fast.guidance.config import GuidanceConfig, resolve_dtype
 from dreamfusion_fast.guidance.contract import DiffusionModel, Views
 from dreamfusion_fast.guidance.memory import GuidanceMemory
+from dreamfusion_fast.guidance.models.pipeline_origins import open_autoencoder
 from dreamfusion_fast.guidance.models.pipeline_source import PipelineSource
 from dreamfusion_fast.guidance.models.schedule import PredictionType, VariancePreserving
 from dreamfusion_fast.guidance.models.text_encoders import PromptEncoder
 from dreamfusion_fast.guidance.prompts import Prompt
 from dreamfusion_fast.networks.fused_unet import fuse
+from dreamfusion_fast.networks.half_range import to_half
 from dreamfusion_fast.networks.latent_encoder import LatentEncoder, unserved
 from dreamfusion_fast.networks.offload import RESIDENT_SHARE, can_stream_weights, stream_weights
 from dreamfusion_fast.networks.quantised import Quantisation, absent_library, quantise, quantised_bytes
@@ -33,7 +35,6 @@ _UNET_BYTES = 45_000
 _ENCODE_BYTES, _ENCODE_RECOMPUTED_BYTES = 3_500, 2_300
 _ENCODE_BYTES_OF_DIFFUSERS = 8_500
 _MOST_TIMESTEPS = 100_000
-
 
 SERVED = "pipelines of Stable Diffusion 1.x to 3.5, SDXL, DeepFloyd IF stage I and FLUX.1 can guide"
 
@@ -48,6 +49,8 @@ class PipelineModel(DiffusionModel):
     """
 
     _part = "unet"  # the component that predicts
+    # Commits of other repositories that parts come from, by hub id.
+    elsewhere: Mapping[str, str] = MappingProxyType({})
     _components: tuple[str, ...] = ("unet", "scheduler", "text_encoder", "tokenizer")
     _text_suffixes: tuple[str, ...] = ("",)
     _condition_names: tuple[str, ...] = ("hidden",)
@@ -320,22 +323,31 @@ class LatentModel(PipelineModel):
 
     _components = (*PipelineModel._components, "vae")
     # SDXL's autoencoder overflows in float16 and says so by force_upcast. As in diffusers, only SDXL's is believed: the
-    # same stands, as the default, in every folder of Stable Diffusion 1.x and 2.x that diffusers saved.
+    # same stands, as the default, in every folder of Stable Diffusion 1.x and 2.x that diffusers saved. It is
+    # rescaled to fit (`fit_half_range`); where the encoder is not the package's own, it runs in float32.
     _may_upcast = False
+    # Ollin Boer Bohan's tiny autoencoder for these latents.
+    _tiny_autoencoder = "madebyollin/taesd"
     default_guidance_scale = 100.0
 
     def __init__(self, source: PipelineSource, config: GuidanceConfig, device: torch.device):
         super().__init__(source, config, device)
-        vae = source.config("vae")
+        self._vae_source = source
+        if config.autoencoder is not None:
+            self._vae_source = open_autoencoder(config, self._tiny_autoencoder)
+            self._vae_source.check_weights("vae")
+            if self._vae_source.revision is not None:
+                self.elsewhere = {self._vae_source.name: self._vae_source.revision}
+        vae, self._is_tiny = self._vae_source.config("vae"), self._vae_source.class_name("vae") == "AutoencoderTiny"
         if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
             raise self._source.error("a vae with a latents_mean or latents_std per channel is not served")
         self._check_channels(vae.get("latent_channels", 4))
-        self._scale = _number(vae, "scaling_factor", 0.18215, source)
-        self._shift = _number(vae, "shift_factor", 0.0, source)
+        self._scale = source.number(vae, "scaling_factor", 1.0 if self._is_tiny else 0.18215)
+        self._shift = source.number(vae, "shift_factor", 0.0)
         if self._scale == 0:
             raise self._source.error("the vae's scaling_factor is 0, which leaves nothing of an image")
-        upcast = self._may_upcast and vae.get("force_upcast", False) and self.dtype == torch.float16
-        self._vae_dtype = torch.float32 if upcast else self.dtype
+        self._overflows = bool(self._may_upcast and vae.get("force_upcast", False))
+        self._wanted_vae_dtype = config.autoencoder_dtype
         self.image_size = source.image_size
         self._width = vae.get("block_out_channels", (64,))[0]
         self._vae: Any = None
@@ -346,21 +358,24 @@ class LatentModel(PipelineModel):
         """See `PipelineModel.try_out`; the autoencoder's encoder, too."""
         super().try_out()
         size: int = self._source.sample_size
-        vae: Any = self._source.skeleton("vae")
+        vae = self._vae_source.skeleton("vae")
         with (
-            self._source.faults("the configuration of vae describes a model that cannot be evaluated"),
+            self._vae_source.faults("the configuration of vae describes a model that cannot be evaluated"),
             torch.no_grad(),
         ):
-            mean = vae.encode(torch.zeros(1, 3, self.image_size, self.image_size, device="meta")).latent_dist.mean
+            mean = self._encode_by(vae, torch.zeros(1, 3, self.image_size, self.image_size, device="meta"))
             if mean.shape[2:] != (size, size):
                 raise ValueError(f"its latents are {list(mean.shape[2:])}, the {self._part} reads {[size, size]}")
 
     def load(self) -> None:
         super().load()
         if self._vae is None:
-            vae = self._source.load("vae", self._vae_dtype)
-            vae.decoder = None  # it is never run
+            vae = self._vae_source.load("vae", self._unscaled_dtype)
+            vae.decoder = None  # `decode` loads it again
             vae.to(self.device)
+            if self._vae_dtype != self._unscaled_dtype:
+                with self._vae_source.faults("its autoencoder cannot be run in float16"):
+                    to_half(vae)
             if self._encodes_fused():
                 self._encoder = LatentEncoder(vae, self._recompute)
             self._vae = vae  # last: what did not fit is loaded again
@@ -371,20 +386,39 @@ class LatentModel(PipelineModel):
         if self._encoder is not None:
             mean = self._encoder(pixels)
         else:
-            mean = self._vae.encode(pixels.to(self._vae_dtype)).latent_dist.mean
+            mean = self._encode_by(self._vae, pixels.to(self._vae_dtype))
         return (mean.to(images.dtype) - self._shift) * self._scale
+
+    def _encode_by(self, vae: Any, pixels: Tensor) -> Tensor:
+        """Latents before their scale and shift, by diffusers' module."""
+        encoded = vae.encode(pixels)
+        return encoded.latents if self._is_tiny else encoded.latent_dist.mean
+
+    @property
+    def _vae_dtype(self) -> torch.dtype:
+        """Arithmetic of the autoencoder."""
+        if self._wanted_vae_dtype != "auto":
+            return resolve_dtype(self._wanted_vae_dtype, self.device)
+        upcast = self._overflows and self.dtype == torch.float16 and not self._encodes_fused()
+        return torch.float32 if upcast else self.dtype
+
+    @property
+    def _unscaled_dtype(self) -> torch.dtype:
+        """That of diffusers' module, decoder and all, which is not rescaled."""
+        overflows = self._overflows and self._vae_dtype == torch.float16
+        return torch.float32 if overflows else self._vae_dtype
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         """See `DiffusionModel.decode`: by diffusers' decoder, one picture after another."""
-        vae = self._source.load("vae", self._vae_dtype).to(self.device)
-        latents = (x / self._scale + self._shift).to(self._vae_dtype)
+        vae = self._vae_source.load("vae", self._unscaled_dtype).to(self.device)
+        latents = (x / self._scale + self._shift).to(self._unscaled_dtype)
         images = [vae.decode(latent[None]).sample for latent in latents]
         return (torch.cat(images).to(x.dtype) / 2 + 0.5).clamp(0, 1)
 
     def _encodes_fused(self) -> bool:
         """Whether `LatentEncoder` stands in for diffusers' encoder; known before weights are loaded."""
-        return self._fuses and not unserved(self._source.skeleton("vae"))
+        return self._fuses and not unserved(self._vae_source.skeleton("vae"))
 
     def set_recompute(self, on: bool) -> None:
         """See `UsesMemory.set_recompute`. Where diffusers' encoder runs, nothing changes."""
@@ -411,47 +445,10 @@ class LatentModel(PipelineModel):
             encode, recomputed = _ENCODE_BYTES, _ENCODE_RECOMPUTED_BYTES
         return replace(
             needs,
-            weights=needs.weights + self._source.parameters("vae") * bytes_each // 2,
+            weights=needs.weights + self._vae_source.parameters("vae") * bytes_each // 2,
             encode=encode * scale,
             encode_recomputed=recomputed * scale,
         )
-
-
-class SDXLModel(LatentModel):
-    """SDXL's base model (Podell et al. 2023): two text encoders, and a U-Net that is told of sizes and cropping.
-
-    It is told that the picture was of the model's own size and not cropped, as diffusers does where nobody says else.
-    """
-
-    _components = (*LatentModel._components, "text_encoder_2", "tokenizer_2")
-    _text_suffixes = ("", "_2")
-    _condition_names = ("hidden", "pooled")
-    _added_conditions = ("text_time",)
-    _may_upcast = True
-
-    def __init__(self, source: PipelineSource, config: GuidanceConfig, device: torch.device):
-        super().__init__(source, config, device)
-        # Original height and width, top and left of the crop, target height and width.
-        sizes = (self.image_size, self.image_size, 0, 0, self.image_size, self.image_size)
-        self._time_ids = torch.tensor([sizes], dtype=self.dtype, device=device)
-        per_number = self._network_config.get("addition_time_embed_dim")
-        wanted = self._network_config.get("projection_class_embeddings_input_dim")
-        if not isinstance(per_number, int) or not isinstance(wanted, int):
-            raise self._source.error(
-                "the unet's configuration lacks addition_time_embed_dim or "
-                "projection_class_embeddings_input_dim, which SDXL has"
-            )
-        room = wanted - per_number * len(sizes)
-        if self._text.pooled_width != room:
-            raise self._source.error(
-                f"text_encoder_2 gives pooled vectors of width {self._text.pooled_width}, the "
-                f"unet reads width {room} beside {len(sizes)} numbers: they were not made for each other"
-            )
-
-    def _unet_arguments(self, condition: Mapping[str, Tensor]) -> dict[str, Any]:
-        pooled = condition["pooled"].to(self.dtype)
-        added = {"text_embeds": pooled, "time_ids": self._time_ids.expand(len(pooled), -1)}
-        return {**super()._unet_arguments(condition), "added_cond_kwargs": added}
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -470,13 +467,3 @@ def checked_timesteps(config: dict[str, Any], source: PipelineSource) -> int:
     if isinstance(timesteps, bool) or not isinstance(timesteps, int) or not 1 <= timesteps <= _MOST_TIMESTEPS:
         raise source.error(f"num_train_timesteps must be 1 to {_MOST_TIMESTEPS}, got {timesteps!r}")
     return timesteps
-
-
-def _number(config: dict[str, Any], field: str, default: float, source: PipelineSource) -> float:
-    """A finite number of an autoencoder's configuration; the default where it is null or not there."""
-    value = config.get(field)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise source.error(f"the vae's {field} must be a number, got {value!r}")
-    return float(value)

@@ -270,8 +270,8 @@ class PromptEncoder:
         return length
 
     def _read(self, suffix: str, text: str) -> str:
-        """A text as the encoder was trained to read it."""
-        return text.lower().strip() if self._is_t5(suffix) else text
+        """A text as the encoder was trained to read it, and with words that it was taught."""
+        return text.lower().strip() if self._is_t5(suffix) else self._source.additions.words.replaced(text)
 
     def _is_t5(self, suffix: str) -> bool:
         return self._configs[suffix].get("model_type") == "t5"

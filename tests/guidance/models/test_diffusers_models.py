@@ -20,7 +20,8 @@ from dreamfusion_fast.guidance import (
     create_guidance,
 )
 from dreamfusion_fast.guidance.cache import EmbeddingCache
-from dreamfusion_fast.guidance.models.pipelines import LatentModel, PixelModel, SDXLModel, resize
+from dreamfusion_fast.guidance.models.pipelines import LatentModel, PixelModel, resize
+from dreamfusion_fast.guidance.models.sdxl_pipeline import SDXLModel
 from dreamfusion_fast.guidance.prompts import Prompt
 from dreamfusion_fast.rendering import RendererConfig
 from dreamfusion_fast.training.memory_plan import MemoryLimit, MemoryPlanner
@@ -305,6 +306,35 @@ def test_autoencoder_that_overflows_in_half_precision_is_run_in_float32(
     modules = {type(value).__name__: value for value in vars(guidance.model).values() if hasattr(value, "dtype")}
     assert modules["AutoencoderKL"].dtype == wanted
     assert modules["UNet2DConditionModel"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("wanted", ["auto", "float32", "bfloat16"])
+def test_an_autoencoder_that_overflows_is_rescaled_where_its_encoder_is_ours(
+    own_pipeline: Pipelines, wanted: str
+) -> None:
+    """Here on a CPU. Its weights are made to overflow in float16; the gradient is that of float64 all the same."""
+    from safetensors.torch import load_file, save_file
+
+    folder = own_pipeline("sdxl")
+    (path,) = (folder / "vae").glob("*.safetensors")
+    tensors = load_file(path)
+    for name in ("weight", "bias"):
+        tensors[f"encoder.conv_in.{name}"] *= 3e5
+    save_file(tensors, path, metadata={"format": "pt"})
+    images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def gradient(dtype: str, **options: Any) -> tuple[Any, Tensor]:
+        model: Any = _guidance(folder, dtype=dtype, **options).model
+        model._fuses = dtype == "float16"
+        given = images.clone().requires_grad_()
+        return model, torch.autograd.grad(model.encode(given).sum(), given)[0]
+
+    _, exact = gradient("float64")
+    model, found = gradient("float16", autoencoder_dtype=wanted)
+    assert model._vae.encoder.conv_in.weight.dtype == {"auto": torch.float16}.get(wanted, getattr(torch, wanted, None))
+    assert model.memory_needs(1, 64).encode > 0
+    error = float((found - exact).norm() / exact.norm())
+    assert error < {"auto": 1e-2, "float32": 1e-4, "bfloat16": 0.2}[wanted]
 
 
 @pytest.mark.parametrize("recompute", [False, True])

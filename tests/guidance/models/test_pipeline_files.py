@@ -20,7 +20,7 @@ from dreamfusion_fast.guidance import GuidanceConfig, create_guidance
 from dreamfusion_fast.guidance.contract import Guidance
 from dreamfusion_fast.guidance.models import pipeline_files
 from dreamfusion_fast.guidance.models.pipeline_files import content_hash, holds_tokenizer
-from dreamfusion_fast.guidance.models.pipeline_source import open_source
+from dreamfusion_fast.guidance.models.pipeline_origins import open_source
 
 pytest.importorskip("diffusers")
 

@@ -17,7 +17,8 @@ from dreamfusion_fast.errors import NonFiniteError, UserError
 from dreamfusion_fast.gpu.memory import free_bytes
 from dreamfusion_fast.guidance import GuidanceConfig, ScoreDistillation, create_guidance
 from dreamfusion_fast.guidance.models import text_encoders
-from dreamfusion_fast.guidance.models.pipeline_source import PipelineSource, open_source
+from dreamfusion_fast.guidance.models.pipeline_origins import open_source
+from dreamfusion_fast.guidance.models.pipeline_source import PipelineSource
 from dreamfusion_fast.guidance.models.text_encoders import PromptEncoder
 from dreamfusion_fast.guidance.prompts import Prompt, PromptSet, shortened
 

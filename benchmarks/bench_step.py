@@ -12,6 +12,7 @@ are embedded by the model's text encoders, of random weights too, placed and fre
 
     python benchmarks/bench_step.py                              # sd-1.5 and sd-2.1 at 64^2
     python benchmarks/bench_step.py --models sd-2.1 --sizes 512 --shading lambertian --memory 8GB --profile
+    python benchmarks/bench_step.py --modes sds csd sdi ism vsd  # the methods, with the settings of their authors
     python benchmarks/bench_step.py --models sdxl if-i-xl --out  # written to benchmarks/results
 """
 
@@ -23,6 +24,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 
 import torch
 from architectures import UNETS, RandomPrompts, RandomWeights
@@ -30,6 +32,7 @@ from machine import RESULTS, describe, headline, write_result
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance import GuidanceConfig, PromptEmbeddings, PromptSet, ScoreDistillation
+from dreamfusion_fast.guidance.distillation import METHODS
 from dreamfusion_fast.guidance.models.pipelines import LatentModel, PipelineModel, PixelModel
 from dreamfusion_fast.guidance.models.sdxl_pipeline import SDXLModel
 from dreamfusion_fast.training.config import Config
@@ -50,6 +53,7 @@ class Row:
     shading: str
     memory: str | None
     steps: int
+    mode: str = "sds"
     ms: float | None = None
     ours_ms: float | None = None
     unet_ms: float | None = None
@@ -114,7 +118,7 @@ def config_of(row: Row) -> Config:
 
 def make_trainer(row: Row, device: torch.device) -> Trainer:
     """The run of a case, planned."""
-    config = GuidanceConfig(name="random/weights", cache=False)
+    config = GuidanceConfig(name="random/weights", mode=row.mode, cache=False)  # type: ignore[arg-type]
     guidance_class = MeasuredPrompts if row.text_encoders else RandomPrompts
     return Trainer(config_of(row), device, guidance_class(model_of(row.model, device), config))
 
@@ -165,7 +169,9 @@ def show(row: Row) -> str:
     """A line of the table."""
     numbers = (row.ms, row.ours_ms, row.unet_ms, row.encode_ms, row.allocated_gb, row.reserved_gb, row.planned_gb)
     cells = "".join("        -" if x is None else f"{x:9.2f}" for x in numbers)
-    return f"{row.model:9}{row.size:5}{row.batch:6} {row.shading:12}{row.memory or '-':>7}{cells}  {row.note}"
+    return (
+        f"{row.model:9}{row.mode:5}{row.size:5}{row.batch:6} {row.shading:12}{row.memory or '-':>7}{cells}  {row.note}"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,6 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sizes", nargs="+", type=int, default=[64])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--shading", nargs="+", choices=("albedo", "lambertian", "textureless"), default=["albedo"])
+    parser.add_argument("--modes", nargs="+", choices=[mode for mode in METHODS if mode != "rfds"], default=["sds"])
     parser.add_argument("--memory", help="such as 8GB: the run has to fit into it")
     parser.add_argument("--embed", action="store_true", help="embed the prompt by text encoders of random weights")
     parser.add_argument("--steps", type=int, default=160, help="a sixteenth of them update the occupancy grid")
@@ -186,29 +193,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device, about = torch.device("cuda", 0), describe(torch.device("cuda"))
     print("device", headline(about))
     names = ("ms", "ours", "U-Net", "encode", "alloc GB", "resv GB", "planned")
-    print(f"{'model':9}{'size':>5}{'batch':>6} {'shading':12}{'memory':>7}", *(f"{name:>8}" for name in names))
+    print(
+        f"{'model':9}{'mode':5}{'size':>5}{'batch':>6} {'shading':12}{'memory':>7}", *(f"{name:>8}" for name in names)
+    )
     rows = []
-    for model in args.models:
-        for size in args.sizes:
-            for shading in args.shading:
-                row = Row(model, size, args.batch, shading, args.memory, args.steps, text_encoders=args.embed)
-                profile = None
-                try:
-                    profile = fill(row, device)
-                except (UserError, torch.OutOfMemoryError) as error:
-                    row.note = " ".join(str(error).split())[:200]
-                rows.append(row)
-                print(show(row), flush=True)
-                print("   ", row.plan)
-                if row.embed_s is not None:
-                    print(
-                        f"    prompt embedded in {row.embed_s:.1f} s, up to {row.embed_allocated_gb:.2f} GB allocated, "
-                        f"{row.embed_reserved_gb:.2f} GB reserved"
-                    )
-                if args.profile and profile is not None:
-                    print(profile.table())
-                gc.collect()
-                torch.cuda.empty_cache()
+    for model, mode, size, shading in product(args.models, args.modes, args.sizes, args.shading):
+        row = Row(model, size, args.batch, shading, args.memory, args.steps, mode, text_encoders=args.embed)
+        profile = None
+        try:
+            profile = fill(row, device)
+        except (UserError, torch.OutOfMemoryError) as error:
+            row.note = " ".join(str(error).split())[:200]
+        rows.append(row)
+        print(show(row), flush=True)
+        print("   ", row.plan)
+        if row.embed_s is not None:
+            print(
+                f"    prompt embedded in {row.embed_s:.1f} s, up to {row.embed_allocated_gb:.2f} GB allocated, "
+                f"{row.embed_reserved_gb:.2f} GB reserved"
+            )
+        if args.profile and profile is not None:
+            print(profile.table())
+        gc.collect()
+        torch.cuda.empty_cache()
     if args.out:
         print("written:", write_result(RESULTS, "step", about, [asdict(row) for row in rows]))
     return 0

@@ -311,10 +311,9 @@ def rendering(
     extras |= {"weights": weights, "trans": trans, "alphas": alphas}
 
     middles = 0.5 * (t_starts + t_ends)[..., None]
-    # All three at once: launches are what a step of small images waits for.
-    values = torch.cat([rgbs, torch.ones_like(middles), middles], dim=-1)
-    summed = accumulate_along_rays(weights, values, ray_indices, n_rays)
-    colors, opacities, depths = summed.split([rgbs.shape[-1], 1, 1], dim=-1)
+    colors = accumulate_along_rays(weights, rgbs, ray_indices, n_rays)
+    opacities = accumulate_along_rays(weights, None, ray_indices, n_rays)
+    depths = accumulate_along_rays(weights, middles, ray_indices, n_rays)
     if expected_depths:
         depths = depths / opacities.clamp_min(torch.finfo(opacities.dtype).eps)
     if render_bkgd is not None:

@@ -142,7 +142,7 @@ class RandomFlow(PipelineSource):
     def _files_in(self, component: str) -> None:
         return None
 
-    def identity(self, components: list[str]) -> str:
+    def _identity(self, components: list[str]) -> str:
         return f"random weights of {self._name}: {components}"
 
     def load(self, component: str, dtype: torch.dtype | None = None, **options: Any) -> Any:

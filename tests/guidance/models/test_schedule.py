@@ -87,7 +87,9 @@ def test_the_methods_of_a_flow():
     level = FlowMatching(torch.tensor([0.1, 0.6], dtype=torch.float64)).at(torch.arange(2), torch.float64)
     nobody = Mock()
     given = {"null": null, "text": text}
-    p = Predictions(nobody, nobody, nobody, nobody, x, noise, level.noisy(x, noise), level, 7.0, outputs=given)
+    p = Predictions(
+        nobody, nobody, nobody, nobody, x, noise, level.noisy(x, noise), level, Combination(7.0), outputs=given
+    )
     velocity = null + 7.0 * (text - null)
     rfds = RectifiedFlowDistillation().residual(p)
     torch.testing.assert_close(rfds, velocity - noise + x)

@@ -148,7 +148,7 @@ def test_diffusers_and_peft_make_the_same_of_it(pipeline: Pipelines, tmp_path: P
     assert (plain.embed_texts([Prompt("a chair")])["hidden"] - wanted).abs().max() > 1e-2
     model.load()
     plain.load()
-    unets = [reference.unet.double(), model._unet.double(), plain._unet.double()]
+    unets = [reference.unet.double(), model._network.double(), plain._network.double()]
     for used in (model, plain):
         used.dtype = torch.float64
     if kind == "sdxl":

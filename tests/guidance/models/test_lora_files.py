@@ -155,7 +155,7 @@ def test_diffusers_and_peft_make_the_same_of_it(pipeline: Pipelines, tmp_path: P
         for used in (model, plain):
             used._time_ids = used._time_ids.double()
     found, without = _predicted(model), _predicted(plain)
-    model._unet = unets[0]
+    model._network = unets[0]
     torch.testing.assert_close(found, _predicted(model), rtol=1e-6, atol=1e-6)
     assert (found - without).abs().max() > 1e-2
 

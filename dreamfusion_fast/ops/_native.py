@@ -65,7 +65,7 @@ def cuda_reason() -> str:
     if module is None:
         cpu, _ = _load("_core")
         why = getattr(cpu, "cuda_reason", "") or reason
-        return f"the CUDA core is not there: {why}. With the CUDA toolkit installed, build it: {_REBUILD}"
+        return f"the CUDA core is not there: {why}"
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     if not torch.cuda.is_available():
@@ -137,7 +137,8 @@ def function_of(name: str, device_type: str, dtype: torch.dtype) -> Callable[...
         raise RuntimeError(f"{name}: no native core for device {device_type}, only for cpu and cuda")
     module, _ = _load("_core" if device_type == "cpu" else "_core_cuda")
     if module is None:
-        raise RuntimeError(f"{name}: {cpu_reason() if device_type == 'cpu' else cuda_reason()}")
+        reason = cpu_reason() if device_type == "cpu" else cuda_reason()
+        raise RuntimeError(f"{name}: {reason}; dreamfusion-fast doctor says what to do")
     function = getattr(module, name + _SUFFIXES.get(dtype, ""), None) or getattr(module, name, None)
     if function is None:
         raise TypeError(f"{name}: the native core has no code for {dtype}")

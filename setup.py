@@ -2,7 +2,8 @@
 
 Read from the environment: DREAMFUSION_FAST_CUDA, DREAMFUSION_FAST_ARCHS, DREAMFUSION_FAST_PORTABLE (CMakeLists.txt says
 what they do), CUDA_HOME or CUDACXX for a CUDA toolkit outside the path, CMAKE_BUILD_PARALLEL_LEVEL for the number of
-compilers at once. backend/dreamfusion_fast_build decides what is built for CUDA.
+compilers at once, DREAMFUSION_FAST_BUILD for the folder that CMake works in, so that a build for another Python goes on
+where one has ended. backend/dreamfusion_fast_build decides what is built for CUDA.
 """
 
 import os
@@ -36,7 +37,7 @@ class CMakeBuild(build_ext):
 
     def build_extensions(self) -> None:
         plan = make_plan(choice("DREAMFUSION_FAST_CUDA", CUDA_CHOICES), os.environ)
-        build_dir = Path(self.build_temp).resolve() / "cmake"
+        build_dir = Path(os.environ.get("DREAMFUSION_FAST_BUILD") or Path(self.build_temp) / "cmake").resolve()
         if plan.reason:
             print(f"dreamfusion_fast: only the CPU core is built: {plan.reason}", file=sys.stderr)
         try:
@@ -81,10 +82,8 @@ class CMakeBuild(build_ext):
         shutil.rmtree(build_dir / "modules", ignore_errors=True)
         cache = build_dir / "CMakeCache.txt"
         if cache.exists():
-            before = cache.read_text()
-            nvcc = re.search(r"(?m)^CMAKE_CUDA_COMPILER:\w+=(.+)$", before)
-            moved = f"CMAKE_COMMAND:INTERNAL={os.path.realpath(cmake)}" not in before
-            if moved or (nvcc is not None and not os.path.exists(nvcc[1])):
+            programs = re.findall(r"(?m)^(?:CMAKE_COMMAND|CMAKE_CUDA_COMPILER):\w+=(.+)$", cache.read_text())
+            if not all(os.path.exists(program) for program in programs):
                 shutil.rmtree(build_dir)
         build_dir.mkdir(parents=True, exist_ok=True)
         options = {

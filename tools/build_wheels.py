@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
@@ -75,6 +76,7 @@ def build_environment(work: Path, cuda: bool) -> dict[str, str]:
     build for another one has ended."""
     tools = make_environment(sys.executable, work / "tools", TOOLS)
     environ = dict(os.environ, DREAMFUSION_FAST_PORTABLE="1", DREAMFUSION_FAST_CUDA="1" if cuda else "0")
+    environ["DREAMFUSION_FAST_BUILD"] = str(work / "cmake")
     environ["PATH"] = f"{tools}{os.pathsep}{environ['PATH']}"
     environ.pop("PYTHONPATH", None)
     if cuda:
@@ -88,15 +90,23 @@ def build_environment(work: Path, cuda: bool) -> dict[str, str]:
     return environ
 
 
-def build_wheel(version: str, python: str, work: Path, environ: dict[str, str]) -> Path:
+def unpack_sources(python: Path, work: Path) -> Path:
+    """The source distribution, unpacked: a tree with all that the build needs, and nothing of builds before."""
+    code = "import sys, dreamfusion_fast_build as backend; print(backend.build_sdist(sys.argv[1]))"
+    environ = dict(os.environ, PYTHONPATH=str(ROOT / "backend"))
+    subprocess.run([str(python), "-c", code, str(work)], cwd=ROOT, env=environ, stdout=subprocess.DEVNULL, check=True)
+    (archive,) = work.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(work / "source")
+    (tree,) = (work / "source").iterdir()
+    return tree
+
+
+def build_wheel(version: str, python: Path, tree: Path, work: Path, environ: dict[str, str]) -> Path:
     """The wheel as setuptools makes it, for this machine alone by its name."""
-    programs = make_environment(python, work / f"build-{version}", BUILD_REQUIREMENTS)
-    base, raw = work / f"base-{version}", work / f"raw-{version}"
-    base.mkdir()
-    command = [str(programs / "python"), "setup.py", "-q", "egg_info", "--egg-base", str(base)]
-    command += ["build", "--build-base", str(base), "build_ext", "--build-temp", str(work / "cmake")]
-    command += ["bdist_wheel", "--dist-dir", str(raw)]
-    subprocess.run(command, cwd=ROOT, env=environ, check=True)
+    raw = work / f"raw-{version}"
+    command = [str(python), "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--disable-pip-version-check"]
+    subprocess.run([*command, "--verbose", "--wheel-dir", str(raw), str(tree)], env=environ, check=True)
     (wheel,) = raw.glob("*.whl")
     return wheel
 
@@ -170,9 +180,12 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         out = options.out.resolve()
         environ = build_environment(work, not options.no_cuda)
-        wheels = {}
+        wheels: dict[str, Path] = {}
+        tree = None
         for version, python in pythons.items():
-            raw = build_wheel(version, python, work, environ)
+            builder = make_environment(python, work / f"build-{version}", BUILD_REQUIREMENTS) / "python"
+            tree = tree or unpack_sources(builder, work)
+            raw = build_wheel(version, builder, tree, work, environ)
             wheels[version] = repair(raw, out, environ)
             check_contents(wheels[version], not options.no_cuda)
             print(f"made {wheels[version]} ({wheels[version].stat().st_size / 2**20:.0f} MiB)", flush=True)

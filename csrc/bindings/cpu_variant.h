@@ -1,5 +1,5 @@
-// Which of the CPU cores this processor can run. A wheel has several (DREAMFUSION_FAST_PORTABLE in CMakeLists.txt), which
-// differ in nothing but the instructions that they were compiled for.
+// Which of the CPU cores this processor can run. A wheel has several (DREAMFUSION_FAST_PORTABLE in CMakeLists.txt),
+// which differ in nothing but the instructions that they were compiled for.
 #pragma once
 
 #include <string>

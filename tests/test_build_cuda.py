@@ -169,8 +169,8 @@ def test_requirements_are_those_that_pip_finds(
     assert cuda.compiler_requirements() == []
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
-    assert "only the CPU core is built" in said
-    assert 'pip install "nvidia-cuda-nvcc==13.0.88"' in said
+    assert "so only the CPU core is built" in said
+    assert "Install the CUDA toolkit and then this again, or" in said
     fake_index(tmp_path, cuda.COMPILER[-1:])
     assert cuda.compiler_requirements() == list(cuda.COMPILER)
     assert capsys.readouterr().err == ""

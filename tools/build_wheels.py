@@ -1,7 +1,7 @@
 """Makes manylinux wheels for the Pythons of this machine, and tests them where there is no compiler.
 
     python tools/build_wheels.py                     # Python 3.10 to 3.14, as far as they are here
-    python tools/build_wheels.py --python 3.11 --test tests/ops tests/test_end_to_end.py
+    python tools/build_wheels.py --python 3.11 --require torch==2.13.0 --test tests/ops tests/test_end_to_end.py
 
 A wheel holds a CPU core for every x86-64-v2 machine with AVX2 and AVX-512 beside it (on Arm: one), and a CUDA core for
 the architectures of `cmake/cuda.cmake`. nvcc is that of the machine, or else PyPI's. The tag says the oldest glibc that
@@ -137,12 +137,11 @@ def check_contents(wheel: Path, cuda: bool) -> None:
         raise SystemExit(f"{wheel.name} also holds {sorted(strangers)}")
 
 
-def run_tests(wheel: Path, python: str, work: Path, tests: list[str]) -> None:
+def run_tests(wheel: Path, python: str, work: Path, tests: list[str], required: list[str]) -> None:
     """Installs the wheel and runs tests with each of its CPU cores, with nothing on the path but the environment."""
     folder = work / f"test-{wheel.name}"
-    programs = make_environment(
-        python, folder, (f"dreamfusion-fast[generate] @ {wheel.as_uri()}", "pytest", "pytest-benchmark", "hypothesis")
-    )
+    packages = (f"dreamfusion-fast[generate] @ {wheel.as_uri()}", "pytest", "pytest-benchmark", "hypothesis")
+    programs = make_environment(python, folder, (*required, *packages))
     present = [name for name in COMPILERS if (programs / name).exists()]
     if present:
         raise SystemExit(f"the environment of the test has {', '.join(present)}")
@@ -168,6 +167,9 @@ def main() -> None:
     parser.add_argument("--no-cuda", action="store_true", help="the CPU core alone")
     parser.add_argument("--work", type=Path, help="a new folder to build in, which stays")
     parser.add_argument("--test", nargs="*", metavar="TESTS", help=f"test the wheels; default {' '.join(TESTS)}")
+    parser.add_argument(
+        "--require", nargs="+", default=[], help="for the tests, such as torch==2.13.0 for its CPU build"
+    )
     options = parser.parse_args()
     if sys.platform != "linux":
         raise SystemExit("wheels are made for Linux, under Linux")
@@ -191,7 +193,7 @@ def main() -> None:
             print(f"made {wheels[version]} ({wheels[version].stat().st_size / 2**20:.0f} MiB)", flush=True)
         if options.test is not None:
             for version, wheel in wheels.items():
-                run_tests(wheel, pythons[version], work, options.test)
+                run_tests(wheel, pythons[version], work, options.test, options.require)
         print(f"made for Python {', '.join(wheels)}")
     absent = [version for version in options.python if version not in pythons]
     if absent:

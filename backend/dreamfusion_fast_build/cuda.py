@@ -142,10 +142,9 @@ def compiler_requirements() -> list[str]:
     if not compiler_wanted(os.environ) or pypi_toolkit() is not None:
         return []
     if not can_be_fetched(COMPILER):
-        packages = " ".join(f'"{name}"' for name in COMPILER)
         print(
-            "dreamfusion_fast: there is a GPU, but no nvcc, and pip cannot fetch the one on PyPI: only the CPU core is "
-            f"built. Install the CUDA toolkit, or with a network: pip install {packages}; then install this again.",
+            "dreamfusion_fast: there is a GPU, but no nvcc, and pip does not find that of PyPI, so only the CPU core "
+            "is built. Install the CUDA toolkit and then this again, or this again where pip reaches PyPI.",
             file=sys.stderr,
         )
         return []

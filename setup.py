@@ -2,10 +2,12 @@
 
 Read from the environment: DREAMFUSION_FAST_CUDA, DREAMFUSION_FAST_ARCHS, DREAMFUSION_FAST_PORTABLE (CMakeLists.txt says
 what they do), CUDA_HOME or CUDACXX for a CUDA toolkit outside the path, CMAKE_BUILD_PARALLEL_LEVEL for the number of
-compilers at once.
+compilers at once, DREAMFUSION_FAST_BUILD for the folder that CMake works in, so that a build for another Python goes on
+where one has ended. backend/dreamfusion_fast_build decides what is built for CUDA.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "backend"))
+
+from dreamfusion_fast_build.cuda import Plan, make_plan  # noqa: E402 - found where the line above points
+
 CUDA_CHOICES = {"": "AUTO", "auto": "AUTO", "0": "0", "1": "1"}
 SWITCHES = {"": "0", "0": "0", "1": "1"}
 
@@ -27,21 +33,22 @@ def choice(name: str, allowed: dict[str, str]) -> str:
 
 
 class CMakeBuild(build_ext):
-    """Configures and compiles both modules in one CMake build, then puts what came of it where setuptools wants it."""
+    """Configures and compiles all modules in one CMake build, then puts what came of it where setuptools wants it."""
 
     def build_extensions(self) -> None:
-        cuda = choice("DREAMFUSION_FAST_CUDA", CUDA_CHOICES)
-        build_dir = Path(self.build_temp).resolve() / "cmake"
-        if cuda == "AUTO":
-            try:
-                self.run_cmake(build_dir, "AUTO")
-            except subprocess.CalledProcessError as error:
-                # A toolkit that does not fit the compiler or the driver must not cost the user the CPU core. If that
-                # does not compile either, the error is no matter of CUDA and ends the build.
-                print(f"dreamfusion_fast: the build failed ({error}); trying again without CUDA", file=sys.stderr)
-                self.run_cmake(build_dir, "0", "building it failed (pip install -v . shows why)")
-        else:
-            self.run_cmake(build_dir, cuda)
+        plan = make_plan(choice("DREAMFUSION_FAST_CUDA", CUDA_CHOICES), os.environ)
+        build_dir = Path(os.environ.get("DREAMFUSION_FAST_BUILD") or Path(self.build_temp) / "cmake").resolve()
+        if plan.reason:
+            print(f"dreamfusion_fast: only the CPU core is built: {plan.reason}", file=sys.stderr)
+        try:
+            self.run_cmake(build_dir, plan)
+        except subprocess.CalledProcessError as error:
+            if plan.cuda != "AUTO":
+                raise
+            # A toolkit that does not fit the compiler or the driver must not cost the user the CPU core. If that
+            # does not compile either, the error is no matter of CUDA and ends the build.
+            print(f"dreamfusion_fast: the build failed ({error}); trying again without CUDA", file=sys.stderr)
+            self.run_cmake(build_dir, Plan("0", reason="building it failed (pip install -v . shows why)"))
 
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name)).resolve()
@@ -65,17 +72,19 @@ class CMakeBuild(build_ext):
                 Path(in_source).unlink(missing_ok=True)
         super().copy_extensions_to_source()
 
-    def run_cmake(self, build_dir: Path, cuda: str, reason: str = "") -> None:
+    def run_cmake(self, build_dir: Path, plan: Plan) -> None:
         cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
         if cmake is None or ninja is None:
             raise SystemExit("dreamfusion_fast: CMake and Ninja are needed to build it: pip install cmake ninja")
         import pybind11
 
-        # The modules must be those of this build, and CMake itself may have lived in a build environment that is gone.
+        # The modules must be those of this build, and CMake or nvcc may have lived in a build environment that is gone.
         shutil.rmtree(build_dir / "modules", ignore_errors=True)
         cache = build_dir / "CMakeCache.txt"
-        if cache.exists() and f"CMAKE_COMMAND:INTERNAL={os.path.realpath(cmake)}" not in cache.read_text():
-            shutil.rmtree(build_dir)
+        if cache.exists():
+            programs = re.findall(r"(?m)^(?:CMAKE_COMMAND|CMAKE_CUDA_COMPILER):\w+=(.+)$", cache.read_text())
+            if not all(os.path.exists(program) for program in programs):
+                shutil.rmtree(build_dir)
         build_dir.mkdir(parents=True, exist_ok=True)
         options = {
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
@@ -83,15 +92,18 @@ class CMakeBuild(build_ext):
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": build_dir / "modules",
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
-            "DREAMFUSION_FAST_CUDA": cuda,
-            "DREAMFUSION_FAST_CUDA_REASON": reason,
-            "DREAMFUSION_FAST_ARCHS": os.environ.get("DREAMFUSION_FAST_ARCHS", "").strip(),
+            "DREAMFUSION_FAST_CUDA": plan.cuda,
+            "DREAMFUSION_FAST_CUDA_REASON": plan.reason,
+            "DREAMFUSION_FAST_ARCHS": plan.archs,
+            "DREAMFUSION_FAST_GPUS": plan.gpus,
             "DREAMFUSION_FAST_PORTABLE": choice("DREAMFUSION_FAST_PORTABLE", SWITCHES),
         }
         arguments = [f"-D{name}={value}" for name, value in options.items()]
+        environ = plan.environment(os.environ)
         try:
-            subprocess.run([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build_dir), *arguments], check=True)
-            subprocess.run([cmake, "--build", str(build_dir)], check=True)
+            configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build_dir), *arguments]
+            subprocess.run(configure, env=environ, check=True)
+            subprocess.run([cmake, "--build", str(build_dir)], env=environ, check=True)
         except subprocess.CalledProcessError:
             log = "\n".join(path.read_text() for path in [build_dir / "CMakeCache.txt"] if path.exists())
             if "CMAKE_CXX_COMPILER:" not in log or "CMAKE_CXX_COMPILER-NOTFOUND" in log:
@@ -107,6 +119,8 @@ class CMakeBuild(build_ext):
 setup(
     ext_modules=[
         Extension("dreamfusion_fast._core", sources=[]),
+        Extension("dreamfusion_fast._core_avx2", sources=[], optional=True),
+        Extension("dreamfusion_fast._core_avx512", sources=[], optional=True),
         Extension("dreamfusion_fast._core_cuda", sources=[], optional=True),
     ],
     cmdclass={"build_ext": CMakeBuild},

@@ -1,4 +1,4 @@
-# Decides whether and for which GPUs the CUDA core is built.
+# Whether and for which GPUs the CUDA core is built. What this machine has, setup.py finds out.
 # Sets build_cuda, cuda_reason (why not, for people) and CMAKE_CUDA_ARCHITECTURES, and enables the language.
 
 set(build_cuda OFF)
@@ -33,20 +33,13 @@ execute_process(COMMAND ${nvcc_path} --list-gpu-arch OUTPUT_VARIABLE listed ERRO
 string(REGEX MATCHALL "[0-9]+" known_archs "${listed}")
 
 set(archs "${DREAMFUSION_FAST_ARCHS}")
+if(archs STREQUAL "")
+  set(archs "${DREAMFUSION_FAST_GPUS}")
+endif()
 string(REGEX REPLACE "[, ]+" ";" archs "${archs}")
 string(REPLACE "." "" archs "${archs}")
 if(archs STREQUAL "")
-  # No GPU, or no driver, gives an empty answer, and then everything is built.
-  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader OUTPUT_VARIABLE caps ERROR_QUIET
-                  RESULT_VARIABLE smi_failed)
-  if(NOT smi_failed)
-    string(REGEX MATCHALL "[0-9]+\\.[0-9]+" archs "${caps}")
-    string(REPLACE "." "" archs "${archs}")
-    list(REMOVE_DUPLICATES archs)
-  endif()
-  if(archs STREQUAL "")
-    set(archs all)
-  endif()
+  set(archs all)
 endif()
 
 if(archs STREQUAL "all")

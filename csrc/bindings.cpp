@@ -1,5 +1,5 @@
 // The Python face of the native core. This file and csrc/bindings/ are all of csrc/ that knows Python.
-// It is compiled twice: as dreamfusion_fast._core (DFF_BACKEND=cpu) and as dreamfusion_fast._core_cuda (=cuda), so that
+// It is compiled as dreamfusion_fast._core (DFF_BACKEND=cpu) and as dreamfusion_fast._core_cuda (=cuda), so that
 // both modules have the same functions with the same arguments: addresses, sizes, and last `where` (a thread count or a
 // stream). What is a struct within an op's struct is a tuple in Python. Exceptions: tiles of the hash grid exist on the
 // GPU alone, dense layers on the CPU alone. Nothing is owned, allocated or checked here: dreamfusion_fast/ops/ does
@@ -26,13 +26,12 @@
 #include "bindings/traverse.h"
 
 #if defined(DFF_CUDA_ARCHS)
-#define DFF_MODULE _core_cuda
 #define DFF_HAS_TILES 1
 #include "bindings/hash_grid_tile.h"  // a CPU does a tile with the functions of hash_grid.h
 #else
 #define DFF_CUDA_ARCHS ""
-#define DFF_MODULE _core
 #define DFF_HAS_TILES 0
+#include "bindings/cpu_variant.h"
 #include "bindings/dense.h"  // on a GPU torch has these
 #endif
 
@@ -64,6 +63,7 @@ PYBIND11_MODULE(DFF_MODULE, module) {
 #if DFF_HAS_TILES
   dff::bindings::bind_hash_grid_tile(module);
 #else
+  dff::bindings::bind_cpu_variant(module);
   dff::bindings::bind_dense(module);
 #endif
 }

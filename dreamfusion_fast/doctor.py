@@ -1,4 +1,4 @@
-"""A report on this machine: what works, what is missing, and how to get it.
+"""A report on this machine: what works, what is missing, and at its end a verdict and the command that mends it.
 
 Every check stands on its own and survives the failure of what it looks at: this is run when something is broken.
 """
@@ -6,15 +6,19 @@ Every check stands on its own and survives the failure of what it looks at: this
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote, urlsplit
 
 from dreamfusion_fast import __version__
+from dreamfusion_fast.driver import find_driver
 from dreamfusion_fast.errors import joined
 
 Status = Literal["ok", "note", "missing"]
@@ -30,7 +34,7 @@ class Check:
     status: Status
     text: str
     remedy: str = ""
-    """How to get what is missing."""
+    """How to get what is missing: a command, or where there is none, words."""
     fatal: bool = False
     """Without it, no run can start."""
 
@@ -56,14 +60,22 @@ def report(checks: list[Check]) -> str:
         lines.append(f"{check.status:>7}  {check.name:<{width}}  {check.text}")
         if check.remedy:
             lines.append(f"{'':>7}  {'':<{width}}  -> {check.remedy}")
-    fatal = [check.name for check in checks if check.fatal]
-    lines.append("")
+    lines += ["", *_verdict(checks)]
+    return "\n".join(lines)
+
+
+def _verdict(checks: list[Check]) -> list[str]:
+    """One line that says whether a run can start and on what, and one with what to do first, if anything is."""
+    fatal = [check for check in checks if check.fatal]
+    wrong = fatal or [check for check in checks if check.status == "missing"]
     if fatal:
-        lines.append(f"{_DISTRIBUTION} generate cannot run yet; missing: {', '.join(fatal)}.")
+        verdict = f"{_DISTRIBUTION} generate cannot run yet; missing: {', '.join(check.name for check in fatal)}."
     else:
         gpu = any(check.name == "CUDA core" and check.status == "ok" for check in checks)
-        lines.append(f"{_DISTRIBUTION} generate can run, on the {'GPU' if gpu else 'CPU'}.")
-    return "\n".join(lines)
+        but = f"; not as it should be: {', '.join(check.name for check in wrong)}" if wrong else ""
+        verdict = f"{_DISTRIBUTION} generate can run, on the {'GPU' if gpu else 'CPU'}{but}."
+    remedy = next((check.remedy for check in wrong if check.remedy), "")
+    return [verdict, f"Mend it: {remedy}"] if remedy else [verdict]
 
 
 def _python() -> list[Check]:
@@ -83,7 +95,7 @@ def _packages() -> list[Check]:
     missing = [name for name, version in versions.items() if version is None]
     checks = [Check("packages", "ok", ", ".join(found))] if found else []
     if missing:
-        remedy = f'pip install "{_DISTRIBUTION}[generate]"'
+        remedy = f"pip install {_source('[generate]')}"
         checks.append(Check("packages", "missing", f"not installed: {', '.join(missing)}", remedy, fatal=True))
     return checks
 
@@ -117,18 +129,25 @@ def _gpus() -> list[Check]:
             text = f"{properties.name}, compute capability {properties.major}.{properties.minor}, {memory}"
             checks.append(Check(f"GPU {index}", "ok" if "free" in memory else "missing", text))
         return checks
-    if torch.version.cuda is None and os.path.exists("/dev/nvidia0"):
-        remedy = "install a CUDA build of torch, see https://pytorch.org/get-started/locally"
+    driver = find_driver()
+    if driver is None or not driver.capabilities:
+        return [Check("GPU", "note", "none; runs use the CPU")]
+    # PyPI's torch is built with CUDA 13 from 2.11 on, and with CUDA 12 before, which older drivers serve.
+    remedy = f"pip install --force-reinstall {'torch' if driver.cuda >= 13000 else shlex.quote('torch<2.11')}"
+    if torch.version.cuda is None:
         return [Check("GPU", "missing", "there is one, but this torch is built without CUDA", remedy)]
-    return [Check("GPU", "note", "none; runs use the CPU")]
+    if driver.cuda and driver.cuda // 1000 < int(torch.version.cuda.partition(".")[0]):
+        text = f"there is one, but its driver is for CUDA {driver.cuda_name}, and this torch for {torch.version.cuda}"
+        return [Check("GPU", "missing", text, remedy)]
+    return [Check("GPU", "missing", "there is one, but torch cannot use it", "nvidia-smi, which says more")]
 
 
 def _cpu_core() -> list[Check]:
     from dreamfusion_fast.ops import _native
 
     if _native.cpu_available():
-        return [Check("CPU core", "ok", "built")]
-    return [Check("CPU core", "missing", _native.cpu_reason(), fatal=not _native.cuda_available())]
+        return [Check("CPU core", "ok", f"built for {_native.cpu_target()}")]
+    return [Check("CPU core", "missing", _native.cpu_reason(), _rebuild(), fatal=not _native.cuda_available())]
 
 
 def _cuda_core() -> list[Check]:
@@ -137,11 +156,72 @@ def _cuda_core() -> list[Check]:
     from dreamfusion_fast.ops import _native
 
     built = _native.cuda_architectures()
-    if _native.cuda_available():
-        return [Check("CUDA core", "ok", f"built for {built}")]
-    if built and not torch.cuda.is_available():
-        return [Check("CUDA core", "note", f"built for {built}; not used: {_native.cuda_reason()}")]
-    return [Check("CUDA core", "missing" if torch.cuda.is_available() else "note", _native.cuda_reason())]
+    if not torch.cuda.is_available():
+        text = f"built for {built}; not used: {_native.cuda_reason()}" if built else _native.cuda_reason()
+        return [Check("CUDA core", "note", text)]
+    capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    gpus = sorted({10 * major + minor for major, minor in capabilities})
+    if not _native.cuda_available():
+        return [Check("CUDA core", "missing", _native.cuda_reason(), _cuda_remedy(gpus))]
+    unserved = [gpu for gpu in gpus if not _serves(built, gpu)]
+    if unserved:
+        names = ", ".join(f"{gpu // 10}.{gpu % 10}" for gpu in unserved)
+        text = f"built for {built}, which GPUs of compute capability {names} do not run"
+        return [Check("CUDA core", "missing", text, _cuda_remedy(gpus))]
+    return [Check("CUDA core", "ok", f"built for {built}")]
+
+
+def _serves(built: str, gpu: int) -> bool:
+    """Whether a GPU of compute capability `gpu`, 90 for 9.0, runs what was compiled for "80-real 90".
+
+    Machine code runs on GPUs of the same major version and no lower minor one; PTX, which is there unless it says
+    "real", on all that are newer.
+    """
+    for arch in built.split():
+        number = int(re.match(r"\d+", arch)[0])  # type: ignore[index]
+        exact = arch.removesuffix("-real").endswith(("a", "f"))
+        if number == gpu or (not exact and number < gpu and ("real" not in arch or number // 10 == gpu // 10)):
+            return True
+    return False
+
+
+def _cuda_remedy(gpus: list[int]) -> str:
+    """The command after which the CUDA core is there."""
+    driver = find_driver()
+    if _toolkit() or (driver is not None and driver.cuda >= 13000 and max(gpus, default=0) >= 75):
+        return _rebuild()  # which brings a compiler where there is none
+    return f"apt install nvidia-cuda-toolkit && {_rebuild()}"
+
+
+def _toolkit() -> str | None:
+    """nvcc of an installed toolkit, looked for where the build does."""
+    if os.environ.get("CUDACXX"):
+        return shutil.which(os.environ["CUDACXX"])
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
+    return shutil.which("nvcc", path=os.pathsep.join(places))
+
+
+def _rebuild() -> str:
+    return f"pip install --force-reinstall --no-deps {_source()}"
+
+
+def _source(extra: str = "") -> str:
+    """What pip is to install again: the source tree that this package was installed from, if there was one."""
+    origin = json.loads(_direct_url() or "{}")
+    url = origin.get("url", "")
+    if not url.startswith("file://") or "dir_info" not in origin:
+        return f'"{_DISTRIBUTION}{extra}"' if extra else f"--no-binary {_DISTRIBUTION} {_DISTRIBUTION}"
+    editable = "-e " if origin["dir_info"].get("editable") else ""
+    return f"{editable}{shlex.quote(unquote(urlsplit(url).path) + extra)}"
+
+
+def _direct_url() -> str | None:
+    """What pip has noted, in JSON (PEP 610), of where it installed this package from; None if it came from an index."""
+    try:
+        return importlib.metadata.distribution(_DISTRIBUTION).read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _triton() -> list[Check]:
@@ -161,8 +241,9 @@ def _prior() -> list[Check]:
     found = {"text encoder" if file.name.startswith("text_encoder.") else "image model" for file in files}
     absent = [part for part in ("text encoder", "image model") if part not in found]
     if absent:
-        remedy = "install the package again: pip install --force-reinstall --no-deps ."
-        return [Check("embedded prior", "missing", f"no {' and no '.join(absent)} in the package", remedy, fatal=True)]
+        return [
+            Check("embedded prior", "missing", f"no {' and no '.join(absent)} in the package", _rebuild(), fatal=True)
+        ]
     size = sum(file.stat().st_size for file in files) / 2**20
     return [Check("embedded prior", "ok", f"{', '.join(file.name for file in files)} ({size:.0f} MiB)")]
 
@@ -173,7 +254,7 @@ def _ffmpeg() -> list[Check]:
     try:
         imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as error:
-        remedy = "install ffmpeg, or go without the video: --export.turntable-frames 0"
+        remedy = "pip install --force-reinstall imageio-ffmpeg"
         return [Check("ffmpeg", "missing", joined(error), remedy)]
     return [Check("ffmpeg", "ok", imageio_ffmpeg.get_ffmpeg_version())]
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,6 +64,83 @@ def test_missing_core_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not _native.cuda_available()
     with pytest.raises(RuntimeError, match=r"march_count: the CPU core was not built .* pip install \."):
         _native.call("march_count", torch.zeros(1))
+
+
+def core_with(monkeypatch: pytest.MonkeyPatch, *variants: str) -> SimpleNamespace:
+    """A CPU core beside which the processor runs these."""
+    for name in ("_core_avx2", "_core_avx512"):
+        monkeypatch.setitem(sys.modules, f"dreamfusion_fast.{name}", SimpleNamespace(name=name))
+    core = SimpleNamespace(name="_core", cpu_variants=lambda: list(variants))
+    monkeypatch.setitem(sys.modules, "dreamfusion_fast._core", core)
+    return core
+
+
+@pytest.mark.parametrize(
+    ("variants", "asked", "chosen"),
+    [
+        ((), "", "_core"),
+        (("_core_avx2",), "", "_core_avx2"),
+        (("_core_avx512", "_core_avx2"), "", "_core_avx512"),
+        (("_core_avx512", "_core_avx2"), "avx2", "_core_avx2"),
+        (("_core_avx512", "_core_avx2"), "Baseline", "_core"),
+    ],
+)
+def test_best_cpu_core_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, variants: tuple[str, ...], asked: str, chosen: str
+) -> None:
+    monkeypatch.setenv("DREAMFUSION_FAST_CPU", asked)
+    assert _native._best_variant(core_with(monkeypatch, *variants)).name == chosen
+
+
+def test_cpu_core_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DREAMFUSION_FAST_CPU", "avx512")
+    core_with(monkeypatch, "_core_avx2")
+    assert _native._load.__wrapped__("_core") == (
+        None,
+        "DREAMFUSION_FAST_CPU=avx512: this build and processor offer baseline, avx2",
+    )
+
+
+def test_cpu_core_says_what_it_was_compiled_for() -> None:
+    assert _native.cpu_target() in (
+        "the processor it was built on",
+        "any processor of its kind",
+        "x86-64-v2",
+        "AVX2",
+        "AVX-512",
+    )
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 processor")
+def test_portable_cores_differ_in_instructions_alone(tmp_path: Path) -> None:
+    """Three cores; ops that have to round as their twins do, in each without fused multiplications and additions."""
+    pybind11 = pytest.importorskip("pybind11")
+    options = {
+        "DREAMFUSION_FAST_PORTABLE": "1",
+        "DREAMFUSION_FAST_CUDA": "0",
+        "CMAKE_EXPORT_COMPILE_COMMANDS": "1",
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+    }
+    arguments = [f"-D{name}={value}" for name, value in options.items()]
+    done = run("cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path), *arguments)
+    assert done.returncode == 0, done.stderr
+    commands: dict[str, dict[str, str]] = {}
+    for entry in json.loads((tmp_path / "compile_commands.json").read_text()):
+        target = re.search(r"CMakeFiles/(\w+)\.dir", entry["command"])
+        assert target is not None
+        commands.setdefault(target[1], {})[Path(entry["file"]).stem] = entry["command"]
+    plain = commands["_core_ops"]
+    assert set(plain) == {path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp")}
+    for core, added in (("_core_avx2", {"-mavx2", "-mfma"}), ("_core_avx512", {"-mavx2", "-mfma", "-mavx512f"})):
+        for op, command in commands[f"{core}_ops"].items():
+            words, others = set(command.split()), set(plain[op].split())
+            assert added <= words - others
+            assert {word for word in words ^ others if not word.startswith("-m") and core not in word} <= {
+                word for word in others if "_core_ops.dir" in word
+            }
+    exact = {op for op, command in plain.items() if "-ffp-contract=off" in command}
+    assert exact == {"ray_box", "occupancy", "march", "march_morton", "traverse"}
 
 
 def test_other_devices_and_dtypes_are_refused() -> None:

@@ -5,16 +5,34 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dreamfusion_fast import cli, doctor
+from dreamfusion_fast.driver import Driver
 from dreamfusion_fast.ops import _native
 
 
 def by_name(checks):
     return {check.name: check for check in checks}
+
+
+def origin(monkeypatch, text):
+    """What pip has noted of where the package came from."""
+    monkeypatch.setattr(doctor, "_direct_url", lambda: text)
+
+
+def with_gpu(monkeypatch, capability=(9, 0), cuda="13.0"):
+    """torch with one usable GPU, as far as doctor asks it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    properties = SimpleNamespace(name="a GPU", major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (2**33, 2**34))
+    monkeypatch.setattr(torch.version, "cuda", cuda)
 
 
 @pytest.fixture
@@ -23,6 +41,8 @@ def complete(monkeypatch):
     monkeypatch.setattr(doctor, "_prior", lambda: [doctor.Check("embedded prior", "ok", "")])
     monkeypatch.setattr(_native, "cpu_reason", lambda: "")
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["torch>=2", 'pytest>=8; extra == "test"'])
+    monkeypatch.setattr(doctor, "find_driver", lambda: None)
+    origin(monkeypatch, None)
 
 
 def test_names_versions_and_machine(complete):
@@ -56,7 +76,10 @@ def test_missing_package_is_named_with_its_remedy(complete, monkeypatch, capsys)
     printed = capsys.readouterr().out
     assert "not installed: no-such-package\n" in printed
     assert '-> pip install "dreamfusion-fast[generate]"' in printed
-    assert "cannot run yet; missing: packages." in printed
+    assert printed.splitlines()[-2:] == [
+        "dreamfusion-fast generate cannot run yet; missing: packages.",
+        'Mend it: pip install "dreamfusion-fast[generate]"',
+    ]
 
 
 def test_a_run_needs_the_packages_of_its_extra(complete, monkeypatch):
@@ -118,3 +141,97 @@ def test_a_check_that_fails_does_not_hide_the_others(complete, monkeypatch):
 def test_free_memory_is_plausible():
     free = doctor.free_memory()
     assert free is None or 2**20 < free < 2**50
+
+
+def ending(checks):
+    return doctor.report(checks).splitlines()[-2:]
+
+
+@pytest.mark.parametrize(
+    ("found", "torch_cuda", "text", "mend"),
+    [
+        (Driver(13000, (90,)), None, "built without CUDA", "pip install --force-reinstall torch"),
+        (Driver(12080, (90,)), None, "built without CUDA", "pip install --force-reinstall 'torch<2.11'"),
+        (Driver(12080, (90,)), "13.0", "its driver is for CUDA 12.8", "pip install --force-reinstall 'torch<2.11'"),
+        (Driver(13000, (90,)), "13.0", "torch cannot use it", "nvidia-smi, which says more"),
+    ],
+)
+def test_gpu_that_torch_does_not_use(complete, monkeypatch, found, torch_cuda, text, mend):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(doctor, "find_driver", lambda: found)
+    checks = doctor.examine()
+    assert text in by_name(checks)["GPU"].text
+    assert ending(checks) == [
+        "dreamfusion-fast generate can run, on the CPU; not as it should be: GPU.",
+        f"Mend it: {mend}",
+    ]
+
+
+@pytest.mark.parametrize("found", [None, Driver(13000, ())])
+def test_no_gpu_is_nothing_to_mend(complete, monkeypatch, found):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "find_driver", lambda: found)
+    assert doctor.report(doctor.examine()).endswith("\ndreamfusion-fast generate can run, on the CPU.")
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "driver", "mend"),
+    [
+        (None, 13000, "pip install --force-reinstall --no-deps /opt/sources"),
+        (None, 12080, "apt install nvidia-cuda-toolkit && pip install --force-reinstall --no-deps /opt/sources"),
+        ("/usr/bin/nvcc", 12080, "pip install --force-reinstall --no-deps /opt/sources"),
+    ],
+)
+def test_missing_cuda_core_is_built_by_one_command(complete, monkeypatch, toolkit, driver, mend):
+    with_gpu(monkeypatch)
+    origin(monkeypatch, '{"url": "file:///opt/sources", "dir_info": {}}')
+    monkeypatch.setattr(_native, "cuda_reason", lambda: "there was no GPU when it was built")
+    monkeypatch.setattr(doctor, "find_driver", lambda: Driver(driver, (90,)))
+    monkeypatch.setattr(doctor, "_toolkit", lambda: toolkit)
+    assert ending(doctor.examine()) == [
+        "dreamfusion-fast generate can run, on the CPU; not as it should be: CUDA core.",
+        f"Mend it: {mend}",
+    ]
+
+
+def test_cuda_core_for_other_gpus_is_built_anew(complete, monkeypatch):
+    with_gpu(monkeypatch, (8, 6))
+    monkeypatch.setattr(_native, "cuda_reason", lambda: "")
+    monkeypatch.setattr(_native, "cuda_architectures", lambda: "80-real 90")
+    monkeypatch.setattr(doctor, "find_driver", lambda: Driver(13000, (86,)))
+    assert by_name(doctor.examine())["CUDA core"].status == "ok"
+    monkeypatch.setattr(_native, "cuda_architectures", lambda: "75-real 90")
+    check = by_name(doctor.examine())["CUDA core"]
+    assert check.status == "missing"
+    assert check.text == "built for 75-real 90, which GPUs of compute capability 8.6 do not run"
+
+
+@pytest.mark.parametrize(
+    ("built", "gpu", "served"),
+    [
+        ("90", 90, True),
+        ("80-real", 86, True),
+        ("86-real", 80, False),
+        ("80", 120, True),
+        ("80-real", 90, False),
+        ("90a", 100, False),
+        ("75-real 120", 90, False),
+        ("75-real 120", 121, True),
+    ],
+)
+def test_which_gpus_run_what_was_compiled(built, gpu, served):
+    assert doctor._serves(built, gpu) == served
+
+
+@pytest.mark.parametrize(
+    ("text", "command"),
+    [
+        ('{"url": "file:///opt/my%20sources", "dir_info": {"editable": true}}', "-e '/opt/my sources'"),
+        ('{"url": "file:///opt/x.whl", "archive_info": {}}', "--no-binary dreamfusion-fast dreamfusion-fast"),
+        (None, "--no-binary dreamfusion-fast dreamfusion-fast"),
+    ],
+)
+def test_what_pip_installs_again(monkeypatch, text, command):
+    origin(monkeypatch, text)
+    assert doctor._rebuild() == f"pip install --force-reinstall --no-deps {command}"

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "dreamfusion_fast"
 
 # From the ground up. A module belongs to the longest entry that its name begins with.
 ORDER = (
+    "driver",
     "errors",
     "signals",
     "streams",

@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = (".ci", ".github", "benchmarks", "cmake", "csrc", "docs", "dreamfusion_fast", "examples", "tests", "tools")
+FOLDERS = (
+    ".ci",
+    ".github",
+    "backend",
+    "benchmarks",
+    "cmake",
+    "csrc",
+    "docs",
+    "dreamfusion_fast",
+    "examples",
+    "tests",
+    "tools",
+)
 SOURCES = {".py", ".h", ".cpp", ".cu", ".cuh", ".sh", ".cmake"}
 TEXTS = {*SOURCES, "", ".md", ".txt", ".toml", ".yaml", ".yml", ".json", ".in"}
 MAX_LINES = 500

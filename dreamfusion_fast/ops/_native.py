@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -23,11 +24,27 @@ _SUFFIXES = {torch.float32: "_f32", torch.float64: "_f64"}
 
 @functools.cache
 def _load(name: str) -> tuple[ModuleType | None, str]:
-    """The extension module, or None and why it cannot be loaded."""
+    """The extension module, or None and why it cannot be loaded. For `_core`, the one of its kind that suits best."""
     try:
-        return importlib.import_module(f"dreamfusion_fast.{name}"), ""
+        module = importlib.import_module(f"dreamfusion_fast.{name}")
+        return (_best_variant(module), "") if name == "_core" else (module, "")
     except ImportError as error:
         return None, str(error)
+
+
+def _best_variant(core: ModuleType) -> ModuleType:
+    """The CPU core to use: of a wheel's several the best that this processor runs, or what DREAMFUSION_FAST_CPU names.
+
+    Raises ImportError for a name that is none of these.
+    """
+    names: list[str] = core.cpu_variants()
+    asked = os.environ.get("DREAMFUSION_FAST_CPU", "").strip().lower()
+    if asked:
+        choices = {"baseline": "_core", **{name.removeprefix("_core_"): name for name in names}}
+        if asked not in choices:
+            raise ImportError(f"DREAMFUSION_FAST_CPU={asked}: this build and processor offer {', '.join(choices)}")
+        names = [choices[asked]]
+    return importlib.import_module(f"dreamfusion_fast.{names[0]}") if names else core
 
 
 def cpu_reason() -> str:
@@ -48,7 +65,7 @@ def cuda_reason() -> str:
     if module is None:
         cpu, _ = _load("_core")
         why = getattr(cpu, "cuda_reason", "") or reason
-        return f"the CUDA core is not there: {why}. With the CUDA toolkit installed, build it: {_REBUILD}"
+        return f"the CUDA core is not there: {why}"
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     if not torch.cuda.is_available():
@@ -64,6 +81,12 @@ def cpu_available() -> bool:
 def cuda_available() -> bool:
     """Whether ops run natively on CUDA tensors: the core was built, and torch has a GPU to run it on."""
     return cuda_reason() == ""
+
+
+def cpu_target() -> str:
+    """What the CPU core in use was compiled for, in words; empty when there is none."""
+    module, _ = _load("_core")
+    return module.cpu_target if module is not None else ""
 
 
 def cuda_architectures() -> str:
@@ -114,7 +137,8 @@ def function_of(name: str, device_type: str, dtype: torch.dtype) -> Callable[...
         raise RuntimeError(f"{name}: no native core for device {device_type}, only for cpu and cuda")
     module, _ = _load("_core" if device_type == "cpu" else "_core_cuda")
     if module is None:
-        raise RuntimeError(f"{name}: {cpu_reason() if device_type == 'cpu' else cuda_reason()}")
+        reason = cpu_reason() if device_type == "cpu" else cuda_reason()
+        raise RuntimeError(f"{name}: {reason}; dreamfusion-fast doctor says what to do")
     function = getattr(module, name + _SUFFIXES.get(dtype, ""), None) or getattr(module, name, None)
     if function is None:
         raise TypeError(f"{name}: the native core has no code for {dtype}")

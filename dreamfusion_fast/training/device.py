@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.ops._native import cuda_available, cuda_reason
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """The device called `name`: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:1".
+    """The device called `name`: "auto", "cpu", "cuda" or "cuda:1". "auto" is the GPU if there is one and the CUDA core
+    was built; it warns where only the core is missing.
 
     Raises UserError for another name, and for a GPU that is not there.
     """
     if name == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        if not cuda_available():
+            warnings.warn(f"the GPU is not used: {cuda_reason()}; see dreamfusion-fast doctor", stacklevel=2)
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""The command line: generate, export, sample, validate, doctor.
+"""The command line: generate, batch, export, view, sample, validate, doctor.
 
 Only parsing and messages are here. torch and what is built on it are imported inside the commands, so that help and
 doctor are quick and work where torch does not.
@@ -42,6 +42,7 @@ Text to textured 3D mesh, by score distillation.
 usage:
   {PROG} generate "an armchair" --out out/armchair   a prompt to mesh.glb, turntable.mp4, preview.png
   {PROG} generate --resume out/armchair              continue an interrupted run
+  {PROG} batch prompts.txt --out runs                many prompts: all to meshes, on one page
   {PROG} export out/armchair --resolution 256        make mesh and pictures again with other settings
   {PROG} sample "an armchair" -n 9 --out grid.png    what the embedded 2D prior makes of a prompt
   {PROG} validate --guidance.name sdxl               whether a diffusion model does what it should, on one page
@@ -254,6 +255,12 @@ def _generate(arguments: list[str]) -> int:
     return 0
 
 
+def _batch(arguments: list[str]) -> int:
+    from dreamfusion_fast.batch.command import command
+
+    return command(arguments, _Parser(prog=f"{PROG} batch", add_help=False, allow_abbrev=False), _parse)
+
+
 def _say_done(agreement: "Agreement", folder: Path) -> None:
     print(agreement)
     if agreement.warning is not None:
@@ -392,6 +399,7 @@ def _doctor(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": _generate,
+    "batch": _batch,
     "export": _export,
     "sample": _sample,
     "validate": _validate,

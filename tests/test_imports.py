@@ -47,6 +47,7 @@ ORDER = (
     "training.config",
     "training",
     "validation",
+    "batch",
     "doctor",
     "cli",
 )

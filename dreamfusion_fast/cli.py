@@ -29,6 +29,7 @@ from dreamfusion_fast.streams import unfailing_output
 if TYPE_CHECKING:
     from dreamfusion_fast.export import Agreement
     from dreamfusion_fast.training.config import Config
+    from dreamfusion_fast.training.ranks import Ranks
 
 T = TypeVar("T")
 
@@ -224,6 +225,7 @@ def _generate(arguments: list[str]) -> int:
     from dreamfusion_fast.training.config import Config
     from dreamfusion_fast.training.device import resolve_device
     from dreamfusion_fast.training.presets import preset_names
+    from dreamfusion_fast.training.ranks import joined_ranks, started_by_torchrun
 
     preset = None if known.preset is None else Config.from_preset(known.preset)
     base = preset or Config.for_guidance(known.guidance or "embedded")
@@ -243,14 +245,24 @@ def _generate(arguments: list[str]) -> int:
         base,
     )
     config.check()
-    resolve_device(config.device)
+    if known.resume is not None:
+        _check_same_run(base, config)
+    if not started_by_torchrun():
+        resolve_device(config.device)
+        return _make(config, known.resume, None)
+    with joined_ranks(config.device) as ranks:
+        return _make(config, known.resume, ranks)
+
+
+def _make(config: "Config", resume: str | None, ranks: "Ranks | None") -> int:
     from dreamfusion_fast.training.generator import Generator  # late, since wrong options are to be said at once
 
-    if known.resume is None:
-        result = Generator(config).run()
-    else:
-        _check_same_run(base, config)
-        result = Generator.resume(known.resume, config).run()
+    generator = Generator(config, ranks=ranks) if resume is None else Generator.resume(resume, config, ranks=ranks)
+    if ranks is not None and ranks.rank > 0:
+        logging.getLogger("dreamfusion_fast").setLevel(logging.WARNING)  # the rest is said by rank 0
+        generator.assist()
+        return 0
+    result = generator.run()
     _say_done(result.mesh.agreement, result.folder)
     return 0
 

@@ -114,6 +114,8 @@ class GuidanceRequest:
             Methods other than mode "sds" do not read it.
         views_per_call: most views in one call of the model, for the memory of so many; None: all. Timesteps and noise
             are drawn for the whole batch all the same.
+        first_view, batch: the images are those of the views from `first_view` on of a batch of so many, whose others
+            another process has: timesteps and noise are drawn for all of them. By default they are the whole batch.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, such as a t_range other than 0 <= low <= high <= 1.
@@ -126,6 +128,8 @@ class GuidanceRequest:
     generator: torch.Generator | None = None
     sds_share: float = 1.0
     views_per_call: int | None = None
+    first_view: int = 0
+    batch: int | None = None
 
     def __post_init__(self) -> None:
         images, views, t_range = self.images, self.views, self.t_range
@@ -141,6 +145,11 @@ class GuidanceRequest:
             raise ValueError(f"sds_share: got {self.sds_share}, want 0 to 1")
         if self.views_per_call is not None and self.views_per_call < 1:
             raise ValueError(f"views_per_call: got {self.views_per_call}, want at least 1")
+        if self.first_view < 0 or (self.batch is not None and self.first_view + len(images) > self.batch):
+            raise ValueError(
+                f"first_view, batch: got {self.first_view}, {self.batch} with {len(images)} images, want a batch that "
+                "has them"
+            )
 
 
 class GuidanceOutput(NamedTuple):

@@ -167,12 +167,13 @@ class ScoreDistillation(Guidance):
         self.method.load_state_dict(state)
 
     def _draw(self, x: Tensor, request: GuidanceRequest) -> tuple[Tensor, Tensor]:
-        """Timesteps `[B]` int64 and noise `[B, ...]` of the whole batch, for an input `x` of the first part of it.
+        """Timesteps `[B]` int64 and noise `[B, ...]` of all images, for an input `x` of the first part of them.
 
         Timesteps are uniform over those between both fractions of the schedule, ends included; noise is standard
         normal. Both are drawn in float32 where the generator lives, so that a seed means one noise everywhere.
         """
-        steps, batch, generator = self.model.schedule.steps, len(request.images), request.generator
+        steps, images, generator = self.model.schedule.steps, len(request.images), request.generator
+        batch = request.first_view + images if request.batch is None else request.batch
         low, high = (min(round(fraction * steps), steps - 1) for fraction in request.t_range)
         where = generator.device if generator is not None else torch.device("cpu")
         pinned = x.is_cuda and where.type == "cpu"  # so that no copy waits
@@ -180,7 +181,8 @@ class ScoreDistillation(Guidance):
         torch.randint(low, high + 1, (batch,), generator=generator, out=t)
         noise = torch.empty(batch, *x.shape[1:], dtype=torch.float32, device=where, pin_memory=pinned)
         torch.randn(noise.shape, generator=generator, out=noise)
-        device = self.model.device
+        device, own = self.model.device, slice(request.first_view, request.first_view + images)
+        t, noise = t[own], noise[own]
         return t.to(device, non_blocking=True), noise.to(device, x.dtype, non_blocking=True)
 
 

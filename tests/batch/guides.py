@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,10 @@ class WaitingGuidance(BallGuidance):
         self.file = file
 
     def gradient(self, request: Any) -> GuidanceOutput:
-        tick = threading.Event()
-        for _ in range(600):
+        for _ in range(600 if not self.calls else 0):
             if self.file.exists():
                 break
-            tick.wait(0.1)
+            time.sleep(0.1)
         return super().gradient(request)
 
 

@@ -45,6 +45,7 @@ usage:
   {PROG} generate --resume out/armchair              continue an interrupted run
   {PROG} batch prompts.txt --out runs                many prompts: all to meshes, on one page
   {PROG} export out/armchair --resolution 256        make mesh and pictures again with other settings
+  {PROG} view out/armchair                           the mesh in a browser, to turn: one page, no server
   {PROG} sample "an armchair" -n 9 --out grid.png    what the embedded 2D prior makes of a prompt
   {PROG} validate --guidance.name sdxl               whether a diffusion model does what it should, on one page
   {PROG} doctor                                      what works on this machine, what is missing, how to get it
@@ -323,6 +324,26 @@ def _export(arguments: list[str]) -> int:
     return 0
 
 
+def _view(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog=f"{PROG} view",
+        description="Write one page that shows the mesh, to turn by mouse or touch, and open it. It needs nothing else.",
+    )
+    parser.add_argument("run", metavar="RUN", help="output folder of a run, or a .glb file")
+    parser.add_argument("--out", metavar="PAGE", help="file to write; by default view.html in the run's folder")
+    parser.add_argument("--no-open", action="store_true", help="do not open a browser")
+    given = parser.parse_args(arguments)
+    from dreamfusion_fast.view import write_view
+
+    path = write_view(given.run, given.out)
+    if not given.no_open:
+        import webbrowser
+
+        webbrowser.open(path.resolve().as_uri())
+    print(f"done: {path}")
+    return 0
+
+
 def _sample(arguments: list[str]) -> int:
     import tyro
 
@@ -413,6 +434,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": _generate,
     "batch": _batch,
     "export": _export,
+    "view": _view,
     "sample": _sample,
     "validate": _validate,
     "doctor": _doctor,

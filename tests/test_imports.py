@@ -48,6 +48,7 @@ ORDER = (
     "training",
     "validation",
     "batch",
+    "view",
     "doctor",
     "cli",
 )

@@ -327,7 +327,7 @@ def _export(arguments: list[str]) -> int:
 def _view(arguments: list[str]) -> int:
     parser = _Parser(
         prog=f"{PROG} view",
-        description="Write one page that shows the mesh, to turn by mouse or touch, and open it. It needs nothing else.",
+        description="Write one page that shows the mesh, to turn by mouse or touch, and open it: no server.",
     )
     parser.add_argument("run", metavar="RUN", help="output folder of a run, or a .glb file")
     parser.add_argument("--out", metavar="PAGE", help="file to write; by default view.html in the run's folder")

@@ -47,7 +47,9 @@ def test_two_processes_do_the_steps_of_one(tmp_path: Path, one_thread: None, mon
     process = torchrun(tmp_path, torchrun_steps.__file__, str(tmp_path), str(prior))
     use_prior(prior, monkeypatch)
     alone = torchrun_steps.result(Trainer(torchrun_steps.config(), CPU))
-    assert alone["shadings"] == 3  # so that normals, lights and the learned background were among it
+    assert alone["shadings"] == 3  # so that normals and lights were among it
+    background = alone["state"]["optimizer.6.step"]
+    assert 0 < background < torchrun_steps.STEPS  # and learned and plain backgrounds
     done(process)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first["state"].keys() == alone["state"].keys()
@@ -56,8 +58,10 @@ def test_two_processes_do_the_steps_of_one(tmp_path: Path, one_thread: None, mon
     assert first["losses"] == second["losses"]
     assert torch.equal(first["state"]["generator"], alone["state"]["generator"])
     for ours, theirs in zip(first["losses"], alone["losses"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
-    torch.testing.assert_close(first["state"], alone["state"])
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    for name, value in alone["state"].items():
+        difference = (first["state"][name].double() - value.double()).abs().max()
+        assert difference <= 5e-5 * value.double().abs().max(), name
 
 
 def test_a_share_of_the_views_is_rendered_as_in_the_whole_batch(one_thread: None) -> None:

@@ -11,7 +11,7 @@ from fakes import small_config, use_prior
 from dreamfusion_fast.rendering.shading import Shading
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.ranks import joined_ranks
-from dreamfusion_fast.training.sections import LossConfig, Ramp
+from dreamfusion_fast.training.sections import BackgroundConfig, LossConfig, Ramp
 from dreamfusion_fast.training.trainer import Trainer
 
 STEPS = 10
@@ -21,7 +21,7 @@ def config(batch: int = 3) -> Config:
     """All losses have a weight, so that none of them can be wrong."""
     ramp = Ramp(0.05, 0.05)
     losses = LossConfig(ramp, ramp, ramp, ramp, ramp, ramp)
-    return small_config(batch=batch, loss=losses)
+    return small_config(batch=batch, loss=losses, background=BackgroundConfig(plain=0.5, frequencies=2, hidden=8))
 
 
 def result(trainer: Trainer) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""The command line: generate, export, sample, validate, doctor.
+"""The command line: generate, batch, export, view, sample, validate, doctor.
 
 Only parsing and messages are here. torch and what is built on it are imported inside the commands, so that help and
 doctor are quick and work where torch does not.
@@ -29,6 +29,7 @@ from dreamfusion_fast.streams import unfailing_output
 if TYPE_CHECKING:
     from dreamfusion_fast.export import Agreement
     from dreamfusion_fast.training.config import Config
+    from dreamfusion_fast.training.ranks import Ranks
 
 T = TypeVar("T")
 
@@ -42,7 +43,9 @@ Text to textured 3D mesh, by score distillation.
 usage:
   {PROG} generate "an armchair" --out out/armchair   a prompt to mesh.glb, turntable.mp4, preview.png
   {PROG} generate --resume out/armchair              continue an interrupted run
+  {PROG} batch prompts.txt --out runs                many prompts: all to meshes, on one page
   {PROG} export out/armchair --resolution 256        make mesh and pictures again with other settings
+  {PROG} view out/armchair                           the mesh in a browser, to turn: one page, no server
   {PROG} sample "an armchair" -n 9 --out grid.png    what the embedded 2D prior makes of a prompt
   {PROG} validate --guidance.name sdxl               whether a diffusion model does what it should, on one page
   {PROG} doctor                                      what works on this machine, what is missing, how to get it
@@ -223,6 +226,7 @@ def _generate(arguments: list[str]) -> int:
     from dreamfusion_fast.training.config import Config
     from dreamfusion_fast.training.device import resolve_device
     from dreamfusion_fast.training.presets import preset_names
+    from dreamfusion_fast.training.ranks import joined_ranks, started_by_torchrun
 
     preset = None if known.preset is None else Config.from_preset(known.preset)
     base = preset or Config.for_guidance(known.guidance or "embedded")
@@ -242,16 +246,32 @@ def _generate(arguments: list[str]) -> int:
         base,
     )
     config.check()
-    resolve_device(config.device)
+    if known.resume is not None:
+        _check_same_run(base, config)
+    if not started_by_torchrun():
+        resolve_device(config.device)
+        return _make(config, known.resume, None)
+    with joined_ranks(config.device) as ranks:
+        return _make(config, known.resume, ranks)
+
+
+def _make(config: "Config", resume: str | None, ranks: "Ranks | None") -> int:
     from dreamfusion_fast.training.generator import Generator  # late, since wrong options are to be said at once
 
-    if known.resume is None:
-        result = Generator(config).run()
-    else:
-        _check_same_run(base, config)
-        result = Generator.resume(known.resume, config).run()
+    generator = Generator(config, ranks=ranks) if resume is None else Generator.resume(resume, config, ranks=ranks)
+    if ranks is not None and ranks.rank > 0:
+        logging.getLogger("dreamfusion_fast").setLevel(logging.WARNING)  # the rest is said by rank 0
+        generator.assist()
+        return 0
+    result = generator.run()
     _say_done(result.mesh.agreement, result.folder)
     return 0
+
+
+def _batch(arguments: list[str]) -> int:
+    from dreamfusion_fast.batch.command import command
+
+    return command(arguments, _Parser(prog=f"{PROG} batch", add_help=False, allow_abbrev=False), _parse)
 
 
 def _say_done(agreement: "Agreement", folder: Path) -> None:
@@ -301,6 +321,26 @@ def _export(arguments: list[str]) -> int:
     config = dataclasses.replace(saved, export=given.settings, device=given.device, out=run)
     mesh = Generator.resume(run, config).export(out)
     _say_done(mesh.agreement, out)
+    return 0
+
+
+def _view(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog=f"{PROG} view",
+        description="Write one page that shows the mesh, to turn by mouse or touch, and open it: no server.",
+    )
+    parser.add_argument("run", metavar="RUN", help="output folder of a run, or a .glb file")
+    parser.add_argument("--out", metavar="PAGE", help="file to write; by default view.html in the run's folder")
+    parser.add_argument("--no-open", action="store_true", help="do not open a browser")
+    given = parser.parse_args(arguments)
+    from dreamfusion_fast.view import write_view
+
+    path = write_view(given.run, given.out)
+    if not given.no_open:
+        import webbrowser
+
+        webbrowser.open(path.resolve().as_uri())
+    print(f"done: {path}")
     return 0
 
 
@@ -392,7 +432,9 @@ def _doctor(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": _generate,
+    "batch": _batch,
     "export": _export,
+    "view": _view,
     "sample": _sample,
     "validate": _validate,
     "doctor": _doctor,

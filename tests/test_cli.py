@@ -32,11 +32,11 @@ class FakeGenerator:
     error: BaseException | None = None
     agreement = Agreement(iou=0.981, covered=0.992, color=0.03)
 
-    def __init__(self, config, folder=None):
+    def __init__(self, config, folder=None, ranks=None):
         self.config, self.folder = config, Path(folder or config.out)
 
     @classmethod
-    def resume(cls, folder, config):
+    def resume(cls, folder, config, ranks=None):
         return cls(config, folder)
 
     def run(self):

@@ -48,6 +48,8 @@ ORDER = (
     "training.config",
     "training",
     "validation",
+    "batch",
+    "view",
     "doctor",
     "cli",
 )

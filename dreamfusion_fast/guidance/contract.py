@@ -153,6 +153,8 @@ class GuidanceRequest:
         views_per_call: most views in one call of the model, for the memory of so many, but at least one group of them;
             None: all. Timesteps and noise are drawn for the whole batch all the same.
         progress: fraction of the run that is done, 0 to 1.
+        first_view, batch: the images are those of the views from `first_view` on of a batch of so many, whose others
+            another process has: timesteps and noise are drawn for all of them. By default they are the whole batch.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, such as a t_range other than 0 <= low <= high <= 1.
@@ -166,6 +168,8 @@ class GuidanceRequest:
     sds_share: float = 1.0
     views_per_call: int | None = None
     progress: float = 0.0
+    first_view: int = 0
+    batch: int | None = None
 
     def __post_init__(self) -> None:
         images, views, t_range = self.images, self.views, self.t_range
@@ -183,6 +187,11 @@ class GuidanceRequest:
             raise ValueError(f"views_per_call: got {self.views_per_call}, want at least 1")
         if not 0 <= self.progress <= 1:
             raise ValueError(f"progress: got {self.progress}, want 0 to 1")
+        if self.first_view < 0 or (self.batch is not None and self.first_view + len(images) > self.batch):
+            raise ValueError(
+                f"first_view, batch: got {self.first_view}, {self.batch} with {len(images)} images, want a batch that "
+                "has them"
+            )
 
 
 class GuidanceOutput(NamedTuple):

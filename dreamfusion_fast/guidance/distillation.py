@@ -234,11 +234,13 @@ class ScoreDistillation(Guidance):
     def _draw(self, x: Tensor, request: GuidanceRequest) -> tuple[Tensor, Tensor, Tensor]:
         """Timesteps `[B]` int64, noise `[B, ...]` and the method's draws `[n, B, ...]`, all of the whole batch.
 
-        `x` is the input of its first part. Timesteps are uniform over those between both fractions of the schedule,
+        `x` is the input of the images' first part; what is drawn for views that are not the request's is left out.
+        Timesteps are uniform over those between both fractions of the schedule,
         ends included, one for each group of views; noise is standard normal. All is drawn in float32 where the
         generator lives, so that a seed means one noise everywhere.
         """
-        batch, generator, group = len(request.images), request.generator, self.views_per_group
+        images, generator, group = len(request.images), request.generator, self.views_per_group
+        batch = request.first_view + images if request.batch is None else request.batch
         low, high = self._timesteps(request)
         where = generator.device if generator is not None else torch.device("cpu")
         pinned = x.is_cuda and where.type == "cpu"  # so that no copy waits
@@ -246,9 +248,10 @@ class ScoreDistillation(Guidance):
         torch.randint(low, high + 1, t.shape, generator=generator, out=t)
         noise = torch.empty(1 + self.method.draws, batch, *x.shape[1:], device=where, pin_memory=pinned)
         torch.randn(noise.shape, generator=generator, out=noise)
-        device = self.model.device
-        t, noise = t.to(device, non_blocking=True), noise.to(device, x.dtype, non_blocking=True)
-        return t.repeat_interleave(group) if group > 1 else t, noise[0], noise[1:]
+        device, own = self.model.device, slice(request.first_view, request.first_view + images)
+        t = t.repeat_interleave(group) if group > 1 else t
+        t, noise = t[own].to(device, non_blocking=True), noise[:, own].to(device, x.dtype, non_blocking=True)
+        return t, noise[0], noise[1:]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 # Characters and levels; a whole config has 5,000 and 3.
 _LARGEST_YAML, _DEEPEST_YAML = 2**17, 16
-_TOO_LARGE = f"has more than {_LARGEST_YAML} characters, which no config has"
+_TOO_LARGE = "has more than {} characters, which no config has".format
 
 
 def to_dict(value: Any) -> Any:
@@ -70,15 +70,15 @@ def load_yaml(path: str | Path) -> Any:
         raise UserError(f"cannot read config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         if error.start > _LARGEST_YAML - 4:  # cut within a letter
-            raise UserError(f"config {path} {_TOO_LARGE}") from error
+            raise UserError(f"config {path} {_TOO_LARGE(_LARGEST_YAML)}") from error
         raise UserError(f"config {path} is no text file") from error
     return parse_yaml(text, source=str(path))
 
 
-def parse_yaml(text: str, *, source: str = "config") -> Any:
-    """Like load_yaml, from text; an empty one holds an empty dict."""
-    if len(text) > _LARGEST_YAML:
-        raise UserError(f"{source} {_TOO_LARGE}")
+def parse_yaml(text: str, *, source: str = "config", largest: int = _LARGEST_YAML) -> Any:
+    """Like load_yaml, from text of at most `largest` characters; an empty one holds an empty dict."""
+    if len(text) > largest:
+        raise UserError(f"{source} {_TOO_LARGE(largest)}")
     try:
         values = yaml.load(text, _Loader)
     except Exception as error:  # of many kinds: PyYAML leaves dates, numbers and tags to Python

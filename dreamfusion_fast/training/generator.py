@@ -7,6 +7,8 @@ import dataclasses
 import logging
 import os
 import shlex
+import signal
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.device import current, resolve_device
 from dreamfusion_fast.training.memory_plan import capped
 from dreamfusion_fast.training.profile import StepProfile, StepProfiler
+from dreamfusion_fast.training.ranks import Ranks
 from dreamfusion_fast.training.scenes import scene_of
 from dreamfusion_fast.training.trainer import Trainer
 
@@ -64,6 +67,7 @@ class Generator:
             `Config.for_guidance`.
         callbacks: called at the start, after every step and at the end; see `Callback`.
         guidance: a `Guidance` to use in place of the one the config names, or a `GuidanceConfig` that names another.
+        ranks: processes that share the views of each step; rank 0 calls `run`, the others `assist`.
         **settings: fields of `Config`, such as `steps=500` or `out="out/armchair"`.
 
     Raises:
@@ -96,18 +100,22 @@ class Generator:
         prompt: str | Config,
         callbacks: Sequence[Callback] = (),
         guidance: Guidance | GuidanceConfig | None = None,
+        ranks: Ranks | None = None,
         **settings: Any,
     ) -> None:
         name = guidance.name if isinstance(guidance, GuidanceConfig) else "embedded"
         config = prompt if isinstance(prompt, Config) else Config.for_guidance(name, prompt=prompt)
         if isinstance(guidance, GuidanceConfig):
             settings["guidance"], guidance = guidance, None
-        self._setup(dataclasses.replace(config, **settings), callbacks, guidance)
+        self._setup(dataclasses.replace(config, **settings), callbacks, guidance, ranks)
 
-    def _setup(self, config: Config, callbacks: Sequence[Callback], guidance: Guidance | None) -> None:
+    def _setup(
+        self, config: Config, callbacks: Sequence[Callback], guidance: Guidance | None, ranks: Ranks | None
+    ) -> None:
         config.check()
         self.callbacks = list(callbacks)
-        self.device = resolve_device(config.device)
+        self._ranks = ranks
+        self.device = resolve_device(config.device) if ranks is None else ranks.device
         # Said once, so that a run that is resumed on another device goes on with as many views.
         self.config = dataclasses.replace(config, batch=config.batch_on(self.device))
         self._guidance = guidance
@@ -123,6 +131,7 @@ class Generator:
         config: Config | None = None,
         callbacks: Sequence[Callback] = (),
         guidance: Guidance | None = None,
+        ranks: Ranks | None = None,
     ) -> Generator:
         """Continue the run in folder `run`, with its own config or with one of the same architecture.
 
@@ -132,7 +141,7 @@ class Generator:
         folder = open_run_folder(run, writable=False)  # an export to elsewhere only reads it
         checkpoint = load_checkpoint(folder.checkpoint, config)
         generator = cls.__new__(cls)
-        generator._setup(checkpoint.config if config is None else config, callbacks, guidance)
+        generator._setup(checkpoint.config if config is None else config, callbacks, guidance, ranks)
         generator._checkpoint, generator._folder = checkpoint, folder
         return generator
 
@@ -156,6 +165,28 @@ class Generator:
             self._claimed() as folder,
         ):
             return self._run(folder)
+
+    def assist(self) -> None:
+        """Take part in the steps of a run whose files rank 0 writes, until they are done or it stops.
+
+        Raises:
+            Interrupted, UserError: as `run`.
+        """
+        with stop_signals(), current(self.device), capped(self.config.memory, self.device):
+            trainer = self._trainer(self._resumed_guidance() if self._guidance is None else self._guidance)
+            trainer.load_guidance()
+            with stop_signals(deferred=True) as stop:
+                while self._goes_on(trainer, stop):
+                    trainer.step()
+            if stop.number is not None:
+                raise Interrupted(stop.number)
+
+    def _goes_on(self, trainer: Trainer, stop: StopRequest) -> bool:
+        """Whether there is another step to do; of several processes, whether all of them do it."""
+        if self._ranks is None:
+            return trainer.steps_done < self.config.steps and not stop.made()
+        self._ranks.stop_wanted = stop.made()
+        return trainer.steps_done < self.config.steps and not self._ranks.stop()
 
     @contextlib.contextmanager
     def _claimed(self) -> Iterator[RunFolder]:
@@ -215,13 +246,16 @@ class Generator:
         return create_guidance(dataclasses.replace(now, revision=revision), self.device)
 
     def _trainer(self, guidance: Guidance | None, profiler: StepProfiler | None = None) -> Trainer:
-        trainer = Trainer(self.config, self.device, guidance, profiler)
+        trainer = Trainer(self.config, self.device, guidance, profiler, self._ranks)
         if self._checkpoint is not None:
             trainer.restore(self._checkpoint)
             began = self._checkpoint.meta.get("guidance_files")
             for path, digest in trainer.guidance.files.items():
                 if isinstance(began, dict) and began.get(path, digest) != digest:
                     _log.warning("%s has changed since this run began, which goes on with what it holds now", path)
+        if self._ranks is not None:
+            config = dataclasses.replace(self.config, out="", device="")
+            self._ranks.check_same([trainer.steps_done, zlib.crc32(config.to_yaml().encode())], "step or settings")
         return trainer
 
     def _load(self, trainer: Trainer, folder: RunFolder) -> None:
@@ -258,16 +292,21 @@ class Generator:
                 raise
         if stop.number is not None:
             raise Interrupted(stop.number)
+        if trainer.steps_done < self.config.steps:  # another process was asked to
+            raise Interrupted(signal.SIGTERM)
 
     def _optimise(
         self, trainer: Trainer, callbacks: Sequence[Callback], checkpoints: Checkpoints, stop: StopRequest
     ) -> None:
-        while trainer.steps_done < self.config.steps and not stop.made():
+        while self._goes_on(trainer, stop):
             result = trainer.step()
             for callback in callbacks:
                 callback.on_step(trainer, result)
+        if self._ranks is not None:
+            self._ranks.leave()  # the rest is done by this process alone
         checkpoints.try_save(trainer)
-        if self.config.firm.steps and not trainer.firmed and not stop.made():
+        cut = trainer.steps_done < self.config.steps
+        if self.config.firm.steps and not trainer.firmed and not cut and not stop.made():
             trainer.firm(stop.made)
             checkpoints.try_save(trainer)
 

@@ -32,6 +32,7 @@ from dreamfusion_fast.training.losses import LOSSES, RenderedViews, regularisers
 from dreamfusion_fast.training.memory_plan import MemoryLimit, MemoryPlan, MemoryPlanner
 from dreamfusion_fast.training.optimizer_step import CapturedStep
 from dreamfusion_fast.training.profile import StepProfiler
+from dreamfusion_fast.training.ranks import Ranks
 from dreamfusion_fast.training.scenes import make_scene, restore_scene
 from dreamfusion_fast.training.view_sampler import DrawnViews, ViewSampler
 
@@ -52,7 +53,7 @@ class StepResult:
             for score distillation is eps_hat - eps, and "method" the loss of a guidance that trains something.
         shading: how the views were shaded.
         size: height and width of the views, pixels.
-        samples: points at which the field was evaluated for the images; a 0-dim tensor in a CUDA graph.
+        samples: points at which this process evaluated the field for the images; a 0-dim tensor in a CUDA graph.
     """
 
     step: int
@@ -70,6 +71,7 @@ class Trainer:
         device: where it runs.
         guidance: what pulls; by default the model that the config names.
         profiler: measures each step.
+        ranks: processes that render the views of a step together; None: this one alone.
 
     Everything random comes from one CPU generator seeded by `config.seed`, so the same seed gives the same numbers on
     every device up to rounding, and on a CPU the same mesh.
@@ -78,7 +80,8 @@ class Trainer:
     repeats the step with the same random numbers: the run goes on as if nothing had happened, up to rounding.
 
     Raises:
-        UserError: a setting that no run can start with, or weights of the guidance that cannot fit into memory.
+        UserError: a setting that no run can start with, or weights of the guidance that cannot fit into memory; several
+            processes with fewer views than that, or with a guidance that trains something.
     """
 
     def __init__(
@@ -87,10 +90,14 @@ class Trainer:
         device: torch.device,
         guidance: Guidance | None = None,
         profiler: StepProfiler | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         config.check()
         self.config = config
         self.batch = config.batch_on(device)
+        self._ranks = ranks
+        self._own = slice(0, self.batch) if ranks is None else ranks.views(self.batch)
+        own_views = self._own.stop - self._own.start
         self.device = device
         self.profiler = profiler
         limit = MemoryLimit.of(config.memory, device)
@@ -98,18 +105,22 @@ class Trainer:
         self.scene = make_scene(config, device, self.generator)
         self.guidance = create_guidance(config.guidance, device) if guidance is None else guidance
         group = self.guidance.views_per_group
-        if self.batch % group:
+        if own_views % group:
+            whose = "batch" if own_views == self.batch else "views of each process"
             raise UserError(
-                f"batch: got {self.batch}, want a multiple of {group}: {self.guidance.name} reads so many views "
-                "together"
+                f"{whose}: got {own_views}, want a multiple of {group}: {self.guidance.name} reads so many views together"
             )
-        self._sampler = ViewSampler(config, device, self.generator, group)
+        self._sampler = ViewSampler(config, device, self.generator, self._own, group)
         self.optimizer = self._make_optimizer()
+        if ranks is not None and self._guidance_parameters:
+            raise UserError(
+                f"guidance {self.guidance.name!r} trains something, which only one process can: omit torchrun"
+            )
         self._optimizer_step = CapturedStep(self.optimizer, device)
         self.planner = MemoryPlanner(
             self.guidance,
             config.renderer,
-            self.batch,
+            own_views,
             max(config.schedule.render_size_start, config.schedule.render_size),
             sum(p.numel() * p.element_size() for group in self.optimizer.param_groups for p in group["params"]),
             limit,
@@ -231,42 +242,65 @@ class Trainer:
             drawn = self._sampler.draw(size, progress, self.scene.renderer)
         with stage("render forward"):
             output = self._render_training(drawn, render_options(weights))
-            images = output.color.view(self.batch, size, size, 3).permute(0, 3, 1, 2)
+            images = output.color.view(self.batch, size, size, 3)[self._own].permute(0, 3, 1, 2)
         with stage("guidance"):
             request = GuidanceRequest(
                 images,
                 self.embeddings,
-                drawn.views,
+                drawn.views[self._own],
                 t_range=config.schedule.t_range(progress),
                 generator=self.generator,
                 sds_share=config.schedule.sds_share.at(progress),
                 views_per_call=self.plan.views_per_call,
                 progress=progress,
+                first_view=self._own.start,
+                batch=self.batch,
             )
             pull = self.guidance.gradient(request)
 
-        values = regularisers(RenderedViews(output, self.batch, size, config.opaque), weights)
-        losses = {"sds": pull.residual.mean()} | {name: value.detach() for name, value in values.items()}
+        values = regularisers(RenderedViews(output, self.batch, size, config.opaque, self._own), weights)
+        share = len(images) / self.batch
+        losses = {"sds": pull.residual.mean() * share} | {name: value.detach() for name, value in values.items()}
         if pull.loss is not None:
             losses["method"] = pull.loss
         # The guidance's gradient is a sum over its pixels; per pixel it has one size whatever the model's resolution.
         per_pixel = 1.0 / (self.batch * self.guidance.image_size**2)
         weighted = [weights[name] * value for name, value in values.items() if weights[name]]
         result = StepResult(self.steps_done + 1, losses, drawn.shading, size, output.samples)
+        total = None
         if self.device.type == "cpu":  # before the parameters are touched; on a GPU it would wait
             total = (images.detach() * pull.gradient).sum() * per_pixel + sum(term.detach() for term in weighted)
-            self.check_finite(result, total)
+            if self._ranks is None:
+                self.check_finite(result, total)
         self._optimizer_step.prepare()
         self.optimizer.zero_grad(set_to_none=True)
         with stage("render backward"):
             torch.autograd.backward([images, *weighted], [pull.gradient * per_pixel, *(None for _ in weighted)])
         for parameter, gradient in zip(self._guidance_parameters, pull.parameter_gradients, strict=True):
             parameter.grad = gradient
+        if self._ranks is not None:
+            with stage("sum over processes"):
+                result = self._summed(self._ranks, result, total)
         with stage("optimiser"):
             self._optimizer_step()
         self.steps_done += 1
         self.firmed = False
         return result
+
+    def _summed(self, ranks: Ranks, result: StepResult, total: Tensor | None) -> StepResult:
+        """Gradients and losses of all processes, in place of this one's; where they raise, all processes do."""
+        for parameter in self.scene.field.parameters():
+            if parameter.requires_grad and parameter.grad is None:  # no ray of this process met anything
+                parameter.grad = torch.zeros_like(parameter)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        numbers = [*result.losses.values(), *([] if total is None else [total])]
+        sums = ranks.sum(gradients, numbers)
+        losses = dict(zip(result.losses, sums, strict=False))
+        summed = StepResult(result.step, losses, result.shading, result.size, result.samples)
+        if total is not None:
+            self.check_finite(summed, sums[-1])
+        return summed
 
     def firm(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """The last stage, once all steps are done (`firm_field`); whether it was done to its end.

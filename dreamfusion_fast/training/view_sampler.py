@@ -29,6 +29,10 @@ from dreamfusion_fast.training.device import send
 _AHEAD = 2
 
 
+# Distance of cameras that see nothing, scene units: far beyond the scene box.
+_AWAY = 1000.0
+
+
 @dataclass(frozen=True)
 class DrawnViews:
     """Views and how they are shown, on the device.
@@ -57,11 +61,14 @@ class ViewSampler:
         config: the run's settings.
         device: where views are to be.
         generator: on the CPU, source of all random numbers here.
+        own: the views that are rendered; others are drawn as well, and their rays meet nothing.
         group: so many views show the object together, evenly from around it.
     """
 
-    def __init__(self, config: Config, device: torch.device, generator: torch.Generator, group: int = 1) -> None:
-        self._config, self._device, self._generator, self._group = config, device, generator, group
+    def __init__(
+        self, config: Config, device: torch.device, generator: torch.Generator, own: slice, group: int = 1
+    ) -> None:
+        self._config, self._device, self._generator, self._own, self._group = config, device, generator, own, group
         self._batch = config.batch_on(device)
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._steps: deque[torch.cuda.Event] = deque()
@@ -83,7 +90,10 @@ class ViewSampler:
         seed = int(torch.randint(2**31 - 1, (), generator=self._generator))
 
         last_row = torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(batch, 1, 4)
-        poses = torch.cat([cameras.camera_to_world, last_row], dim=1)
+        pose = cameras.camera_to_world
+        if (self._own.start, self._own.stop) != (0, batch):
+            pose = _turned_away(pose, self._own)
+        poses = torch.cat([pose, last_row], dim=1)
         values = [poses, cameras.fov_y, cameras.azimuth, cameras.elevation, lights]
         with self._beside_the_last_step(renderer):
             pose, fov_y, azimuth, elevation, lights, *rest = send(
@@ -140,3 +150,16 @@ class ViewSampler:
         with torch.cuda.stream(self._stream):
             yield
         current.wait_stream(self._stream)
+
+
+def _turned_away(poses: Tensor, own: slice) -> Tensor:
+    """The poses `[B, 3 or 4, 4]`, all but the own ones behind the scene and looking away from it.
+
+    So rays keep their numbers, which the jitter of their samples depends on, and a share is rendered as it is in the
+    whole batch.
+    """
+    away = torch.eye(4, dtype=poses.dtype)[: poses.shape[1]]
+    away[2, 3] = -_AWAY
+    turned = away.expand_as(poses).clone()
+    turned[own] = poses[own]
+    return turned

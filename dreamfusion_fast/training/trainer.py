@@ -108,7 +108,8 @@ class Trainer:
         if own_views % group:
             whose = "batch" if own_views == self.batch else "views of each process"
             raise UserError(
-                f"{whose}: got {own_views}, want a multiple of {group}: {self.guidance.name} reads so many views together"
+                f"{whose}: got {own_views}, want a multiple of {group}: {self.guidance.name} reads so many views "
+                "together"
             )
         self._sampler = ViewSampler(config, device, self.generator, self._own, group)
         self.optimizer = self._make_optimizer()

@@ -98,7 +98,8 @@ class CMakeBuild(build_ext):
             "DREAMFUSION_FAST_GPUS": plan.gpus,
             "DREAMFUSION_FAST_PORTABLE": choice("DREAMFUSION_FAST_PORTABLE", SWITCHES),
         }
-        arguments = [f"-D{name}={value}" for name, value in options.items()]
+        forgotten = ["-UPython_*", "-U_Python_*", "-Upybind11_*"]  # of a Python that this folder was used for before
+        arguments = [*forgotten, *(f"-D{name}={value}" for name, value in options.items())]
         environ = plan.environment(os.environ)
         try:
             configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build_dir), *arguments]

@@ -203,7 +203,8 @@ def _toolkit() -> str | None:
 
 
 def _rebuild() -> str:
-    return f"pip install --force-reinstall --no-deps {_source()}"
+    # pip may have kept the wheel that it made of this source tree before.
+    return f"pip install --force-reinstall --no-deps --no-cache-dir {_source()}"
 
 
 def _source(extra: str = "") -> str:

@@ -106,7 +106,9 @@ def build_wheel(version: str, python: Path, tree: Path, work: Path, environ: dic
     """The wheel as setuptools makes it, for this machine alone by its name."""
     raw = work / f"raw-{version}"
     command = [str(python), "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--disable-pip-version-check"]
-    subprocess.run([*command, "--verbose", "--wheel-dir", str(raw), str(tree)], env=environ, check=True)
+    subprocess.run(
+        [*command, "--no-cache-dir", "--verbose", "--wheel-dir", str(raw), str(tree)], env=environ, check=True
+    )
     (wheel,) = raw.glob("*.whl")
     return wheel
 

@@ -153,6 +153,8 @@ def weights_from_density_reference(density: Tensor, step: float | Tensor, offset
     dense = density.clamp(min=0)
     if isinstance(step, Tensor):  # over no length nothing is absorbed, whatever the density
         dense = torch.where(step == 0, 0.0, dense)
+    else:
+        step = float(step)  # a tensor takes no int beyond 64 bits
     there, optical = by_ray(offsets, (dense * step).clamp(max=OPAQUE_DEPTH))
     before = torch.nn.functional.pad(optical.cumsum(dim=1), (1, 0))[:, : optical.shape[1]]
     transmittance = torch.exp(-before)

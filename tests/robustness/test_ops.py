@@ -292,7 +292,7 @@ FLOAT_PARAMETERS = [
     (name, key)
     for name in NAMES
     for key, parameter in inspect.signature(getattr(ops, name)).parameters.items()
-    if parameter.annotation in (float, "float")
+    if re.search(r"\bfloat\b", inspect.formatannotation(parameter.annotation))
 ]
 
 

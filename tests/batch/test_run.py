@@ -54,7 +54,9 @@ def cluster() -> Iterator[Any]:
 
 
 @pytest.fixture
-def config(cluster: Any, tmp_path: Path) -> BatchConfig:
+def config(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BatchConfig:
+    # Workers begin in the driver's working folder: a source tree there would hide an installed package.
+    monkeypatch.chdir(tmp_path)
     return BatchConfig(out=str(tmp_path / "runs"), ray=cluster.address, cpus_per_run=1)
 
 

@@ -18,7 +18,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """Configs that the command line would have run."""
     configs: list[Config] = []
 
-    def remember(self: Generator, prompt: Config) -> None:
+    def remember(self: Generator, prompt: Config, **options: object) -> None:
         configs.append(prompt)
         raise KeyboardInterrupt
 

@@ -58,7 +58,6 @@ class StopAfter(Callback):
         ("latent", "sdi"),
         ("pixel", "ism"),
         ("sd3", "rfds"),
-        ("sd3", "vsd"),
         ("flux", "ism"),
     ],
 )

@@ -10,8 +10,10 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
+from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance.contract import DiffusionModel, Views
 from dreamfusion_fast.guidance.methods.method import Guiding, Method, Predictions
+from dreamfusion_fast.guidance.models.schedule import FlowMatching
 from dreamfusion_fast.networks.lora import LoraAdapters
 from dreamfusion_fast.settings import Range, Settings
 
@@ -50,6 +52,8 @@ class VariationalScoreDistillation(Method):
 
     def attach(self, model: DiffusionModel, guiding: Guiding) -> None:
         """See `Method.attach`. The model's network gets adapters, which start with the same numbers in all runs."""
+        if isinstance(model.schedule, FlowMatching):
+            raise UserError(f"guidance mode vsd: {model.name!r} is a flow-matching model: use mode rfds, sds or ism")
         network, generator = model.trainable_network(), torch.Generator().manual_seed(0)
         self._adapters = LoraAdapters(network, self.config.rank, generator=generator)
         self.lora = nn.ParameterDict(self._adapters.parameters)

@@ -255,6 +255,11 @@ def test_a_gpu_gives_the_same(pipeline: Pipelines, kind: str) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-4 * float(results[0].abs().max()))
 
 
+def test_vsd_is_not_for_flows(pipeline: Pipelines) -> None:
+    with pytest.raises(UserError, match=r"mode vsd: .* is a flow-matching model"):
+        _guidance(pipeline("sd3"), mode="vsd")
+
+
 def test_rfds_is_for_flows(pipeline: Pipelines) -> None:
     with pytest.raises(UserError, match=r"mode rfds: .* is no flow-matching model.*use mode sds"):
         _guidance(pipeline("latent"), mode="rfds")

@@ -194,8 +194,8 @@ class GuidanceConfig(Settings):
     def _absolute(self, field: str, text: str) -> str:
         """A file and what follows its colon, the file's path absolute."""
         path, rest = split_file(text)
-        if not path:
-            self.refuse(field, want="paths of files")
+        if not path.endswith(".safetensors"):
+            self.refuse(field, want="paths that end in .safetensors")
         path = os.path.abspath(user_path(path, f"guidance {field}"))
         return path if rest is None else f"{path}:{rest}"
 

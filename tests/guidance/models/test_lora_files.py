@@ -289,13 +289,16 @@ def test_of_another_model(pipeline: Pipelines, tmp_path: Path) -> None:
 def test_files_that_are_none(pipeline: Pipelines, tmp_path: Path) -> None:
     folder = pipeline("latent")
     _refused(folder, "there is no such file", tmp_path / "a.safetensors")
-    _refused(folder, "it is no file", tmp_path)
+    (tmp_path / "b.safetensors").mkdir()
+    _refused(folder, "it is no file", tmp_path / "b.safetensors")
     path = tmp_path / "a.safetensors"
     for content in (b"", b"\0" * 8, b"\xff" * 64, b"PK\3\4" + b"\0" * 64):
         path.write_bytes(content)
         _refused(folder, "it is no safetensors file", path)
-    torch.save({"a": torch.ones(1)}, tmp_path / "a.pt")
-    _refused(folder, "it is a pickle, which can run code", tmp_path / "a.pt")
+    torch.save({"a": torch.ones(1)}, path)
+    _refused(folder, "it is no safetensors file", path)
+    with pytest.raises(SettingError, match=r"lora: got .*want paths that end in \.safetensors"):
+        GuidanceConfig(lora=(str(tmp_path / "a.pt"),))
     save_file({}, path)
     _refused(folder, "it is no LoRA, it is empty", path)
 

@@ -39,13 +39,15 @@ def jobs_of(folder: Path, text: str) -> list[Job]:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """One node with two cores, as a cluster that is there: starting one takes seconds, which are spent once."""
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
         folders = [str(Path(__file__).parent), str(Path(fakes.__file__).parent), os.environ.get("PYTHONPATH", "")]
         patch.setenv("PYTHONPATH", os.pathsep.join(folders))  # of the workers
+        # Where workers look for modules first: a source tree there would hide an installed package.
+        patch.chdir(tmp_path_factory.mktemp("cluster"))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_worker_niceness", "0")  # on a machine that others use, too
         started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
@@ -54,9 +56,7 @@ def cluster() -> Iterator[Any]:
 
 
 @pytest.fixture
-def config(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BatchConfig:
-    # Workers begin in the driver's working folder: a source tree there would hide an installed package.
-    monkeypatch.chdir(tmp_path)
+def config(cluster: Any, tmp_path: Path) -> BatchConfig:
     return BatchConfig(out=str(tmp_path / "runs"), ray=cluster.address, cpus_per_run=1)
 
 

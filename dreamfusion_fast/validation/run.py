@@ -42,7 +42,6 @@ _LEVELS = (0.2, 0.5, 0.8)  # fractions of the schedule at which noise is told
 _STEP_MS = {
     "stable-diffusion": 15.0,
     "stable-diffusion-1.5": 15.0,
-    "stable-diffusion-2.1": 28.0,
     "deepfloyd-if": 23.0,
 }
 _STEP_GPUS = ("H100", "H200")
@@ -153,7 +152,7 @@ class _Validation:
                 0.0,
                 0.9,
                 "",
-                "1 is the best linear guess; random weights are above it, a model that was trained on such pictures "
+                "1 is the best linear guess; random weights are near it or above, a model that was trained on such pictures "
                 "is well below",
             )
         gain = sum(errors[0] / errors[-1] for errors in table) / len(table)

@@ -144,7 +144,7 @@ class _Validation:
     ) -> None:
         """The checks of `denoising_errors`; `of` says of what."""
         prompts = [(own, "text"), *((other, "text") for other in others), (own, "null")]
-        table = [denoising_errors(model, prompts, clean, views, fraction, self.generator) for fraction in _LEVELS]
+        table = self._errors(model, prompts, clean, views)
         for fraction, errors in zip(_LEVELS, table, strict=True):
             self._check(
                 f"error of the noise told in {of}, t = {fraction}",
@@ -152,8 +152,8 @@ class _Validation:
                 0.0,
                 0.9,
                 "",
-                "1 is the best linear guess; random weights are near it or above, a model that was trained on such pictures "
-                "is well below",
+                "1 is the best linear guess; random weights are near it or above, a model that was trained on such "
+                "pictures is well below",
             )
         gain = sum(errors[0] / errors[-1] for errors in table) / len(table)
         why = "what a text says of a picture is of use to tell its noise; 1 where the text is not heard"
@@ -221,11 +221,15 @@ class _Validation:
             clean = model.encode(images.permute(0, 3, 1, 2).contiguous())
         # After a short run the shape is rough: the error is not asked to be small, the prompt to be among the first.
         prompts = [(own, "text"), *((other, "text") for other in others)]
-        table = [
-            denoising_errors(model, prompts, clean, self._views(), fraction, self.generator) for fraction in _LEVELS
-        ]
+        table = self._errors(model, prompts, clean, self._views())
         why = f"of {len(prompts)} prompts the right one is among the first to explain the renders (arXiv 2303.16203)"
         self._check("place of the prompt, renders", place_of_first(table), 1, 2, "", why)
+
+    def _errors(
+        self, model: DiffusionModel, prompts: Sequence[tuple[PromptEmbeddings, str]], clean: Tensor, views: Views
+    ) -> list[list[float]]:
+        """`denoising_errors` at each noise level."""
+        return [denoising_errors(model, prompts, clean, views, fraction, self.generator) for fraction in _LEVELS]
 
     def _views(self) -> Views:
         azimuth = torch.tensor([math.radians(angle) for angle in _AZIMUTHS_DEG], device=self.device)

@@ -62,29 +62,17 @@ VIEWS = Views(torch.zeros(50), torch.zeros(50))
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_pictures_are_drawn_from_the_model_s_distribution(kind: Any) -> None:
-    drawn = draw(
-        Gaussian(0.3, kind),
-        embeddings(0.4, -0.2),
-        VIEWS,
-        (3, 8, 8),
-        scale=1.0,
-        steps=199,
-        generator=torch.Generator().manual_seed(0),
-    )
-    assert drawn.shape == (50, 3, 8, 8)
-    assert float(drawn.mean()) == pytest.approx(0.4, abs=0.02)
-    assert float(drawn.std()) == pytest.approx(0.3, rel=0.05)
+    def drawn(scale: float) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        given = Gaussian(0.3, kind), embeddings(0.4, -0.2), VIEWS, (3, 8, 8)
+        return draw(*given, scale=scale, steps=199, generator=generator)
+
+    plain = drawn(1.0)
+    assert plain.shape == (50, 3, 8, 8)
+    assert float(plain.mean()) == pytest.approx(0.4, abs=0.02)
+    assert float(plain.std()) == pytest.approx(0.3, rel=0.05)
     # By guidance of scale 3, the mean is that of null + 3 (text - null).
-    guided = draw(
-        Gaussian(0.3, kind),
-        embeddings(0.4, -0.2),
-        VIEWS,
-        (3, 8, 8),
-        scale=3.0,
-        steps=199,
-        generator=torch.Generator().manual_seed(0),
-    )
-    assert float(guided.mean()) == pytest.approx(-0.2 + 3 * 0.6, abs=0.05)
+    assert float(drawn(3.0).mean()) == pytest.approx(-0.2 + 3 * 0.6, abs=0.05)
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])

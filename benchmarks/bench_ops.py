@@ -3,8 +3,9 @@ gradients, and those over buffers of a tile; on a GPU also group norm and gate o
 their dense layers. Time and, on a GPU, memory.
 
 The inputs are those of the scene in `workload.py` with a ball of radius 0.5, of which a tile holds all samples. Hash
-grids: "large", 16 x 2 features, 2^19 rows, 16 to 2048, and "small", 8 x 2, 2^15 rows, 16 to 128. The twins run at the
-largest size only. `-k` finds an op by its name (`tests/test_every_op.py` sees to it).
+grids: "large", 16 x 2 features, 2^19 rows, 16 to 2048, and "small", 8 x 2, 2^15 rows, 16 to 128. Triplanes: 128 x 128
+x 16, read by linear and by quadratic splines. The twins run at the largest size only. `-k` finds an op by its name
+(`tests/test_every_op.py` sees to it).
 
     python benchmarks/bench_ops.py                                  # a GPU at 64^2 and 256^2 rays, or the CPU at 64^2
     python benchmarks/bench_ops.py --sizes 128 -k "hash_grid and large" --benchmark-quiet
@@ -29,7 +30,7 @@ from torch import Tensor
 from workload import AABB, LIGHT, RESOLUTION, STEP, Marched, march_scene
 
 from dreamfusion_fast import ops
-from dreamfusion_fast.networks import dense, geglu, group_norm
+from dreamfusion_fast.networks import dense, geglu, group_norm, softmax
 from dreamfusion_fast.ops.hash_grid_placement import hash_grid_placements
 from dreamfusion_fast.ops.march_morton import morton_cells
 from dreamfusion_fast.ops.occupancy import mark_order
@@ -38,6 +39,7 @@ from dreamfusion_fast.ops.tiles import hash_grid as hash_grid_tile
 from dreamfusion_fast.ops.tiles import march as march_tile
 from dreamfusion_fast.ops.tiles import mlp as mlp_tile
 from dreamfusion_fast.ops.tiles import ray_sums as ray_sums_tile
+from dreamfusion_fast.ops.tiles import triplane as triplane_tile
 from dreamfusion_fast.rendering import cone_distances
 
 RADIUS = 0.5
@@ -48,8 +50,11 @@ GRIDS = {  # levels, base, finest resolution, log2 of the rows
 }
 WIDTHS = [32, 64, 64, 4]
 
+PLANES = (1, 3, 128, 128, 16)
+
 each_mode = pytest.mark.parametrize("mode", ["forward", "backward", "full"])
 each_grid = pytest.mark.parametrize("grid", GRIDS)
+each_degree = pytest.mark.parametrize("degree", [1, 2], ids=["linear", "quadratic"])
 
 
 @cache
@@ -191,6 +196,32 @@ def test_hash_grid_position_gradient(
 
 
 @each_mode
+@each_degree
+def test_triplane(measure: Measure, device: torch.device, degree: int, mode: str, provider: str, size: int) -> None:
+    """Gradient to the planes alone, as in training without normals."""
+    work, triplane, planes = marched(size, device), choose("triplane", provider), torch.randn(PLANES, device=device)
+    run = in_mode(mode, lambda planes: (triplane(work.unit, planes, None, degree),), [planes])
+    measure(run, f"triplane {degree} {mode} {size}^2", provider, work.t.shape[0])
+
+
+@each_degree
+def test_triplane_position_gradient(
+    measure: Measure, device: torch.device, degree: int, provider: str, size: int
+) -> None:
+    """The gradient to the positions, and from a loss on it the gradients to the planes and to what multiplied it."""
+    work, position_gradient = marched(size, device), choose("triplane_position_gradient", provider)
+    planes, m = torch.randn(PLANES, device=device, requires_grad=True), work.t.shape[0]
+    grad_output = torch.randn(m, 3 * PLANES[-1], device=device, requires_grad=True)
+    direction = torch.randn(m, 3, device=device)
+
+    def run() -> object:
+        normals = position_gradient(grad_output, work.unit, planes, None, degree)
+        return torch.autograd.grad(normals, (grad_output, planes), direction)
+
+    measure(run, f"triplane {degree} normals {size}^2", provider, m)
+
+
+@each_mode
 @pytest.mark.parametrize("name", ["mlp", "mlp_with_input_gradient"])
 def test_mlp(measure: Measure, device: torch.device, name: str, mode: str, provider: str, size: int) -> None:
     """32-64-64-4, gradients to the input and to all parameters; on a GPU both in half precision."""
@@ -277,15 +308,9 @@ def test_march_tile(measure: Measure, device: torch.device, name: str, provider:
     measure(lambda: run(*arguments), f"tile {name} {size}^2", provider, tile.n)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["encode", "position_gradient", "directional_derivative", "derivative_before_scatter", "scatter"],
-)
-@each_grid
-def test_hash_grid_tile(measure: Measure, device: torch.device, grid: str, name: str, provider: str, size: int) -> None:
-    tile, run = tile_of(size, device), choose(name, provider, hash_grid_tile)
-    levels, table = make_grid(grid, device)
-    layout, channels = hash_grid_tile.HashGridTileLayout(*levels), 2 * GRIDS[grid][0]
+def run_encoding(measure: Measure, module: object, tile: Tile, table: Tensor, layout: object, *row: Any) -> None:
+    """One of the functions of an encoding over tiles; `row` is its channels, name, label and provider."""
+    channels, name, label, provider = row
     place = (tile.positions, table.to(tile.wide), layout)
     features, grads, direction = tile.random(channels, tile.wide), tile.random(channels, tile.narrow), tile.random(3)
     grad_table = torch.zeros_like(table)
@@ -296,8 +321,32 @@ def test_hash_grid_tile(measure: Measure, device: torch.device, grid: str, name:
         "derivative_before_scatter": (direction, features, grad_table, *place, grads, tile.count),
         "scatter": (grad_table, tile.positions, layout, grads, tile.count, direction, features),
     }[name]
-    options = {"checked": True} if provider == "native" else {}
-    measure(lambda: run(*arguments, **options), f"tile {name} {grid} {size}^2", provider, tile.n)
+    run, options = choose(name, provider, module), {"checked": True} if provider == "native" else {}
+    measure(lambda: run(*arguments, **options), label, provider, tile.n)
+
+
+each_function = pytest.mark.parametrize(
+    "name",
+    ["encode", "position_gradient", "directional_derivative", "derivative_before_scatter", "scatter"],
+)
+
+
+@each_function
+@each_grid
+def test_hash_grid_tile(measure: Measure, device: torch.device, grid: str, name: str, provider: str, size: int) -> None:
+    levels, table = make_grid(grid, device)
+    layout, row = hash_grid_tile.HashGridTileLayout(*levels), (2 * GRIDS[grid][0], name, f"tile {name} {grid} {size}^2")
+    run_encoding(measure, hash_grid_tile, tile_of(size, device), table, layout, *row, provider)
+
+
+@each_function
+@each_degree
+def test_triplane_tile(
+    measure: Measure, device: torch.device, degree: int, name: str, provider: str, size: int
+) -> None:
+    planes, layout = torch.randn(PLANES, device=device), triplane_tile.TriplaneTileLayout(degree)
+    row = (3 * PLANES[-1], name, f"tile triplane {degree} {name} {size}^2", provider)
+    run_encoding(measure, triplane_tile, tile_of(size, device), planes, layout, *row)
 
 
 @pytest.mark.parametrize("name", ["prepared_forward", "prepared_backward"])
@@ -397,6 +446,20 @@ def test_geglu(measure: Measure, device: torch.device, provider: str) -> None:
     x = torch.randn(8192, 2 * 1280, device=device).half()
     op = geglu.geglu if provider == "native" else geglu.geglu_reference
     measure(lambda: op(x), "geglu", provider, x.shape[0])
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_scaled_softmax(measure: Measure, device: torch.device, provider: str, way: str) -> None:
+    """A part of the attention of SDXL's autoencoder at 1024^2, in half precision."""
+    _needs_kernels(device)
+    scores, native = torch.randn(512, 16384, device=device), provider == "native"
+    if way == "forward":
+        op = softmax.scaled_softmax if native else softmax.scaled_softmax_reference
+        measure(lambda: op(scores, 0.04, torch.float16), "scaled_softmax", provider, len(scores))
+        return
+    shares = softmax.scaled_softmax_reference(scores, 0.04, torch.float16)
+    back = softmax.scaled_softmax_backward if native else softmax.scaled_softmax_backward_reference
+    measure(lambda: back(shares, scores, 0.04), "scaled_softmax_backward", provider, len(scores))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 // The Python face of the native core. This file and csrc/bindings/ are all of csrc/ that knows Python.
 // It is compiled as dreamfusion_fast._core (DFF_BACKEND=cpu) and as dreamfusion_fast._core_cuda (=cuda), so that
 // both modules have the same functions with the same arguments: addresses, sizes, and last `where` (a thread count or a
-// stream). What is a struct within an op's struct is a tuple in Python. Exceptions: tiles of the hash grid exist on the
-// GPU alone, dense layers on the CPU alone. Nothing is owned, allocated or checked here: dreamfusion_fast/ops/ does
-// that.
+// stream). What is a struct within an op's struct is a tuple in Python. Exceptions: tiles of the hash grid and of the
+// triplane exist on the GPU alone, dense layers on the CPU alone. Nothing is owned, allocated or checked here:
+// dreamfusion_fast/ops/ does that.
 //
 // To add an op `foo`:
 //   1. csrc/include/dreamfusion_fast/foo.h: a struct Foo<T> with the arguments, a shape comment on each, and the
@@ -24,10 +24,12 @@
 #include "bindings/ray_box.h"
 #include "bindings/ray_sums.h"
 #include "bindings/traverse.h"
+#include "bindings/triplane.h"
 
 #if defined(DFF_CUDA_ARCHS)
 #define DFF_HAS_TILES 1
 #include "bindings/hash_grid_tile.h"  // a CPU does a tile with the functions of hash_grid.h
+#include "bindings/triplane_tile.h"   // and with those of triplane.h
 #else
 #define DFF_CUDA_ARCHS ""
 #define DFF_HAS_TILES 0
@@ -47,6 +49,7 @@ void bind_for(pybind11::module_& module) {
   dff::bindings::bind_ray_box<T>(module);
   dff::bindings::bind_ray_sums<T>(module);
   dff::bindings::bind_traverse<T>(module);
+  dff::bindings::bind_triplane<T>(module);
 }
 
 }  // namespace
@@ -62,6 +65,7 @@ PYBIND11_MODULE(DFF_MODULE, module) {
   dff::bindings::bind_traverse_grid(module);
 #if DFF_HAS_TILES
   dff::bindings::bind_hash_grid_tile(module);
+  dff::bindings::bind_triplane_tile(module);
 #else
   dff::bindings::bind_cpu_variant(module);
   dff::bindings::bind_dense(module);

@@ -26,6 +26,7 @@ check stream memcheck tests/ops/tiles/test_ray_sums_tile.py tests/ops/test_compo
 check march memcheck tests/ops/test_march.py tests/ops/test_march_cascades.py -k "113 or 1023 or capacity or jitter"
 check marches memcheck tests/ops/test_traverse.py tests/ops/test_march_morton.py -k "113 or 1023 or limit or rows"
 check hash memcheck tests/ops/tiles/test_hash_grid_tile.py -k "113"
+check planes memcheck tests/ops/tiles/test_triplane_tile.py tests/ops/test_triplane.py -k "113 or 1023"
 check render memcheck tests/rendering/volume/test_streaming_gpu.py -k "agrees or half_precision"
 check mlp racecheck tests/ops/test_mlp.py -k "opcheck"
 wait

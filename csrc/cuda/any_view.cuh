@@ -10,10 +10,14 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "dreamfusion_fast/hash_grid_tile.h"
+#include "dreamfusion_fast/view.h"
 #include "row.cuh"
 
 namespace dff::cuda {
+
+__device__ __forceinline__ float to_scalar(__half value) { return __half2float(value); }
+__device__ __forceinline__ float to_scalar(float value) { return value; }
+__device__ __forceinline__ double to_scalar(double value) { return value; }
 
 // The bits of an element of at most 32 bits as a float.
 __device__ __forceinline__ float decode(ElementType type, uint32_t bits) {
@@ -141,11 +145,10 @@ inline bool has_fours(const AnyView& view) {
           reinterpret_cast<std::uintptr_t>(view.data) % width == 0);
 }
 
-// How many samples of the tile there are.
-__device__ __forceinline__ uint32_t live_samples(const HashGridTile& tile) {
-  const int32_t capacity = static_cast<int32_t>(tile.levels.n_samples);
-  const int32_t count = tile.count == nullptr ? capacity : min(max(__ldg(tile.count), 0), capacity);
-  return static_cast<uint32_t>(count);
+// How many samples of a tile for `capacity` there are; null: all.
+__device__ __forceinline__ uint32_t live_samples(const int32_t* count, int64_t capacity) {
+  const int32_t most = static_cast<int32_t>(capacity);
+  return static_cast<uint32_t>(count == nullptr ? most : min(max(__ldg(count), 0), most));
 }
 
 }  // namespace dff::cuda

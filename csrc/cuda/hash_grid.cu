@@ -1,9 +1,9 @@
 // The hash grid's ops over packed arrays of one type: tiles whose samples lie one after another.
 #include <algorithm>
-#include <type_traits>
 
 #include "dreamfusion_fast/hash_grid.h"
 #include "dreamfusion_fast/hash_grid_tile.h"
+#include "packed.h"
 
 namespace dff::cuda {
 
@@ -14,21 +14,6 @@ constexpr int32_t kLevelsPerThread = 1;
 // Below so many samples, a launch for each level would cost more than what L2 saves.
 constexpr int64_t kSmallLaunch = 1 << 17;
 constexpr int32_t kSamplesPerThread = 8;
-
-template <typename Scalar>
-constexpr ElementType kType = std::is_same_v<Scalar, double> ? ElementType::kFloat64 : ElementType::kFloat32;
-
-// The rows from `first` on of [n_samples, columns].
-template <typename Scalar>
-AnyView rows_from(const Scalar* data, int64_t first, int columns) {
-  AnyView view;
-  if (data == nullptr) return view;
-  view.data = const_cast<Scalar*>(data + first * columns);
-  view.sample_stride = static_cast<uint32_t>(columns);
-  view.channel_stride = 1;
-  view.type = kType<Scalar>;
-  return view;
-}
 
 // Calls start(tile, its first sample, columns of the encoding) for tiles as large as they may be.
 template <typename Scalar, typename Start>

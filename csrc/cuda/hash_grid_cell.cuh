@@ -8,6 +8,7 @@
 #include "dreamfusion_fast/hash_grid.h"
 #include "parallel.cuh"
 #include "row.cuh"
+#include "scatter.cuh"
 
 namespace dff::cuda {
 
@@ -56,30 +57,6 @@ __device__ __forceinline__ void load_corners(const Element* table, const HashGri
         corners[i] = corners[i + 1];
         corners[i + 1] = second;
       }
-    }
-  }
-}
-
-// How many floats one atomic transaction takes.
-#if __CUDA_ARCH__ >= 900 && CUDART_VERSION >= 12010
-constexpr int kAtomicFloats = 4;
-#else
-constexpr int kAtomicFloats = 1;
-#endif
-
-// Adds kCount successive values, in as few transactions as may be; `to` is aligned to their size or 16 bytes.
-template <int kCount, typename Scalar>
-__device__ __forceinline__ void atomic_add(Scalar* to, const Scalar (&values)[kCount]) {
-  constexpr int kWidest = std::is_same_v<Scalar, float> ? kAtomicFloats : 1;
-  constexpr int kWidth = kCount < kWidest ? kCount : kWidest;
-#pragma unroll
-  for (int i = 0; i < kCount; i += kWidth) {
-    if constexpr (kWidth == 4) {
-      atomicAdd(reinterpret_cast<float4*>(to + i), make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]));
-    } else if constexpr (kWidth == 2) {
-      atomicAdd(reinterpret_cast<float2*>(to + i), make_float2(values[i], values[i + 1]));
-    } else {
-      atomicAdd(to + i, values[i]);
     }
   }
 }

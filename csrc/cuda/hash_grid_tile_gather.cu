@@ -2,6 +2,7 @@
 #include <limits>
 
 #include "any_view.cuh"
+#include "dreamfusion_fast/hash_grid_tile.h"
 #include "hash_grid_cell.cuh"
 
 namespace dff::cuda {
@@ -23,10 +24,6 @@ using ScalarOf = std::conditional_t<std::is_same_v<Table, double>, double, float
 template <typename Table, int kFeatures, bool kPlaced>
 constexpr int kBlocks = kFeatures <= 2 && !std::is_same_v<Table, double> && !kPlaced ? 8 : 1;
 
-__device__ __forceinline__ float to_scalar(__half value) { return __half2float(value); }
-__device__ __forceinline__ float to_scalar(float value) { return value; }
-__device__ __forceinline__ double to_scalar(double value) { return value; }
-
 // The levels [begin, end), once per block.
 template <bool kPlaced>
 __device__ __forceinline__ void read_levels(const HashGridLevels& levels, int begin, int end,
@@ -41,7 +38,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Table, kFeatures, kPlaced>)
     encode_kernel(const HashGridTileEncode op, bool row) {
   using Scalar = ScalarOf<Table>;
   __shared__ Level<kPlaced> levels[kMaxLevelsPerThread];
-  const uint32_t n_samples = live_samples(op.tile), first = blockIdx.x * kThreads, sample = first + threadIdx.x;
+  const uint32_t n_samples = live_samples(op.tile.count, op.tile.levels.n_samples), first = blockIdx.x * kThreads,
+                 sample = first + threadIdx.x;
   if (first >= n_samples) return;
   const int begin = static_cast<int>(blockIdx.y) * op.levels_per_thread;
   const int end = min(begin + op.levels_per_thread, op.tile.levels.n_levels);
@@ -85,7 +83,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Table, kFeatures, kPlaced>)
     position_gradient_kernel(const HashGridTilePositionGradient op, bool row, int begin, int end, bool add) {
   using Scalar = ScalarOf<Table>;
   __shared__ Level<kPlaced> levels[kMaxLevelsPerThread];
-  const uint32_t n_samples = live_samples(op.tile), first = blockIdx.x * kThreads, sample = first + threadIdx.x;
+  const uint32_t n_samples = live_samples(op.tile.count, op.tile.levels.n_samples), first = blockIdx.x * kThreads,
+                 sample = first + threadIdx.x;
   if (first >= n_samples) return;
   read_levels<kPlaced>(op.tile.levels, begin, end, levels);
   if (sample >= n_samples) return;

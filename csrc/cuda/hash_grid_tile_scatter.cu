@@ -1,5 +1,6 @@
 // The table's gradient from a tile, of first and second order at once: what writes to the table.
 #include "any_view.cuh"
+#include "dreamfusion_fast/hash_grid_tile.h"
 #include "hash_grid_cell.cuh"
 
 namespace dff::cuda {
@@ -11,10 +12,6 @@ namespace {
 // blockIdx.y, so that the GPU works on one level at a time, whose gradients (4 MB at 2^19 rows of 2 float32) then stay
 // in L2. Atomics need no answer, so that few threads suffice: registers are better spent.
 constexpr int kThreads = 128;
-// Samples loaded at once: one vector load of 16 bytes for a plane of float32. Of float64 one, whose registers run out.
-template <typename Scalar>
-constexpr int kChunk = std::is_same_v<Scalar, float> ? 4 : 1;
-
 // In coarse levels, the fewer cells there are, the more threads wait for each other at the same rows: runs are longer.
 constexpr uint32_t kCoarseRuns = 4;
 constexpr uint32_t kCoarseResolution = 64;
@@ -22,24 +19,6 @@ constexpr uint32_t kCoarseResolution = 64;
 // Features that one thread takes, so that the sums of 8 corners stay in registers; blockIdx.z counts such groups.
 template <typename Scalar, int kFeatures>
 constexpr int kColumnsAtOnce = std::min(kFeatures, std::is_same_v<Scalar, float> ? 4 : 2);
-
-// A channel of samples [first, first + kCount), as far as they lie before `end`.
-template <typename Scalar, int kCount>
-__device__ __forceinline__ void load_chunk(const AnyView& view, bool fours, uint32_t first, uint32_t end,
-                                           uint32_t channel, Scalar (&values)[kCount]) {
-  if constexpr (std::is_same_v<Scalar, double>) {
-    static_assert(kCount == 1);
-    values[0] = load_element<double>(view, first, channel);
-  } else if (fours) {
-    load_four(view, first, channel, values);
-  } else {
-    uint32_t bits[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) bits[i] = first + i < end ? load_bits(view, first + i, channel) : 0;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] = decode(view.type, bits[i]);
-  }
-}
 
 // What successive samples in one cell add to its corners.
 template <int kColumns, typename Scalar>
@@ -80,31 +59,13 @@ struct Run {
   }
 };
 
-template <int kCount, typename Scalar>
-__device__ __forceinline__ bool any(const Scalar (&values)[kCount]) {
-  bool found = false;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) found |= values[i] != Scalar(0);  // NaN is not zero
-  return found;
-}
-
-template <int kChannels, int kCount, typename Scalar>
-__device__ __forceinline__ void take(Scalar (&chunk)[kChannels][kCount], Scalar (&values)[kChannels]) {
-#pragma unroll
-  for (int channel = 0; channel < kChannels; ++channel) {
-    values[channel] = chunk[channel][0];
-#pragma unroll
-    for (int i = 1; i < kCount; ++i) chunk[channel][i - 1] = chunk[channel][i];
-  }
-}
-
 template <typename Scalar, int kFeatures, bool kPlaced>
 __global__ void __launch_bounds__(kThreads) scatter_kernel(const HashGridTileScatter op, bool fours) {
   constexpr int kCount = kChunk<Scalar>, kColumns = kColumnsAtOnce<Scalar, kFeatures>;
   const int index = static_cast<int>(blockIdx.y);
   const Level<kPlaced> level = read_level<kPlaced>(op.tile.levels, index);
   if (level.rows == 0) return;
-  const uint32_t n_samples = live_samples(op.tile);
+  const uint32_t n_samples = live_samples(op.tile.count, op.tile.levels.n_samples);
   const uint32_t run_length = op.samples_per_thread * (level.resolution < kCoarseResolution ? kCoarseRuns : 1);
   const uint32_t begin = (blockIdx.x * kThreads + threadIdx.x) * run_length;
   if (begin >= n_samples) return;

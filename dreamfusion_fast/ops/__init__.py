@@ -30,6 +30,12 @@ from dreamfusion_fast.ops.occupancy import (
 )
 from dreamfusion_fast.ops.ray_box import ray_box, ray_box_reference
 from dreamfusion_fast.ops.traverse import traverse, traverse_reference
+from dreamfusion_fast.ops.triplane import (
+    triplane,
+    triplane_position_gradient,
+    triplane_position_gradient_reference,
+    triplane_reference,
+)
 from dreamfusion_fast.ops.weights import (
     weights_from_alpha,
     weights_from_alpha_reference,
@@ -68,6 +74,10 @@ __all__ = [
     "ray_box_reference",
     "traverse",
     "traverse_reference",
+    "triplane",
+    "triplane_position_gradient",
+    "triplane_position_gradient_reference",
+    "triplane_reference",
     "weights_from_alpha",
     "weights_from_alpha_reference",
     "weights_from_density",

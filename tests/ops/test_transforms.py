@@ -19,11 +19,13 @@ def make(twin: bool) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
     suffix = "_reference" if twin else ""
     composite, hash_grid = getattr(ops, f"composite{suffix}"), getattr(ops, f"hash_grid{suffix}")
     gradient = getattr(ops, f"hash_grid_position_gradient{suffix}")
+    triplane, slopes = getattr(ops, f"triplane{suffix}"), getattr(ops, f"triplane_position_gradient{suffix}")
     mlp, both = getattr(ops, f"mlp{suffix}"), getattr(ops, f"mlp_with_input_gradient{suffix}")
     t = torch.rand(11).sort().values
     weights = [torch.randn(16, 5), torch.randn(4, 16)]
     table = torch.randn(int(LEVEL_OFFSETS[-1]), 2)
     values = torch.rand(11, 3)
+    planes, scenes = torch.randn(2, 3, 4, 5, 2), torch.randint(0, 2, (11,))
     return {
         "composite": (lambda x: composite(x, values, t, 0.1, OFFSETS)[3], torch.rand(11)),
         "hash_grid": (lambda x: hash_grid(x, table, LEVEL_OFFSETS, RESOLUTIONS), torch.rand(11, 3)),
@@ -31,6 +33,8 @@ def make(twin: bool) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
             lambda x: gradient(x, values, table, LEVEL_OFFSETS, RESOLUTIONS),
             torch.rand(11, 4),
         ),
+        "triplane": (lambda x: triplane(x, planes, scenes, 2), torch.rand(11, 3)),
+        "triplane_position_gradient": (lambda x: slopes(x, values, planes, scenes), torch.rand(11, 6)),
         "mlp": (lambda x: mlp(x, weights, None), torch.rand(11, 5)),
         "mlp_with_input_gradient": (lambda x: both(x, weights, None)[1], torch.rand(11, 5)),
     }

@@ -206,6 +206,24 @@ def hash_grid_position_gradient(make: Maker) -> Arguments:
     return {"grad_output": make.uniform(n, width, dtype=arguments["positions"].dtype, low=-1)} | arguments
 
 
+def triplane(make: Maker) -> Arguments:
+    dtype, n, degree, n_scenes = make.dtype(), make.size(), make.choose(1, 2), make.choose(1, 3)
+    shape = (n_scenes, 3, *(make.choose(degree + 1, 5, 16) for _ in range(2)), make.choose(1, 3, 4, 8, 13))
+    scenes = make.integers(0, n_scenes, n, dtype=make.choose(torch.int32, torch.int64))
+    return {
+        "positions": make.uniform(n, 3, dtype=dtype, low=-0.1, high=1.1),
+        "planes": make.uniform(*shape, dtype=dtype, low=-1),
+        "scenes": make.choose(scenes, scenes, None),
+        "degree": degree,
+    }
+
+
+def triplane_position_gradient(make: Maker) -> Arguments:
+    arguments = triplane(make)
+    n, features = arguments["positions"].shape[0], arguments["planes"].shape[4]
+    return {"grad_output": make.uniform(n, 3 * features, dtype=arguments["positions"].dtype, low=-1)} | arguments
+
+
 def mlp(make: Maker) -> Arguments:
     dtype = make.dtype()
     sizes = [make.choose(1, 7, 32), *(make.choose(1, 5, 16) for _ in range(make.choose(1, 2))), make.choose(1, 4)]
@@ -258,5 +276,6 @@ MAKERS: dict[str, Callable[[Maker], Arguments]] = {
             mlp,
         ),
         *(march_morton, occupancy_pack, occupancy_unpack, occupancy_update, ray_box, traverse),
+        *(triplane, triplane_position_gradient),
     )
 } | {"mlp_with_input_gradient": mlp, "march_morton_rows": march_morton}

@@ -71,8 +71,8 @@ def call_twin(name: str, arguments: Arguments) -> Any:
     taken = dict(arguments)
     capacity = taken.pop("capacity", None)
     taken.pop("precision", None)
-    if name == "hash_grid_position_gradient":  # its grid follows by position
-        return ops.hash_grid_position_gradient_reference(*taken.values())
+    if name.endswith("_position_gradient"):  # its grid or planes follow by position
+        return getattr(ops, f"{name}_reference")(*taken.values())
     results = TWINS.get(name, getattr(ops, f"{name}_reference", None))(**taken)
     if capacity is None:
         return results
@@ -138,6 +138,8 @@ DIFFERENTIABLE = {
     "hash_grid_position_gradient",
     "mlp",
     "mlp_with_input_gradient",
+    "triplane",
+    "triplane_position_gradient",
 }
 NO_GRADIENT = {"t", "step"}
 
@@ -235,8 +237,9 @@ def hostile(make: Maker, given: Any) -> Any:
 
 def twin_can_follow(name: str, arguments: Arguments) -> bool:
     """Not where it would visit millions of samples, needs values, or has other NaN where infinities are added up."""
-    if name == "hash_grid_position_gradient":
-        return all(bool(arguments[key].isfinite().all()) for key in ("grad_output", "table"))
+    if name in ("hash_grid_position_gradient", "triplane_position_gradient"):
+        table = "table" if name.startswith("hash_grid") else "planes"
+        return all(bool(arguments[key].isfinite().all()) for key in ("grad_output", table))
     if name in ("composite_alpha", "weights_from_alpha", "weights_from_density"):  # 0 times NaN behind what is opaque
         tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
         return not any(x.device.type == "meta" or bool(x.isnan().any()) for x in tensors)

@@ -7,7 +7,6 @@
 
 namespace dff {
 
-constexpr int kMaxTileSamples = 1 << 24;
 constexpr int kMaxLevelsPerThread = 16;
 
 // Everything below is computed in the type of the positions, which directions and gradients by positions share:

@@ -8,6 +8,8 @@
 
 namespace dff {
 
+constexpr int kMaxTileSamples = 1 << 24;
+
 // Strides count elements, and the last element's index must fit into 32 bits, in which GPUs compute faster.
 template <typename T>
 struct View {

@@ -17,6 +17,7 @@ from dreamfusion_fast.integrations.tinycudann.encodings import Grid, InputEncodi
 from dreamfusion_fast.integrations.tinycudann.grid import encode_grid, tile_layout
 from dreamfusion_fast.integrations.tinycudann.network import Mlp, fused_mlp
 from dreamfusion_fast.ops.tiles import hash_grid as hash_grid_tile
+from dreamfusion_fast.ops.tiles.buffers import MAX_SAMPLES
 from dreamfusion_fast.ops.tiles.mlp import MlpGradients, prepared_backward, prepared_forward
 
 _ALIGNED = 8  # samples: planes of so many times 16 bits begin at 16 bytes
@@ -31,7 +32,7 @@ def serves(encoding: InputEncoding, network: Mlp, x: Tensor) -> bool:
         and network.fused_activation is not None
         and x.is_cuda
         and x.dtype == torch.float32
-        and 0 < x.shape[0] <= hash_grid_tile.MAX_SAMPLES
+        and 0 < x.shape[0] <= MAX_SAMPLES
         and not (x.requires_grad and torch.is_grad_enabled())
     )
 

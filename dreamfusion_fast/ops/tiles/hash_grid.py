@@ -25,17 +25,51 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dreamfusion_fast.ops._checks import check_tensor
-from dreamfusion_fast.ops._native import call, pointer, strided
+from dreamfusion_fast.ops._native import call, pointer
 from dreamfusion_fast.ops.hash_grid import FEATURES, check_levels, hash_grid_reference
 from dreamfusion_fast.ops.hash_grid_placement import check_placements
+from dreamfusion_fast.ops.tiles.buffers import (
+    ELEMENT_TYPES,
+    array,
+    check_channels,
+    check_positions,
+    check_table_layout,
+    check_vectors,
+    live,
+    on_gpu,
+    rows,
+    table_dtypes,
+    write_back,
+)
+from dreamfusion_fast.ops.tiles.twins import (
+    derivative_before_scatter_reference,
+    directional_derivative_reference,
+    encode_reference,
+    position_gradient_reference,
+    scatter_reference,
+)
 
-MAX_SAMPLES = 2**24
+__all__ = [
+    "HashGridTileLayout",
+    "derivative_before_scatter",
+    "derivative_before_scatter_reference",
+    "directional_derivative",
+    "directional_derivative_reference",
+    "encode",
+    "encode_reference",
+    "position_gradient",
+    "position_gradient_reference",
+    "scatter",
+    "scatter_reference",
+]
+
+_CHANNELS = "levels * n_features"
+
 # Levels that one thread of `encode` and `directional_derivative` goes through, at most 16. More reuse position and cell
 # arithmetic; the tables of so many levels, 2 MB each at 2^19 rows of 2 float16, should stay in L2. Of 2^19 samples and
 # 16 levels on an H100: 8 take 138 us, 16 take 126.
@@ -51,9 +85,6 @@ LEVELS_PER_LAUNCH = 16
 # with them, all levels at once, 8 take 526 us, 16 take 486, 32 take 501.
 SAMPLES_PER_THREAD = 16
 SAMPLES_PER_THREAD_OF_FEW = 8  # in a tile too small for so many threads
-
-_ELEMENT_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-_NONE = (0, 0, 0, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +120,12 @@ class HashGridTileLayout:
         """How many there are."""
         return self.resolutions.shape[0]
 
+    def encoding(self, table: Tensor, n: int) -> Callable[[Tensor], Tensor]:
+        """The twin of the encoding of `n` samples, as a function of their positions."""
+        dims = 3 if self.placements is None else int(self.placements[0, 7])
+        levels = (self.level_offsets, self.resolutions, self.smoothstep, self.placements)
+        return lambda p: hash_grid_reference(p[:, :dims], table.to(p.dtype), *levels)
+
 
 def encode(
     positions: Tensor,
@@ -116,8 +153,8 @@ def encode(
     if not checked:
         op = "hash_grid_tile.encode"
         _check(op, positions, table, layout, count)
-        _check_channels(op, "features", features, positions, layout.levels * table.shape[1])
-    run = _encode_on_gpu if _on_gpu(positions) else _encode_on_cpu
+        check_channels(op, "features", features, positions, layout.levels * table.shape[1], _CHANNELS)
+    run = _encode_on_gpu if on_gpu(positions) else _encode_on_cpu
     run(None, positions, table, layout, features, count)
 
 
@@ -145,9 +182,9 @@ def directional_derivative(
     if not checked:
         op = "hash_grid_tile.directional_derivative"
         _check(op, positions, table, layout, count)
-        _check_vectors(op, "direction", direction, positions)
-        _check_channels(op, "derivative", derivative, positions, layout.levels * table.shape[1])
-    run = _encode_on_gpu if _on_gpu(positions) else _encode_on_cpu
+        check_vectors(op, "direction", direction, positions)
+        check_channels(op, "derivative", derivative, positions, layout.levels * table.shape[1], _CHANNELS)
+    run = _encode_on_gpu if on_gpu(positions) else _encode_on_cpu
     run(direction, positions, table, layout, derivative, count)
 
 
@@ -177,18 +214,18 @@ def derivative_before_scatter(
     Raises:
         TypeError, ValueError, RuntimeError: as `encode`.
     """
-    if _on_gpu(positions):
+    if on_gpu(positions):
         directional_derivative(direction, positions, table, layout, derivative, count, checked)
         return direction, grad_of_features
     if not checked:
         _check_scatter(grad_table, positions, layout, derivative, count, direction, grad_of_features)
         _check("hash_grid_tile.derivative_before_scatter", positions, table, layout, count)
-    n, channels = _live(positions, count), layout.levels * table.shape[1]
-    p, d, v = _rows(positions, n, 3), _rows(direction, n, 3), _rows(grad_of_features, n, channels)
-    out, levels = _rows(derivative, n, channels), _levels(layout, table.shape[0], n, table.shape[1])
+    n, channels = live(positions, count), layout.levels * table.shape[1]
+    p, d, v = rows(positions, n, 3), rows(direction, n, 3), rows(grad_of_features, n, channels)
+    out, levels = rows(derivative, n, channels), _levels(layout, table.shape[0], n, table.shape[1])
     call("hash_grid_encode", p, levels, pointer(d), pointer(p), pointer(table), pointer(out))
     call("hash_grid_table_gradient", p, levels, pointer(d), pointer(v), pointer(p), pointer(grad_table))
-    _write_back(out, derivative)
+    write_back(out, derivative)
     return None, None
 
 
@@ -215,20 +252,20 @@ def position_gradient(
     if not checked:
         op = "hash_grid_tile.position_gradient"
         _check(op, positions, table, layout, count)
-        _check_channels(op, "grad_features", grad_features, positions, channels)
-        _check_vectors(op, "gradient", gradient, positions)
-    if not _on_gpu(positions):
-        n = _live(positions, count)
-        p, g = _rows(positions, n, 3), _rows(grad_features, n, channels)
-        out = _rows(gradient, n, 3)
+        check_channels(op, "grad_features", grad_features, positions, channels, _CHANNELS)
+        check_vectors(op, "gradient", gradient, positions)
+    if not on_gpu(positions):
+        n = live(positions, count)
+        p, g = rows(positions, n, 3), rows(grad_features, n, channels)
+        out = rows(gradient, n, 3)
         levels = _levels(layout, table.shape[0], n, table.shape[1])
         call("hash_grid_position_gradient", p, levels, 0, pointer(g), pointer(p), pointer(table), pointer(out))
-        _write_back(out, gradient)
+        write_back(out, gradient)
         return
-    table_arguments = (pointer(table), _ELEMENT_TYPES[table.dtype])
+    table_arguments = (pointer(table), ELEMENT_TYPES[table.dtype])
     at_once = min(layout.levels, LEVELS_PER_LAUNCH)
     tile = _tile(positions, layout, count, *table.shape)
-    arrays = (*table_arguments, _array(grad_features), _array(gradient))
+    arrays = (*table_arguments, array(grad_features), array(gradient))
     call("hash_grid_tile_position_gradient", positions, tile, *arrays, at_once)
 
 
@@ -262,17 +299,17 @@ def scatter(
     channels = layout.levels * grad_table.shape[1]
     if not checked:
         _check_scatter(grad_table, positions, layout, grad_features, count, direction, grad_of_features)
-    if not _on_gpu(positions):
-        n = _live(positions, count)
-        p, g = _rows(positions, n, 3), _rows(grad_features, n, channels)
+    if not on_gpu(positions):
+        n = live(positions, count)
+        p, g = rows(positions, n, 3), rows(grad_features, n, channels)
         levels = _levels(layout, grad_table.shape[0], n, grad_table.shape[1])
         call("hash_grid_table_gradient", p, levels, 0, pointer(g), pointer(p), pointer(grad_table))
         if direction is not None and grad_of_features is not None:
-            d, v = _rows(direction, n, 3), _rows(grad_of_features, n, channels)
+            d, v = rows(direction, n, 3), rows(grad_of_features, n, channels)
             call("hash_grid_table_gradient", p, levels, pointer(d), pointer(v), pointer(p), pointer(grad_table))
         return
     tile = _tile(positions, layout, count, *grad_table.shape)
-    arrays = (_array(grad_features), _array(direction), _array(grad_of_features), pointer(grad_table))
+    arrays = (array(grad_features), array(direction), array(grad_of_features), pointer(grad_table))
     many = positions.shape[0] * layout.levels > ENOUGH_THREADS * SAMPLES_PER_THREAD
     run = SAMPLES_PER_THREAD if many else SAMPLES_PER_THREAD_OF_FEW
     call("hash_grid_tile_scatter", positions, tile, *arrays, run)
@@ -290,12 +327,12 @@ def _check_scatter(
     op = "hash_grid_tile.scatter"
     _check(op, positions, grad_table, layout, count, "grad_table", [positions.dtype])
     channels = layout.levels * grad_table.shape[1]
-    _check_channels(op, "grad_features", grad_features, positions, channels)
+    check_channels(op, "grad_features", grad_features, positions, channels, _CHANNELS)
     if (direction is None) != (grad_of_features is None):
         raise ValueError(f"{op}: direction and grad_of_features go together")
     if direction is not None and grad_of_features is not None:
-        _check_vectors(op, "direction", direction, positions)
-        _check_channels(op, "grad_of_features", grad_of_features, positions, channels)
+        check_vectors(op, "direction", direction, positions)
+        check_channels(op, "grad_of_features", grad_of_features, positions, channels, _CHANNELS)
 
 
 def _check(
@@ -305,51 +342,22 @@ def _check(
     layout: HashGridTileLayout,
     count: Tensor | None,
     table_name: str = "table",
-    table_dtypes: list[torch.dtype] | None = None,
+    dtypes: list[torch.dtype] | None = None,
 ) -> None:
     """The checks that the functions share; `table` is the table or its gradient."""
-    on_gpu = _on_gpu(positions)
-    check_tensor(op, "positions", positions, ["n_samples", 3])
-    if table_dtypes is None:
-        narrow = on_gpu and positions.dtype == torch.float32
-        table_dtypes = [torch.float16, torch.float32] if narrow else [positions.dtype]
-    check_tensor(op, table_name, table, ["n_rows", "n_features"], dtypes=table_dtypes, like=positions)
+    check_positions(op, positions, count)
+    if dtypes is None:
+        dtypes = table_dtypes(positions)
+    check_tensor(op, table_name, table, ["n_rows", "n_features"], dtypes=dtypes, like=positions)
     if table.shape[1] not in FEATURES:
         raise ValueError(f"{op}: {table_name} must have 1, 2, 4 or 8 columns, got {list(table.shape)}")
-    if not table.is_contiguous() or (on_gpu and table.data_ptr() % 16):
-        raise ValueError(f"{op}: {table_name} must be contiguous and aligned to 16 bytes")
-    if positions.shape[0] > MAX_SAMPLES:
-        raise ValueError(f"{op}: a tile has at most 2^24 samples, got {positions.shape[0]}")
-    _check_span(op, "positions", positions)
+    check_table_layout(op, table_name, table)
     if layout.resolutions.device != positions.device:
         raise ValueError(
             f"{op}: layout is on {layout.resolutions.device}, the other arguments are on {positions.device}"
         )
-    if count is not None:
-        check_tensor(op, "count", count, [1], dtypes=[torch.int32], like=positions)
-    if not on_gpu:
+    if not on_gpu(positions):
         check_levels(layout.level_offsets, layout.resolutions, table.shape[0], layout.placements)
-
-
-def _check_channels(op: str, name: str, tensor: Tensor, positions: Tensor, channels: int) -> None:
-    narrow = _on_gpu(positions) and positions.dtype == torch.float32
-    dtypes = [torch.float16, torch.bfloat16, torch.float32] if narrow else [positions.dtype]
-    check_tensor(op, name, tensor, [positions.shape[0], "levels * n_features"], dtypes=dtypes, like=positions)
-    if tensor.shape[1] < channels:
-        raise ValueError(f"{op}: {name} must have at least {channels} channels, got {tensor.shape[1]}")
-    _check_span(op, name, tensor)
-
-
-def _check_vectors(op: str, name: str, tensor: Tensor, positions: Tensor) -> None:
-    check_tensor(op, name, tensor, positions.shape, like=positions, same_dtype=True)
-    _check_span(op, name, tensor)
-
-
-def _check_span(op: str, name: str, tensor: Tensor) -> None:
-    """Kernels count elements in 32 bits."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    if tensor.numel() > 0 and last >= 2**32:
-        raise ValueError(f"{op}: {name} must span at most 2^32 elements, got strides {tensor.stride()}")
 
 
 def _levels(layout: HashGridTileLayout, n_rows: int, n_samples: int, n_features: int) -> tuple[int, ...]:
@@ -358,21 +366,11 @@ def _levels(layout: HashGridTileLayout, n_rows: int, n_samples: int, n_features:
     return pointer(layout.level_offsets), pointer(layout.resolutions), pointer(layout.placements), *sizes
 
 
-def _array(tensor: Tensor | None) -> tuple[int, int, int, int]:
-    if tensor is None:
-        return _NONE
-    return *strided(tensor), _ELEMENT_TYPES[tensor.dtype]
-
-
 def _tile(
     positions: Tensor, layout: HashGridTileLayout, count: Tensor | None, n_rows: int, n_features: int
 ) -> tuple[int | tuple[int, ...], ...]:
     """The first argument of every native function of tiles."""
-    return _levels(layout, n_rows, positions.shape[0], n_features), pointer(count), _array(positions)
-
-
-def _on_gpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cuda"
+    return _levels(layout, n_rows, positions.shape[0], n_features), pointer(count), array(positions)
 
 
 def _levels_per_thread(n_samples: int, levels: int) -> int:
@@ -392,7 +390,7 @@ def _encode_on_gpu(
 ) -> None:
     at_once = _levels_per_thread(positions.shape[0], layout.levels)
     tile = _tile(positions, layout, count, *table.shape)
-    arrays = (pointer(table), _ELEMENT_TYPES[table.dtype], _array(direction), _array(output))
+    arrays = (pointer(table), ELEMENT_TYPES[table.dtype], array(direction), array(output))
     call("hash_grid_tile_encode", positions, tile, *arrays, at_once)
 
 
@@ -404,97 +402,9 @@ def _encode_on_cpu(
     output: Tensor,
     count: Tensor | None,
 ) -> None:
-    n = _live(positions, count)
-    p, out = _rows(positions, n, 3), _rows(output, n, layout.levels * table.shape[1])
-    d = None if direction is None else _rows(direction, n, 3)
+    n = live(positions, count)
+    p, out = rows(positions, n, 3), rows(output, n, layout.levels * table.shape[1])
+    d = None if direction is None else rows(direction, n, 3)
     levels = _levels(layout, table.shape[0], n, table.shape[1])
     call("hash_grid_encode", p, levels, pointer(d), pointer(p), pointer(table), pointer(out))
-    _write_back(out, output)
-
-
-def _live(positions: Tensor, count: Tensor | None) -> int:
-    """How many samples there are, on a CPU."""
-    n = positions.shape[0]
-    return n if count is None else min(max(int(count), 0), n)
-
-
-def _rows(tensor: Tensor, n: int, channels: int) -> Tensor:
-    """Its first samples and channels, contiguous, as the CPU's functions want them; the tensor itself where it is."""
-    return tensor[:n, :channels].contiguous()
-
-
-def _write_back(out: Tensor, tensor: Tensor) -> None:
-    """Copies what was written for `tensor`, unless `_rows` gave out its own memory."""
-    if out.data_ptr() != tensor.data_ptr():
-        tensor[: out.shape[0], : out.shape[1]] = out
-
-
-def encode_reference(
-    positions: Tensor, table: Tensor, layout: HashGridTileLayout, features: Tensor, count: Tensor | None = None
-) -> None:
-    """The PyTorch twin of `encode`, as the others below for any float dtypes and any device; they wait for a GPU."""
-    _write_back(_encoding(table, layout)(positions[: _live(positions, count)]), features)
-
-
-def directional_derivative_reference(
-    direction: Tensor,
-    positions: Tensor,
-    table: Tensor,
-    layout: HashGridTileLayout,
-    derivative: Tensor,
-    count: Tensor | None = None,
-) -> None:
-    """The PyTorch twin of `directional_derivative`."""
-    n = _live(positions, count)
-    _write_back(torch.func.jvp(_encoding(table, layout), (positions[:n],), (direction[:n],))[1], derivative)
-
-
-def derivative_before_scatter_reference(
-    direction: Tensor, grad_of_features: Tensor, grad_table: Tensor, *others: Any
-) -> tuple[Tensor, Tensor]:
-    """The PyTorch twin of `derivative_before_scatter`: it leaves all of the second order to `scatter`."""
-    directional_derivative_reference(direction, *others)
-    return direction, grad_of_features
-
-
-def position_gradient_reference(
-    grad_features: Tensor,
-    positions: Tensor,
-    table: Tensor,
-    layout: HashGridTileLayout,
-    gradient: Tensor,
-    count: Tensor | None = None,
-) -> None:
-    """The PyTorch twin of `position_gradient`."""
-    encoding, backward = torch.func.vjp(_encoding(table, layout), positions[: _live(positions, count)])[:2]
-    n, channels = encoding.shape
-    _write_back(backward(grad_features[:n, :channels].to(encoding.dtype))[0], gradient)
-
-
-def scatter_reference(
-    grad_table: Tensor,
-    positions: Tensor,
-    layout: HashGridTileLayout,
-    grad_features: Tensor,
-    count: Tensor | None = None,
-    direction: Tensor | None = None,
-    grad_of_features: Tensor | None = None,
-) -> None:
-    """The PyTorch twin of `scatter`. Encodings are linear in the table, so that any table has the gradient."""
-    n, tangent = _live(positions, count), positions if direction is None else direction
-
-    def both_orders(table: Tensor) -> Tensor:
-        encoding, derivative = torch.func.jvp(_encoding(table, layout), (positions[:n],), (tangent[:n],))[:2]
-        total = (encoding * grad_features[:n, : encoding.shape[1]]).sum()
-        if grad_of_features is not None:
-            total = total + (derivative * grad_of_features[:n, : derivative.shape[1]]).sum()
-        return total
-
-    grad_table += torch.func.grad(both_orders)(grad_table)
-
-
-def _encoding(table: Tensor, layout: HashGridTileLayout) -> Callable[[Tensor], Tensor]:
-    """The encoding, as a function of the positions."""
-    offsets, resolutions, placements = layout.level_offsets, layout.resolutions, layout.placements
-    dims, options = 3 if placements is None else int(placements[0, 7]), (layout.smoothstep, placements)
-    return lambda p: hash_grid_reference(p[:, :dims], table.to(p.dtype), offsets, resolutions, *options)
+    write_back(out, output)

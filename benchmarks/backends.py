@@ -1,4 +1,5 @@
-"""Who renders the scene: the native core, the pure-PyTorch twins, or a peer if its packages are installed."""
+"""Who renders the scene: the native core, with a hash grid or a triplane, the pure-PyTorch twins, or a peer if its
+packages are installed."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ from peers import DropIn, NerfaccGridEncoder, NerfaccOurs, NerfaccTcnn, Unavaila
 from torch import Tensor, nn
 from workload import ALPHA_THRESHOLD, EARLY_STOP, RESOLUTION, Scene, fit
 
-from dreamfusion_fast.fields import HashGridField, HashGridFieldConfig
+from dreamfusion_fast.fields import HashGridFieldConfig, TriplaneFieldConfig
 from dreamfusion_fast.rendering import OccupancyGrid, RendererConfig, VolumeRenderer
 
-OURS = ("native", "reference")
+OURS = ("native", "triplane", "reference")
 PEERS = {
     "drop-in": DropIn,
     "nerfacc+ours": NerfaccOurs,
@@ -38,18 +39,20 @@ class Renderer(Protocol):
 
 
 class Ours:
-    """`VolumeRenderer` over `HashGridField`, all of it native or all of it the twins."""
+    """`VolumeRenderer` over `HashGridField`, all of it native or all of it the twins, or over `TriplaneField`."""
 
-    def __init__(self, scene: Scene, backend: str, mlp_dtype: str, memory_budget: int | None) -> None:
+    def __init__(self, scene: Scene, name: str, mlp_dtype: str, memory_budget: int | None) -> None:
+        backend = "native" if name == "triplane" else name
         waits = "the twins wait" if backend != "native" else "pruning waits" if scene.pruned else ""
         self.not_capturable = waits and f"{waits} for the GPU"
         self._scene = scene
-        config = HashGridFieldConfig(hidden_layers=2, bound="box", mlp_dtype=mlp_dtype, backend=backend)  # type: ignore[arg-type]
+        kind = TriplaneFieldConfig if name == "triplane" else HashGridFieldConfig
+        config = kind(hidden_layers=2, bound="box", mlp_dtype=mlp_dtype, backend=backend)  # type: ignore[arg-type]
         occupancy = OccupancyGrid(resolution=RESOLUTION, backend=backend).to(scene.device)  # type: ignore[arg-type]
         occupancy.set_occupied(scene.occupied)
         pruning = {"early_stop": EARLY_STOP, "alpha_threshold": ALPHA_THRESHOLD} if scene.pruned else {}
         options = RendererConfig(backend=backend, memory_budget=memory_budget, **pruning)  # type: ignore[arg-type]
-        field = HashGridField(config, generator=torch.Generator().manual_seed(0))
+        field = config.build(generator=torch.Generator().manual_seed(0))
         renderer = VolumeRenderer(field.to(scene.device), occupancy, options)
         self._renderer = renderer.to(scene.device)
         if scene.pruned:

@@ -1,4 +1,5 @@
-"""Whole render, forward and backward: the native core, its pure-PyTorch twins, and peers where they are installed.
+"""Whole render, forward and backward: the native core with a hash grid and with a triplane, its pure-PyTorch twins, and
+peers where they are installed.
 
 The scene is that of `workload.py`. Each row is one image size, ball radius and shading; lambertian and textureless
 compute normals, analytic ones in our backends. Per row:
@@ -85,7 +86,7 @@ def issue_set() -> list[Case]:
     rows = [(64, 0.5), (128, 0.5), (256, 0.5), (512, 0.5), (64, 1.0), (256, 1.0)]
     cases = [
         Case(backend, size, radius, shading)
-        for backend in ("native", *backends.PEERS)
+        for backend in ("native", "triplane", *backends.PEERS)
         for shading in SHADINGS[:2]
         for size, radius in rows
     ]
@@ -259,9 +260,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="+", help="image sides")
     parser.add_argument("--radius", type=float, nargs="+", default=[0.5], help="radii of the occupied ball")
     parser.add_argument("--shading", nargs="+", default=["albedo"], choices=SHADINGS)
-    parser.add_argument(
-        "--backends", nargs="+", choices=backends.NAMES, help="default: native and reference, or the set's"
-    )
+    parser.add_argument("--backends", nargs="+", choices=backends.NAMES, help="default: ours, or the set's")
     parser.add_argument("--pruned", action="store_true", help="fit the field first, and drop samples that hardly count")
     parser.add_argument("--mlp-dtype", help="default: float16 on a GPU, float32 on a CPU")
     parser.add_argument("--memory-budget", type=int, help="bytes, RendererConfig.memory_budget; default: its own")

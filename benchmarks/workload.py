@@ -3,7 +3,8 @@
 One camera at distance 2 (azimuth and elevation 0.3 rad, 60 degrees field of view) looks at the origin through the box
 [-1, 1]^3. The occupancy grid, 128^3, holds a ball of radius r: r = 0.5 is an object in its box, r = 1 fills it. Step
 2 sqrt(3) / 512, jitter, no early stop. Hash grid 16 x 2, 2^19 rows, 16 to 2048; MLP 32-64-64-4; softplus density with
-Magic3D's blob; the gradient of a random image.
+Magic3D's blob; the gradient of a random image. A triplane in the hash grid's place has 128 x 128 vertices of 16
+features, and the MLP 48-64-64-4.
 
 A pruned scene is rendered as people render a trained one: the field is fitted to a solid ball first, and samples that
 1e-4 of the light reaches, or with an opacity of 0.01, are all that is rendered.

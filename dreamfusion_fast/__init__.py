@@ -32,6 +32,8 @@ _EXPORTS = {
     "Rays": "rendering.rays",
     "RenderOutput": "rendering.volume.renderer",
     "RendererConfig": "rendering.volume.renderer",
+    "TriplaneField": "fields.triplane_field",
+    "TriplaneFieldConfig": "fields.triplane_field",
     "UserError": "errors",
     "VolumeRenderer": "rendering.volume.renderer",
     "create_guidance": "guidance",

@@ -214,6 +214,7 @@ def _generate(arguments: list[str]) -> int:
     first.add_argument("--preset")
     first.add_argument("--resume")
     first.add_argument("--guidance.name", dest="guidance")
+    first.add_argument("--field")
     known, rest = first.parse_known_args(arguments)
     if known.guidance is not None:
         rest += ["--guidance.name", known.guidance]
@@ -234,6 +235,10 @@ def _generate(arguments: list[str]) -> int:
         base = Config.load(known.config, guidance=known.guidance, base=preset)
     elif known.resume is not None:
         base = dataclasses.replace(run_config(open_run_folder(known.resume)), out=known.resume)
+    if known.field is not None:
+        if known.resume is not None:
+            raise UserError("give --field or --resume, not both; a resumed run has its own field")
+        base = base.with_field(known.field)
     config = _parse(
         Config,
         rest,
@@ -241,6 +246,7 @@ def _generate(arguments: list[str]) -> int:
         "Make a textured mesh of what the prompt says.\n\n"
         "Besides the options below: --preset NAME takes the settings of a published recipe "
         f"({', '.join(preset_names())}), "
+        "--field triplane takes three planes of features in place of the hash grid, "
         "--config FILE.yaml reads options from a file (it wins over the preset, the command line over both), "
         "--resume RUN continues an interrupted run.",
         base,

@@ -136,6 +136,28 @@ def test_generate_hands_over_options(fake, tmp_path, capsys):
     assert f"done: {out}" in capsys.readouterr().out
 
 
+def test_the_kind_of_field(fake, tmp_path, capsys, run_folder):
+    assert cli.main(["generate", "x", "--field", "triplane", "--field.degree", "1", "--optim.lr-planes", "0.5"]) == 0
+    config = fake.told[0][1]
+    assert (config.field.kind, config.field.degree, config.field.resolution) == ("triplane", 1, 64)
+    assert (config.field.hidden, config.field.blob_radius) == (Config().field.hidden, Config().field.blob_radius)
+    assert config.optim.lr_planes == 0.5
+    file = tmp_path / "triplane.yaml"
+    config.save(file)
+    assert cli.main(["generate", "x", "--config", str(file), "--field.features", "8"]) == 0
+    assert fake.told[1][1] == dataclasses.replace(config, field=dataclasses.replace(config.field, features=8))
+    assert cli.main(["generate", "x", "--config", str(file), "--field", "hash_grid", "--field.levels", "3"]) == 0
+    assert (fake.told[2][1].field.kind, fake.told[2][1].field.levels) == ("hash_grid", 3)
+    capsys.readouterr()
+    assert fails(capsys, "generate", "x", "--field", "tree") == "error: --field: got tree, want hash_grid or triplane"
+    line = fails(capsys, "generate", "x", "--field", "triplane", "--field.scenes", "2")
+    assert line == "error: --field.scenes: got 2, want 1: a run makes one scene"
+    line = fails(capsys, "generate", "--resume", str(run_folder.path), "--field", "triplane")
+    assert line == "error: give --field or --resume, not both; a resumed run has its own field"
+    line = fails(capsys, "generate", "x", "--field", "triplane", "--field.levels", "3")
+    assert "--field.levels" in line
+
+
 def test_memory_and_profile(fake):
     assert cli.main(["generate", "x", "--memory", "16GB", "--profile"]) == 0
     assert cli.main(["generate", "x", "--memory", "16000000000"]) == 0

@@ -56,6 +56,12 @@ def test_an_op_equals_its_twin(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("hash_grid_op", monkeypatch)["features"].shape == (113, 8)
 
 
+def test_a_network_makes_planes_of_two_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run("triplane", monkeypatch)
+    assert found["loss"].item() < 0.2 * found["at_first"]
+    assert found["field"].planes.grad is None
+
+
 @pytest.mark.parametrize("name", ["nerfacc", "tinycudann", "gridencoder", "raymarching"])
 def test_drop_ins_take_the_names(name: str) -> None:
     """In a process of its own, as modules stay where they are put."""

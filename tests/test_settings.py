@@ -91,7 +91,7 @@ def test_what_python_was_given_can_be_written_and_read() -> None:
         ({"prompt": "a\udc80"}, "want text without NUL and invalid characters"),
         ({"out": "a\0b"}, "want text without NUL and invalid characters"),
         ({"seed": 10**25}, "Config.seed: got 10000000000000000000000000, want 0 to "),
-        ({"field": 3}, "Config.field: got 3, want a HashGridFieldConfig"),
+        ({"field": 3}, "Config.field: got 3, want HashGridFieldConfig or TriplaneFieldConfig"),
         ({"profile": 1}, "Config.profile: got 1, want true or false"),
     ],
 )

@@ -8,6 +8,7 @@ from dreamfusion_fast.fields.samples import FieldSamples
 from dreamfusion_fast.fields.scene_field import SceneField, SceneFieldConfig
 from dreamfusion_fast.fields.sdf import neus_alpha, volsdf_density
 from dreamfusion_fast.fields.spherical_harmonics import spherical_harmonics
+from dreamfusion_fast.fields.triplane_field import TriplaneField, TriplaneFieldConfig
 from dreamfusion_fast.ops.sample_head import safe_normalize, truncated_exp
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "MlpBackground",
     "SceneField",
     "SceneFieldConfig",
+    "TriplaneField",
+    "TriplaneFieldConfig",
     "contract",
     "evaluate",
     "neus_alpha",

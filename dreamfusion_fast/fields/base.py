@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dreamfusion_fast.fields.samples import FieldSamples, takes_samples
+from dreamfusion_fast.fields.samples import FieldSamples, needs_of, takes_samples
 from dreamfusion_fast.fields.tile_source import TileSource
 from dreamfusion_fast.ops.hash_grid import differentiable
 from dreamfusion_fast.ops.sample_head import safe_normalize
@@ -241,13 +241,18 @@ def speaks_for_call(field: FieldLike) -> bool:
 
 def tile_source_of(field: FieldLike) -> TileSource | None:
     """The source of a field that has one, as long as nothing overrides what the source's class says of a call."""
-    if not isinstance(field, Field) or takes_samples(field):
+    if not isinstance(field, Field):
         return None
     classes = type(field).__mro__
     owner = next(i for i, cls in enumerate(classes) if "tile_source" in vars(cls))
     asked = _asked_of(classes[owner])
     overridden = any(not asked.isdisjoint(vars(cls)) for cls in classes[:owner])
-    return field.tile_source() if not overridden and is_as_declared(field, asked) else None
+    if overridden or not is_as_declared(field, asked):
+        return None
+    source = field.tile_source()
+    # Kernels know of a sample its position, and at most of which scene it is.
+    known = {"positions"} if source is None or source.scene is None else {"positions", source.scene}
+    return source if known.issuperset(needs_of(field)) else None
 
 
 @lru_cache

@@ -5,21 +5,81 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dreamfusion_fast.ops.sample_head import SampleHead
-from dreamfusion_fast.ops.tiles.hash_grid import HashGridTileLayout
+
+
+class TileEncoding(Protocol):
+    """An encoding over tiles: the functions of `ops.tiles.hash_grid` and of `ops.tiles.triplane`, which say more."""
+
+    def encode(
+        self, positions: Tensor, table: Tensor, layout: Any, features: Tensor, count: Tensor | None, checked: bool, /
+    ) -> None: ...
+
+    def position_gradient(
+        self,
+        grad_features: Tensor,
+        positions: Tensor,
+        table: Tensor,
+        layout: Any,
+        gradient: Tensor,
+        count: Tensor | None,
+        checked: bool,
+        /,
+    ) -> None: ...
+
+    def directional_derivative(
+        self,
+        direction: Tensor,
+        positions: Tensor,
+        table: Tensor,
+        layout: Any,
+        derivative: Tensor,
+        count: Tensor | None,
+        checked: bool,
+        /,
+    ) -> None: ...
+
+    def derivative_before_scatter(
+        self,
+        direction: Tensor,
+        grad_of_features: Tensor,
+        grad_table: Tensor,
+        positions: Tensor,
+        table: Tensor,
+        layout: Any,
+        derivative: Tensor,
+        count: Tensor | None,
+        checked: bool,
+        /,
+    ) -> tuple[Tensor | None, Tensor | None]: ...
+
+    def scatter(
+        self,
+        grad_table: Tensor,
+        positions: Tensor,
+        layout: Any,
+        grad_features: Tensor,
+        count: Tensor | None,
+        direction: Tensor | None,
+        grad_of_features: Tensor | None,
+        checked: bool,
+        /,
+    ) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
 class TileSource:
-    """A hash grid, one MLP on its features, and what becomes of the MLP's outputs.
+    """A hash grid or a triplane, one MLP on its features, and what becomes of the MLP's outputs.
 
     Attributes:
-        table: `[n_rows, features]`, float32 or float64.
-        layout: of the levels.
+        encoding: the functions that read `table` as `layout` says.
+        table: what they read, float32 or float64: `[n_rows, features]` of a hash grid, the planes of a triplane.
+        layout: of the table.
         weights: `[out, in]` of each layer of the MLP, with ReLU in between; the last one has four rows, and those
             of the channels.
         biases: `[out]` of each layer.
@@ -28,16 +88,20 @@ class TileSource:
             float32 table. With float16 the table is read so, too.
         box: six numbers, the scene box.
         channels: names and widths of the outputs behind density and albedo, which are composited as they are.
+        scene: name of the extra that says of which scene a ray is, integers `[n_rays]`; None: there is one scene. Of
+            several, `layout` has a member `scenes`.
     """
 
+    encoding: TileEncoding
     table: Tensor
-    layout: HashGridTileLayout
+    layout: Any
     weights: list[Tensor]
     biases: list[Tensor]
     head: SampleHead
     precision: str
     box: tuple[float, ...]
     channels: Mapping[str, int] = field(default_factory=dict)
+    scene: str | None = None
 
     @property
     def parameters(self) -> list[Tensor]:

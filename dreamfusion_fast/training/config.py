@@ -18,6 +18,7 @@ from tyro.conf import AvoidSubcommands, Positional, arg
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.fields.hash_field import HashGridFieldConfig
+from dreamfusion_fast.fields.triplane_field import TriplaneFieldConfig
 from dreamfusion_fast.guidance.config import GuidanceConfig
 from dreamfusion_fast.guidance.contract import T_RANGE
 from dreamfusion_fast.rendering.config import RendererConfig
@@ -38,6 +39,7 @@ from dreamfusion_fast.training.sections import (
     OptimConfig,
     ScheduleConfig,
     ShadingConfig,
+    field_of_kind,
 )
 
 _log = logging.getLogger(__name__)
@@ -89,7 +91,7 @@ class Config(Settings):
     """Print at the end how long each stage of a step takes and how much memory."""
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
     camera: CameraConfig = dataclasses.field(default_factory=CameraConfig)
-    field: Annotated[HashGridFieldConfig, AvoidSubcommands] = dataclasses.field(
+    field: Annotated[HashGridFieldConfig | TriplaneFieldConfig, AvoidSubcommands] = dataclasses.field(
         default_factory=lambda: SMALL_FIELD, metadata=config_io.ARCHITECTURE
     )
     renderer: RendererConfig = dataclasses.field(default_factory=lambda: RendererConfig(samples_across=128))
@@ -104,6 +106,14 @@ class Config(Settings):
     firm: FirmConfig = dataclasses.field(default_factory=FirmConfig)
     export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
 
+    def with_field(self, kind: str) -> Config:
+        """The same run with the kind of field called "hash_grid" or "triplane" (`sections.field_of_kind`).
+
+        Raises:
+            UserError: there is no such kind.
+        """
+        return dataclasses.replace(self, field=field_of_kind(kind, self.field))
+
     def batch_on(self, device: torch.device) -> int:
         """Views per step of a run on `device`."""
         return self.batch if self.batch is not None else _BATCH.get(device.type, 8)
@@ -112,6 +122,8 @@ class Config(Settings):
         """Raise UserError for what no run can start with, such as an empty prompt."""
         if not self.prompt.strip():
             raise UserError('the prompt is empty; say what to make, such as "an armchair"')
+        if isinstance(self.field, TriplaneFieldConfig) and self.field.scenes > 1:
+            raise UserError(f"--field.scenes: got {self.field.scenes}, want 1: a run makes one scene")
         if self.memory is not None:
             parse_memory(self.memory)
 

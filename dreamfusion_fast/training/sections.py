@@ -9,7 +9,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.fields.encoded import shared_settings
 from dreamfusion_fast.fields.hash_field import HashGridFieldConfig
+from dreamfusion_fast.fields.triplane_field import TriplaneFieldConfig
 from dreamfusion_fast.guidance.methods.dreamtime import DREAMTIME, time_of
 from dreamfusion_fast.settings import Range, Settings
 from dreamfusion_fast.training.config_io import ARCHITECTURE
@@ -43,6 +46,8 @@ class OptimConfig(Settings):
 
     lr_table: Annotated[float, Range(0)] = 0.03
     """Learning rate of the hash table."""
+    lr_planes: Annotated[float, Range(0)] = 0.015
+    """Learning rate of a triplane's planes."""
     lr_mlp: Annotated[float, Range(0)] = 0.005
     """Learning rate of the field's networks."""
     lr_background: Annotated[float, Range(0)] = 0.001
@@ -108,6 +113,8 @@ class FirmConfig(Settings):
     """Optimiser steps, without the diffusion model; 0 leaves the field as score distillation made it."""
     lr_table: Annotated[float, Range(0)] = 0.01
     """Learning rate of the hash table; it falls to a tenth."""
+    lr_planes: Annotated[float, Range(0)] = 0.01
+    """Learning rate of a triplane's planes; it falls to a tenth."""
     lr_mlp: Annotated[float, Range(0)] = 0.002
     """Learning rate of the field's networks; it falls to a tenth."""
     join: Annotated[float, Range(0, 1)] = 0.15
@@ -253,3 +260,27 @@ SMALL_FIELD = HashGridFieldConfig(
     blob_radius=0.75,
     mlp_dtype="auto",
 )
+
+# A plane is a dense array: vertices beyond this are memory for what even guidance of 512 pixels hardly shows.
+_MOST_PLANE_VERTICES = 256
+
+
+def field_of_kind(
+    kind: str, like: HashGridFieldConfig | TriplaneFieldConfig
+) -> HashGridFieldConfig | TriplaneFieldConfig:
+    """The settings of another kind of field for a run that has those of `like`: MLP, blob and bound stay as they are.
+
+    A triplane has half as many vertices along a side as the hash grid's finest level cells, at most 256: with as many,
+    planes learn each vertex from few samples and stay rough.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    if kind == like.kind:
+        return like
+    if kind == "triplane" and isinstance(like, HashGridFieldConfig):
+        resolution = min(max(like.finest_resolution // 2, 3), _MOST_PLANE_VERTICES)
+        return TriplaneFieldConfig(**shared_settings(like), resolution=resolution)
+    if kind == "hash_grid":
+        return HashGridFieldConfig(**shared_settings(like))
+    raise UserError(f"--field: got {kind}, want hash_grid or triplane")

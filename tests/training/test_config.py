@@ -12,6 +12,7 @@ import pytest
 import tyro
 
 from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.fields import TriplaneFieldConfig
 from dreamfusion_fast.training import config_io
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.sections import ExportConfig, LossConfig, Ramp, ScheduleConfig, ShadingConfig
@@ -179,6 +180,20 @@ def test_configs_of_several_kinds_are_told_apart():
         config_io.from_dict(Shape, {"shape": {"kind": "cone"}})
     with pytest.raises(UserError, match=r"unknown key shape\.side"):
         config_io.from_dict(Shape, {"shape": {"kind": "ball", "side": 1.0}})
+
+
+def test_a_triplane_in_place_of_the_hash_grid():
+    config = Config(prompt="x").with_field("triplane")
+    assert Config.from_yaml(config.to_yaml()) == config
+    assert config.with_field("triplane").field == config.field
+    assert config.with_field("hash_grid").field.hidden == config.field.hidden
+    assert Config.for_guidance("sdxl").with_field("triplane").field.resolution == 256
+    only_kind = Config.from_dict({"prompt": "x", "field": {"kind": "triplane"}})
+    assert only_kind.field == TriplaneFieldConfig()
+    with pytest.raises(UserError, match=r"unknown key field\.levels"):
+        Config.from_dict({"prompt": "x", "field": {"kind": "triplane", "levels": 3}})
+    with pytest.raises(UserError, match=r"--field\.scenes: got 2, want 1"):
+        Config(prompt="x", field=TriplaneFieldConfig(scenes=2)).check()
 
 
 def test_differences():

@@ -13,6 +13,7 @@ import trimesh
 from fakes import BallGuidance, small_config
 
 from dreamfusion_fast.errors import UserError
+from dreamfusion_fast.fields import TriplaneFieldConfig
 from dreamfusion_fast.guidance.config import GuidanceConfig
 from dreamfusion_fast.training.callbacks import Callback
 from dreamfusion_fast.training.checkpoint import load_checkpoint
@@ -156,6 +157,18 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_continue(tmp_path, said):
     generator_of(tmp_path / "whole").run()
     assert_same_tensors(tensors_of(folder), tensors_of(tmp_path / "whole"))
     assert (folder / "mesh.glb").read_bytes() == (tmp_path / "whole" / "mesh.glb").read_bytes()
+
+
+def test_a_triplane_is_trained_and_resumed_to_the_bit(tmp_path):
+    field = TriplaneFieldConfig(resolution=12, features=4, hidden=16)
+    with pytest.raises(KeyboardInterrupt):
+        generator_of(tmp_path / "halved", callbacks=[Record(5, interrupt)], field=field).run()
+    stopped = tensors_of(tmp_path / "halved")
+    assert Generator.resume(tmp_path / "halved", guidance=BallGuidance()).run().steps == 12
+    generator_of(tmp_path / "whole", field=field).run()
+    assert_same_tensors(tensors_of(tmp_path / "halved"), tensors_of(tmp_path / "whole"))
+    assert not torch.equal(stopped["field.planes"], tensors_of(tmp_path / "whole")["field.planes"])
+    assert (tmp_path / "halved" / "mesh.glb").read_bytes() == (tmp_path / "whole" / "mesh.glb").read_bytes()
 
 
 def test_ctrl_c_before_the_last_stage_leaves_it_to_be_done(tmp_path):

@@ -112,6 +112,7 @@ class RenderGraphs:
             and not config.prunes
             and request.rays.near is None
             and request.rays.far is None
+            and not request.extras
             and config.cone_angle == 0.0
             and (occupancy is None or occupancy.cascades == 1)
             and not torch.cuda.is_current_stream_capturing()

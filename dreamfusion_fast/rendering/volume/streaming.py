@@ -17,13 +17,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dreamfusion_fast.fields.tile_source import TileSource
+from dreamfusion_fast.ops._checks import INTEGERS
 from dreamfusion_fast.ops.sample_head import SampleHead
-from dreamfusion_fast.ops.tiles import hash_grid as hash_grid_tile
 from dreamfusion_fast.ops.tiles.march import KeptSamples, MarchedRays, count_samples, march_tile, tile_table
 from dreamfusion_fast.ops.tiles.mlp import MlpGradients, prepared_backward
 from dreamfusion_fast.ops.tiles.ray_sums import (
@@ -63,6 +64,7 @@ class StreamedRender:
         early_stop: share of the light below which samples are left out; 0: none are.
         alpha_threshold: opacity below which they are left out; 0: none are.
         max_tile: most samples of a tile; None: what the budget holds.
+        scenes: int32 `[n_rays]`, of which scene each ray is; None: there is one.
         samples: how many there are; a number once the host knows, else on the device.
         overflowed: bool `[]`, in a CUDA graph: more samples than tiles were captured for. None elsewhere.
     """
@@ -80,6 +82,7 @@ class StreamedRender:
     early_stop: float = 0.0
     alpha_threshold: float = 0.0
     max_tile: int | None = None
+    scenes: Tensor | None = None
     samples: int | Tensor = 0
     overflowed: Tensor | None = None
     # What forward leaves for backward, and what is found out on the way.
@@ -129,6 +132,7 @@ class StreamedRender:
             config.early_stop,
             config.alpha_threshold,
             config.max_samples_per_chunk,
+            None if source.scene is None else _scenes_of(source, request.extras[source.scene]),
         )
 
     @property
@@ -149,7 +153,8 @@ class StreamedRender:
     @property
     def guarded(self) -> tuple[Tensor | None, ...]:
         """The tensors that must not change between forward and backward, which marches and shades again."""
-        return self.rays.origins, self.rays.directions, self.rays.aabb, self.rays.bitfield, self.head.light
+        rays = self.rays
+        return rays.origins, rays.directions, rays.aabb, rays.bitfield, self.head.light, self.scenes
 
     def forward(self, training: bool) -> Tensor:
         """The sums `[n_rays, N_SUMS + channels]`, without a graph. With `training`, backward can follow.
@@ -265,12 +270,12 @@ class StreamedRender:
             positions, count = workspace.positions, self.tiles[k][1]
             second: tuple[Tensor | None, Tensor | None] = (None, None)
             if to_slopes is not None and to_gradient is not None and workspace.input_gradient is not None:
-                shared = (positions, table, source.layout, to_gradient, count, _CHECKED)
+                shared = (positions, table, workspace.layout, to_gradient, count, _CHECKED)
                 if grad_table is None:
-                    hash_grid_tile.directional_derivative(to_slopes, *shared)
+                    source.encoding.directional_derivative(to_slopes, *shared)
                     second = (to_slopes, workspace.input_gradient)
                 else:
-                    second = hash_grid_tile.derivative_before_scatter(
+                    second = source.encoding.derivative_before_scatter(
                         to_slopes, workspace.input_gradient, grad_table, *shared
                     )
             if mlp_backward is None or kept:
@@ -285,16 +290,7 @@ class StreamedRender:
                     to_gradient,
                 )
             mlp_backward(count)
-            scatter = partial(
-                hash_grid_tile.scatter,
-                positions=positions,
-                layout=source.layout,
-                grad_features=to_features,
-                count=count,
-                direction=second[0],
-                grad_of_features=second[1],
-                checked=_CHECKED,
-            )
+            scatter = partial(_scatter, source, positions, workspace.layout, to_features, count, second)
             if grad_table is not None:
                 scatter(grad_table)
         return gradients, scatter
@@ -351,6 +347,16 @@ class StreamedRender:
             self.rays.step,
         )
 
+    def _layout(self, k: int) -> Any:
+        """How the samples of a tile read the table: of which scenes they are, if there are several."""
+        if self.scenes is None:
+            return self.source.layout
+        assert self.offsets is not None
+        numbers = torch.arange(k * self.size, (k + 1) * self.size, dtype=torch.int32, device=self.scenes.device)
+        # The last ray that begins at or before a sample, and not one beyond the last for what is beyond the samples.
+        rays = torch.searchsorted(self.offsets, numbers, right=True, out_int32=True) - 1
+        return replace(self.source.layout, scenes=self.scenes[rays.clamp(max=len(self.rays) - 1).long()])
+
     def _evaluate(self, k: int, table: Tensor, workspace: Workspace) -> SampleTile:
         """March and ask the field: fills the workspace."""
         source, tile = self.source, self._tile(k, workspace)
@@ -368,12 +374,13 @@ class StreamedRender:
             source.box,
             self.visible,
         )
-        hash_grid_tile.encode(workspace.positions, table, source.layout, workspace.features, count, _CHECKED)
+        workspace.layout = self._layout(k)
+        source.encoding.encode(workspace.positions, table, workspace.layout, workspace.features, count, _CHECKED)
         workspace.mlp_forward(count)
         gradient = workspace.input_gradient
         if gradient is not None and tile.slopes is not None:
-            hash_grid_tile.position_gradient(
-                gradient, workspace.positions, table, source.layout, tile.slopes, count, _CHECKED
+            source.encoding.position_gradient(
+                gradient, workspace.positions, table, workspace.layout, tile.slopes, count, _CHECKED
             )
         return tile
 
@@ -403,3 +410,29 @@ class StreamedRender:
             raise
         self.visible = None if flags is None else KeptSamples(flags, density.offsets)
         return visible
+
+
+def _scatter(
+    source: TileSource,
+    positions: Tensor,
+    layout: Any,
+    to_features: Tensor,
+    count: Tensor,
+    second: tuple[Tensor | None, Tensor | None],
+    grad_table: Tensor,
+) -> None:
+    """Add a tile's share to the gradient of the table."""
+    source.encoding.scatter(grad_table, positions, layout, to_features, count, *second, _CHECKED)
+
+
+def _scenes_of(source: TileSource, scenes: Tensor) -> Tensor:
+    """The scenes of rays as kernels take them; on a GPU those that there are not give NaN, as the encoding says."""
+    n_scenes = source.table.shape[0]
+    where, rays = f"extras[{source.scene!r}]", scenes.shape[0]
+    if scenes.dtype not in INTEGERS:
+        raise TypeError(f"{where}: got {scenes.dtype}, want integers, the number of a scene per ray")
+    if scenes.dim() != 1:
+        raise ValueError(f"{where}: got shape {list(scenes.shape)}, want [{rays}], one number per ray")
+    if not scenes.is_cuda and rays > 0 and not 0 <= int(scenes.min()) <= int(scenes.max()) < n_scenes:
+        raise ValueError(f"{where}: got {int(scenes.min())} to {int(scenes.max())}, want 0 to {n_scenes - 1}")
+    return scenes.clamp(-1, n_scenes).to(torch.int32).contiguous()

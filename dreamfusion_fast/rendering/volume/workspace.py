@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,7 @@ class Workspace:
         self.positions = self.rows(3)
         self.features = self.rows(n, source.feature_dtype)
         self.logits = self.rows(source.n_outputs)
+        self.layout: Any = source.layout  # of the samples of a tile, whose scenes may differ
         self.slopes = self.rows(3) if normals else None
         self.input_gradient = self.rows(n, source.feature_dtype) if normals else None
         # logits and input_gradient from features, for the first so many samples

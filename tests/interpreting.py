@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,14 @@ def run_interpreted(script: str) -> dict[str, str]:
     assert done.returncode == 0, done.stderr[-2000:]
     failures: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     return failures
+
+
+def print_failures(checks: Mapping[str, Callable[[], None]]) -> None:
+    """The other end of `run_interpreted`: run all checks, and print what went wrong, by the names of the checks."""
+    failures = {}
+    for name, check in checks.items():
+        try:
+            check()
+        except Exception as error:
+            failures[name] = f"{type(error).__name__}: {error}"
+    print(json.dumps(failures))

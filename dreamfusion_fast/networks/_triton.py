@@ -1,4 +1,4 @@
-"""Triton kernels of group normalisation, channels last, and of GEGLU; `group_norm` and `geglu` have the maths.
+"""Triton kernels of group normalisation, channels last, of GEGLU and of softmax.
 
 An image is a matrix of pixels by channels. A group's channels need not be a power of two, so tiles take whole channels
 and sum up per channel; a small kernel brings a group's channels and an image's tiles together. A program takes TILES
@@ -286,3 +286,24 @@ def geglu_kernel(x, y, columns, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     b = tl.load(x + (row * 2 + 1) * columns + cols, mask=live, other=0.0).to(tl.float32)
     gate, _ = activated_and_slope(b, ACTIVATION)
     tl.store(y + row * columns + cols, (a * gate).to(y.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def softmax_kernel(scores, shares, columns, scale, BLOCK: tl.constexpr):
+    """A row: shares ``[n, columns]`` from scores ``[n, columns]``."""
+    row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    live = cols < columns
+    x = tl.load(scores + row * columns + cols, mask=live, other=float("-inf")).to(tl.float32) * scale
+    powers = tl.exp(x - tl.max(x, 0))
+    tl.store(shares + row * columns + cols, (powers / tl.sum(powers, 0)).to(shares.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def softmax_backward_kernel(shares, grad_shares, grad_scores, columns, scale, BLOCK: tl.constexpr):
+    """A row: the gradient of scores ``[n, columns]`` from that of shares ``[n, columns]``."""
+    row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    live = cols < columns
+    p = tl.load(shares + row * columns + cols, mask=live, other=0.0).to(tl.float32)
+    g = tl.load(grad_shares + row * columns + cols, mask=live, other=0.0).to(tl.float32)
+    found = p * (g - tl.sum(p * g, 0)) * scale
+    tl.store(grad_scores + row * columns + cols, found.to(grad_scores.dtype.element_ty), mask=live)

@@ -9,7 +9,7 @@ what it read. What autograd takes, 1.6 GB for one image of 512^2 in float16, is 
 - normalisation and SiLU are passes of `networks.group_norm`, which also add what would be passes of their own: biases,
   residuals, and the two gradients that meet at a residual;
 - images are channels last in memory, as tensor cores want them;
-- attention keeps its input alone and goes through the scores in parts.
+- attention keeps its input alone and goes through the scores in parts, by passes of `networks.softmax`.
 
 The latent is the mean of the posterior. The result is that of diffusers' `AutoencoderKL` up to rounding, and the
 gradient is exact: nothing is approximated.
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dreamfusion_fast.gpu.capture import CapturedPair
 from dreamfusion_fast.networks.group_norm import GroupNorm, Measured, measure, summed, sums_dtype
+from dreamfusion_fast.networks.softmax import scaled_softmax, scaled_softmax_backward
 
 # Scores of attention, float32, in memory at a time: 34 MB.
 _SCORES = 1 << 23
@@ -164,7 +165,7 @@ class Attention:
         q, k, v = self._projected(found)
         mixed = torch.empty_like(v)
         for rows in _parts(q):
-            mixed[:, rows] = self._shares(q[:, rows], k).to(v.dtype) @ v
+            mixed[:, rows] = self._shares(q[:, rows], k) @ v
         out = _image(F.linear(mixed, self._out_weight), found.x)
         return Pending(out, _plus(self._out_bias, found.offset), found.x), found
 
@@ -177,9 +178,10 @@ class Attention:
         for rows in _parts(q):
             shares = self._shares(q[:, rows], k)
             g = grad_mixed[:, rows]
-            grad_v += shares.to(v.dtype).mT @ g
-            to_shares = _wide_product(g, v.mT).mul_(self._scale)  # which is linear in it
-            to_scores = torch.ops.aten._softmax_backward_data(to_shares, shares, -1, shares.dtype).to(q.dtype)
+            grad_v += shares.mT @ g
+            to_shares = _wide_product(g, v.mT)
+            to_scores = scaled_softmax_backward(shares.flatten(0, 1), to_shares.flatten(0, 1), self._scale)
+            to_scores = to_scores.view_as(shares)
             grad_q[:, rows] = to_scores @ k
             grad_k += to_scores.mT @ q[:, rows]
         g = torch.cat([grad_q, grad_k.to(q.dtype), grad_v.to(q.dtype)], dim=2) @ self._weight
@@ -190,8 +192,8 @@ class Attention:
         return q, k, v
 
     def _shares(self, q: Tensor, k: Tensor) -> Tensor:
-        """The softmax, float32 at least."""
-        return torch.softmax(_wide_product(q, k.mT).mul_(self._scale), dim=-1)
+        scores = _wide_product(q, k.mT)
+        return scaled_softmax(scores.flatten(0, 1), self._scale, q.dtype).view_as(scores)
 
 
 class Last:

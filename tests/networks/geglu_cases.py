@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import sys
+from functools import partial
 
 import torch
+from interpreting import print_failures
 
 from dreamfusion_fast.networks.geglu import geglu, geglu_reference
 
@@ -34,11 +34,5 @@ def run(shape: tuple[int, int], dtype: str, device: torch.device, truncates: boo
 
 
 if __name__ == "__main__":
-    failures = {}
-    for shape in SHAPES:
-        for dtype in DTYPES:
-            try:
-                run(shape, dtype, torch.device("cpu"), truncates=True)
-            except Exception as error:
-                failures[f"{shape} {dtype}"] = f"{type(error).__name__}: {error}"
-    json.dump(failures, sys.stdout)
+    cpu = torch.device("cpu")
+    print_failures({f"{s} {d}": partial(run, s, d, cpu, truncates=True) for s in SHAPES for d in DTYPES})

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from interpreting import print_failures
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -147,10 +147,4 @@ def near(actual: Tensor, expected: Tensor, dtype: torch.dtype, roundings: float 
 
 
 if __name__ == "__main__":
-    failures = {}
-    for case in cases(interpreted=True):
-        try:
-            run(case, torch.device("cpu"))
-        except Exception as error:
-            failures[str(case)] = f"{type(error).__name__}: {error}"
-    json.dump(failures, sys.stdout)
+    print_failures({str(case): partial(run, case, torch.device("cpu")) for case in cases(interpreted=True)})

@@ -1,4 +1,4 @@
-"""The prior's data tools: views container, names, captions, colours, OBJ reading, the judge's verdict."""
+"""The prior's data tools: views container, names, captions, colours, OBJ reading."""
 
 import math
 import sys
@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
-from prior_data import captions, colours, judge, names, obj, synonyms, views
+from prior_data import captions, colours, names, obj, synonyms, views
 
 RNG = np.random.default_rng(0)
 
@@ -141,30 +141,3 @@ def test_read_obj(tmp_path):
     (tmp_path / "b.obj").write_text("v 0 0 0\n")
     with pytest.raises(ValueError, match=r"b\.obj"):
         obj.read_obj(tmp_path / "b.obj")
-
-
-def test_judge_verdict():
-    views_of = np.full((8, 1000), 1e-4)
-    views_of[:6, 831] = 0.5
-    views_of[:, 10:15] = 0.2
-    result = judge.verdict(views_of, (831, 765))
-    assert (result["rank"], result["views_top5"], result["views_top1"]) == (1, 0.75, 0.75)
-    assert judge.verdict(views_of, (900,))["rank"] > 5
-
-
-def test_lower_bound():
-    assert judge.lower_bound(1.0, 8) == pytest.approx(0.6756, abs=1e-4)
-    assert judge.lower_bound(0.9, 800) > judge.lower_bound(1.0, 16)
-
-
-def test_judge_chooses_by_category():
-    base = {"models": ["a"], "classes": [1], "shaded_views_top1": 0.5, "albedo_views_top5": 0.9}
-    records = [
-        base | {"prompt": p, "category": c, "shaded_views_top5": s}
-        for p, c, s in [("a", "x", 1.0), ("b", "x", 0.95), ("c", "y", 0.85), ("d", "z", 0.79)]
-    ]
-    records.append(records[0] | {"prompt": "e", "category": "w", "albedo_views_top5": 0.5})
-    assert [r["prompt"] for r in judge.choose(records, count=2)] == ["a", "c"]
-    assert [r["prompt"] for r in judge.choose(records)] == ["a", "c", "b"]
-    records[1]["models"] = ["a", "b", "c", "d"]
-    assert [r["prompt"] for r in judge.choose(records, count=1)] == ["b"]

@@ -1,0 +1,1 @@
+"""How good the objects are. `benchmarks/bench_quality.py` makes, draws and scores them; see `docs/quality.md`."""

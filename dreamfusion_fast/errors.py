@@ -30,12 +30,17 @@ def described(error: BaseException) -> str:
     return one_line(f"{type(error).__name__}: {error}")
 
 
-def missing_package(error: ModuleNotFoundError) -> str | None:
-    """One line that says how to get the package whose import failed; None for a module of this package, a bug."""
+def missing_package(error: ModuleNotFoundError, extra: str = "generate") -> str | None:
+    """One line that says how to get the package whose import failed; None for a module of this package, a bug.
+
+    Args:
+        error: of the import.
+        extra: of this package that has it.
+    """
     package = (error.name or "").partition(".")[0]
     if package in ("", "dreamfusion_fast"):
         return None
-    return f'{package} is not installed: pip install "dreamfusion-fast[generate]"'
+    return f'{package} is not installed: pip install "dreamfusion-fast[{extra}]"'
 
 
 class Interrupted(KeyboardInterrupt):

@@ -60,12 +60,16 @@ def user_path(given: str | os.PathLike[str], name: str) -> Path:
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which takes its name when the block ends without an exception.
 
     The temporary file keeps the suffix (writers choose a format by it) and is removed when the block raises,
     KeyboardInterrupt included, so a reader sees the old file or the new one and never a part. Folders above `path` have
     to exist.
+
+    Args:
+        path: the file.
+        durable: also where the machine fails, for which this waits for the disk.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.stem[:40]}.{secrets.token_hex(8)}.tmp{target.suffix}")
@@ -73,22 +77,23 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path`, whole or not at all."""
-    with atomic_path(path) as temporary:
+def write_bytes(path: str | os.PathLike[str], data: bytes, durable: bool = True) -> None:
+    """Write `data` to `path`, as `atomic_path` does."""
+    with atomic_path(path, durable) as temporary:
         temporary.write_bytes(data)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` as UTF-8 to `path`, whole or not at all."""
-    write_bytes(path, text.encode("utf-8"))
+def write_text(path: str | os.PathLike[str], text: str, durable: bool = True) -> None:
+    """Write `text` as UTF-8 to `path`, as `atomic_path` does."""
+    write_bytes(path, text.encode("utf-8"), durable)
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -119,12 +124,13 @@ class RunFolder:
         self.mesh = path / "mesh.glb"
         self.turntable = path / "turntable.mp4"
         self.preview = path / "preview.png"
+        self.progress = path / "progress.json"  # where the run is; only with log.progress_every
         self.tensorboard = path / "tensorboard"  # a folder of event files
 
     @property
     def files(self) -> tuple[Path, ...]:
         """All of the above that are files."""
-        return self.config, self.checkpoint, self.mesh, self.turntable, self.preview
+        return self.config, self.checkpoint, self.mesh, self.turntable, self.preview, self.progress
 
     def existing(self) -> list[Path]:
         """Those of the paths above that exist."""
@@ -189,7 +195,7 @@ def _lock(folder: Path) -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = " ".join(os.read(lock, 400).decode(errors="replace").split()) or "another process"
+            holder = _said_by(lock) or "another process"
             os.close(lock)
             raise TakenError(
                 f"output folder {folder} is in use by {holder}; wait until that has ended, or choose another with --out"
@@ -209,6 +215,33 @@ def _lock(folder: Path) -> int:
             os.close(lock)
             raise _not_writable(folder, error) from error
         os.close(lock)  # a holder removed it between our open and our lock
+
+
+def _said_by(lock: int) -> str:
+    """The text of a lock that is open, on one line; empty where its holder has not written it yet."""
+    return " ".join(os.read(lock, 400).decode(errors="replace").split())
+
+
+def holder(path: str | os.PathLike[str]) -> str | None:
+    """Who has claimed a folder, as its lock says: "process 123 on host since ..."; None: nobody has.
+
+    Looking holds the lock for a moment, in which a claim by another process would be refused.
+    """
+    import fcntl
+
+    try:
+        lock = os.open(Path(path) / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return _said_by(lock)
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(lock)
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
@@ -31,6 +33,7 @@ from dreamfusion_fast.rendering.orbits import orbit_cameras
 from dreamfusion_fast.rendering.shading import Shading
 from dreamfusion_fast.streams import UnfailingStream, unfailing
 from dreamfusion_fast.training.checkpoint import save_checkpoint
+from dreamfusion_fast.training.progress import ProgressFile
 from dreamfusion_fast.training.trainer import StepResult, Trainer
 
 if TYPE_CHECKING:
@@ -154,8 +157,30 @@ class ProgressBar(Callback):
             raise self._stream.error
 
 
+class FileOfSteps(Callback):
+    """Tells a `ProgressFile` of the steps, and every `every` steps of the losses."""
+
+    def __init__(self, file: ProgressFile, every: int) -> None:
+        self._file, self._every = file, every
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._file.stage("steps", trainer.steps_done, trainer.config.steps)
+
+    def on_step(self, trainer: Trainer, result: StepResult) -> None:
+        losses = None
+        if due(result, self._every, trainer.config.steps):  # reading a loss waits for a GPU
+            losses = {name: float(value) for name, value in result.losses.items()}
+        self._file.advance(result.step, losses)
+
+
 class Preview(Callback):
-    """preview.png, refreshed while the run goes on: four views, below them the same views lit on white: the shape."""
+    """preview.png, refreshed while the run goes on: four views, below them the same views lit on white: the shape.
+
+    Attributes:
+        latest: step and picture, uint8 `[height, width, 3]`, of the last refresh.
+    """
+
+    latest: tuple[int, NDArray[np.uint8]] | None = None
 
     def __init__(self, path: Path, every: int) -> None:
         self._path, self._every = path, every
@@ -169,14 +194,22 @@ class Preview(Callback):
                 for shading in (Shading.ALBEDO, Shading.TEXTURELESS)
                 for image in trainer.scene.render(cameras, PREVIEW_SIZE, shading, c.ambient, c.diffuse)
             ]
-            save_png(self._path, tile(images, PREVIEW_VIEWS))
+            picture = tile(images, PREVIEW_VIEWS)
+            save_png(self._path, picture)
+            self.latest = result.step, picture
 
 
 class Curves(Callback):
-    """TensorBoard scalars of the losses and of how much is rendered."""
+    """TensorBoard scalars of the losses and of how much is rendered, and the previews as pictures.
 
-    def __init__(self, folder: Path, every: int) -> None:
-        self._folder, self._every = folder, every
+    Args:
+        folder: for the event files.
+        every: steps between two points.
+        preview: called before this one.
+    """
+
+    def __init__(self, folder: Path, every: int, preview: Preview | None = None) -> None:
+        self._folder, self._every, self._preview = folder, every, preview
         self._writer: SummaryWriter | None = None
 
     def on_start(self, trainer: Trainer) -> None:
@@ -191,6 +224,9 @@ class Curves(Callback):
                 self._writer.add_scalar(f"loss/{name}", float(value), result.step)
             self._writer.add_scalar("render/samples", result.samples, result.step)
             self._writer.add_scalar("render/occupied", trainer.scene.occupancy.occupied_fraction(), result.step)
+        latest = None if self._preview is None else self._preview.latest
+        if self._writer is not None and latest is not None and latest[0] == result.step:
+            self._writer.add_image("preview", latest[1], result.step, dataformats="HWC")
 
     def on_end(self, trainer: Trainer) -> None:
         if self._writer is not None:

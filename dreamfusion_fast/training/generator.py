@@ -30,6 +30,7 @@ from dreamfusion_fast.training.callbacks import (
     Callback,
     Checkpoints,
     Curves,
+    FileOfSteps,
     Preview,
     ProgressBar,
     Shown,
@@ -39,6 +40,7 @@ from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.device import current, resolve_device
 from dreamfusion_fast.training.memory_plan import capped
 from dreamfusion_fast.training.profile import StepProfile, StepProfiler
+from dreamfusion_fast.training.progress import ProgressFile
 from dreamfusion_fast.training.ranks import Ranks
 from dreamfusion_fast.training.scenes import scene_of
 from dreamfusion_fast.training.trainer import Trainer
@@ -123,6 +125,7 @@ class Generator:
         self._folder: RunFolder | None = None
         self._begun = False
         self._scene: Scene | None = None
+        self._progress = ProgressFile(None, 0.0)
 
     @classmethod
     def resume(
@@ -209,6 +212,9 @@ class Generator:
         if self._checkpoint is None:
             checkpoints.save(trainer)  # from here on the run can be resumed, whatever happens
         config.save(folder.config)
+        if config.log.progress_every:
+            self._progress = ProgressFile(folder.progress, config.log.progress_every)
+        self._progress.stage("loading")
         for line in trainer.planner.lines(trainer.plan):
             _log.info(line)
         if config.guidance.name != "embedded":
@@ -227,7 +233,9 @@ class Generator:
                 _log.info(profile.table())
         self._scene = trainer.scene
         with _resumable(folder, lambda: "during the export"):
-            return RunResult(folder.path, trainer.steps_done, self._export(trainer.scene, folder), profile)
+            mesh = self._export(trainer.scene, folder)
+        self._progress.stage("done")
+        return RunResult(folder.path, trainer.steps_done, mesh, profile)
 
     def _resumed_guidance(self) -> Guidance | None:
         """The model of a resumed run at the commit that it began with, or None where a new one is as good.
@@ -271,10 +279,13 @@ class Generator:
         callbacks: list[Callback] = [checkpoints]
         if log.progress_bar:
             callbacks.append(Shown("progress bar", ProgressBar(log.log_every)))
-        if log.preview_every:
-            callbacks.append(Shown(folder.preview.name, Preview(folder.preview, log.preview_every)))
+        if log.progress_every:
+            callbacks.append(Shown(folder.progress.name, FileOfSteps(self._progress, log.log_every)))
+        preview = Preview(folder.preview, log.preview_every) if log.preview_every else None
+        if preview is not None:
+            callbacks.append(Shown(folder.preview.name, preview))
         if log.tensorboard:
-            callbacks.append(Shown("curves", Curves(folder.tensorboard, log.log_every)))
+            callbacks.append(Shown("curves", Curves(folder.tensorboard, log.log_every, preview)))
         callbacks += self.callbacks
         with contextlib.ExitStack() as ending:  # each that was started is ended, the last one first
             for callback in callbacks:
@@ -307,7 +318,13 @@ class Generator:
         checkpoints.try_save(trainer)
         cut = trainer.steps_done < self.config.steps
         if self.config.firm.steps and not trainer.firmed and not cut and not stop.made():
-            trainer.firm(stop.made)
+            self._progress.stage("firm", 0, self.config.firm.steps)
+
+            def stopped() -> bool:  # asked after each of its steps
+                self._progress.advance()
+                return stop.made()
+
+            trainer.firm(stopped)
             checkpoints.try_save(trainer)
 
     def export(self, out: str | Path | None = None) -> TexturedMesh:
@@ -327,6 +344,7 @@ class Generator:
 
     def _export(self, scene: Scene, folder: RunFolder) -> TexturedMesh:
         e = self.config.export
+        self._progress.stage("export", 0, e.turntable_frames + e.preview_views)
         mesh = export_field(
             scene.field,
             scene.field.aabb,
@@ -342,7 +360,9 @@ class Generator:
 
         def picture(azimuth: float) -> NDArray[np.uint8]:
             camera = orbit_cameras(1, e.elevation_deg, start_deg=azimuth)
-            return render_mesh(mesh.unwrapped, mesh.texture, camera, 0, e.turntable_size)
+            image = render_mesh(mesh.unwrapped, mesh.texture, camera, 0, e.turntable_size)
+            self._progress.advance()
+            return image
 
         with _dispensable(folder.preview):
             render_preview(picture, folder.preview, e.preview_views)

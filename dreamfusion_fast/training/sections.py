@@ -206,18 +206,20 @@ class ScheduleConfig(Settings):
 
 @dataclass(frozen=True)
 class LogConfig(Settings):
-    """The files and messages that a run writes on its way. A step count of 0 turns the item off."""
+    """The files and messages that a run writes on its way. A count of 0 turns the item off."""
 
     preview_every: Annotated[int, Range(0)] = 100
     """Steps between two refreshes of preview.png."""
     checkpoint_every: Annotated[int, Range(0)] = 250
     """Steps between two checkpoints; one is always written at the end and on Ctrl-C."""
     tensorboard: bool = True
-    """Write TensorBoard scalars to RUN/tensorboard."""
+    """Write TensorBoard scalars, and the previews, to RUN/tensorboard."""
     log_every: Annotated[int, Range(0)] = 10
     """Steps between two points of the curves."""
     progress_bar: bool = True
     """Show a progress bar."""
+    progress_every: Annotated[float, Range(0)] = 0.0
+    """Seconds between two writes of progress.json, for other programs to read; by default there is none."""
 
 
 @dataclass(frozen=True)

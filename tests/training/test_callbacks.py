@@ -7,6 +7,7 @@ import io
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 from fakes import BallGuidance, small_config
@@ -67,11 +68,16 @@ def test_preview_shows_colour_above_shape(trainer, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["preview.png"]
 
 
-def read_scalars(folder):
+def read_events(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder))
     events.Reload()
+    return events
+
+
+def read_scalars(folder):
+    events = read_events(folder)
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
@@ -95,6 +101,23 @@ def test_curves_of_a_resumed_run_hold_each_step_once(trainer, tmp_path):
     trainer.steps_done = 3
     run(trainer, Curves(tmp_path, 1), steps=4)
     assert [step for step, _ in read_scalars(tmp_path)["loss/sds"]] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_curves_hold_the_previews(trainer, tmp_path):
+    preview = Preview(tmp_path / "preview.png", 3)
+    curves = Curves(tmp_path / "t", 5, preview)
+    curves.on_start(trainer)
+    for _ in range(7):
+        result = trainer.step()
+        preview.on_step(trainer, result)
+        curves.on_step(trainer, result)
+    curves.on_end(trainer)
+    events = read_events(tmp_path / "t")
+    pictures = events.Images("preview")
+    assert [picture.step for picture in pictures] == [3, 6]
+    shown = Image.open(io.BytesIO(pictures[-1].encoded_image_string))
+    assert np.array_equal(np.array(shown), np.array(Image.open(tmp_path / "preview.png")))
+    assert [event.step for event in events.Scalars("loss/sds")] == [5, 7]
 
 
 def test_curves_that_never_started_can_end(trainer, tmp_path):

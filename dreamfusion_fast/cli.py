@@ -1,4 +1,4 @@
-"""The command line: generate, batch, export, view, sample, validate, doctor.
+"""The command line: generate, batch, app, export, view, sample, validate, doctor.
 
 Only parsing and messages are here. torch and what is built on it are imported inside the commands, so that help and
 doctor are quick and work where torch does not.
@@ -44,6 +44,7 @@ usage:
   {PROG} generate "an armchair" --out out/armchair   a prompt to mesh.glb, turntable.mp4, preview.png
   {PROG} generate --resume out/armchair              continue an interrupted run
   {PROG} batch prompts.txt --out runs                many prompts: all to meshes, on one page
+  {PROG} app                                         objects in a browser: asked for, watched, stopped, turned
   {PROG} export out/armchair --resolution 256        make mesh and pictures again with other settings
   {PROG} view out/armchair                           the mesh in a browser, to turn: one page, no server
   {PROG} sample "an armchair" -n 9 --out grid.png    what the embedded 2D prior makes of a prompt
@@ -280,6 +281,12 @@ def _batch(arguments: list[str]) -> int:
     return command(arguments, _Parser(prog=f"{PROG} batch", add_help=False, allow_abbrev=False), _parse)
 
 
+def _app(arguments: list[str]) -> int:
+    from dreamfusion_fast.app.serve import command
+
+    return command(arguments, _Parser(prog=f"{PROG} app", allow_abbrev=False))
+
+
 def _say_done(agreement: "Agreement", folder: Path) -> None:
     print(agreement)
     if agreement.warning is not None:
@@ -439,6 +446,7 @@ def _doctor(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": _generate,
     "batch": _batch,
+    "app": _app,
     "export": _export,
     "view": _view,
     "sample": _sample,

@@ -101,6 +101,12 @@ def test_the_command_line_says_what_to_install(tmp_path: Path) -> None:
     assert all(re.fullmatch(f"error: [a-z_]+{INSTALL}", line) for line in lines), lines
 
 
+def test_each_extra_is_named(tmp_path: Path) -> None:
+    done = bare("from dreamfusion_fast.cli import main\nprint(main(['app', '--port', '0']))", tmp_path)
+    assert done.stdout == "2\n"
+    assert done.stderr == 'error: gradio is not installed: pip install "dreamfusion-fast[app]"\n'
+
+
 def test_a_name_that_needs_the_extra_says_what_to_install(tmp_path: Path) -> None:
     done = bare(
         """

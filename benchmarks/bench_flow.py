@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from bench_step import Row as StepRow
-from bench_step import config_of
+from bench_step import config_of, time_steps
 from flow_architectures import TRANSFORMERS, RandomFlow, RandomFlowPrompts
 from machine import RESULTS, describe, headline, write_result
 
@@ -77,10 +77,6 @@ def make_trainer(row: Row, device: torch.device) -> Trainer:
 def fill(row: Row, device: torch.device) -> None:
     """Measure a case."""
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with capped(row.memory, device):
@@ -88,17 +84,9 @@ def fill(row: Row, device: torch.device) -> None:
         trainer = make_trainer(row, device)
         row.plan = " / ".join(trainer.planner.lines(trainer.plan))
         row.planned_gb = sum(trainer.planner.parts(trainer.plan).values()) / 1e9
-        trainer.step()
-        wait()
+        time_steps(trainer, warm_up=0, steps=1)
         row.load_s = time.perf_counter() - start
-        for _ in range(_WARM_UP - 1):
-            trainer.step()
-        wait()
-        start = time.perf_counter()
-        for _ in range(row.steps):
-            trainer.step()
-        wait()
-        row.ms = (time.perf_counter() - start) / row.steps * 1e3
+        row.ms, _ = time_steps(trainer, _WARM_UP - 1, row.steps)
     if device.type == "cuda":
         row.allocated_gb = torch.cuda.max_memory_allocated() / 1e9
         row.reserved_gb = torch.cuda.max_memory_reserved() / 1e9

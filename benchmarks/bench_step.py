@@ -38,6 +38,7 @@ from dreamfusion_fast.guidance.models.sdxl_pipeline import SDXLModel
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.memory_plan import capped
 from dreamfusion_fast.training.profile import StepProfile, StepProfiler
+from dreamfusion_fast.training.ranks import Ranks
 from dreamfusion_fast.training.trainer import StepResult, Trainer
 
 GUIDANCE_STAGES = ("encode", "unet", "encode backward")
@@ -116,22 +117,27 @@ def config_of(row: Row) -> Config:
     )
 
 
-def make_trainer(row: Row, device: torch.device) -> Trainer:
-    """The run of a case, planned."""
+def make_trainer(row: Row, device: torch.device, ranks: Ranks | None = None) -> Trainer:
+    """The run of a case, planned; `ranks`: the processes that share its views."""
     config = GuidanceConfig(name="random/weights", mode=row.mode, cache=False)  # type: ignore[arg-type]
     guidance_class = MeasuredPrompts if row.text_encoders else RandomPrompts
-    return Trainer(config_of(row), device, guidance_class(model_of(row.model, device), config))
+    return Trainer(config_of(row), device, guidance_class(model_of(row.model, device), config), ranks=ranks)
 
 
 def time_steps(trainer: Trainer, warm_up: int, steps: int) -> tuple[float, StepResult]:
     """Milliseconds of a step, the mean without a wait between them, and the last one's result."""
+
+    def wait() -> None:
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize(trainer.device)
+
     for _ in range(warm_up):
         trainer.step()
-    torch.cuda.synchronize()
+    wait()
     start = time.perf_counter()
     for _ in range(steps):
         result = trainer.step()
-    torch.cuda.synchronize()
+    wait()
     return (time.perf_counter() - start) / steps * 1e3, result
 
 

@@ -1,4 +1,4 @@
-"""The two pictures of the README: memory against image size, and time against samples, ours beside the peers' figures.
+"""The pictures of docs/performance.md: memory against image size, and time against samples, beside the peers' figures.
 
     pip install ".[bench]"
     python benchmarks/plot.py                                   # the H100's results, into docs/images

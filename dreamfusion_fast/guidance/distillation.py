@@ -169,7 +169,7 @@ class ScoreDistillation(Guidance):
                 loss = distilled.loss * (len(part) / batch)
                 losses.append(loss.detach())
                 scaled = torch.autograd.grad(_LOSS_SCALE * loss, self._parameters)
-                added = [gradient / _LOSS_SCALE for gradient in scaled]
+                added = list(torch._foreach_div(scaled, _LOSS_SCALE))
                 before = parameter_gradients
                 parameter_gradients = [a + b for a, b in zip(before, added, strict=True)] if before else added
             pull = self._clipped(distilled.pull, request.progress)

@@ -143,6 +143,21 @@ def test_portable_cores_differ_in_instructions_alone(tmp_path: Path) -> None:
     assert exact == {"ray_box", "occupancy", "march", "march_morton", "traverse"}
 
 
+def test_the_check_of_the_cuda_sources_compiles_all_that_an_installation_may() -> None:
+    """Each branch of the sources, by its lowest architecture, and machine code for each that a wheel is built for."""
+    sources = [path.read_text() for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".cpp")]
+    conditions = {line for text in sources for line in text.splitlines() if "__CUDA_ARCH__" in line}
+    branches = {int(found) // 10 for line in conditions for found in re.findall(r"__CUDA_ARCH__ >= (\d+)", line)}
+    assert len(branches) == len(conditions)
+    script = (ROOT / "tools" / "compile_cuda.sh").read_text()
+    virtual = {int(arch) for arch in re.findall(r"compute_(\d+)", script)}
+    machine = {int(arch) for arch in re.findall(r"sm_(\d+)", script)} | {75}
+    supported = re.search(r"foreach\(arch ([\d ]+)\)", (ROOT / "cmake" / "cuda.cmake").read_text())
+    assert supported is not None
+    assert machine == {int(arch) for arch in supported[1].split()}
+    assert virtual == {min(machine)} | branches
+
+
 def test_other_devices_and_dtypes_are_refused() -> None:
     with pytest.raises(RuntimeError, match="no native core for device meta"):
         _native.call("march_count", torch.zeros(1, device="meta"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from group_norm_cases import Case, cases, run
+from group_norm_cases import LARGE, Case, cases, run
 from interpreting import needs_triton, run_interpreted
 
 from dreamfusion_fast.networks import group_norm as module
@@ -19,6 +19,12 @@ from dreamfusion_fast.networks.group_norm import (
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_matches_the_twin(case: Case, device: torch.device) -> None:
     run(case, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_large_images_match_the_twin(case: Case) -> None:
+    run(case, torch.device("cuda"))
 
 
 def test_matches_the_twin_in_float64() -> None:

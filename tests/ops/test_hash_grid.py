@@ -45,8 +45,7 @@ def assert_near(actual: Tensor, expected: Tensor, roundings: float) -> None:
 
 @pytest.mark.parametrize("smoothstep", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("features", [1, 2, 4, 8])
-@pytest.mark.parametrize("n", [0, 1, 113, 1023])
+@pytest.mark.parametrize(("n", "features"), [(0, 2), (1, 4), (113, 1), (113, 8), (1023, 2), (1023, 4)])
 def test_matches_the_twin(n: int, features: int, dtype: torch.dtype, smoothstep: bool, device: torch.device) -> None:
     """Values, both gradients, and the gradients of the gradient to the positions, against the twin in float64."""
     table, *levels = grid(device, features, dtype)

@@ -44,8 +44,9 @@ def assert_near(actual: Tensor, expected: Tensor, roundings: float) -> None:
 
 @both_degrees
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("features", [1, 3, 4, 8, 13, 24])
-@pytest.mark.parametrize("n", [0, 1, 113, 1023])
+@pytest.mark.parametrize(
+    ("n", "features"), [(0, 4), (1, 8), (113, 1), (113, 13), (113, 24), (1023, 3), (1023, 4), (1023, 8)]
+)
 def test_matches_the_twin(n: int, features: int, dtype: torch.dtype, degree: int, device: torch.device) -> None:
     """Values, both gradients, and the gradients of the gradient to the positions, against the twin in float64."""
     planes, positions, scenes = make_planes(device, features, dtype), points(n, device, dtype), of_scenes(n, device)

@@ -103,8 +103,7 @@ class Tile:
 
 
 @pytest.mark.parametrize("smoothstep", [False, True])
-@pytest.mark.parametrize("features", [1, 2, 4, 8])
-@pytest.mark.parametrize("n", [0, 1, 113, 1023])
+@pytest.mark.parametrize(("n", "features"), [(0, 2), (1, 4), (113, 1), (113, 8), (1023, 2), (1023, 4)])
 @every_place
 def test_matches_the_twin(place: Place, n: int, features: int, smoothstep: bool) -> None:
     tile = Tile(place, torch.rand(n, 3, dtype=torch.float64), layout_of(place, smoothstep), features)

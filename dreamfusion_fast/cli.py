@@ -216,6 +216,7 @@ def _generate(arguments: list[str]) -> int:
     first.add_argument("--resume")
     first.add_argument("--guidance.name", dest="guidance")
     first.add_argument("--field")
+    first.add_argument("--init")
     known, rest = first.parse_known_args(arguments)
     if known.guidance is not None:
         rest += ["--guidance.name", known.guidance]
@@ -236,9 +237,12 @@ def _generate(arguments: list[str]) -> int:
         base = Config.load(known.config, guidance=known.guidance, base=preset)
     elif known.resume is not None:
         base = dataclasses.replace(run_config(open_run_folder(known.resume)), out=known.resume)
+    for option in ("field", "init"):
+        if getattr(known, option) is not None and known.resume is not None:
+            raise UserError(f"give --{option} or --resume, not both; a resumed run has its own field")
+    if known.init is not None:
+        base = base.with_init(known.init)
     if known.field is not None:
-        if known.resume is not None:
-            raise UserError("give --field or --resume, not both; a resumed run has its own field")
         base = base.with_field(known.field)
     config = _parse(
         Config,
@@ -248,12 +252,15 @@ def _generate(arguments: list[str]) -> int:
         "Besides the options below: --preset NAME takes the settings of a published recipe "
         f"({', '.join(preset_names())}), "
         "--field triplane takes three planes of features in place of the hash grid, "
+        "--init FILE starts from the planes that a trained network makes of the prompt, "
         "--config FILE.yaml reads options from a file (it wins over the preset, the command line over both), "
         "--resume RUN continues an interrupted run.",
         base,
     )
-    config.check()
-    if known.resume is not None:
+    if known.resume is None:
+        config.check_start()
+    else:
+        config.check()
         _check_same_run(base, config)
     if not started_by_torchrun():
         resolve_device(config.device)

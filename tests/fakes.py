@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor
 
 from dreamfusion_fast.fields.hash_field import HashGridFieldConfig
+from dreamfusion_fast.fields.triplane_field import TriplaneFieldConfig
 from dreamfusion_fast.guidance.contract import Guidance, GuidanceOutput, GuidanceRequest, PromptEmbeddings, Views
+from dreamfusion_fast.networks.plane_transformer import PlaneTransformerConfig
 from dreamfusion_fast.rendering import RendererConfig
+from dreamfusion_fast.training.amortised import AmortisedField, KnownCaptions, save_amortised
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.sections import (
     BackgroundConfig,
@@ -112,3 +116,42 @@ def use_prior(folder: Path, patch: Any = None) -> None:
     put = setattr if patch is None else patch.setattr
     put(guide, "EmbeddedPrior", found)
     put(sample, "EmbeddedPrior", found)
+
+
+class WordVectors(torch.nn.Module):
+    """Stands in for the embedded prior's `TextEncoder`: each word has a vector, a caption is the mean of its words'."""
+
+    def forward(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        tokens = torch.zeros(len(captions), 20, 384)
+        for row, caption in enumerate(captions):
+            for place, word in enumerate(caption.replace(",", "").split()[:20]):
+                generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
+                # Articles say little.
+                tokens[row, place] = torch.randn(384, generator=generator) * (0.1 if word in ("a", "an") else 1.0)
+        pooled = torch.nn.functional.normalize(tokens.sum(dim=1), dim=1) * 384**0.5
+        return tokens, pooled
+
+
+AMORTISED_NETWORK = PlaneTransformerConfig(
+    width=16, heads=2, blocks=1, tokens=3, patch=3, patch_features=4, features=4, code_width=5
+)
+AMORTISED_FIELD = TriplaneFieldConfig(resolution=9, features=4, hidden=16, blob_radius=0.75, mlp_dtype="auto")
+AMORTISED_OBJECTS = {"armchair": [0], "chair": [0, 1, 2], "grand piano": [3]}
+
+
+def amortised_model() -> AmortisedField:
+    """A network of random weights that makes planes in no time."""
+    model = AmortisedField(AMORTISED_NETWORK, AMORTISED_FIELD, 4, torch.Generator().manual_seed(1))
+    return model.eval().requires_grad_(False)
+
+
+def amortised_captions(encoder: torch.nn.Module) -> KnownCaptions:
+    """Its captions, as an encoder reads them."""
+    vectors = encoder([f"a {phrase}" for phrase in AMORTISED_OBJECTS])[1]
+    return KnownCaptions(AMORTISED_OBJECTS, vectors, ("red", "blue"), 0.72)
+
+
+def write_amortised(path: Path) -> Path:
+    """A file for `--init` of both, whose captions are read by `WordVectors`."""
+    save_amortised(path, amortised_model(), amortised_captions(WordVectors()), {"steps": "7"})
+    return path

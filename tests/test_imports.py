@@ -42,6 +42,7 @@ ORDER = (
     "training.losses",
     "training.struts",
     "training.config_io",
+    "training.amortised",
     "training.sections",
     "training.presets",
     "training.memory_plan",

@@ -22,8 +22,8 @@ Make a textured mesh of each prompt in FILE: text with one per line, or YAML or 
 
 FILE comes first. --out FOLDER takes all runs (by default runs). --ray ADDRESS uses a Ray cluster that is there.
 --gpus-per-run SHARE (0.25: four runs on each GPU), --cpus-per-run N and --workers N say how many run at a time.
---config FILE.yaml, --preset NAME and --field KIND are as in generate, as are the options below: rows start from them,
-and win."""
+--config FILE.yaml, --preset NAME, --field KIND and --init FILE are as in generate, as are the options below: rows
+start from them, and win."""
 
 
 def command(arguments: Sequence[str], parser: argparse.ArgumentParser, parse: Callable[..., Any]) -> int:
@@ -47,6 +47,7 @@ def command(arguments: Sequence[str], parser: argparse.ArgumentParser, parse: Ca
     parser.add_argument("--workers", type=int)
     parser.add_argument("--guidance.name", dest="guidance")
     parser.add_argument("--field")
+    parser.add_argument("--init")
     asks_for_help = bool({"-h", "--help"} & set(arguments))
     if not asks_for_help and (not arguments or arguments[0].startswith("-")):
         raise UserError("give the file of prompts first: dreamfusion-fast batch prompts.txt --out runs")
@@ -59,6 +60,8 @@ def command(arguments: Sequence[str], parser: argparse.ArgumentParser, parse: Ca
         config = start or Config.for_guidance(guidance or "embedded")
         if given.config is not None:
             config = Config.load(given.config, guidance=guidance, base=start)
+        if given.init is not None:
+            config = config.with_init(given.init)
         if given.field is not None:
             config = config.with_field(given.field)
         named = rest if guidance is None else [*rest, "--guidance.name", guidance]

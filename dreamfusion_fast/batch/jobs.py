@@ -27,7 +27,7 @@ Base = Callable[["str | None", "str | None"], Config]
 
 _LARGEST_FILE = 2**21  # bytes; some 20,000 prompts
 _SHORT = {"negative_prompt": "guidance.negative_prompt"}
-_TEXTS = ("prompt", "name", "preset", "guidance.negative_prompt", "guidance.name")  # of a table, taken as they are
+_TEXTS = ("prompt", "name", "preset", "init", "guidance.negative_prompt", "guidance.name")  # of a table, as they are
 _BATCHS = {
     "out": "runs are in the batch's folder; name is the name of one",
     "device": "it is the batch's to say: --device",
@@ -245,7 +245,7 @@ def _config(values: Mapping[str, Any], where: str, base: Config, found: list[str
     while True:
         try:
             config = _read(left, where, base)
-            config.check()
+            config.check_start()
             return config if good else None
         except UserError as error:
             good, said = False, joined(error)
@@ -259,7 +259,7 @@ def _config(values: Mapping[str, Any], where: str, base: Config, found: list[str
 def _reads(values: Mapping[str, Any], where: str, base: Config) -> str | None:
     """The error of such settings."""
     try:
-        _read(values, where, base).check()
+        _read(values, where, base).check_start()
     except UserError as error:
         return joined(error)
     return None

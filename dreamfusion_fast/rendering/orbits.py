@@ -201,12 +201,23 @@ def orbit_cameras(
             raise ValueError(f"{name}: got {value}, want {limits}")
     azimuth = math.radians(start_deg) + torch.arange(count, dtype=torch.get_default_dtype()) * (2.0 * math.pi / count)
     elevation = torch.full((count,), math.radians(elevation_deg))
-    distances = torch.full((count,), float(distance))
-    position = spherical_positions(azimuth, elevation, distances)
+    return cameras_at(azimuth, elevation, torch.full((count,), float(distance)), fov_deg).to(device)
+
+
+def cameras_at(azimuth: Tensor, elevation: Tensor, distance: Tensor, fov_deg: float = 40.0) -> OrbitCameras:
+    """Upright cameras at these places, which look at the origin.
+
+    Args:
+        azimuth: `[B]`, radians, 0 = front.
+        elevation: `[B]`, radians.
+        distance: `[B]` from the origin, scene units, above 0.
+        fov_deg: vertical field of view, degrees.
+    """
+    position = spherical_positions(azimuth, elevation, distance)
     zero = torch.zeros_like(position)
-    fov_y = torch.full((count,), math.radians(fov_deg))
     pose = _look_at(position, zero, zero, azimuth)
-    return OrbitCameras(pose, fov_y, azimuth=azimuth, elevation=elevation, distance=distances).to(device)
+    fov_y = torch.full_like(azimuth, math.radians(fov_deg))
+    return OrbitCameras(pose, fov_y, azimuth=azimuth, elevation=elevation, distance=distance)
 
 
 def spherical_positions(azimuth: Tensor, elevation: Tensor, distance: Tensor) -> Tensor:

@@ -187,16 +187,20 @@ class Preview(Callback):
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         if due(result, self._every, 0):
-            c = trainer.config.shading
-            cameras = orbit_cameras(PREVIEW_VIEWS)
-            images = [
-                to_uint8(image)
-                for shading in (Shading.ALBEDO, Shading.TEXTURELESS)
-                for image in trainer.scene.render(cameras, PREVIEW_SIZE, shading, c.ambient, c.diffuse)
-            ]
-            picture = tile(images, PREVIEW_VIEWS)
-            save_png(self._path, picture)
-            self.latest = result.step, picture
+            self.draw(trainer)
+
+    def draw(self, trainer: Trainer) -> None:
+        """Refresh it now."""
+        c = trainer.config.shading
+        cameras = orbit_cameras(PREVIEW_VIEWS)
+        images = [
+            to_uint8(image)
+            for shading in (Shading.ALBEDO, Shading.TEXTURELESS)
+            for image in trainer.scene.render(cameras, PREVIEW_SIZE, shading, c.ambient, c.diffuse)
+        ]
+        picture = tile(images, PREVIEW_VIEWS)
+        save_png(self._path, picture)
+        self.latest = trainer.steps_done, picture
 
 
 class Curves(Callback):

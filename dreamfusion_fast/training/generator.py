@@ -8,6 +8,7 @@ import logging
 import os
 import shlex
 import signal
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ from dreamfusion_fast.training.memory_plan import capped
 from dreamfusion_fast.training.profile import StepProfile, StepProfiler
 from dreamfusion_fast.training.progress import ProgressFile
 from dreamfusion_fast.training.ranks import Ranks
-from dreamfusion_fast.training.scenes import scene_of
+from dreamfusion_fast.training.scenes import begin_scene, scene_of
 from dreamfusion_fast.training.trainer import Trainer
 
 _log = logging.getLogger(__name__)
@@ -109,7 +110,11 @@ class Generator:
         config = prompt if isinstance(prompt, Config) else Config.for_guidance(name, prompt=prompt)
         if isinstance(guidance, GuidanceConfig):
             settings["guidance"], guidance = guidance, None
-        self._setup(dataclasses.replace(config, **settings), callbacks, guidance, ranks)
+        if "init" in settings and "field" not in settings:
+            config = config.with_init(settings.pop("init"))
+        config = dataclasses.replace(config, **settings)
+        config.check_start()
+        self._setup(config, callbacks, guidance, ranks)
 
     def _setup(
         self, config: Config, callbacks: Sequence[Callback], guidance: Guidance | None, ranks: Ranks | None
@@ -124,6 +129,7 @@ class Generator:
         self._checkpoint: Checkpoint | None = None
         self._folder: RunFolder | None = None
         self._begun = False
+        self._shows_start = False
         self._scene: Scene | None = None
         self._progress = ProgressFile(None, 0.0)
 
@@ -203,7 +209,7 @@ class Generator:
             yield folder
 
     def _run(self, folder: RunFolder) -> RunResult:
-        config = self.config
+        config, started = self.config, time.monotonic()
         profiler = StepProfiler(self.device) if config.profile else None
         guidance = self._resumed_guidance() if self._guidance is None else self._guidance
         trainer = self._trainer(guidance, profiler)
@@ -217,6 +223,10 @@ class Generator:
         self._progress.stage("loading")
         for line in trainer.planner.lines(trainer.plan):
             _log.info(line)
+        if self._shows_start and config.log.preview_every:
+            with _shown(folder.preview):
+                Preview(folder.preview, config.log.preview_every).draw(trainer)
+                _log.info("%s shows what the run starts from, after %.1f s", folder.preview, time.monotonic() - started)
         if config.guidance.name != "embedded":
             self._load(trainer, folder)
 
@@ -255,7 +265,9 @@ class Generator:
 
     def _trainer(self, guidance: Guidance | None, profiler: StepProfiler | None = None) -> Trainer:
         trainer = Trainer(self.config, self.device, guidance, profiler, self._ranks)
-        if self._checkpoint is not None:
+        if self._checkpoint is None:
+            self._begin(trainer)
+        else:
             trainer.restore(self._checkpoint)
             began = self._checkpoint.meta.get("guidance_files")
             for path, digest in trainer.guidance.files.items():
@@ -265,6 +277,18 @@ class Generator:
             config = dataclasses.replace(self.config, out="", device="")
             self._ranks.check_same([trainer.steps_done, zlib.crc32(config.to_yaml().encode())], "step or settings")
         return trainer
+
+    def _begin(self, trainer: Trainer) -> None:
+        """Put what `config.init` makes of the prompt into the scene of a new run, and say so."""
+        nearest = begin_scene(trainer.scene, self.config)
+        if nearest is None:
+            return
+        shown = f'"{nearest.phrase}", similarity {nearest.similarity:.2f}'
+        if nearest.known:
+            _log.info("starts from what %s makes of the prompt (nearest: %s)", self.config.init, shown)
+        else:
+            _log.warning("starts from scratch: %s does not know the prompt (nearest: %s)", self.config.init, shown)
+        self._shows_start = nearest.known
 
     def _load(self, trainer: Trainer, folder: RunFolder) -> None:
         """Load the diffusion model, and say what of it takes time."""
@@ -402,3 +426,12 @@ def _dispensable(picture: Path) -> Iterator[None]:
             picture.name,
             described(error),
         )
+
+
+@contextlib.contextmanager
+def _shown(picture: Path) -> Iterator[None]:
+    """Log an error in the block, which then costs a picture of the way alone."""
+    try:
+        yield
+    except Exception as error:
+        _log.warning("no %s yet, the run goes on (%s)", picture.name, described(error))

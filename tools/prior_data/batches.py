@@ -6,6 +6,7 @@ A sample is a view, its light, colour and background, and a caption that fits.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,9 +65,12 @@ class CatalogueSampler:
         data: folder made by `build.py`.
         text_encoder: folder made by `tools/build_text_encoder.py`, or a module that is called as `TextEncoder` is.
         device: where batches are composed.
+        suffixes: of captions, "" among them; those of the views, or none but that.
     """
 
-    def __init__(self, data: Path, text_encoder: Path | nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, data: Path, text_encoder: Path | nn.Module, device: torch.device, suffixes: Sequence[str] = VIEWS
+    ) -> None:
         self.device = device
         albedo, normal, meta = load_views(data, workers=16 if device.type == "cuda" else 2)
         models = json.loads((data / "models.json").read_text())
@@ -74,6 +78,7 @@ class CatalogueSampler:
         self.normal = torch.from_numpy(normal).to(device)
         self.azimuth = torch.from_numpy(meta["azimuth"]).to(device)
         self.elevation = torch.from_numpy(meta["elevation"]).to(device)
+        self.distance = torch.from_numpy(meta["distance"]).to(device)
         owner = torch.from_numpy(meta["model"]).long()
         counts = torch.bincount(owner, minlength=len(models))
         assert bool((owner.diff() >= 0).all()), "views must be ordered by model"
@@ -105,17 +110,17 @@ class CatalogueSampler:
         self.colour_values = torch.tensor([COLOUR_VALUES[c] for c in COLOURS], device=device)
         encoder = TextEncoder(text_encoder) if isinstance(text_encoder, Path) else text_encoder
         self.encoder = encoder.to(device)
-        self._encode_captions()
+        self._encode_captions(suffixes)
 
     def summary(self) -> str:
         trained = int((self.weight > 0).sum())
         texts = f"{len(self.phrases)} phrases, {len(self.tokens)} captions"
         return f"{len(self.albedo)} views, {trained} models trained on, {texts}"
 
-    def _encode_captions(self) -> None:
+    def _encode_captions(self, suffixes: Sequence[str]) -> None:
         words = ["", *COLOURS, CLAY]
-        captions = [compose(phrase, word, view) for phrase in self.phrases for word in words for view in VIEWS]
-        self.words, self.suffixes = len(words), len(VIEWS)
+        captions = [compose(phrase, word, view) for phrase in self.phrases for word in words for view in suffixes]
+        self.words, self.suffixes = len(words), len(suffixes)
         pieces = [self.encoder(chunk) for chunk in _chunks([*captions, ""], 4096)]
         self.tokens = torch.cat([p[0].bfloat16() for p in pieces])
         self.pooled = torch.cat([p[1] for p in pieces])
@@ -163,14 +168,10 @@ class CatalogueSampler:
 
         shading = torch.multinomial(self.shading_chances, n, replacement=True)
         textureless = shading == TEXTURELESS
-        recoloured = ~textureless & (self._rand(n) < 0.35)
-        colour = torch.randint(len(COLOURS), (n,), device=self.device)
-        albedo = torch.where(_column(recoloured), self._recolour(albedo, alpha, colour), albedo)
+        albedo, word = self.coloured(model, albedo, alpha, ~textureless)
         albedo = torch.where(_column(textureless), torch.ones_like(albedo), albedo)
-        named = self.natural[model, torch.randint(2, (n,), device=self.device)]
-        named = torch.where(self.has_natural[model] & (self._rand(n) < 0.5), named, 0)
         clay = torch.where(self._rand(n) < 0.6, 1 + len(COLOURS), 0)
-        word = torch.where(textureless, clay, torch.where(recoloured, 1 + colour, named))
+        word = torch.where(textureless, clay, word)
 
         image = self._light(albedo, normal, azimuth, elevation, shading)
         background = self._backgrounds(n)
@@ -183,6 +184,31 @@ class CatalogueSampler:
         )
         parts = Parts(phrase, word, suffix, null, condition)
         return image * 2 - 1, parts
+
+    def coloured(
+        self, model: Tensor, albedo: Tensor, alpha: Tensor, may: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A third of the pictures in another colour, and the colour word of each, or none.
+
+        Args:
+            model: `[n]`.
+            albedo: `[n, 3, height, width]`.
+            alpha: `[n, 1, height, width]`.
+            may: `[n]`, which may be recoloured; None: all.
+
+        Returns:
+            Albedo, and words `[n]` (0 none, then COLOURS): that of the new colour, or in half of the others that of
+            their own colour, if it has one.
+        """
+        n = len(model)
+        recoloured = self._rand(n) < 0.35
+        if may is not None:
+            recoloured &= may
+        colour = torch.randint(len(COLOURS), (n,), device=self.device)
+        albedo = torch.where(_column(recoloured), self._recolour(albedo, alpha, colour), albedo)
+        named = self.natural[model, torch.randint(2, (n,), device=self.device)]
+        named = torch.where(self.has_natural[model] & (self._rand(n) < 0.5), named, 0)
+        return albedo, torch.where(recoloured, 1 + colour, named)
 
     def captions(self, model: Tensor, azimuth: Tensor, elevation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A drawn phrase and view suffix for each picture, and whether its caption is dropped."""

@@ -30,6 +30,7 @@ SCALE_SUFFIX = ".int8_scale"
 _SMALLEST_QUANTIZED = 4096
 # Bytes: twenty times the prior's. A thousand times as much fits under gzip.
 _LARGEST_CONTENT = 2**29
+_LARGEST_HEADER = 2**24
 
 
 def quantize_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -122,6 +123,27 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     except (gzip.BadGzipFile, EOFError, zlib.error, SafetensorError) as error:
         raise ValueError(f"no whole safetensors file under gzip: {error}") from error
     return dequantize_state_dict(stored), _split(content)[0].get("__metadata__", {})
+
+
+def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata of a file of `save_weights`, of which no more than its beginning is read.
+
+    Raises:
+        OSError: no such file, or one that cannot be read.
+        ValueError: not gzip, cut off, or no safetensors file inside.
+    """
+    try:
+        with gzip.open(path) as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > _LARGEST_HEADER:
+                raise ValueError(f"a header of more than {_LARGEST_HEADER >> 20} MiB")
+            text = file.read(length)
+        if len(text) < length:
+            raise ValueError("it is cut off")
+        metadata = json.loads(text).get("__metadata__", {})
+    except (gzip.BadGzipFile, EOFError, zlib.error, RecursionError, AttributeError) as error:
+        raise ValueError(f"no safetensors file under gzip: {error}") from error
+    return dict(metadata)
 
 
 def load_network(path: Path, make: Callable[[dict[str, Any]], Network]) -> Network:

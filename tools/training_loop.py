@@ -1,4 +1,4 @@
-"""The loop that both trainings share: a schedule by steps or by the clock, cut and resumed anywhere."""
+"""The loop that the trainings share: a schedule by steps or by the clock, cut and resumed anywhere."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Call:
 
     Args:
         started, deadline: `time.monotonic()` seconds.
-        steps: most steps of both phases together.
+        steps: most steps of all phases together.
     """
 
     started: float
@@ -132,13 +132,14 @@ def run(
     """Train until the phase is done or the call is over.
 
     Args:
+        optimizer: the rate of a group is that of the phase, times its "scale" if it has one.
         average: exponential moving average of the parameters, followed in place.
         save_every, save: call `save` whenever the phase's step is a multiple of this.
     """
     last: float | None = None
     while phase.progress < 1 and not call.over:
         for group in optimizer.param_groups:
-            group["lr"] = phase.rate
+            group["lr"] = phase.rate * group.get("scale", 1.0)
         loss, sums, counts = step_loss(phase.step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from latent_prior import looks
 from latent_prior.latents import make_sampler
-from latent_prior.loop import Call
+from training_loop import Call
 from latent_prior.networks import Precision, Shape
 from latent_prior.pipeline import Pipeline, pack
 from latent_prior.store import STORED, store

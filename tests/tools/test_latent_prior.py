@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 pytest.importorskip("diffusers")
 
 import train_latent_prior
-from latent_prior import autoencoder, diffusion, looks, networks, pipeline, state, training
+import training_state as state
+from latent_prior import autoencoder, diffusion, looks, networks, pipeline, training
 from latent_prior.latents import LatentPool, caption_tokens, make_sampler, measure_scale
-from latent_prior.loop import seed_step
+from training_loop import seed_step
 from prior_data import captions, views
 from prior_data.batches import HELD_OUT_VIEWS, CatalogueSampler
 

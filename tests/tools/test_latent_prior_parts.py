@@ -1,4 +1,4 @@
-"""The parts of the latent prior's recipe that need no data: losses, schedules, state files, the text encoder."""
+"""The parts of the latent prior's recipe that need no data: losses, schedules, the text encoder."""
 
 from __future__ import annotations
 
@@ -14,35 +14,15 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 pytest.importorskip("diffusers")
 
-from latent_prior import autoencoder, diffusion, networks, state, text
-from latent_prior.loop import Phase
+from latent_prior import autoencoder, diffusion, networks, text
+from training_loop import Phase
+from training_state import PART_BYTES
 
 from dreamfusion_fast.guidance.models.embedded.text_encoder import WEIGHTS, TextEncoder
 from dreamfusion_fast.networks.latent_encoder import LatentEncoder, unserved
 
 EXACT = networks.Precision(torch.device("cpu"), False)
 TINY = networks.Shape((8, 8, 16), (8, 16, 16), groups=4)
-
-
-@pytest.mark.parametrize("length", [1, 99, 100, 101, 1000])
-def test_state_in_parts(tmp_path: Path, length: int) -> None:
-    content = {"weights": torch.randn(length), "step": 3, "log": [{"loss": 0.5}]}
-    state.save_state(tmp_path, {"old": 1}, 1)
-    state.save_state(tmp_path, content, 2, part_bytes=1000)
-    parts = sorted(tmp_path.iterdir())
-    assert all(path.stat().st_size <= 1000 for path in parts)
-    loaded = state.load_state(tmp_path)
-    assert torch.equal(loaded.pop("weights"), content["weights"])
-    assert loaded == {"step": 3, "log": [{"loss": 0.5}]}
-    parts[0].unlink()
-    with pytest.raises(ValueError, match=rf"missing \[0\] of {len(parts)} parts"):
-        state.load_state(tmp_path)
-    # An older set that is whole is better than a newer one that is not.
-    state_folder = tmp_path / "two"
-    state.save_state(state_folder, content, 2)
-    (state_folder / "state-4-1-of-2.part").write_bytes(b"cut off")
-    assert torch.equal(state.load_state(state_folder)["weights"], content["weights"])
-    assert state.load_state(tmp_path / "nothing") is None
 
 
 def test_default_state_can_be_carried() -> None:
@@ -56,7 +36,7 @@ def test_default_state_can_be_carried() -> None:
     assert weights["unet"] == 2_973_100
     # Weights and average in float32, two moments in bfloat16; the autoencoder in float16.
     size = 12 * weights["unet"] + 2 * weights["vae"]
-    assert size + 0.5e6 < 5 * state.PART_BYTES
+    assert size + 0.5e6 < 5 * PART_BYTES
     assert size + 1.5e6 < 64 * 2**20
     # While the autoencoder is trained, the U-Net has no moments yet.
     assert (4 + 4) * weights["unet"] + 8 * weights["vae"] < size

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 pytest.importorskip("diffusers")
 
 import train_latent_prior
-from latent_prior import networks, pipeline, state, store
+import training_state as state
+from latent_prior import networks, pipeline, store
 
 from dreamfusion_fast.guidance.models.embedded.quantize import load_weights, save_weights
 

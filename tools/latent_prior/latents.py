@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dreamfusion_fast.guidance.models.embedded.model import ViewCondition
 
-from .loop import seed_step
+from training_loop import seed_step
 from .networks import LATENT_CHANNELS, LATENT_SIZE
 from .text import FolderTextEncoder
 

@@ -20,7 +20,7 @@ from dreamfusion_fast.guidance.models.embedded.model import TRAIN_TIMESTEPS
 from .autoencoder import decode, encode
 from .diffusion import v_errors
 from .latents import caption_tokens
-from .loop import seed_step
+from training_loop import seed_step
 from .networks import LATENT_CHANNELS, LATENT_SIZE, Precision
 
 _STREAM = 5

@@ -11,7 +11,7 @@ from typing import Any
 from dreamfusion_fast.guidance.models.embedded.quantize import load_weights, save_weights
 
 from .networks import Shape, make_autoencoder, make_unet
-from .state import load_state
+from training_state import load_state
 from .training import averaged_unet
 
 STORED = Path(__file__).parent / "weights"

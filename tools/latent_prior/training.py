@@ -15,9 +15,9 @@ from dreamfusion_fast.io import write_text
 
 from . import autoencoder, diffusion, looks
 from .latents import LatentPool, make_sampler, measure_scale
-from .loop import Call, Phase, Report, run, seed_step
+from training_loop import Call, Phase, Report, run, seed_step
 from .networks import Autoencoding, Precision, Shape, make_autoencoder, make_scheduler, make_unet
-from .state import load_state, optimizer_state, save_state
+from training_state import load_state, optimizer_state, save_state
 
 _HELD_OUT_STREAM = 4
 HALF_MAX = torch.finfo(torch.float16).max

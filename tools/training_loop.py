@@ -1,4 +1,4 @@
-"""The loop that both trainings share: a schedule by steps or by the clock, cut and resumed anywhere."""
+"""The loop that the trainings share: a schedule by steps or by the clock, cut and resumed anywhere."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Call:
 
     Args:
         started, deadline: `time.monotonic()` seconds.
-        steps: most steps of both phases together.
+        steps: most steps of all phases together.
     """
 
     started: float

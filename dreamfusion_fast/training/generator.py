@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dreamfusion_fast.errors import DoesNotFitError, Interrupted, NonFiniteError, UserError, described
 from dreamfusion_fast.export import TexturedMesh, export_field, render_mesh, render_preview, render_turntable
-from dreamfusion_fast.guidance.config import GuidanceConfig
+from dreamfusion_fast.guidance.config import GuidanceConfig, is_prior
 from dreamfusion_fast.guidance.contract import Guidance
 from dreamfusion_fast.guidance.creation import create_guidance
 from dreamfusion_fast.io import RunFolder, claimed, claimed_new, open_run_folder
@@ -118,8 +118,7 @@ class Generator:
         self.callbacks = list(callbacks)
         self._ranks = ranks
         self.device = resolve_device(config.device) if ranks is None else ranks.device
-        # Said once, so that a run that is resumed on another device goes on with as many views.
-        self.config = dataclasses.replace(config, batch=config.batch_on(self.device))
+        self.config = config
         self._guidance = guidance
         self._checkpoint: Checkpoint | None = None
         self._folder: RunFolder | None = None
@@ -203,10 +202,10 @@ class Generator:
             yield folder
 
     def _run(self, folder: RunFolder) -> RunResult:
-        config = self.config
-        profiler = StepProfiler(self.device) if config.profile else None
+        profiler = StepProfiler(self.device) if self.config.profile else None
         guidance = self._resumed_guidance() if self._guidance is None else self._guidance
         trainer = self._trainer(guidance, profiler)
+        config = self.config
         self._folder, self._begun = folder, True
         checkpoints = Checkpoints(folder, config.log.checkpoint_every, trainer.steps_done)
         if self._checkpoint is None:
@@ -217,7 +216,7 @@ class Generator:
         self._progress.stage("loading")
         for line in trainer.planner.lines(trainer.plan):
             _log.info(line)
-        if config.guidance.name != "embedded":
+        if not is_prior(config.guidance.name):
             self._load(trainer, folder)
 
         def progress() -> str:
@@ -255,6 +254,7 @@ class Generator:
 
     def _trainer(self, guidance: Guidance | None, profiler: StepProfiler | None = None) -> Trainer:
         trainer = Trainer(self.config, self.device, guidance, profiler, self._ranks)
+        self.config = trainer.config
         if self._checkpoint is not None:
             trainer.restore(self._checkpoint)
             began = self._checkpoint.meta.get("guidance_files")

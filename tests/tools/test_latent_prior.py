@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from catalogues import write_catalogue
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -22,9 +22,9 @@ import train_latent_prior
 import training_state as state
 from latent_prior import autoencoder, diffusion, looks, networks, pipeline, training
 from latent_prior.latents import LatentPool, caption_tokens, make_sampler, measure_scale
-from training_loop import seed_step
-from prior_data import captions, views
+from prior_data import captions
 from prior_data.batches import HELD_OUT_VIEWS, CatalogueSampler
+from training_loop import seed_step
 
 from dreamfusion_fast.guidance import GuidanceConfig, GuidanceRequest, ScoreDistillation, Views, create_guidance
 
@@ -68,38 +68,7 @@ def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder as prior_data.build writes it: discs of two colours, lit from the front."""
-    folder = tmp_path_factory.mktemp("data")
-    y, x = np.mgrid[-1 : 1 : views.SIZE * 1j, -1 : 1 : views.SIZE * 1j]
-    blobs, ends = {"albedo": b"", "normal": b""}, {"albedo": [], "normal": []}
-    for number in range(len(NOUNS)):
-        inside = x**2 + y**2 < 0.3 + 0.3 * number
-        albedo = np.zeros((VIEWS_EACH, views.SIZE, views.SIZE, 4), np.uint8)
-        albedo[:, inside] = [220, 40 + 120 * number, 30, 255]
-        normal = np.full((VIEWS_EACH, views.SIZE, views.SIZE, 3), 127, np.uint8)
-        normal[..., 2] = 255
-        for kind, pictures in (("albedo", albedo), ("normal", normal)):
-            blobs[kind] += views.encode(views.to_sheet(pictures), 90)
-            ends[kind].append(len(blobs[kind]))
-    for kind, blob in blobs.items():
-        (folder / f"{kind}.bin").write_bytes(blob)
-    angle = np.linspace(0, 2 * math.pi, VIEWS_EACH * len(NOUNS), endpoint=False).astype(np.float32)
-    np.savez(
-        folder / "views.npz",
-        counts=[VIEWS_EACH] * len(NOUNS),
-        albedo_ends=ends["albedo"],
-        normal_ends=ends["normal"],
-        model=np.repeat(np.arange(len(NOUNS), dtype=np.int32), VIEWS_EACH),
-        azimuth=angle,
-        elevation=np.full_like(angle, 0.3),
-        distance=np.full_like(angle, 3.0),
-    )
-    models = []
-    for noun, colour in zip(NOUNS, ("red", "orange"), strict=True):
-        phrases = dict(list(captions.phrases_for("none#1", noun).items())[:2])
-        models.append({"noun": noun, "phrases": phrases, "colours": [colour], "weight": 1.0, "split": "train"})
-    (folder / "models.json").write_text(json.dumps(models))
-    return folder
+    return write_catalogue(tmp_path_factory.mktemp("data"), NOUNS, VIEWS_EACH)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,53 @@
+"""A catalogue of pictures made on the spot, for the tools that train on one."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+from prior_data import captions, views
+
+
+def write_catalogue(folder: Path, nouns: Sequence[str], views_each: int) -> Path:
+    """A data folder as prior_data.build writes it: discs of their own size and colour, lit from the front.
+
+    Views go around at an elevation of 0.3 radians, all models' together once.
+    """
+    y, x = np.mgrid[-1 : 1 : views.SIZE * 1j, -1 : 1 : views.SIZE * 1j]
+    blobs: dict[str, bytes] = {"albedo": b"", "normal": b""}
+    ends: dict[str, list[int]] = {"albedo": [], "normal": []}
+    for number in range(len(nouns)):
+        inside = x**2 + y**2 < 0.3 + 0.3 * number
+        albedo = np.zeros((views_each, views.SIZE, views.SIZE, 4), np.uint8)
+        albedo[:, inside] = [220, 40 + 120 * number, 30, 255]
+        normal = np.full((views_each, views.SIZE, views.SIZE, 3), 127, np.uint8)
+        normal[..., 2] = 255
+        for kind, pictures in (("albedo", albedo), ("normal", normal)):
+            blobs[kind] += views.encode(views.to_sheet(pictures), 90)
+            ends[kind].append(len(blobs[kind]))
+    for kind, blob in blobs.items():
+        (folder / f"{kind}.bin").write_bytes(blob)
+    angle = np.linspace(0, 2 * math.pi, views_each * len(nouns), endpoint=False).astype(np.float32)
+    np.savez(
+        folder / "views.npz",
+        counts=np.array([views_each] * len(nouns)),
+        albedo_ends=np.array(ends["albedo"]),
+        normal_ends=np.array(ends["normal"]),
+        model=np.repeat(np.arange(len(nouns), dtype=np.int32), views_each),
+        azimuth=angle,
+        elevation=np.full_like(angle, 0.3),
+        distance=np.full_like(angle, 3.0),
+    )
+    models = []
+    for noun, colour in zip(nouns, ("red", "orange"), strict=True):
+        phrases = dict(list(captions.phrases_for("none#1", noun).items())[:2])
+        models.append({"noun": noun, "phrases": phrases, "colours": [colour], "weight": 1.0, "split": "train"})
+    (folder / "models.json").write_text(json.dumps(models))
+    return folder

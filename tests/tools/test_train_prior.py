@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import sys
@@ -193,13 +194,14 @@ def test_a_run_that_is_cut_is_the_one_that_is_not(
 ) -> None:
     """To the bit; with the files of its end, and weights that a run takes."""
     monkeypatch.setattr(batches, "TextEncoder", lambda _: Words())
-    length = ["--views", "4", "--total-steps", "5", "--save-every", "2", "--probe-views", "8", "--sheet-steps", "1"]
-    # The sheet of a smaller list.
-    monkeypatch.setattr(probe.sample_sheet, "__defaults__", (3.0, 40, 1, ("a chair",)))
+    monkeypatch.setattr(probe, "PROBE_TIMES", (0.6,))
+    length = ["--views", "4", "--total-steps", "5", "--save-every", "2"]
+    looks, blind = (["--probe-views", views, "--sheet-steps", steps] for views, steps in (("8", "1"), ("0", "0")))
+    monkeypatch.setattr(train_prior, "sample_sheet", functools.partial(probe.sample_sheet, prompts=("a chair",)))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train(data, whole, *length, "--state", str(tmp_path / "state-whole"))
+    train(data, whole, *length, *looks, "--state", str(tmp_path / "state-whole"))
     for _ in range(3):
-        train(data, cut, *length, "--state", str(tmp_path / "state-cut"), "--steps", "2")
+        train(data, cut, *length, *blind, "--state", str(tmp_path / "state-cut"), "--steps", "2")
     said = capsys.readouterr().out
     assert said.count("to be continued: ") == 2
     assert said.count("done: 5 steps") == 2

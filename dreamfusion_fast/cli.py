@@ -387,6 +387,8 @@ def _sample(arguments: list[str]) -> int:
         """Denoising steps."""
         device: str = "auto"
         """auto (the GPU if there is one), cpu, cuda or cuda:1."""
+        prior: str = ""
+        """Folder of other weights of the prior (tools/pack_prior.py); by default the package's own."""
 
     given = _parse(Sample, arguments, "sample", "Draw pictures with the embedded 2D prior, without any 3D.")
     if not given.prompt.strip():
@@ -396,6 +398,7 @@ def _sample(arguments: list[str]) -> int:
         raise UserError(f"--out has to end in .png, not {given.out!r}")
     if out.exists() and not given.overwrite:
         raise UserError(f"{out} exists; choose another with --out, or give --overwrite")
+    folder = user_path(given.prior, "--prior") if given.prior else None
     make_folder(out.parent)
 
     from dreamfusion_fast.export.turntable import save_png, tile
@@ -403,9 +406,10 @@ def _sample(arguments: list[str]) -> int:
     from dreamfusion_fast.training.device import resolve_device
 
     images = sample_images(
-        given.prompt, given.n, given.seed, given.guidance_scale, given.steps, str(resolve_device(given.device))
+        given.prompt, given.n, given.seed, given.guidance_scale, given.steps, str(resolve_device(given.device)), folder
     )
-    save_png(out, tile(list(images), math.ceil(math.sqrt(given.n))))
+    _, height, width, _ = images.shape  # the views of a group lie in a row
+    save_png(out, tile(list(images), math.ceil(math.sqrt(given.n * height / width))))
     print(f"done: {out}")
     return 0
 

@@ -92,7 +92,7 @@ class BallGuidance(Guidance):
         return GuidanceOutput(gradient, t, difference.square().flatten(1).mean(dim=1).sqrt())
 
 
-def write_tiny_prior(folder: Path) -> Path:
+def write_tiny_prior(folder: Path, views: int = 1) -> Path:
     """A folder as the package's weights are, with a network of random weights that takes milliseconds."""
     from dreamfusion_fast.guidance.models.embedded.model import UNET_CONFIG, PriorNetwork, save_prior
     from dreamfusion_fast.guidance.models.embedded.text_encoder import WEIGHTS
@@ -100,7 +100,8 @@ def write_tiny_prior(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("text_encoder.safetensors.gz", "tokenizer.json"):
         (folder / name).symlink_to(WEIGHTS / name)
-    config = UNET_CONFIG | {"block_out_channels": (8, 8, 16), "norm_num_groups": 4, "attention_head_dim": 4}
+    small = {"block_out_channels": (8, 8, 16), "norm_num_groups": 4, "attention_head_dim": 4}
+    config = UNET_CONFIG | small | {"views": views}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = PriorNetwork(config)

@@ -358,8 +358,8 @@ def fake_prior(monkeypatch):
 def test_sample_writes_a_grid(fake_prior, tmp_path):
     out = tmp_path / "new" / "grid.png"
     assert cli.main(["sample", "a chair", "-n", "5", "--out", str(out), "--seed", "3", "--device", "cpu"]) == 0
-    ((prompt, n, seed, _, steps, device),) = fake_prior
-    assert (prompt, n, seed, device) == ("a chair", 5, 3, "cpu")
+    ((prompt, n, seed, _, steps, device, folder),) = fake_prior
+    assert (prompt, n, seed, device, folder) == ("a chair", 5, 3, "cpu", None)
     assert steps > 0
     picture = np.array(Image.open(out))
     assert picture.shape == (128, 192, 3)

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from latent_prior import looks
 from latent_prior.latents import make_sampler
-from training_loop import Call
 from latent_prior.networks import Precision, Shape
 from latent_prior.pipeline import Pipeline, pack
 from latent_prior.store import STORED, store
 from latent_prior.training import Settings, Training
 from prior_data.probe import SHEET_PROMPTS
+from training_loop import Call
 
 # Loading, probe, samples and files after the last step of a call take about this long.
 _RESERVE_SECONDS = 25.0

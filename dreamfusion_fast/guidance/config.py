@@ -51,6 +51,13 @@ KNOWN_GUIDANCE: dict[str, tuple[str, ...]] = {
     "deepfloyd-if": ("DeepFloyd/IF-I-XL-v1.0",),
 }
 """Short names and the hub ids they stand for, the first that can be had; the embedded prior is part of the package."""
+PRIOR_FILE = "prior.safetensors.gz"
+"""What a folder of weights of the embedded prior holds."""
+
+
+def is_prior(name: str) -> bool:
+    """Whether a `GuidanceConfig.name` is that of the embedded prior, or of a folder of other weights of it."""
+    return name == "embedded" or (user_path(name, "guidance") / PRIOR_FILE).is_file()
 
 
 @dataclass
@@ -58,8 +65,9 @@ class GuidanceConfig(Settings):
     """Which diffusion model guides, and how.
 
     Args:
-        name: "embedded", another name of `KNOWN_GUIDANCE`, a folder in diffusers' format, a checkpoint of Stable
-            Diffusion or SDXL in one safetensors file, or a hub id "owner/name". Paths are made absolute.
+        name: "embedded", another name of `KNOWN_GUIDANCE`, a folder of other weights of the embedded prior
+            (`tools/pack_prior.py`) or in diffusers' format, a checkpoint of Stable Diffusion or SDXL in one safetensors
+            file, or a hub id "owner/name". Paths are made absolute.
         base: of a single file: a name, folder or hub id of a pipeline that it was made from, whose configurations and
             tokenizers are used; None: the file says enough, as all but those of Stable Diffusion 2 do.
         guidance_scale: s in eps_null + s (eps_text - eps_null); None takes that of the mode's authors, if they have

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from dreamfusion_fast.errors import UserError
-from dreamfusion_fast.guidance.config import GuidanceConfig
+from dreamfusion_fast.guidance.config import GuidanceConfig, is_prior
 from dreamfusion_fast.guidance.contract import DiffusionModel, Guidance
 from dreamfusion_fast.guidance.distillation import ScoreDistillation
+from dreamfusion_fast.io import user_path
 
 
 def create_guidance(config: GuidanceConfig, device: torch.device | str = "cpu") -> Guidance:
@@ -25,10 +26,11 @@ def create_model(config: GuidanceConfig, device: torch.device | str = "cpu") -> 
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device} was asked for, but this machine has no usable GPU: use device cpu")
     # Imported here: diffusers and transformers take seconds to import.
-    if config.name == "embedded":
+    if is_prior(config.name):
         from dreamfusion_fast.guidance.models.embedded.guide import EmbeddedPrior
 
-        return EmbeddedPrior(device, config.dtype, fused=config.fused)
+        own = {} if config.name == "embedded" else {"folder": user_path(config.name, "guidance")}
+        return EmbeddedPrior(device, config.dtype, fused=config.fused, **own)
 
     from dreamfusion_fast.guidance.models.pipeline_choice import load_pipeline_model
 

@@ -85,7 +85,8 @@ class Config(Settings):
     steps: Annotated[int, Range(1)] = 1000
     """Optimiser steps."""
     batch: Annotated[int | None, Range(1)] = None
-    """Views per step; by default 8 on a GPU, where they cost little more than 2, and 2 on a CPU."""
+    """Views per step; by default 8 on a GPU, where they cost little more than 2, and 2 on a CPU, or as many more as a
+    model reads together."""
     memory: str | int | None = None
     """Memory the run may use, such as 16GB, 16GiB, 16000MB or bytes; by default what the GPU has free."""
     profile: bool = False
@@ -132,9 +133,9 @@ class Config(Settings):
         own = {"mlp_dtype": self.field.mlp_dtype, "backend": self.field.backend}
         return dataclasses.replace(self, init=init, field=dataclasses.replace(field_of_file(init), **own))
 
-    def batch_on(self, device: torch.device) -> int:
-        """Views per step of a run on `device`."""
-        return self.batch if self.batch is not None else _BATCH.get(device.type, 8)
+    def batch_on(self, device: torch.device, group: int = 1) -> int:
+        """Views per step of a run on `device`; by default whole groups of so many."""
+        return self.batch if self.batch is not None else -(-_BATCH.get(device.type, 8) // group) * group
 
     def check(self) -> None:
         """Raise UserError for what no run can start with, such as an empty prompt."""

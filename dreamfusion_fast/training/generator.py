@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from dreamfusion_fast.errors import DoesNotFitError, Interrupted, NonFiniteError, UserError, described
 from dreamfusion_fast.export import TexturedMesh, export_field, render_mesh, render_preview, render_turntable
-from dreamfusion_fast.guidance.config import GuidanceConfig
+from dreamfusion_fast.guidance.config import GuidanceConfig, is_prior
 from dreamfusion_fast.guidance.contract import Guidance
 from dreamfusion_fast.guidance.creation import create_guidance
 from dreamfusion_fast.io import RunFolder, claimed, claimed_new, open_run_folder
@@ -123,8 +123,7 @@ class Generator:
         self.callbacks = list(callbacks)
         self._ranks = ranks
         self.device = resolve_device(config.device) if ranks is None else ranks.device
-        # Said once, so that a run that is resumed on another device goes on with as many views.
-        self.config = dataclasses.replace(config, batch=config.batch_on(self.device))
+        self.config = config
         self._guidance = guidance
         self._checkpoint: Checkpoint | None = None
         self._folder: RunFolder | None = None
@@ -209,10 +208,11 @@ class Generator:
             yield folder
 
     def _run(self, folder: RunFolder) -> RunResult:
-        config, started = self.config, time.monotonic()
-        profiler = StepProfiler(self.device) if config.profile else None
+        started = time.monotonic()
+        profiler = StepProfiler(self.device) if self.config.profile else None
         guidance = self._resumed_guidance() if self._guidance is None else self._guidance
         trainer = self._trainer(guidance, profiler)
+        config = self.config
         self._folder, self._begun = folder, True
         checkpoints = Checkpoints(folder, config.log.checkpoint_every, trainer.steps_done)
         if self._checkpoint is None:
@@ -227,7 +227,7 @@ class Generator:
             with _shown(folder.preview):
                 Preview(folder.preview, config.log.preview_every).draw(trainer)
                 _log.info("%s shows what the run starts from, after %.1f s", folder.preview, time.monotonic() - started)
-        if config.guidance.name != "embedded":
+        if not is_prior(config.guidance.name):
             self._load(trainer, folder)
 
         def progress() -> str:
@@ -265,6 +265,7 @@ class Generator:
 
     def _trainer(self, guidance: Guidance | None, profiler: StepProfiler | None = None) -> Trainer:
         trainer = Trainer(self.config, self.device, guidance, profiler, self._ranks)
+        self.config = trainer.config
         if self._checkpoint is None:
             self._begin(trainer)
         else:

@@ -166,10 +166,11 @@ class MemoryPlanner:
             add(render_budget=SMALL_BUDGET, render_graphs=False)
         elif renderer.graphs:
             add(render_graphs=False)
-        views = self.batch
-        while views > 1:
-            views = -(-views // 2)
-            add(views_per_call=views)
+        group = self.guidance.views_per_group
+        groups = self.batch // group
+        while groups > 1:
+            groups = -(-groups // 2)
+            add(views_per_call=groups * group)
         needs = self.guidance.memory_needs(1, self.render_size)
         if needs.encode_recomputed < needs.encode:
             add(recompute=True)
@@ -242,7 +243,7 @@ class MemoryPlanner:
         wrong = 1.0 if self.limit.size is None else max(1.0, self.limit.size / now)
         smaller = (self.render_size >> halvings for halvings in range(1, 32))
         for size in (self.render_size, *(size for size in smaller if size >= 32)):
-            for batch in dict.fromkeys((self.batch, 1)):
+            for batch in dict.fromkeys((self.batch, self.guidance.views_per_group)):
                 if (size, batch) == (self.render_size, self.batch):
                     continue
                 less = wrong * self.expected(plan, batch, size)

@@ -16,7 +16,7 @@ from typing import Any
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.fields import HashGridFieldConfig
-from dreamfusion_fast.guidance.config import KNOWN_GUIDANCE, GuidanceConfig
+from dreamfusion_fast.guidance.config import KNOWN_GUIDANCE, GuidanceConfig, is_prior
 from dreamfusion_fast.guidance.models.pipeline_origins import open_source
 from dreamfusion_fast.io import user_path
 from dreamfusion_fast.rendering import RendererConfig
@@ -65,6 +65,8 @@ def is_small(name: str) -> bool:
     if name in KNOWN_GUIDANCE:
         return name == "embedded"
     try:
+        if is_prior(name):
+            return True
         if not user_path(name, "guidance").is_dir():
             return False
         source = open_source(GuidanceConfig(name=name))

@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -93,11 +93,7 @@ class Trainer:
         ranks: Ranks | None = None,
     ) -> None:
         config.check()
-        self.config = config
-        self.batch = config.batch_on(device)
         self._ranks = ranks
-        self._own = slice(0, self.batch) if ranks is None else ranks.views(self.batch)
-        own_views = self._own.stop - self._own.start
         self.device = device
         self.profiler = profiler
         limit = MemoryLimit.of(config.memory, device)
@@ -105,6 +101,11 @@ class Trainer:
         self.scene = make_scene(config, device, self.generator)
         self.guidance = create_guidance(config.guidance, device) if guidance is None else guidance
         group = self.guidance.views_per_group
+        # Said once, so that a run that is resumed on another device goes on with as many views.
+        self.config = config = replace(config, batch=config.batch_on(device, group))
+        self.batch = config.batch_on(device)
+        self._own = slice(0, self.batch) if ranks is None else ranks.views(self.batch)
+        own_views = self._own.stop - self._own.start
         if own_views % group:
             whose = "batch" if own_views == self.batch else "views of each process"
             raise UserError(

@@ -62,7 +62,7 @@ class ViewSampler:
         device: where views are to be.
         generator: on the CPU, source of all random numbers here.
         own: the views that are rendered; others are drawn as well, and their rays meet nothing.
-        group: so many views show the object together, evenly from around it.
+        group: so many views show the object together, evenly from around it, before one plain background.
     """
 
     def __init__(
@@ -124,13 +124,14 @@ class ViewSampler:
         return Shading.TEXTURELESS if draw < c.albedo_probability + c.textureless_probability else Shading.LAMBERTIAN
 
     def _draw_backgrounds(self) -> Tensor | None:
-        """Plain colours `[B, 3]` on the CPU, or None for the learned background."""
-        c, batch = self._config.background, self._batch
-        draws = torch.rand(batch + 1, generator=self._generator)
-        colors = random_colors(batch, self._generator)
+        """Plain colours `[B, 3]` on the CPU, one for each group, or None for the learned background."""
+        c, groups = self._config.background, self._batch // self._group
+        draws = torch.rand(groups + 1, generator=self._generator)
+        colors = random_colors(groups, self._generator)
         if float(draws[0]) >= c.plain:
             return None
-        return torch.where((draws[1:] < c.white)[:, None], torch.ones_like(colors), colors)
+        colors = torch.where((draws[1:] < c.white)[:, None], torch.ones_like(colors), colors)
+        return colors.repeat_interleave(self._group, dim=0)
 
     @contextmanager
     def _beside_the_last_step(self, renderer: VolumeRenderer) -> Iterator[None]:

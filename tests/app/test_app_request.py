@@ -90,7 +90,7 @@ def test_sample_has_these_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     sample = "dreamfusion_fast.guidance.models.embedded.sample"
     monkeypatch.setitem(sys.modules, sample, SimpleNamespace(sample_images=sample_images))
     assert cli.main(json.loads((tmp_path / "said").read_text())) == 0
-    assert asked == ["-a chair", 4, 1, 3.0, 20, "cpu"]
+    assert asked == ["-a chair", 4, 1, 3.0, 20, "cpu", None]
     assert Image.open(tmp_path / "a.png").size == (16, 16)
 
 

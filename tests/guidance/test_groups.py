@@ -15,6 +15,8 @@ from torch import Tensor
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.guidance import GuidanceConfig, GuidanceRequest, ScoreDistillation, Views
 from dreamfusion_fast.rendering import CameraConfig, sample_cameras
+from dreamfusion_fast.training.config import Config
+from dreamfusion_fast.training.sections import BackgroundConfig
 from dreamfusion_fast.training.trainer import Trainer
 
 
@@ -125,3 +127,29 @@ def test_a_run_draws_groups_with_their_cameras() -> None:
 def test_a_batch_that_is_no_multiple_is_refused() -> None:
     with pytest.raises(UserError, match="batch: got 3, want a multiple of 2: ball reads so many views together"):
         Trainer(dataclasses.replace(small_config(), batch=3), torch.device("cpu"), GroupedBall())
+
+
+class Thirds(BallGuidance):
+    views_per_group = 3
+
+
+def test_a_default_batch_is_whole_groups() -> None:
+    assert [Config().batch_on(torch.device(name), 3) for name in ("cpu", "cuda")] == [3, 9]
+    assert Config(batch=2).batch_on(torch.device("cpu"), 3) == 2  # which the trainer refuses
+    trainer = Trainer(dataclasses.replace(small_config(), batch=None), torch.device("cpu"), Thirds())
+    assert trainer.batch == trainer.config.batch == 3  # as checkpoints hold it
+
+
+def test_views_of_a_group_have_one_plain_background() -> None:
+    config = small_config(batch=6, steps=1, background=BackgroundConfig(plain=1.0, white=0.0))
+    guidance = Thirds()
+    Trainer(config, torch.device("cpu"), guidance).step()
+    background = guidance.calls[0]["views"].background.view(2, 3, 3)
+    assert torch.equal(background, background[:, :1].expand(2, 3, 3))
+    assert not torch.equal(background[0], background[1])
+
+
+def test_memory_is_saved_by_whole_groups() -> None:
+    trainer = Trainer(small_config(batch=15), torch.device("cpu"), Thirds())
+    sizes = [plan.views_per_call for plan in trainer.planner.ladder]
+    assert list(dict.fromkeys(sizes)) == [15, 9, 6, 3]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from catalogues import write_catalogue
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -21,10 +22,9 @@ import train_latent_prior
 import training_state as state
 from latent_prior import autoencoder, diffusion, looks, networks, pipeline, training
 from latent_prior.latents import LatentPool, caption_tokens, make_sampler, measure_scale
-from training_loop import seed_step
 from prior_data import captions
 from prior_data.batches import HELD_OUT_VIEWS, CatalogueSampler
-from tiny_catalogue import write_catalogue
+from training_loop import seed_step
 
 from dreamfusion_fast.guidance import GuidanceConfig, GuidanceRequest, ScoreDistillation, Views, create_guidance
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from catalogues import NOUNS, write_catalogue
 from fakes import WordVectors
 from PIL import Image
 from torch import Tensor
@@ -20,7 +21,6 @@ import train_amortised
 from amortised import batches, packing, training
 from amortised.rendering import ObjectRenderer
 from prior_data.batches import HELD_OUT_VIEWS, CatalogueSampler
-from tiny_catalogue import NOUNS, write_catalogue
 from training_state import load_state
 
 from dreamfusion_fast.fields import TriplaneField

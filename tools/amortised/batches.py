@@ -70,10 +70,7 @@ class ObjectSampler:
         places = torch.rand(n, views, device=c.device) * (c.count[model, None] - HELD_OUT_VIEWS)
         view = (c.first[model, None] + places.long()).flatten()
         albedo, opacity = self.pictures(view)
-        # All views of an object as one tall picture, so that they get one colour.
-        tall = albedo.unflatten(0, (n, views)).transpose(1, 2).flatten(2, 3)
-        tall, word = c.coloured(model, tall, opacity.view(n, 1, views * VIEW_SIZE, VIEW_SIZE))
-        albedo = tall.unflatten(2, (views, VIEW_SIZE)).transpose(1, 2).flatten(0, 1)
+        albedo, word = c.coloured(model, albedo, opacity[:, None])
 
         on_object = (opacity.flatten(1) > _OBJECT_OPACITY).float() + 1e-6
         aimed = torch.multinomial(on_object, round(_ON_OBJECT * rays), replacement=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from prior_data.batches import CatalogueSampler, Parts
 from torch import Tensor
+from training_loop import seed_step
 
 from dreamfusion_fast.guidance.models.embedded.model import ViewCondition
 
-from training_loop import seed_step
 from .networks import LATENT_CHANNELS, LATENT_SIZE
 from .text import FolderTextEncoder
 

@@ -13,6 +13,7 @@ from prior_data.captions import VIEWS
 from prior_data.colours import COLOURS
 from prior_data.probe import PROBE_TIMES, variants
 from torch import Tensor, nn
+from training_loop import seed_step
 
 from dreamfusion_fast.guidance.methods.cfg import guided
 from dreamfusion_fast.guidance.models.embedded.model import TRAIN_TIMESTEPS
@@ -20,7 +21,6 @@ from dreamfusion_fast.guidance.models.embedded.model import TRAIN_TIMESTEPS
 from .autoencoder import decode, encode
 from .diffusion import v_errors
 from .latents import caption_tokens
-from training_loop import seed_step
 from .networks import LATENT_CHANNELS, LATENT_SIZE, Precision
 
 _STREAM = 5

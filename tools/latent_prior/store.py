@@ -8,10 +8,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from training_state import load_state
+
 from dreamfusion_fast.guidance.models.embedded.quantize import load_weights, save_weights
 
 from .networks import Shape, make_autoencoder, make_unet
-from training_state import load_state
 from .training import averaged_unet
 
 STORED = Path(__file__).parent / "weights"

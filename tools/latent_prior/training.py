@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from prior_data.probe import SHEET_PROMPTS
 from torch import Tensor
+from training_loop import Call, Phase, Report, run, seed_step
+from training_state import load_state, optimizer_state, save_state
 
 from dreamfusion_fast.io import write_text
 
 from . import autoencoder, diffusion, looks
 from .latents import LatentPool, make_sampler, measure_scale
-from training_loop import Call, Phase, Report, run, seed_step
 from .networks import Autoencoding, Precision, Shape, make_autoencoder, make_scheduler, make_unet
-from training_state import load_state, optimizer_state, save_state
 
 _HELD_OUT_STREAM = 4
 HALF_MAX = torch.finfo(torch.float16).max

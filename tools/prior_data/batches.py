@@ -1,11 +1,14 @@
 """Training batches for the embedded prior, composed on the device.
 
-A sample is a view, its light, colour and background, and a caption that fits.
+A sample is a view, its light, colour and background, and a caption that fits. In a group, so many samples one after
+another show one object from around it: one model, colour, background, kind of shading and ambient light, one name in
+the captions, and the same things told. Cameras are the views' own, and so is the lamp near each camera, as in a run.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,11 @@ from .captions import VIEWS, compose, noun_phrases
 from .colours import COLOURS
 from .views import load_views
 
+# How closely a group's views keep to directions evenly around the object at one elevation: the concentration of a von
+# Mises-Fisher distribution over the model's views. With some 70 of them, they lie about 12 degrees off.
+SPREAD = 60.0
+# Share of samples that are told their camera: views alone, and groups.
+CAMERA_TOLD, CAMERAS_TOLD = 0.7, 0.9
 ALBEDO, TEXTURELESS = SHADINGS.index("albedo"), SHADINGS.index("textureless")
 HELD_OUT_VIEWS = 2  # of every model, for the probe
 # Display colours of the caption's colour words, in the order of COLOURS; training jitters them.
@@ -84,6 +92,10 @@ class CatalogueSampler:
         assert bool((owner.diff() >= 0).all()), "views must be ordered by model"
         self.first = (counts.cumsum(0) - counts).to(device)
         self.count = counts.to(device)
+        # Of each model; here and not where it is used, since a GPU's maximum would make every step wait.
+        self._places = torch.arange(int(counts.max()), device=device)
+        self._trained_on = self._places < (self.count[:, None] - HELD_OUT_VIEWS)
+        self._direction = _directions(self.azimuth, self.elevation)
         trained = torch.tensor([m["split"] == "train" for m in models])
         weight = torch.tensor([float(m["weight"]) for m in models]) * trained * (counts > 0)
         self.weight = weight.to(device)
@@ -136,13 +148,13 @@ class CatalogueSampler:
         vector = parts.view.vector(len(caption), self.device)
         return self.tokens[caption].float(), torch.cat([self.pooled[caption], vector], -1)
 
-    def batch(self, n: int) -> Batch:
-        """A training batch: models by weight, views uniform without the held-out ones."""
-        return self._compose(*self.draw(n))
+    def batch(self, n: int, group: int = 1) -> Batch:
+        """A training batch of n views in groups: models by weight, views uniform without the held-out ones."""
+        return self._compose(*self.draw_groups(n, group), group)
 
-    def held_out_batch(self, n: int) -> Batch:
-        """Views never trained on, of models that were."""
-        return self._compose(*self.draw(n, held_out=True))
+    def held_out_batch(self, n: int, group: int = 1) -> Batch:
+        """Views never trained on, of models that were; in groups the first view of each, the others were trained on."""
+        return self._compose(*self.draw_groups(n, group, held_out=True), group)
 
     def draw(self, n: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
         """Models by weight and one view of each, held out of training or not: indices `[n]` int64."""
@@ -151,16 +163,43 @@ class CatalogueSampler:
             return model, self.first[model] + self.count[model] - 1 - (self._rand(n) * HELD_OUT_VIEWS).long()
         return model, self.first[model] + (self._rand(n) * (self.count[model] - HELD_OUT_VIEWS)).long()
 
+    def draw_groups(self, n: int, group: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
+        """`draw`, each view followed by others of its model, so that `group` of them are around it: indices `[n]`.
+
+        Raises:
+            ValueError: n is no multiple of the group.
+        """
+        if n % group:
+            raise ValueError(f"batch: got {n}, want a multiple of {group}, the views of a group")
+        model, view = self.draw(n // group, held_out)
+        if group == 1:
+            return model, view
+        turns = torch.arange(1, group, device=self.device) * (2 * math.pi / group)
+        azimuth = (self.azimuth[view][:, None] + turns).flatten()
+        elevation = self.elevation[view].repeat_interleave(group - 1)
+        others = model.repeat_interleave(group - 1)
+        wanted = _directions(azimuth, elevation)
+        places = (self.first[others][:, None] + self._places).clamp(max=len(self.albedo) - 1)
+        nearness = SPREAD * (self._direction[places] * wanted[:, None]).sum(-1)
+        chance = torch.where(self._trained_on[others], nearness, -math.inf).softmax(-1)
+        other = self.first[others] + torch.multinomial(chance, 1)[:, 0]
+        view = torch.cat([view[:, None], other.view(-1, group - 1)], 1).flatten()
+        return model.repeat_interleave(group), view
+
     def _rand(self, *shape: int) -> Tensor:
         return torch.rand(*shape, device=self.device)
 
-    def _compose(self, model: Tensor, view: Tensor) -> Batch:
-        images, parts = self.pictures(model, view)
+    def _compose(self, model: Tensor, view: Tensor, group: int) -> Batch:
+        images, parts = self.pictures(model, view, group)
         return Batch(images, *self.condition(parts), parts)
 
-    def pictures(self, model: Tensor, view: Tensor) -> tuple[Tensor, Parts]:
+    def pictures(self, model: Tensor, view: Tensor, group: int = 1) -> tuple[Tensor, Parts]:
         """Views under drawn light, colour and background, `[n, 3, 64, 64]` in [-1, 1], and what may be said of them."""
-        n = len(model)
+        n = len(model) // group  # draws are of groups, `spread` gives them to their views
+
+        def spread(values: Tensor) -> Tensor:
+            return values if group == 1 else values.repeat_interleave(group, 0)
+
         azimuth, elevation = self.azimuth[view], self.elevation[view]
         rgba = self.albedo[view].permute(0, 3, 1, 2).float() / 255
         albedo, alpha = rgba[:, :3], rgba[:, 3:]
@@ -168,19 +207,22 @@ class CatalogueSampler:
 
         shading = torch.multinomial(self.shading_chances, n, replacement=True)
         textureless = shading == TEXTURELESS
-        albedo, word = self.coloured(model, albedo, alpha, ~textureless)
-        albedo = torch.where(_column(textureless), torch.ones_like(albedo), albedo)
+        albedo, word = self.coloured(model[::group], albedo, alpha, ~textureless)
+        albedo = torch.where(_column(spread(textureless)), torch.ones_like(albedo), albedo)
         clay = torch.where(self._rand(n) < 0.6, 1 + len(COLOURS), 0)
-        word = torch.where(textureless, clay, word)
+        word = spread(torch.where(textureless, clay, word))
 
-        image = self._light(albedo, normal, azimuth, elevation, shading)
-        background = self._backgrounds(n)
+        shading = spread(shading)
+        image = self._light(albedo, normal, azimuth, elevation, shading, group)
+        background = spread(self._backgrounds(n))
         image = image * alpha + _plane(background) * (1 - alpha)
 
-        phrase, suffix, null = self.captions(model, azimuth, elevation)
-        camera_known = (self._rand(n) < 0.7) & ~(null & (self._rand(n) < 0.5))
+        phrase, suffix, null = self.captions(model, azimuth, elevation, group)
+        told = CAMERA_TOLD if group == 1 else CAMERAS_TOLD
+        camera_known = spread(self._rand(n) < told) & ~(null & spread(self._rand(n) < 0.5))
+        background_known, shading_known = spread(self._rand(n) < 0.9), spread(self._rand(n) < 0.9)
         condition = ViewCondition(
-            azimuth, elevation, background, shading, camera_known, self._rand(n) < 0.9, self._rand(n) < 0.9
+            azimuth, elevation, background, shading, camera_known, background_known, shading_known
         )
         parts = Parts(phrase, word, suffix, null, condition)
         return image * 2 - 1, parts
@@ -188,12 +230,12 @@ class CatalogueSampler:
     def coloured(
         self, model: Tensor, albedo: Tensor, alpha: Tensor, may: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """A third of the pictures in another colour, and the colour word of each, or none.
+        """A third of the objects in another colour, and the colour word of each, or none.
 
         Args:
             model: `[n]`.
-            albedo: `[n, 3, height, width]`.
-            alpha: `[n, 1, height, width]`.
+            albedo: `[n * views, 3, height, width]`, the views of each object one after another.
+            alpha: `[n * views, 1, height, width]`.
             may: `[n]`, which may be recoloured; None: all.
 
         Returns:
@@ -205,34 +247,46 @@ class CatalogueSampler:
         if may is not None:
             recoloured &= may
         colour = torch.randint(len(COLOURS), (n,), device=self.device)
-        albedo = torch.where(_column(recoloured), self._recolour(albedo, alpha, colour), albedo)
+        changed = recoloured.repeat_interleave(len(albedo) // max(n, 1))
+        albedo = torch.where(_column(changed), self._recolour(albedo, alpha, colour), albedo)
         named = self.natural[model, torch.randint(2, (n,), device=self.device)]
         named = torch.where(self.has_natural[model] & (self._rand(n) < 0.5), named, 0)
         return albedo, torch.where(recoloured, 1 + colour, named)
 
-    def captions(self, model: Tensor, azimuth: Tensor, elevation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A drawn phrase and view suffix for each picture, and whether its caption is dropped."""
-        n = len(model)
-        phrase = self.choices[model, torch.multinomial(self.chances[model], 1)[:, 0]]
-        suffix = torch.where(self._rand(n) < 0.6, 1 + view_index(azimuth, elevation), 0)
-        return phrase, suffix, self._rand(n) < 0.1
+    def captions(
+        self, model: Tensor, azimuth: Tensor, elevation: Tensor, group: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A drawn phrase and view suffix for each picture, and whether its caption is dropped.
+
+        In a group, phrase and dropping are the same, and all name their views or none does.
+        """
+        first = model[::group]
+        n = len(first)
+        phrase = self.choices[first, torch.multinomial(self.chances[first], 1)[:, 0]]
+        named, null = self._rand(n) < 0.6, self._rand(n) < 0.1
+        phrase, named, null = (values.repeat_interleave(group) for values in (phrase, named, null))
+        return phrase, torch.where(named, 1 + view_index(azimuth, elevation), 0), null
 
     def _recolour(self, albedo: Tensor, alpha: Tensor, colour: Tensor) -> Tensor:
-        """The colour word's colour, jittered, under the texture's relative brightness."""
-        luminance = albedo.mean(1, keepdim=True)
-        mean = (luminance * alpha).sum((2, 3), keepdim=True) / alpha.sum((2, 3), keepdim=True).clamp(min=1)
-        relative = (luminance / mean.clamp(min=0.05)).clamp(0.35, 1.5)
+        """The colour word's colour, jittered, under the texture's brightness relative to that of all views."""
+        group = len(albedo) // max(len(colour), 1)
+        luminance = albedo.mean(1).unflatten(0, (-1, group))
+        weight = alpha[:, 0].unflatten(0, (-1, group))
+        mean = (luminance * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp(min=1)
+        relative = (luminance / mean.clamp(min=0.05)[:, None, None, None]).clamp(0.35, 1.5)
         target = self.colour_values[colour] * (0.8 + 0.4 * self._rand(len(colour), 1)) + 0.06 * (
             self._rand(len(colour), 3) - 0.5
         )
-        return (_plane(target) * relative).clamp(0, 1)
+        return (target[:, None, :, None, None] * relative[:, :, None]).clamp(0, 1).flatten(0, 1)
 
-    def _light(self, albedo: Tensor, normal: Tensor, azimuth: Tensor, elevation: Tensor, shading: Tensor) -> Tensor:
+    def _light(
+        self, albedo: Tensor, normal: Tensor, azimuth: Tensor, elevation: Tensor, shading: Tensor, group: int
+    ) -> Tensor:
         """Lambertian light from around the camera; albedo renders stay unlit."""
         n = len(albedo)
-        camera = torch.stack([elevation.cos() * azimuth.sin(), elevation.sin(), elevation.cos() * azimuth.cos()], -1)
+        camera = _directions(azimuth, elevation)
         light = torch.nn.functional.normalize(camera + 0.5 * torch.randn(n, 3, device=self.device), dim=-1)
-        ambient = 0.1 + 0.5 * self._rand(n, 1, 1, 1)
+        ambient = 0.1 + 0.5 * self._rand(n // group, 1, 1, 1).repeat_interleave(group, 0)
         lit = albedo * (ambient + (1 - ambient) * (normal * _plane(light)).sum(1, keepdim=True).clamp(min=0))
         return torch.where(_column(shading == ALBEDO), albedo, lit)
 
@@ -241,6 +295,12 @@ class CatalogueSampler:
         kind = self._rand(n, 1)
         grey = self._rand(n, 1).expand(-1, 3)
         return torch.where(kind < 0.5, self._rand(n, 3), torch.where(kind < 0.83, torch.ones_like(grey), grey))
+
+
+def _directions(azimuth: Tensor, elevation: Tensor) -> Tensor:
+    """Unit vectors `[n, 3]` towards cameras there."""
+    flat = elevation.cos()
+    return torch.stack([flat * azimuth.sin(), elevation.sin(), flat * azimuth.cos()], -1)
 
 
 def _column(mask: Tensor) -> Tensor:

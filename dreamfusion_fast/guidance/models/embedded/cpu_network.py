@@ -40,7 +40,7 @@ class CpuNetwork:
     """
 
     def __init__(self, network: PriorNetwork) -> None:
-        unet = network.unet
+        unet, self._check_group = network.unet, network.check_group
         self._time, self._time_embedding = unet.time_proj, unet.time_embedding
         self._class_embedding = unet.class_embedding
         self._conv_in = _padded_conv(unet.conv_in)
@@ -61,7 +61,7 @@ class CpuNetwork:
         return _Stage(resnets, attentions, None if resamplers is None else resamplers[0].conv)
 
     @torch.no_grad()
-    def __call__(self, noisy: Tensor, timestep: Tensor, tokens: Tensor, condition: Tensor) -> Tensor:
+    def __call__(self, noisy: Tensor, timestep: Tensor, tokens: Tensor, condition: Tensor, group: int = 1) -> Tensor:
         """v under k conditions, as `PriorNetwork` gives it for `noisy` and `timestep` repeated.
 
         Args:
@@ -69,10 +69,15 @@ class CpuNetwork:
             timestep: `[n]`.
             tokens: `[k n, 20, 384]`.
             condition: `[k n, CONDITION_WIDTH]`.
+            group: see `PriorNetwork`; n is a multiple of it, so that no group is of two conditions.
 
         Returns:
             `[k n, 3, 64, 64]`.
+
+        Raises:
+            ValueError: a group that the network was not trained for, or a part of one.
         """
+        self._check_group(group, len(noisy))
         times = len(tokens) // len(noisy)
         embedded = self._time_embedding(self._time(timestep)).repeat(times, 1) + self._class_embedding(condition)
         modulations = self._modulations(F.silu(embedded))
@@ -86,18 +91,18 @@ class CpuNetwork:
             for resnet, attention in stage.layers():
                 x = resnet(x, modulations)
                 if attention is not None:
-                    x = attention(x, captions)
+                    x = attention(x, captions, group)
                 skips.append(x)
             if stage.resample is not None:
                 x = stage.downsample(x)
                 skips.append(x)
         first, last = self._middle.resnets
-        x = last(self._middle.attentions[0](first(x, modulations), captions), modulations)
+        x = last(self._middle.attentions[0](first(x, modulations), captions, group), modulations)
         for stage in self._up:
             for resnet, attention in stage.layers():
                 x = resnet(torch.cat([x, skips.pop()], dim=-1), modulations)
                 if attention is not None:
-                    x = attention(x, captions)
+                    x = attention(x, captions, group)
             if stage.resample is not None:
                 x = stage.upsample(x)
         x = dense.conv3x3(dense.group_norm(x, self._norm_out), self._conv_out)
@@ -175,7 +180,7 @@ class _Resnet:
 
 
 class _Transformer:
-    """Self-attention, attention to the caption's tokens, and a gated feed-forward layer, on an image's pixels."""
+    """Self-attention within a group, attention to the caption's tokens, and a gated feed-forward layer, on pixels."""
 
     def __init__(self, transformer: Any, captions: _Joined) -> None:
         (block,) = transformer.transformer_blocks
@@ -190,11 +195,12 @@ class _Transformer:
         self._columns = captions.add(attn2.to_k, attn2.to_v)
         self._gate, self._feed = _linear(block.ff.net[0].proj), _linear(block.ff.net[2])
 
-    def __call__(self, image: Tensor, captions: Tensor) -> Tensor:
+    def __call__(self, image: Tensor, captions: Tensor, group: int) -> Tensor:
         n, height, width, channels = image.shape
         x = dense.linear(dense.group_norm(image, self._norm).view(n, height * width, channels), self._proj_in)
-        q, k, v = dense.linear(self._norms[0](x), self._qkv).chunk(3, dim=-1)
-        dense.linear(self._attend(q, k, v), self._out1, residual=x, out=x)
+        rows = dense.linear(self._norms[0](x), self._qkv).view(n // group, group * height * width, 3 * channels)
+        q, k, v = rows.chunk(3, dim=-1)
+        dense.linear(self._attend(q, k, v).view(x.shape), self._out1, residual=x, out=x)
         k, v = captions[..., self._columns].chunk(2, dim=-1)
         dense.linear(self._attend(dense.linear(self._norms[1](x), self._query), k, v), self._out2, residual=x, out=x)
         value, gate = dense.linear(self._norms[2](x), self._gate).chunk(2, dim=-1)

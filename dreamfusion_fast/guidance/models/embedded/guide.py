@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from dreamfusion_fast.errors import UserError
 from dreamfusion_fast.gpu.capture import CapturedFunction
-from dreamfusion_fast.guidance.config import DtypeName, resolve_dtype
+from dreamfusion_fast.guidance.config import PRIOR_FILE, DtypeName, resolve_dtype
 from dreamfusion_fast.guidance.contract import DiffusionModel, Views
 from dreamfusion_fast.guidance.models.schedule import VariancePreserving
 from dreamfusion_fast.guidance.prompts import Prompt, shortened, warn_of_lost_words
@@ -19,6 +20,10 @@ from dreamfusion_fast.guidance.prompts import Prompt, shortened, warn_of_lost_wo
 from .cpu_network import CpuNetwork, cpu_network_serves
 from .model import IMAGE_SIZE, SHADINGS, ViewCondition, alphas_cumprod, load_prior
 from .text_encoder import MAX_TOKENS, WEIGHTS, WIDTH, TextEncoder
+
+TEXT_FILES = ("text_encoder.safetensors.gz", "tokenizer.json")
+FILES = (PRIOR_FILE, *TEXT_FILES)
+"""What a folder of weights holds."""
 
 
 class EmbeddedPrior(DiffusionModel):
@@ -35,6 +40,7 @@ class EmbeddedPrior(DiffusionModel):
             enabled it is in plain torch.
 
     Attributes:
+        views_per_group: views that the weights were trained to read together; they read single ones, too.
         network: a `PriorNetwork`. With `fused` on a CPU its weights are packed, and changes of it are not seen.
     """
 
@@ -49,21 +55,28 @@ class EmbeddedPrior(DiffusionModel):
     ) -> None:
         self.device = torch.device(device)
         self.folder = folder
-        for file in ("prior.safetensors.gz", "text_encoder.safetensors.gz", "tokenizer.json"):
+        for file in FILES:
             if not (folder / file).is_file():
-                raise UserError(f"the embedded prior's {file} is missing from {folder}: install the package again")
+                mend = "install the package again" if folder == WEIGHTS else "tools/pack_prior.py writes it"
+                raise UserError(f"the embedded prior's {file} is missing from {folder}: {mend}")
+        if folder != WEIGHTS:
+            path = folder / PRIOR_FILE
+            self.files = {str(path): hashlib.sha256(path.read_bytes()).hexdigest()}
         self._dtype = _fast_dtype(self.device) if dtype == "auto" else resolve_dtype(dtype, self.device)
         self.network = network = load_prior(folder).to(self.device, self._dtype)
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # in torch's docs only
+        self.views_per_group = network.views
         # Not with the parts of `fused_unet`: a run is over in 1000 steps, and their kernels take seconds to compile.
-        self._captured = CapturedFunction(network, fused)
+        self._captured = {
+            group: CapturedFunction(functools.partial(network, group=group), fused) for group in {1, network.views}
+        }
         self._evaluate = CpuNetwork(network) if fused and cpu_network_serves(network) else self._repeated
         self.schedule = VariancePreserving(alphas_cumprod().to(self.device), "v_prediction")
 
     @property
     def text_identity(self) -> str:
         digest = hashlib.sha256()
-        for file in ("text_encoder.safetensors.gz", "tokenizer.json"):
+        for file in TEXT_FILES:
             digest.update((self.folder / file).read_bytes())
         # The number is raised whenever texts become other tokens; before 2, long prompts lost the name of the view.
         return f"embedded-prior-text-2:{digest.hexdigest()}"
@@ -93,14 +106,17 @@ class EmbeddedPrior(DiffusionModel):
     def predict(self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor], views: Views) -> Tensor:
         background = None if views.background is None else views.background.float()
         shading = torch.full((len(noisy),), SHADINGS.index(views.shading), device=self.device)
-        return self.evaluate(noisy, t, condition, ViewCondition(views.azimuth, views.elevation, background, shading))
+        known = ViewCondition(views.azimuth, views.elevation, background, shading)
+        return self.evaluate(noisy, t, condition, known, views.group)
 
-    def evaluate(self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor], known: ViewCondition) -> Tensor:
-        """`predict` with what is known of the views spelled out."""
+    def evaluate(
+        self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor], known: ViewCondition, group: int = 1
+    ) -> Tensor:
+        """`predict` with what is known of the views spelled out; group: 1 or `views_per_group`."""
         view = known.vector(len(noisy), self.device)
         vector = torch.cat([condition["pooled"], view.repeat(len(condition["pooled"]) // len(noisy), 1)], dim=1)
         evaluate = self._repeated if torch.is_grad_enabled() else self._evaluate
-        return evaluate(noisy.to(self._dtype), t, condition["tokens"].to(self._dtype), vector.to(self._dtype))
+        return evaluate(noisy.to(self._dtype), t, condition["tokens"].to(self._dtype), vector.to(self._dtype), group)
 
     def trainable_network(self) -> nn.Module:
         """See `DiffusionModel.trainable_network`. On a CPU the frozen network's weights are packed apart from it."""
@@ -108,14 +124,17 @@ class EmbeddedPrior(DiffusionModel):
 
     def free_graphs(self) -> None:
         """See `UsesMemory.free_graphs`."""
-        self._captured.clear()
+        for captured in self._captured.values():
+            captured.clear()
 
-    def _repeated(self, noisy: Tensor, t: Tensor, tokens: Tensor, vector: Tensor) -> Tensor:
+    def _repeated(self, noisy: Tensor, t: Tensor, tokens: Tensor, vector: Tensor, group: int) -> Tensor:
         """The network with the arguments of `CpuNetwork`: all conditions share image and timestep."""
+        self.network.check_group(group, len(noisy))
         times = len(tokens) // len(noisy)
         images = noisy.repeat(times, 1, 1, 1).contiguous(memory_format=torch.channels_last)
-        network = self.network if torch.is_grad_enabled() else self._captured
-        return network(images, t.repeat(times), tokens, vector)
+        if torch.is_grad_enabled():
+            return self.network(images, t.repeat(times), tokens, vector, group)
+        return self._captured[group](images, t.repeat(times), tokens, vector)
 
 
 def _fast_dtype(device: torch.device) -> torch.dtype:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dreamfusion_fast.guidance.config import PRIOR_FILE
+
 from .quantize import load_network, save_weights
 from .text_encoder import WEIGHTS, WIDTH
 from .unet import PriorUNet
@@ -46,6 +48,8 @@ UNET_CONFIG: dict[str, Any] = {
     "class_embed_type": "projection",
     "projection_class_embeddings_input_dim": CONDITION_WIDTH,
 }
+"""diffusers' settings of the U-Net. A network has "views" beside them, 1 where a file does not say."""
+MAX_VIEWS = 16
 # What a network may have otherwise.
 _FREE = {"sample_size", "block_out_channels", "attention_head_dim", "cross_attention_dim", "norm_num_groups"}
 
@@ -101,23 +105,44 @@ class PriorNetwork(nn.Module):
         timestep: `[n]` int64 or float, 0..999.
         tokens: `[n, 20, 384]` from `TextEncoder`.
         condition: `[n, CONDITION_WIDTH]`: pooled caption, then `ViewCondition.vector`.
+        group: 1, or `views`: so many images, one after another, are views of one object and see each other.
         returns v `[n, 3, 64, 64]`.
+
+    Args:
+        config: as `UNET_CONFIG`, with or without "views"; None: that.
+
+    Attributes:
+        views: images that it was trained to read as a group; beside them it reads single ones.
+
+    Raises:
+        ValueError: a setting that no prior has; in `forward`, a group that it was not trained for, or a part of one.
     """
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self.config = dict(UNET_CONFIG if config is None else config)
+        self.config = {"views": 1, **(UNET_CONFIG if config is None else config)}
         for key, value in UNET_CONFIG.items():
             # A file's lists are the tuples of the code.
             if key not in _FREE and json.dumps(self.config.get(key)) != json.dumps(value):
                 raise ValueError(f"{key}: got {self.config.get(key)}, want {value}")
-        if self.config.keys() != UNET_CONFIG.keys():
-            raise ValueError(f"unknown settings: {sorted(self.config.keys() - UNET_CONFIG.keys())}")
+        if unknown := self.config.keys() - UNET_CONFIG.keys() - {"views"}:
+            raise ValueError(f"unknown settings: {sorted(unknown)}")
+        self.views = self.config["views"]
+        if type(self.views) is not int or not 1 <= self.views <= MAX_VIEWS:
+            raise ValueError(f"views: got {self.views!r}, want a whole number from 1 to {MAX_VIEWS}")
         self.unet = PriorUNet(self.config)
 
-    def forward(self, noisy: Tensor, timestep: Tensor, tokens: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, noisy: Tensor, timestep: Tensor, tokens: Tensor, condition: Tensor, group: int = 1) -> Tensor:
+        self.check_group(group, len(noisy))
         packed = nn.functional.pixel_unshuffle(noisy, 2)
-        return nn.functional.pixel_shuffle(self.unet(packed, timestep, tokens, condition), 2)
+        return nn.functional.pixel_shuffle(self.unet(packed, timestep, tokens, condition, group), 2)
+
+    def check_group(self, group: int, images: int) -> None:
+        """Raise ValueError unless so many images are groups that it was trained for."""
+        if group not in (1, self.views):
+            raise ValueError(f"group: got {group}, want " + " or ".join(str(n) for n in sorted({1, self.views})))
+        if images % group:
+            raise ValueError(f"group: got {group} for {images} images, want a divisor")
 
 
 def alphas_cumprod() -> Tensor:
@@ -155,4 +180,4 @@ def load_prior(folder: Path = WEIGHTS) -> PriorNetwork:
     Raises:
         UserError: the file is damaged, or the network it describes has other parameters.
     """
-    return load_network(folder / "prior.safetensors.gz", PriorNetwork)
+    return load_network(folder / PRIOR_FILE, PriorNetwork)

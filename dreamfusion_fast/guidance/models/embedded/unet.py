@@ -57,21 +57,25 @@ class PriorUNet(nn.Module):
         angles = timestep.float()[:, None] * torch.exp(steps * (-math.log(10_000.0) / self._frequencies))
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
-    def forward(self, image: Tensor, timestep: Tensor, tokens: Tensor, condition: Tensor) -> Tensor:
-        """`[n, in_channels, h, w]`, `[n]`, `[n, tokens, context]`, `[n, condition]` to `[n, out_channels, h, w]`."""
+    def forward(self, image: Tensor, timestep: Tensor, tokens: Tensor, condition: Tensor, group: int = 1) -> Tensor:
+        """`[n, in_channels, h, w]`, `[n]`, `[n, tokens, context]`, `[n, condition]` to `[n, out_channels, h, w]`.
+
+        Self-attention looks at all of a group's images, so many of the n one after another (Shi et al. 2023, arXiv
+        2308.16512, section 3.1). That takes no parameters, and a group of 1 is diffusers' network.
+        """
         time = self.time_embedding(self.time_proj(timestep).to(image.dtype))
         embedded = F.silu(time + self.class_embedding(condition))
         x = self.conv_in(image)
         skips = [x]
         for block in self.down_blocks:
-            x = block(x, embedded, tokens)
+            x = block(x, embedded, tokens, group)
             skips.append(x)
             if block.downsamplers is not None:
                 x = block.downsamplers[0](x)
                 skips.append(x)
-        x = self.mid_block(x, embedded, tokens)
+        x = self.mid_block(x, embedded, tokens, group)
         for block in self.up_blocks:
-            x = block(x, embedded, tokens, skips)
+            x = block(x, embedded, tokens, group, skips)
             if block.upsamplers is not None:
                 x = block.upsamplers[0](x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
@@ -108,12 +112,14 @@ class _Block(nn.Module):
         self.downsamplers: Any = nn.ModuleList([_Resample(width, 2)]) if down else None
         self.upsamplers: Any = nn.ModuleList([_Resample(width, 1)]) if up else None
 
-    def forward(self, x: Tensor, embedded: Tensor, tokens: Tensor, skips: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, embedded: Tensor, tokens: Tensor, group: int, skips: list[Tensor] | None = None
+    ) -> Tensor:
         attentions = getattr(self, "attentions", ())
         for index, resnet in enumerate(self.resnets):
             x = resnet(x if skips is None else torch.cat([x, skips.pop()], dim=1), embedded)
             if index < len(attentions):
-                x = attentions[index](x, tokens)
+                x = attentions[index](x, tokens, group)
         return x
 
 
@@ -154,10 +160,10 @@ class _Transformer(nn.Module):
         self.transformer_blocks: Any = nn.ModuleList([_TransformerBlock(width, heads, context)])
         self.proj_out = nn.Linear(width, width)
 
-    def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, image: Tensor, tokens: Tensor, group: int) -> Tensor:
         n, channels, height, width = image.shape
         x = self.proj_in(self.norm(image).permute(0, 2, 3, 1).reshape(n, height * width, channels))
-        x = self.proj_out(self.transformer_blocks[0](x, tokens))
+        x = self.proj_out(self.transformer_blocks[0](x, tokens, group))
         return x.view(n, height, width, channels).permute(0, 3, 1, 2) + image
 
 
@@ -168,9 +174,10 @@ class _TransformerBlock(nn.Module):
         self.attn1, self.attn2 = _Attention(width, heads, width), _Attention(width, heads, context)
         self.ff = _FeedForward(width)
 
-    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        own = self.norm1(x)
-        x = x + self.attn1(own, own)
+    def forward(self, x: Tensor, tokens: Tensor, group: int) -> Tensor:
+        n, pixels, width = x.shape
+        own = self.norm1(x).reshape(n // group, group * pixels, width)
+        x = x + self.attn1(own, own).view(n, pixels, width)
         x = x + self.attn2(self.norm2(x), tokens)
         return x + self.ff(self.norm3(x))
 

@@ -283,7 +283,9 @@ def test_guidance_pulls(folder, monkeypatch, shading):
 def test_a_missing_file_is_named(tmp_path, missing):
     folder = write_tiny_prior(tmp_path / "prior")
     (folder / missing).unlink()
-    with pytest.raises(UserError, match=f"embedded prior's {missing} is missing .*install the package again"):
+    with pytest.raises(
+        UserError, match=f"embedded prior's {missing} is missing from .*: tools/pack_prior.py writes it"
+    ):
         EmbeddedPrior("cpu", folder=folder)
 
 

@@ -1,4 +1,4 @@
-"""A data folder as prior_data.build writes it, made on the spot: balls of two colours, lit from the front."""
+"""A catalogue of pictures made on the spot, for the tools that train on one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 from prior_data import captions, views
 
@@ -17,10 +17,15 @@ NOUNS = ("Armchair", "Teapot")
 
 
 def write_catalogue(folder: Path, views_each: int, held_out: int = 0) -> Path:
-    """Views of a model per noun, and of `held_out` teapots more that are held out."""
-    nouns = (*NOUNS, *["Teapot"] * held_out)
+    """A data folder as prior_data.build writes it: discs of their own size and colour, lit from the front.
+
+    There is a model for each of NOUNS. Views go around at an elevation of 0.3 radians, all models' together once. There are `held_out` more models of the
+    last noun, which are held out of training.
+    """
+    nouns = (*NOUNS, *NOUNS[-1:] * held_out)
     y, x = np.mgrid[-1 : 1 : views.SIZE * 1j, -1 : 1 : views.SIZE * 1j]
-    blobs, ends = {"albedo": b"", "normal": b""}, {"albedo": [], "normal": []}
+    blobs: dict[str, bytes] = {"albedo": b"", "normal": b""}
+    ends: dict[str, list[int]] = {"albedo": [], "normal": []}
     for number in range(len(nouns)):
         inside = x**2 + y**2 < 0.3 + 0.3 * (number > 0)
         albedo = np.zeros((views_each, views.SIZE, views.SIZE, 4), np.uint8)
@@ -35,9 +40,9 @@ def write_catalogue(folder: Path, views_each: int, held_out: int = 0) -> Path:
     angle = np.linspace(0, 2 * math.pi, views_each * len(nouns), endpoint=False).astype(np.float32)
     np.savez(
         folder / "views.npz",
-        counts=[views_each] * len(nouns),
-        albedo_ends=ends["albedo"],
-        normal_ends=ends["normal"],
+        counts=np.array([views_each] * len(nouns)),
+        albedo_ends=np.array(ends["albedo"]),
+        normal_ends=np.array(ends["normal"]),
         model=np.repeat(np.arange(len(nouns), dtype=np.int32), views_each),
         azimuth=angle,
         elevation=np.full_like(angle, 0.3),
@@ -45,8 +50,8 @@ def write_catalogue(folder: Path, views_each: int, held_out: int = 0) -> Path:
     )
     models = []
     for number, noun in enumerate(nouns):
-        phrases = dict(list(captions.phrases_for("none#1", noun).items())[:2])
         split, colour = ("train" if number < len(NOUNS) else "held_out"), ("orange" if number else "red")
+        phrases = dict(list(captions.phrases_for("none#1", noun).items())[:2])
         models.append({"noun": noun, "phrases": phrases, "colours": [colour], "weight": 1.0, "split": split})
     (folder / "models.json").write_text(json.dumps(models))
     return folder

@@ -19,8 +19,8 @@ NOUNS = ("Armchair", "Teapot")
 def write_catalogue(folder: Path, views_each: int, held_out: int = 0) -> Path:
     """A data folder as prior_data.build writes it: discs of their own size and colour, lit from the front.
 
-    There is a model for each of NOUNS. Views go around at an elevation of 0.3 radians, all models' together once. There are `held_out` more models of the
-    last noun, which are held out of training.
+    There is a model for each of NOUNS, and `held_out` more of the last one, which are held out of training. Views go
+    around at an elevation of 0.3 radians, all models' together once.
     """
     nouns = (*NOUNS, *NOUNS[-1:] * held_out)
     y, x = np.mgrid[-1 : 1 : views.SIZE * 1j, -1 : 1 : views.SIZE * 1j]

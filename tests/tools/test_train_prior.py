@@ -123,8 +123,8 @@ def test_colour_of_a_group_is_relative_to_all_of_it(sampler: CatalogueSampler) -
     albedo = torch.full((4, 3, 8, 8), 0.6)
     albedo[1] = 0.3
     alpha, red = torch.ones(4, 1, 8, 8), torch.tensor([3])
-    both = sampler._recolour(albedo, alpha, red.expand(4), 1)
-    together = sampler._recolour(albedo, alpha, red, 4)
+    both = sampler._recolour(albedo, alpha, red.expand(4))
+    together = sampler._recolour(albedo, alpha, red)
     assert float(together[1, 1].mean() / together[0, 1].mean()) == pytest.approx(0.5, abs=1e-5)
     assert float(both[1, 1].mean() / both[0, 1].mean()) > 0.6
     assert torch.equal(together[0], together[2])

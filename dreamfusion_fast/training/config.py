@@ -130,8 +130,8 @@ class Config(Settings):
         """
         if init == SCRATCH:
             return dataclasses.replace(self, init=init)
-        own = {"mlp_dtype": self.field.mlp_dtype, "backend": self.field.backend}
-        return dataclasses.replace(self, init=init, field=dataclasses.replace(field_of_file(init), **own))
+        field = dataclasses.replace(field_of_file(init), mlp_dtype=self.field.mlp_dtype, backend=self.field.backend)
+        return dataclasses.replace(self, init=init, field=field)
 
     def batch_on(self, device: torch.device, group: int = 1) -> int:
         """Views per step of a run on `device`; by default whole groups of so many."""

@@ -15,8 +15,8 @@ from dreamfusion_fast.training.amortised import KnownCaptions, save_amortised
 
 from .training import averaged_of
 
-# Cosine of a prompt's vector and the nearest caption's. Of 30 prompts about things of the catalogue in other words, 28
-# are above it, and of 35 about other things or nothing, one is ("a pineapple", to a pine).
+# Cosine of a prompt's vector and the nearest caption's, between those of prompts about things of the catalogue in other
+# words and those of prompts about other things or nothing.
 THRESHOLD = 0.72
 
 

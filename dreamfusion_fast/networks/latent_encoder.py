@@ -106,7 +106,7 @@ class Convolution:
         return self(padded), padded.shape
 
     def backward(self, grad: Tensor, kept: torch.Size) -> Tensor:
-        """Of x."""
+        """The gradient of x."""
         height, width = kept[2] - self._zeros, kept[3] - self._zeros
         found = self.input_gradient(grad, kept)[:, :, :height, :width]
         return found.contiguous(memory_format=torch.channels_last)
@@ -135,7 +135,7 @@ class ResidualBlock:
         return Pending(y.raw, _plus(y.offset, around.offset), around.raw), kept
 
     def backward(self, grad: Tensor, kept: list[Any]) -> Tensor:
-        """Of x. Empties `kept`."""
+        """The gradient of x. Empties `kept`."""
         second, first = kept.pop(), kept.pop()
         if isinstance(second, Tensor):
             between = self._conv1(first.normalised())
@@ -170,7 +170,7 @@ class Attention:
         return Pending(out, _plus(self._out_bias, found.offset), found.x), found
 
     def backward(self, grad: Tensor, kept: Measured) -> Tensor:
-        """Of x. With P the softmax and g the gradient of P v: dS = P * (g v^T - sum(P * g v^T))."""
+        """The gradient of x. With P the softmax and g the gradient of P v: dS = P * (g v^T - sum(P * g v^T))."""
         q, k, v = self._projected(kept)
         grad_mixed = _tokens(grad) @ self._out_weight
         grad_q = torch.empty_like(q)
@@ -208,7 +208,7 @@ class Last:
         return self._convolution(found.normalised()), found
 
     def backward(self, grad: Tensor, kept: Measured) -> Tensor:
-        """Of x."""
+        """The gradient of x."""
         return kept.input_gradient(self._convolution.input_gradient(grad, kept.x.shape))
 
 

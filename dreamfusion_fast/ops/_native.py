@@ -84,7 +84,7 @@ def cuda_available() -> bool:
 
 
 def cpu_target() -> str:
-    """What the CPU core in use was compiled for, in words; empty when there is none."""
+    """The processors that the CPU core in use was compiled for, in words; empty when there is none."""
     module, _ = _load("_core")
     return module.cpu_target if module is not None else ""
 

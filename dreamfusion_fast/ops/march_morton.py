@@ -374,7 +374,7 @@ def _visit(
     limit: int,
     contract: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each step whether it is kept, its position and span, ``[n_rays, n_steps, ...]``."""
+    """Whether each step is kept, its position and its span, ``[n_rays, n_steps, ...]``."""
     origins, directions, t_near, t_far, noise = (x.detach() for x in (origins, directions, t_near, t_far, noise))
     one = origins.new_ones(())
     # A tensor takes no int beyond 64 bits, which the op takes where a float is meant.

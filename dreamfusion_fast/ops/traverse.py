@@ -116,7 +116,7 @@ def _check(
 
 
 def _levels(boxes: Tensor, occupied: Tensor) -> Tensor:
-    """Of each level the low corner, the cells per unit of length and the size of a cell, ``[L, 3, 3]``.
+    """The low corner, the cells per unit of length and the size of a cell of each level, ``[L, 3, 3]``.
 
     Here for both the op and its twin, which have to agree in every bit.
     """

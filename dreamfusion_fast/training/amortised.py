@@ -85,7 +85,7 @@ class AmortisedField(nn.Module):
         return self.network(states, pooled, (states != 0).any(dim=2), code)
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What is trained, by name: all but the planes that the field would have of its own, and its box."""
+        """The trained tensors by name: all but the planes that the field would have of its own, and its box."""
         own = {f"field.{name}" for name in ("planes", "aabb")}
         return {name: value for name, value in self.state_dict().items() if name not in own}
 

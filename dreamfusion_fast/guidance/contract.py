@@ -131,8 +131,11 @@ class PromptEmbeddings:
         shares = view_shares(views.azimuth, views.elevation)
         first = list(conditions).index("text") * len(views)
         for name, value in self.tensors.items():
-            directions = value[: len(VIEW_NAMES)]
-            mixed = torch.tensordot(shares.to(value.device, value.dtype), directions, dims=1)
+            # Term by term: a matrix product of one row rounds in another order than one of many.
+            columns = shares.to(value.device, value.dtype).T.view(len(VIEW_NAMES), -1, *[1] * (value.ndim - 1))
+            mixed = torch.zeros_like(selected[name][first : first + len(views)])
+            for column, direction in zip(columns, value, strict=False):  # without the unconditional row, the last
+                mixed.addcmul_(column, direction)
             selected[name][first : first + len(views)] = mixed
         return selected
 

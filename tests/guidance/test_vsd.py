@@ -53,6 +53,7 @@ class Merged(nn.Module):
     def __init__(self, folder: Path, method: VariationalScoreDistillation, poses: Tensor) -> None:
         super().__init__()
         self.network = EmbeddedPrior("cpu", "float64", folder).network
+        self.check_group = self.network.check_group
         self.method, self.poses = method, poses.double().flatten(1)
         self.names = [name for name, _ in method.lora.items() if name.endswith("/A")]
         time = self.network.unet.time_embedding

@@ -17,9 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import dreamfusion_fast
+
 # Of an attack that got through: a connection, a process, a class found for a pickle.
 _FORBIDDEN = ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "pickle.find_class")
-_OURS = [sys.prefix, sys.base_prefix, *(path for path in sys.path if path), "/proc", "/sys", "/dev"]
+_PACKAGE = os.path.dirname(dreamfusion_fast.__file__)  # a tree that is installed to be edited is in no path
+_OURS = [sys.prefix, sys.base_prefix, *(path for path in sys.path if path), _PACKAGE, "/proc", "/sys", "/dev"]
 
 _allowed: list[str] = []
 _seen: list[str] | None = None

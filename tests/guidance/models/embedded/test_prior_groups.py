@@ -207,8 +207,8 @@ def test_all_methods_pull_groups(pairs: Path, mode: Any) -> None:
     embeddings = guidance.embed("a chair")
     g = torch.Generator().manual_seed(0)
     images = torch.rand(4, 3, 64, 64, generator=g, dtype=torch.float64)
-    azimuth = torch.rand(4, generator=g) * 6
-    views = Views(azimuth, torch.zeros(4), torch.ones(4, 3), group=2)
+    azimuth = torch.rand(4, generator=g, dtype=torch.float64) * 6  # shares of the sides as exact as the rest
+    views = Views(azimuth, torch.zeros_like(azimuth), torch.ones(4, 3), group=2)
 
     def pull(**options: Any) -> Tensor:
         generator = torch.Generator().manual_seed(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,8 +14,17 @@ from pipelines import own_pipeline, pipeline  # noqa: F401 (fixtures)
 from dreamfusion_fast.ops import _native
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips, and so counts, what needs a GPU where none can be used, and says why."""
+    """Skips, and so counts, what needs a GPU where none can be used, and says why; marks what is slow."""
+    cases: Counter[str] = Counter()
+    for item in items:
+        quick = item.get_closest_marker("quick")
+        if quick is not None and item.get_closest_marker("gpu") is None:
+            function = item.nodeid.partition("[")[0]
+            cases[function] += 1
+            if cases[function] > quick.args[0]:
+                item.add_marker("slow")
     if not _native.cuda_available():
         skip = pytest.mark.skip(reason=f"needs a GPU: {_native.cuda_reason().split('. ')[0]}")
         for item in items:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dreamfusion_fast.export import agreement, seen
 from dreamfusion_fast.fields.hash_field import HashGridFieldConfig
 from dreamfusion_fast.fields.triplane_field import TriplaneFieldConfig
 from dreamfusion_fast.guidance.contract import Guidance, GuidanceOutput, GuidanceRequest, PromptEmbeddings, Views
@@ -138,6 +140,15 @@ AMORTISED_NETWORK = PlaneTransformerConfig(
 )
 AMORTISED_FIELD = TriplaneFieldConfig(resolution=9, features=4, hidden=16, blob_radius=0.75, mlp_dtype="auto")
 AMORTISED_OBJECTS = {"armchair": [0], "chair": [0, 1, 2], "grand piano": [3]}
+
+
+def look_small(change: Callable[[Any, str, int], object] = setattr) -> None:
+    """Exports look at the object in small pictures, a tenth of the time; `change` is setattr, or a patch's.
+
+    For tests of runs. That meshes look like the object is tested under `tests/export`, in full.
+    """
+    change(seen, "_SIZE", 64)
+    change(agreement, "SIZE", 64)
 
 
 def amortised_model() -> AmortisedField:

@@ -145,6 +145,7 @@ def test_rows_of_a_gpu_have_memory_and_a_graph_or_a_reason(tmp_path: Path) -> No
     assert (row["captured_ms"] is None) == bool(row["note"])
 
 
+@pytest.mark.slow
 def test_contention_has_idle_and_busy_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--steps", "render", "--waiting", "package first", "spinning", "--size", "9", "--turns", "1"]
     assert bench_contention.main([*options, "--repeats", "2", "--out", str(tmp_path)]) == 0
@@ -162,6 +163,7 @@ def test_contention_has_idle_and_busy_rows(tmp_path: Path, capsys: pytest.Captur
     assert "package first" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_op_benchmarks_write_native_and_twin(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "bench_ops.py"), "-q", "--benchmark-quiet"]
     options = ["--device", "cpu", "--sizes", "9", "-k", "composite and forward and not alpha", "--out", str(tmp_path)]
@@ -214,6 +216,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "runs"
 
 
+@pytest.mark.slow
 def test_agreement_is_measured_again_and_written_down(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     options = ["--prompts", "a ball", "--device", "cpu", "--out", str(runs / "results")]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
-from fakes import small_config, use_prior, write_tiny_prior
+from fakes import look_small, small_config, use_prior, write_tiny_prior
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
@@ -33,6 +33,7 @@ def weights(tmp_path_factory):
 def surroundings(weights, tmp_path, monkeypatch):
     """The small prior, one thread, and no cache of the person who runs the tests."""
     use_prior(weights, monkeypatch)
+    look_small(monkeypatch.setattr)
     monkeypatch.setenv("DREAMFUSION_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("DREAMFUSION_FAST_DEBUG", raising=False)
     threads = torch.get_num_threads()
@@ -104,6 +105,7 @@ def test_generate_then_export_then_sample(tmp_path, config_file, capsys):
     assert Image.open(grid).size == (128, 64)
 
 
+@pytest.mark.slow
 def test_resume_of_a_finished_run_goes_on(tmp_path, config_file):
     out = tmp_path / "run"
     assert cli.main(["generate", "a cup", "--config", str(config_file), "--out", str(out)]) == 0
@@ -177,6 +179,7 @@ def saved_step(checkpoint):
         return -1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to another process")
 def test_ctrl_c_of_the_command_and_resume(tmp_path, weights, config_file):
     out = tmp_path / "a run"
@@ -207,6 +210,7 @@ def test_ctrl_c_of_the_command_and_resume(tmp_path, weights, config_file):
     assert (out / "mesh.glb").exists()
 
 
+@pytest.mark.slow
 def test_generator_s_example(monkeypatch, tmp_path):
     from dreamfusion_fast.training import generator
 

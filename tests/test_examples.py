@@ -26,6 +26,7 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, picture: Path | None = None)
         sys.modules.pop("scene", None)
 
 
+@pytest.mark.slow
 def test_nerfs_by_three_interfaces_are_as_good(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = {name: run(name, monkeypatch, tmp_path / f"{name}.png")["quality"] for name in NERFS}
     print(found)
@@ -36,6 +37,7 @@ def test_nerfs_by_three_interfaces_are_as_good(monkeypatch: pytest.MonkeyPatch, 
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_neus_finds_the_surface(monkeypatch: pytest.MonkeyPatch) -> None:
     found = run("neus", monkeypatch)
     assert found["at_first"] > 0.15
@@ -62,6 +64,7 @@ def test_a_network_makes_planes_of_two_objects(monkeypatch: pytest.MonkeyPatch) 
     assert found["field"].planes.grad is None
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["nerfacc", "tinycudann", "gridencoder", "raymarching"])
 def test_drop_ins_take_the_names(name: str) -> None:
     """In a process of its own, as modules stay where they are put."""

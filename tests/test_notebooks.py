@@ -36,6 +36,7 @@ def test_it_is_stored_without_outputs(name: str) -> None:
     assert all(not cell.outputs and cell.execution_count is None for cell in cells)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_it_runs(name: str, tmp_path: Path) -> None:
     notebook = read(name)

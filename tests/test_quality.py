@@ -235,6 +235,7 @@ def _make(runs: Path, rows: list[dict[str, Any]], gpus_per_run: object, options:
     return 0
 
 
+@pytest.mark.slow
 def test_one_command_measures_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mug = next(prompt for prompt in PROMPTS if prompt.text == "a mug")
     monkeypatch.setattr(bench_quality, "PROMPTS", (PROMPTS[0], mug))

@@ -60,6 +60,7 @@ def config(cluster: Any, tmp_path: Path) -> BatchConfig:
     return BatchConfig(out=str(tmp_path / "runs"), ray=cluster.address, cpus_per_run=1)
 
 
+@pytest.mark.slow
 def test_a_batch_makes_what_single_runs_make_goes_on_and_isolates_what_fails(
     tmp_path: Path, config: BatchConfig, one_thread: None, said: Any
 ) -> None:
@@ -112,6 +113,7 @@ def test_a_batch_makes_what_single_runs_make_goes_on_and_isolates_what_fails(
         assert (tmp_path / "runs" / name / "mesh.glb").stat().st_mtime_ns == stat.st_mtime_ns
 
 
+@pytest.mark.slow
 def test_a_node_that_joins_is_used(tmp_path: Path, config: BatchConfig, cluster: Any) -> None:
     """The two runs on the first node wait for a third to be done, which only a new node has room for."""
     third = tmp_path / "runs" / "third" / "outcome.json"

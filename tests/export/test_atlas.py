@@ -29,6 +29,7 @@ def test_charts_are_the_mesh_cut_open():
     assert cut.uv.dtype == cut.mesh.vertices.dtype == np.float32
 
 
+@pytest.mark.slow
 def test_a_round_mesh_of_82_000_faces_is_cut(caplog):
     """xatlas 0.0.11 has a segmentation fault over it."""
     mesh = round_mesh(6)

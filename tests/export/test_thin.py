@@ -57,6 +57,7 @@ def thin(request):
     return kind, density, extract(density, BOX)
 
 
+@pytest.mark.quick(1)
 def test_thin_parts_keep_their_thickness(thin):
     kind, _, mesh = thin
     solid = as_trimesh(mesh)
@@ -82,6 +83,7 @@ def test_thin_parts_are_whole(thin):
     assert contains(mesh, np.concatenate(middles)).all()
 
 
+@pytest.mark.quick(1)
 def test_thin_parts_agree_with_the_render(thin):
     kind, density, mesh = thin
     agreement = agreement_with(density, mesh)
@@ -89,6 +91,7 @@ def test_thin_parts_agree_with_the_render(thin):
     assert agreement.covered > {hard: 0.98, soft: 0.935}[kind]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", [hard, soft])
 def test_thin_parts_of_a_body_survive(kind):
     up, aside = ([0.0, -0.2, 0.0], [0.0, 0.7, 0.0]), ([0.0, -0.3, 0.0], [0.7, 0.2, 0.4])

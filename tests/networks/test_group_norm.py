@@ -37,6 +37,7 @@ def interpreted() -> dict[str, str]:
     return run_interpreted("networks/group_norm_cases.py")
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("case", cases(interpreted=True), ids=str)
 def test_kernels_match_the_twin_in_the_interpreter(case: Case, interpreted: dict[str, str]) -> None:

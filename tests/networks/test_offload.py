@@ -36,6 +36,7 @@ def is_streamed(unet: torch.nn.Module) -> bool:
     return any(hasattr(part, "_diffusers_hook") for part in unet.modules())
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel", "sd3", "flux"])
 def test_turned_on_and_off_between_steps(pipeline: Pipelines, kind: str) -> None:
     """Here from main memory to main memory: the hooks are the same."""

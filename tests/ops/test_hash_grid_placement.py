@@ -166,6 +166,7 @@ def test_matches_the_twin(made: object, n: int, features: int, device: torch.dev
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12 * scale)
 
 
+@pytest.mark.quick(4)
 @some_grids
 def test_derivatives_are_those_of_finite_differences(made: object) -> None:
     grid, smooth = grid_of(made)  # type: ignore[arg-type]

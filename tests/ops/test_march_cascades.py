@@ -36,6 +36,7 @@ def scene(
     return origins, directions, *ray_box(origins, directions, outer_box(aabb, cascades), near=near, far=60.0), aabb
 
 
+@pytest.mark.quick(32)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("resolution", [2, 6, 8, 32, 64])
 @pytest.mark.parametrize("cascades", [2, 3, 5])
@@ -50,6 +51,7 @@ def test_cascades_with_equal_steps(
         assert_same(march(*arguments, cascades=cascades), march_reference(*arguments, cascades=cascades))
 
 
+@pytest.mark.quick(16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("cascades", "resolution"), [(1, 1), (1, 13), (1, 64), (2, 4), (3, 32), (4, 64), (5, 8), (5, 18)]

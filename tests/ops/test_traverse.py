@@ -37,6 +37,7 @@ def scene(
     return origins, directions, t_near, t_far, torch.tensor(BOXES[:levels], dtype=dtype, device=device), occupied
 
 
+@pytest.mark.quick(16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n", "shape"), [(0, (3, 3, 3)), (1, (1, 1, 1)), (113, (5, 9, 17)), (1023, (32, 24, 40))])
 @pytest.mark.parametrize("steps", STEPS, ids=str)

@@ -67,6 +67,7 @@ def test_matches_the_twin(n: int, features: int, dtype: torch.dtype, degree: int
         assert_near(actual, expected, roundings=128)
 
 
+@pytest.mark.quick(1)
 @both_degrees
 def test_first_and_second_derivatives_are_those_of_finite_differences(degree: int) -> None:
     arguments = (points(4).requires_grad_(), make_planes(features=2).requires_grad_())

@@ -69,6 +69,7 @@ finally:
 FEW = sys.platform == "linux" and len(os.sched_getaffinity(0)) <= 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FEW, reason="on Linux, threads are added where that takes few")
 @pytest.mark.parametrize(("environment", "seconds"), [({}, 60), ({"OMP_WAIT_POLICY": "ACTIVE"}, 2)])
 def test_threads_sleep_beside_busy_processes_where_torch_was_first(environment: dict[str, str], seconds: int) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from fakes import small_config, write_tiny_prior
+from fakes import look_small, small_config, write_tiny_prior
 from robustness.processes import Server
 
 from dreamfusion_fast.training.sections import LogConfig
 
 EVERY = 2  # steps between checkpoints
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    look_small(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="module")

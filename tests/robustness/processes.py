@@ -16,11 +16,12 @@ sys.path[:0] = sys.argv[1:2]
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from fakes import small_config, use_prior
+from fakes import look_small, small_config, use_prior
 from dreamfusion_fast import cli
 from dreamfusion_fast.training import generator, trainer
 import tempfile, tyro
 use_prior(Path(sys.argv[2]))
+look_small()
 with tempfile.TemporaryDirectory() as folder:  # one run, which imports all that is imported late
     generator.Generator(small_config(prompt="a cup", steps=1, out=folder)).run()
 assert threading.active_count() == 1

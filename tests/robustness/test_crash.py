@@ -58,6 +58,7 @@ def killed_then_resumed(server, whole, cwd, **when):
         assert torch.equal(value, theirs.tensors[name]), name
 
 
+@pytest.mark.slow
 def test_a_run_that_nothing_happens_to(whole):
     cwd, _, operations, _ = whole
     assert sorted(os.listdir(cwd / "run")) == FILES
@@ -65,6 +66,7 @@ def test_a_run_that_nothing_happens_to(whole):
     assert len((cwd / "steps").read_text()) == 5
 
 
+@pytest.mark.slow
 def test_killed_before_a_change_of_a_file(server, whole, tmp_path):
     operations = whole[2]
     moments = range(1, operations + 1) if LONG else [3, 10, operations // 2, operations - 3]
@@ -72,6 +74,7 @@ def test_killed_before_a_change_of_a_file(server, whole, tmp_path):
         killed_then_resumed(server, whole, tmp_path / str(moment), kill_at=moment)
 
 
+@pytest.mark.slow
 def test_killed_at_random(server, whole, tmp_path):
     seed = random.randrange(1 << 32)
     print("seed", seed)  # shown where the test fails

@@ -131,6 +131,7 @@ def test_a_lost_config_is_written_again(run):
     assert (run / "config.yaml").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_is_made_once(run, tmp_path):
     generator = Generator.resume(run, guidance=BallGuidance())
     generator.run()
@@ -142,6 +143,7 @@ def test_a_run_is_made_once(run, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_export_to_elsewhere_only_reads_the_run(run, tmp_path, capsys):
     """As where the run's folder is on a read-only disk: permission bits do not bind every user."""
     program = """
@@ -195,6 +197,7 @@ def test_a_bad_rate_is_no_video(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("ffmpeg", ["/nonexistent", "/bin/true", "/bin/false", "/etc/passwd"])
 def test_a_bad_ffmpeg_costs_the_video_alone(tmp_path, ffmpeg, monkeypatch, one_thread, said):
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", ffmpeg)
@@ -208,6 +211,7 @@ def test_a_bad_ffmpeg_costs_the_video_alone(tmp_path, ffmpeg, monkeypatch, one_t
     assert sorted(os.listdir(tmp_path / "run")) == names
 
 
+@pytest.mark.quick(1)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
 @pytest.mark.parametrize("before", ["", "from dreamfusion_fast.ops import ray_box"])
 def test_the_first_op_in_a_forked_process(before):

@@ -127,11 +127,13 @@ def test_what_libraries_in_rust_open_is_seen(tmp_path: Path) -> None:
     assert set(done) == {f"open {tmp_path.resolve()}/outside/a.safetensors"}
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_whole_pipeline_is_served(hostile: Pipelines, kind: str) -> None:
     assert _attempt(hostile(kind), seconds=60) is None
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_value_may_be_any_other(hostile: Pipelines, kind: str) -> None:
     folder = hostile(kind)
@@ -211,6 +213,7 @@ def test_values_that_no_flow_has(hostile: Pipelines, kind: str, relative: str, f
     _refused(folder)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["latent", "sdxl", "sd3", "flux"])
 def test_no_other_class_is_taken(hostile: Pipelines, kind: str) -> None:
     folder = hostile(kind)
@@ -314,6 +317,7 @@ def test_files_that_hold_something_else(hostile: Pipelines, content: str) -> Non
         path.write_bytes(before)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("what", ["link out", "loop", "pipe", "folder", "dangling"])
 def test_files_that_are_none(hostile: Pipelines, what: str) -> None:
     folder = hostile("latent")
@@ -403,6 +407,7 @@ LORA_CONTENTS: dict[str, bytes] = {
 }
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("content", LORA_CONTENTS)
 def test_additions_that_hold_something_else(hostile: Pipelines, content: str) -> None:
     folder = hostile("latent")
@@ -424,6 +429,7 @@ def test_additions_that_are_none(hostile: Pipelines) -> None:
         path.rmdir() if path.is_dir() else path.unlink()
 
 
+@pytest.mark.slow
 def test_names_of_a_lora_are_not_obeyed(hostile: Pipelines) -> None:
     """Neither as text for a terminal, nor as patterns, nor as names of files."""
     folder = hostile("latent")

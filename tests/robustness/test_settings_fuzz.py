@@ -240,6 +240,7 @@ def refused_options(folder: Path, tree: list[Setting], command: list[str]) -> No
     run()
 
 
+@pytest.mark.slow
 def test_options_of_generate_are_refused(folder: Path) -> None:
     refused_options(folder, TREE, ["generate", "x", "--out", "new"])
 

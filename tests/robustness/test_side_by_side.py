@@ -27,6 +27,7 @@ def one_goes_on(codes, log):
     return errors[0]
 
 
+@pytest.mark.slow
 def test_one_folder(servers, config_file, tmp_path):
     codes = both(servers, [tmp_path, tmp_path], "generate", "a cup", "--config", str(config_file), "--out", "run")
     line = one_goes_on(codes, (tmp_path / "log").read_text())
@@ -34,6 +35,7 @@ def test_one_folder(servers, config_file, tmp_path):
     assert len(os.listdir(tmp_path / "run")) == 5
 
 
+@pytest.mark.slow
 def test_one_prompt_without_a_folder(servers, config_file, tmp_path):
     """A folder that is in use is no free one."""
     codes = both(servers, [tmp_path, tmp_path], "generate", "a cup", "--config", str(config_file))
@@ -43,6 +45,7 @@ def test_one_prompt_without_a_folder(servers, config_file, tmp_path):
     assert first == second
 
 
+@pytest.mark.slow
 def test_two_resume_one_run(servers, config_file, tmp_path):
     arguments = ("generate", "a cup", "--config", str(config_file), "--out", "run")
     assert servers[0].run(tmp_path, *arguments, kill_at=20) == -9

@@ -90,6 +90,7 @@ def test_sigterm_leaves_a_checkpoint_and_says_how_to_continue(tmp_path, config_f
     assert {path.name for path in out.iterdir()} == {"config.yaml", "checkpoint.safetensors"}
 
 
+@pytest.mark.slow
 def test_a_terminal_that_was_closed_costs_nothing(tmp_path, config_file):
     """After its SIGHUP, nothing can be written to it any more."""
     out = tmp_path / "run"
@@ -112,6 +113,7 @@ def test_a_terminal_that_was_closed_costs_nothing(tmp_path, config_file):
     assert {path.name for path in out.iterdir()} == {"config.yaml", "checkpoint.safetensors"}
 
 
+@pytest.mark.slow
 def test_full_streams_and_a_closed_pipe_end_no_run(tmp_path, config_file):
     with open("/dev/full", "w") as full:
         process = start(
@@ -130,6 +132,7 @@ def test_full_streams_and_a_closed_pipe_end_no_run(tmp_path, config_file):
         assert (tmp_path / name / "mesh.glb").is_file()
 
 
+@pytest.mark.slow
 def test_letters_that_a_terminal_lacks_end_no_run(tmp_path, config_file):
     out = tmp_path / "Stühlchen"
     arguments = ("ein Stühlchen", "--config", config_file, "--out", out, "--log.progress-bar")
@@ -139,6 +142,7 @@ def test_letters_that_a_terminal_lacks_end_no_run(tmp_path, config_file):
     assert printed.endswith(f"done: {tmp_path}/St\\xfchlchen\n")
 
 
+@pytest.mark.slow
 def test_out_of_memory_on_a_cpu_is_one_line(tmp_path, config_file):
     """Of a real allocator, at the start and in a step; the limit keeps a machine that promises too much from paying."""
     options = ("--config", config_file, "--out", tmp_path / "large", "--field.log2-rows", 28)

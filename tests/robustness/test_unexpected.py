@@ -99,6 +99,7 @@ class At(Callback):
 
 
 # The grid is updated in the steps 1, 5 and 9; that step is undone as a whole.
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("at", [4, 6])
 @pytest.mark.parametrize(
     "error",

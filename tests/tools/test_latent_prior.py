@@ -113,6 +113,7 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
+@pytest.mark.slow
 def test_a_call_leaves_few_small_files(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
     assert {"training.json", "autoencoder.jpg", "samples.jpg"} <= names
@@ -126,6 +127,7 @@ def test_a_call_leaves_few_small_files(trained: Path) -> None:
 
 
 # Cut at the end of the autoencoder; in the middle of it and in the middle of the U-Net.
+@pytest.mark.slow
 @pytest.mark.parametrize("cuts", [[4], [2, 4]])
 def test_resumed_equals_uninterrupted(
     data: Path,
@@ -320,6 +322,7 @@ def test_probe_hears_a_network_that_reads_its_caption(folder: Path, sampler: Cat
         assert rows["no caption"][t] > rows["all right"][t]
 
 
+@pytest.mark.slow
 def test_sample_and_probe_commands(
     folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,6 +47,7 @@ def drawn(prior):
     return (images.view(len(PROMPTS), EACH, 3, 64, 64) + 1) / 2
 
 
+@pytest.mark.slow
 def test_the_colour_that_was_asked_for_stands_out(drawn):
     colours = drawn[..., 16:48, 16:48].mean((1, 3, 4))  # the middle, where the object is
     for prompt, channel in (("a red car", 0), ("a cactus", 1), ("a blue sofa", 2)):

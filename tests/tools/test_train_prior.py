@@ -189,6 +189,7 @@ def train(data: Path, out: Path, *options: str) -> None:
     train_prior.main(["--data", str(data), "--text-encoder", str(WEIGHTS), "--out", str(out), *TINY, *options])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_is_the_one_that_is_not(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

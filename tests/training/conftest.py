@@ -1,16 +1,18 @@
-"""One thread for tests whose tensors are too small to share out, and whose bits are compared; and a fixture."""
+"""One thread for tests whose tensors are too small to share out and whose bits are compared, small looks at meshes."""
 
 from __future__ import annotations
 
 import pytest
+from fakes import look_small
 
 from dreamfusion_fast import Generator
 from dreamfusion_fast.training.config import Config
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(one_thread: None) -> None:
+def _quick(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """For all tests here."""
+    look_small(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -81,6 +81,7 @@ def test_everything_is_written(tmp_path):
     assert load_checkpoint(result.folder / "checkpoint.safetensors").step == 4
 
 
+@pytest.mark.slow
 def test_same_seed_same_files(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         generator_of(tmp_path / name, steps=3, seed=seed).run()
@@ -118,6 +119,7 @@ def test_views_per_step_are_those_of_the_device_and_are_kept(tmp_path):
     assert Generator("a chair", batch=5).config.batch == 5
 
 
+@pytest.mark.slow
 def test_default_folder_is_named_after_the_prompt(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert generator_of("", steps=1).run().folder.as_posix() == "out/a-red-ball"
@@ -159,6 +161,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_continue(tmp_path, said):
     assert (folder / "mesh.glb").read_bytes() == (tmp_path / "whole" / "mesh.glb").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_triplane_is_trained_and_resumed_to_the_bit(tmp_path):
     field = TriplaneFieldConfig(resolution=12, features=4, hidden=16)
     with pytest.raises(KeyboardInterrupt):
@@ -171,6 +174,7 @@ def test_a_triplane_is_trained_and_resumed_to_the_bit(tmp_path):
     assert (tmp_path / "halved" / "mesh.glb").read_bytes() == (tmp_path / "whole" / "mesh.glb").read_bytes()
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_the_last_stage_leaves_it_to_be_done(tmp_path):
     folder, record = tmp_path / "run", Record(12, interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -184,6 +188,7 @@ def test_ctrl_c_before_the_last_stage_leaves_it_to_be_done(tmp_path):
     assert not torch.equal(tensors_of(folder)["field.table"], stopped.tensors["field.table"])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_is_not_firmed_again(tmp_path):
     generator_of(tmp_path / "run", steps=2).run()
     before = tensors_of(tmp_path / "run")
@@ -240,6 +245,7 @@ def test_nan_keeps_the_old_checkpoint(tmp_path):
     assert Generator.resume(tmp_path / "run", guidance=BallGuidance()).run().steps == 12
 
 
+@pytest.mark.slow
 def test_profile_is_said_at_the_end_and_on_ctrl_c(tmp_path, said):
     result = generator_of(tmp_path / "whole", profile=True).run()
     assert said()[-1] == result.profile.table()
@@ -251,6 +257,7 @@ def test_profile_is_said_at_the_end_and_on_ctrl_c(tmp_path, said):
     assert not any("profile" in line for line in said())
 
 
+@pytest.mark.slow
 def test_profile_does_not_change_a_run(tmp_path):
     generator_of(tmp_path / "a", profile=True).run()
     generator_of(tmp_path / "b").run()
@@ -268,6 +275,7 @@ def test_the_memory_plan_is_said(tmp_path, said):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_memory_as_a_number_of_bytes(tmp_path, said):
     assert Generator("a chair", memory=16_000_000_000).config.memory == 16_000_000_000
     generator_of(tmp_path / "run", steps=1, memory=2_000_000_000).run()
@@ -276,6 +284,7 @@ def test_memory_as_a_number_of_bytes(tmp_path, said):
     assert Generator.resume(tmp_path / "run", guidance=BallGuidance()).run().steps == 1
 
 
+@pytest.mark.slow
 def test_out_of_memory_for_good_leaves_the_last_whole_step(tmp_path):
     class Starved(BallGuidance):
         def gradient(self, request):
@@ -298,6 +307,7 @@ def test_a_failing_callback_ends_the_others(tmp_path):
     assert record.told[-1] == ("end", 2)
 
 
+@pytest.mark.slow
 def test_resume_checks_the_architecture(tmp_path):
     generator_of(tmp_path / "run", steps=2).run()
     longer = small_config(out=str(tmp_path / "run"), steps=4)
@@ -312,6 +322,7 @@ def test_resume_checks_the_architecture(tmp_path):
         Generator.resume(tmp_path / "nothing")
 
 
+@pytest.mark.slow
 def test_export_again_with_other_settings(tmp_path):
     """Without loading a diffusion model: the config names one that is not there."""
     absent = small_config(out=str(tmp_path / "run"), steps=2, guidance=GuidanceConfig(name="absent-model"))
@@ -333,6 +344,7 @@ def test_export_again_with_other_settings(tmp_path):
         Generator(config).export()
 
 
+@pytest.mark.slow
 def test_export_after_a_run_is_of_what_was_made(tmp_path):
     """And not of a field that was never optimised."""
     generator = generator_of(tmp_path / "run", steps=4)

@@ -80,6 +80,7 @@ def generator_of(folder: Path, guidance: NoisyGuidance) -> Generator:
     return Generator(config, guidance=guidance)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("error", "raised", "message"),
     [
@@ -120,6 +121,7 @@ def branch(monkeypatch: pytest.MonkeyPatch) -> Branch:
     return branch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [None, "main"])
 def test_a_resumed_run_goes_on_with_the_weights_it_began_with(tmp_path: Path, branch: Branch, name: str | None) -> None:
     folder = tmp_path / "run"

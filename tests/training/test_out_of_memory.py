@@ -120,6 +120,7 @@ BREAKS += [
 ]
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(("break_at", "at"), BREAKS, ids=lambda value: getattr(value, "__name__", value))
 def test_the_run_is_as_if_nothing_had_happened(undisturbed, monkeypatch, said, break_at, at):
     trainer, fault = trainer_of(), Fault(at)

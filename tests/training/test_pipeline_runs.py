@@ -50,6 +50,7 @@ class StopAfter(Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [

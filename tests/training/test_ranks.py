@@ -41,6 +41,7 @@ def done(process: subprocess.Popen[str]) -> str:
     return printed
 
 
+@pytest.mark.slow
 def test_two_processes_do_the_steps_of_one(tmp_path: Path, one_thread: None, monkeypatch: Any) -> None:
     """Three views: one process has one of them, the other two."""
     prior = write_tiny_prior(tmp_path / "prior")
@@ -106,6 +107,7 @@ def command(out: Path, *words: str) -> list[str]:
     return [*module, *small.split(), *words]
 
 
+@pytest.mark.slow
 def test_the_command_writes_once_and_stops_and_resumes_together(tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = torchrun(tmp_path, *command(out, "--steps", "100000", "--log.checkpoint-every", "1"))

@@ -110,6 +110,7 @@ def test_its_gradient_is_the_loss_own_in_parts_too(distilled):
     torch.testing.assert_close(outputs[1].gradient, outputs[0].gradient, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distilled", ["latent"], indirect=True)
 def test_a_resumed_run_goes_on_as_if_nothing_had_been(distilled, tmp_path):
     def generator_of(name, guidance):
@@ -151,6 +152,7 @@ def test_methods_that_train_nothing_leave_nothing_in_checkpoints(mode):
     assert len(trainer.optimizer.param_groups) == 3
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("distilled", ["latent"], indirect=True)
 @pytest.mark.parametrize("there", [True, False])
 def test_a_checkpoint_of_another_method_is_refused(distilled, tmp_path, there):

@@ -54,6 +54,7 @@ def _diffusers(folder: Path, kind: str) -> Any:
     return pipeline.to(torch.float64)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("negative", ["", "red view"])
 @pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
 def test_embeddings_equal_those_of_diffusers(pipeline: Pipelines, kind: str, negative: str) -> None:
@@ -73,6 +74,7 @@ def test_embeddings_equal_those_of_diffusers(pipeline: Pipelines, kind: str, neg
         assert bool((value[-1] == 0).all()) == (kind == "sdxl" and not negative)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
 def test_a_cached_embedding_of_another_width_is_made_again(pipeline: Pipelines, kind: str, tmp_path: Path) -> None:
     folder, name = pipeline(kind), "pooled" if kind == "sdxl" else "hidden"
@@ -108,6 +110,7 @@ def test_empty_negative_prompt_is_embedded_where_the_pipeline_says_so(own_pipeli
     torch.testing.assert_close(embeddings.tensors["pooled"][-1], expected[2][0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
 def test_prediction_equals_that_of_the_pipeline_while_it_samples(
@@ -203,6 +206,7 @@ def _derived(pipeline: Any, kind: str, images: Tensor, embeddings: PromptEmbeddi
     return torch.autograd.grad(objective, images)[0]
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("kind", "prediction_type", "convention", "clip"),
     [
@@ -337,6 +341,7 @@ def test_an_autoencoder_that_overflows_is_rescaled_where_its_encoder_is_ours(
     assert error < {"auto": 1e-2, "float32": 1e-4, "bfloat16": 0.2}[wanted]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
 def test_the_quicker_parts_give_the_same(pipeline: Pipelines, kind: str, recompute: bool) -> None:

@@ -64,6 +64,7 @@ def _encoded(pipeline: Any, prompt: str, tokens: int) -> tuple[Tensor, Tensor]:
     return hidden, pooled
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("negative", ["", "red view"])
 @pytest.mark.parametrize(("kind", "tokens"), [("sd3", 256), ("sd3-without-t5", 256), ("flux", 512), ("schnell", 256)])
 def test_embeddings_equal_those_of_diffusers(pipeline: Pipelines, kind: str, tokens: int, negative: str) -> None:
@@ -117,6 +118,7 @@ def _sampled(folder: Path, kind: str, embeddings: PromptEmbeddings, views: Views
     return seen
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_prediction_equals_that_of_the_pipeline_while_it_samples(pipeline: Pipelines, kind: str) -> None:
     folder, indices = pipeline(kind), [97, 40, 3]
@@ -204,6 +206,7 @@ def _derived(
     return torch.autograd.grad(objective, images)[0]
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("mode", "weighting", "convention"),
@@ -226,6 +229,7 @@ def test_gradient_equals_an_independent_derivation(
     torch.testing.assert_close(out.gradient, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_half_precision_gives_a_float32_gradient_near_the_exact_one(pipeline: Pipelines, kind: str) -> None:
     results = []

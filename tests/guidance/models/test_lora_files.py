@@ -114,6 +114,7 @@ def test_text_encoders_are_changed_too(pipeline: Pipelines, tmp_path: Path, comp
     _check(folder, component, {name: (*pair, factor) for name, pair in pairs.items()}, path)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("names", ["kohya", "original", "diffusers"])
 @pytest.mark.parametrize("kind", ["latent", "sdxl"])
 def test_diffusers_and_peft_make_the_same_of_it(pipeline: Pipelines, tmp_path: Path, kind: str, names: str) -> None:

@@ -89,6 +89,7 @@ def _gradient(guidance: Any) -> Tensor:
     return guidance.gradient(request).gradient
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["latent", "open clip", "sdxl"])
 def test_it_guides_as_the_folder_does(pipeline: Pipelines, tmp_path: Path, kind: str) -> None:
     folder, path = pipeline("sdxl" if kind == "sdxl" else "latent"), tmp_path / "model.safetensors"
@@ -134,6 +135,7 @@ def own_configs(pipeline: Pipelines, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     return get
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("kind", "model"), [("latent", "stable-diffusion-1.5"), ("sdxl", "sdxl")])
 def test_without_a_base_the_file_says_what_it_is(
     pipeline: Pipelines, own_configs: Callable[[str, str], Path], kind: str, model: str

@@ -77,6 +77,7 @@ def test_text_encoder_is_loaded_once_per_prompt(pipeline: Pipelines, monkeypatch
     assert loaded == ["tokenizer", "text_encoder"] * 2
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel", "sd3", "flux"])
 def test_one_model_in_memory_at_a_time(pipeline: Pipelines, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Whenever a model is loaded, the encoders loaded before are gone; so are all of them in the end."""
@@ -135,6 +136,7 @@ def _out_of_memory(*_: Any) -> None:
     raise torch.OutOfMemoryError("no memory")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
 def test_layer_by_layer_gives_the_same_numbers(pipeline: Pipelines, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Here the layers come to the CPU and not to a GPU, by the same code."""
@@ -156,6 +158,7 @@ def test_layer_by_layer_gives_the_same_numbers(pipeline: Pipelines, monkeypatch:
     assert all(offloaded), "weights stay in main memory between calls"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
 def test_weights_in_several_files(own_pipeline: Pipelines, kind: str) -> None:
     folder = own_pipeline(kind)
@@ -276,6 +279,7 @@ def test_identity_is_of_both_encoders(own_pipeline: Pipelines) -> None:
     assert _encoder(folder).identity != before
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_half_precision_embeds_near_the_float32_embedding(pipeline: Pipelines, name: str) -> None:
     for kind in ("latent", "sdxl") if name == "float16" else ("latent", "sdxl", "pixel"):

@@ -35,6 +35,7 @@ def _vectors(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("text", ["a <cat> chair", "<cat>", "red <cat>, a <cat>"])
 def test_embeddings_equal_those_of_diffusers(pipeline: Pipelines, tmp_path: Path, count: int, text: str) -> None:
@@ -63,6 +64,7 @@ def test_negative_prompts_have_the_words_too(pipeline: Pipelines, tmp_path: Path
     assert (rows[0][-1] - rows[1][-1]).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_both_encoders_of_sdxl(pipeline: Pipelines, own_pipeline: Pipelines, tmp_path: Path) -> None:
     """The pooled output stays that of the end of the text, also where a configuration has the old number of its end."""
     folder = own_pipeline("sdxl")
@@ -81,6 +83,7 @@ def test_both_encoders_of_sdxl(pipeline: Pipelines, own_pipeline: Pipelines, tmp
     assert not torch.allclose(embedded["pooled"], _model(folder).embed_texts([Prompt("a cat chair")])["pooled"])
 
 
+@pytest.mark.slow
 def test_words_are_those_of_option_file_or_name(pipeline: Pipelines, tmp_path: Path) -> None:
     folder = pipeline("latent")
     named = _save(tmp_path / "x.safetensors", **{"<dog>": _vectors(1, 16)})

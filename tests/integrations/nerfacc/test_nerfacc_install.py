@@ -87,6 +87,7 @@ print(min(times), "dreamfusion_fast.ops" in sys.modules)
     assert ops == "False"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("statement", "message"),
     [

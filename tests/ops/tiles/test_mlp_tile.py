@@ -41,6 +41,7 @@ def interpreted() -> dict[str, str]:
     return run_interpreted("ops/tiles/mlp_cases.py")
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_kernels_in_the_interpreter_match_the_twin(case: Case, interpreted: dict[str, str]) -> None:

@@ -157,6 +157,7 @@ def test_what_streams(kind: str) -> None:
     assert (tile_source_of(FIELDS[kind]()) is not None) == (kind in STREAMED)
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("shading", ["albedo", "lambertian", "textureless"])

@@ -66,6 +66,7 @@ def _held_by(render: Callable[[], Any]) -> tuple[Any, int]:
     return output, sum(size for address, size in after.items() if address not in before)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("options", [{}, ALL], ids=["albedo", "all losses"])
 def test_nothing_is_held_per_sample_with_a_small_budget(options: dict[str, Any]) -> None:
     """Held are some numbers per ray and, for each tile of 1024 samples, two sums and eight small integers."""

@@ -194,6 +194,7 @@ def test_a_folder_is_a_name(folder: Path) -> None:
         guidance.gradient(GuidanceRequest(images, embeddings, Views(azimuth, torch.zeros(8))))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("mode", ["sds", "csd", "ism", "sdi", "vsd"])
 def test_all_methods_pull_groups(pairs: Path, mode: Any) -> None:
     """As if each group were alone: methods ask at timesteps of their own, and never with a part of a group."""

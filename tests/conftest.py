@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,23 @@ import torch
 from pipelines import own_pipeline, pipeline  # noqa: F401 (fixtures)
 
 from dreamfusion_fast.ops import _native
+
+_BEGAN = pytest.StashKey[float]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seconds", type=float, default=math.inf, help="skip, and say so, what would begin later")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_BEGAN] = time.monotonic()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what there is no time for, before any fixture of it is made."""
+    seconds = item.config.getoption("seconds")
+    if time.monotonic() - item.config.stash[_BEGAN] > seconds:
+        pytest.skip(f"not begun within --seconds {seconds:g}")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

@@ -275,6 +275,7 @@ def test_a_value_too_many_is_said_to_be_one(capsys, arguments, begins):
     assert fails(capsys, "generate", "an", *arguments).startswith(f"error: {begins}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_a_terminal_without_frames_gets_the_same_line(encoding):
     command = [sys.executable, "-m", "dreamfusion_fast.cli", "generate", "x", "--steps", "abc"]

@@ -44,12 +44,14 @@ def test_neus_finds_the_surface(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["error"] < 0.045
 
 
+@pytest.mark.slow
 def test_poses_are_refined(monkeypatch: pytest.MonkeyPatch) -> None:
     found = run("pose_refinement", monkeypatch)
     for before, after in zip(found["before"], found["after"], strict=True):
         assert after < before / 10.0
 
 
+@pytest.mark.slow
 def test_classes_are_learned_from_a_few_labelled_views(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("semantic_channel", monkeypatch)["accuracy"] > 0.96
 

@@ -102,6 +102,7 @@ def test_verdict() -> None:
     assert verdict(said, (900,))["top5"] == 0.0
 
 
+@pytest.mark.slow
 def test_without_texture_only_the_shape_is_seen(balls: dict[str, Layers]) -> None:
     red, blue = lit(balls["red"], "colour"), lit(balls["blue"], "colour")
     assert red.shape == (8, 48, 48, 3)
@@ -154,6 +155,7 @@ def finder() -> faces.FrontFinder:
     return faces.train({f"model{i}": painted(sides, 30 + i) for i in range(18)}, epochs=12, batch=32, report=False)
 
 
+@pytest.mark.slow
 def test_views_are_classified(finder: faces.FrontFinder, tmp_path: Path) -> None:
     assert finder.trust["accuracy"] > 0.9
     # Of 15 views away from the front, the five of the back look like a second one.

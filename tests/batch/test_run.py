@@ -132,6 +132,7 @@ def test_a_node_that_joins_is_used(tmp_path: Path, config: BatchConfig, cluster:
     assert len({outcome.worker for outcome in outcomes.values()}) == 3
 
 
+@pytest.mark.slow
 def test_a_cluster_without_room_or_out_of_reach_is_one_line(tmp_path: Path, config: BatchConfig) -> None:
     jobs = jobs_of(tmp_path, "- a ball")
     with pytest.raises(

@@ -156,6 +156,7 @@ def test_same_field_gives_the_same_file(tmp_path, quick):
     assert (tmp_path / "a.glb").read_bytes() == (tmp_path / "b.glb").read_bytes()
 
 
+@pytest.mark.slow
 def test_example_of_the_documentation_runs():
     results = doctest.testmod(field)
     assert results.attempted > 0

@@ -74,6 +74,7 @@ def test_thin_parts_keep_their_thickness(thin):
         assert own.quantile(0.99) < expected + 1.2 * VOXEL
 
 
+@pytest.mark.quick(1)
 def test_thin_parts_are_whole(thin):
     _, _, mesh = thin
     turn = np.linspace(0, 2 * np.pi, 60)
@@ -91,7 +92,7 @@ def test_thin_parts_agree_with_the_render(thin):
     assert agreement.covered > {hard: 0.98, soft: 0.935}[kind]
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [hard, soft])
 def test_thin_parts_of_a_body_survive(kind):
     up, aside = ([0.0, -0.2, 0.0], [0.0, 0.7, 0.0]), ([0.0, -0.3, 0.0], [0.7, 0.2, 0.4])

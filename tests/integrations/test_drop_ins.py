@@ -20,7 +20,7 @@ GRID = {"otype": "HashGrid", "n_levels": 4, "log2_hashmap_size": 12, "base_resol
 MLP = {"otype": "FullyFusedMLP", "n_neurons": 32, "n_hidden_layers": 1}
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nerfacc", "raymarching", "gridencoder", "tinycudann"])
 def test_importing_is_quick_and_needs_no_gpu(name: str) -> None:
     code = (

@@ -85,7 +85,7 @@ def test_outside_is_zero_without_gradients(device: torch.device) -> None:
     assert not by_table.any()
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @every_option
 def test_derivatives(options: dict[str, Any]) -> None:
     """First and second, where gridencoder has the first alone."""

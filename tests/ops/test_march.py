@@ -187,6 +187,7 @@ def test_threads_do_not_matter() -> None:
     assert_same(results[2], results[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
 def test_after_a_fork() -> None:
     """A forked process, such as a data loader's, has none of the threads that its parent has started."""

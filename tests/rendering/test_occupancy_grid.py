@@ -125,6 +125,7 @@ def test_decays_and_keeps_the_maximum() -> None:
     assert (grid.grid == 3).all()
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("value", [math.inf, 1e30, 1e300, math.nan, -math.inf])
 @pytest.mark.parametrize("decay", [0.5, 0.0])

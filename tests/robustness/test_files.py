@@ -68,6 +68,7 @@ def test_any_flipped_bit_is_found(tmp_path):
         assert "\n" not in str(error.value), bit
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_first_format_is_read(run, monkeypatch):
     path, both = run / "checkpoint.safetensors", checkpoint._checksum
     now = load_checkpoint(path)
@@ -211,7 +212,7 @@ def test_a_bad_ffmpeg_costs_the_video_alone(tmp_path, ffmpeg, monkeypatch, one_t
     assert sorted(os.listdir(tmp_path / "run")) == names
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
 @pytest.mark.parametrize("before", ["", "from dreamfusion_fast.ops import ray_box"])
 def test_the_first_op_in_a_forked_process(before):

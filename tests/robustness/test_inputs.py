@@ -127,6 +127,7 @@ def test_a_config_of_our_own_is_within_the_limits(tmp_path: Path) -> None:
     assert Config.load(tmp_path / "config.yaml") == config
 
 
+@pytest.mark.slow
 def test_a_prompt_with_an_invalid_byte() -> None:
     for arguments in ([b"generate", b"a \xff chair"], [b"sample", b"a \xff chair"]):
         command = [sys.executable, "-m", "dreamfusion_fast.cli", *map(os.fsdecode, arguments)]

@@ -159,6 +159,7 @@ def test_any_value_may_be_any_other(hostile: Pipelines, kind: str) -> None:
     assert not faults, "\n".join(faults)
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(
     ("relative", "fields"),
     [
@@ -184,6 +185,7 @@ def test_values_that_no_model_has(hostile: Pipelines, relative: str, fields: dic
     _refused(folder)
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(
     ("kind", "relative", "fields"),
     [
@@ -304,6 +306,7 @@ CONTENTS: dict[str, bytes] = {
 }
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("content", CONTENTS)
 def test_files_that_hold_something_else(hostile: Pipelines, content: str) -> None:
     folder = hostile("latent")

@@ -71,6 +71,7 @@ def wait_for_step(process, checkpoint, step):
     pytest.fail(f"the run did not get to step {step}: {process.communicate()}")
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint_and_says_how_to_continue(tmp_path, config_file):
     out = tmp_path / "a run"
     process = start(

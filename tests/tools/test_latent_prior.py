@@ -149,6 +149,7 @@ def test_resumed_equals_uninterrupted(
     assert resumed["results"]["scaling_factor"] == whole["results"]["scaling_factor"]
 
 
+@pytest.mark.slow
 def test_training_moves_every_weight(trained: Path) -> None:
     seed_step(0, 0, 0)
     networks.make_autoencoder(TINY)  # draws first, as in the training
@@ -249,6 +250,7 @@ def test_folder_holds_what_was_trained(folder: Path, trained: Path) -> None:
     assert made.unet.config.addition_embed_type is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quick", [False, True])
 def test_sds_gradient_through_the_folder(folder: Path, quick: bool) -> None:
     """`create_guidance` on the folder, against autograd in float64 through diffusers' own autoencoder and U-Net.
@@ -338,6 +340,7 @@ def test_sample_and_probe_commands(
     assert "probe wrong name" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bad_input_is_named(
     data: Path, trained: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -56,6 +56,7 @@ def test_the_colour_that_was_asked_for_stands_out(drawn):
         assert colour[channel] > others.max() + 0.1, (prompt, colour.tolist())
 
 
+@pytest.mark.slow
 def test_a_picture_is_denoised_best_under_its_own_prompt(prior, drawn):
     """Diffusion models as classifiers: Li et al. 2023, Your Diffusion Model is Secretly a Zero-Shot Classifier."""
     generator = torch.Generator().manual_seed(1)

@@ -55,6 +55,7 @@ def weights(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_pack_of_the_stored_is_pack_of_the_training(trained: Path, weights: Path, tmp_path: Path) -> None:
     assert {path.name for path in weights.iterdir()} == {VAE, UNET}
     train_latent_prior.main(["pack", str(trained), "--folder", str(tmp_path / "a")])
@@ -102,6 +103,7 @@ def drop_a_tensor(path: Path) -> None:
     save_weights(path, dict(list(tensors.items())[1:]), metadata)
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("file", [VAE, UNET])
 @pytest.mark.parametrize(
     ("damage", "message"),

@@ -33,6 +33,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, object]:
     return path, export_field(field, box, path, resolution=24, texture_size=128)
 
 
+@pytest.mark.slow
 def test_the_file_looks_like_what_was_exported(mesh: tuple[Path, object]) -> None:
     path, exported = mesh
     loaded, texture = mesh_sheet.load(path)

@@ -141,6 +141,7 @@ def test_the_loss_falls_and_the_record_says_so(trained: Path) -> None:
     assert losses[-1] < 0.75 * losses[0]
 
 
+@pytest.mark.slow
 def test_cut_and_resumed_is_the_same_to_the_bit(data: Path, trained: Path, tmp_path: Path) -> None:
     options = ["--train-steps", "60", "--save-every", "30"]
     cut = train(data, tmp_path, *options, "--steps", "30")
@@ -197,6 +198,7 @@ def test_held_out_views_are_nearer_than_a_blank_picture(data: Path, packed: Path
     assert HELD_OUT_VIEWS < VIEWS_EACH
 
 
+@pytest.mark.slow
 def test_a_sheet_has_a_row_for_each_prompt(packed: Path, tmp_path: Path) -> None:
     picture = tmp_path / "sheet.png"
     train_amortised.main(["sheet", str(packed), "--picture", str(picture), "--prompt", "a teapot", "a blue armchair"])

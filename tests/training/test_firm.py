@@ -36,6 +36,7 @@ def soft(opacity):
     return float(((opacity > 0.1) & (opacity < 0.9)).sum())
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8])
 def test_edges_become_hard_where_they_pass_the_threshold(device, threshold):
     trainer = trainer_of(device, threshold, steps=60, lr_table=0.05, lr_mlp=0.01)

@@ -50,7 +50,7 @@ class StopAfter(Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [
@@ -87,6 +87,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
     assert any(not torch.equal(a.tensors[name], stopped.tensors[name]) for name in a.tensors)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_lora_goes_on_with_it(
     pipeline: Pipelines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
 ) -> None:

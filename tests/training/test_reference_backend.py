@@ -14,6 +14,7 @@ from dreamfusion_fast.training.sections import FirmConfig
 from dreamfusion_fast.training.trainer import Trainer
 
 
+@pytest.mark.slow
 def test_steps_and_last_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: str, *_: Any) -> None:
         raise AssertionError(f"{name} was called")

@@ -162,7 +162,7 @@ def pieces(trainer):
     return int((volume > 0.005 * volume.max()).sum()) if count else 0
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("join", "expected"), [(0.15, 1), (0.0, 2), (0.05, 2)])
 def test_the_last_stage_joins_what_is_torn(join, expected):
     trainer = torn(join)

@@ -68,6 +68,7 @@ def trainer_of(guidance, **settings):
     return Trainer(small_config(**settings), CPU, guidance)
 
 
+@pytest.mark.quick(1)
 def test_its_loss_falls_and_its_parameters_move(distilled):
     """The scene stands still, so that two runs are shown the same images: one trains the method, one does not."""
     losses = []

@@ -187,6 +187,7 @@ def test_a_model_that_works(short: ValidateConfig, tmp_path: Path, capsys: pytes
     assert "exists; choose another folder with --out, or give --overwrite" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_whose_output_is_read_as_another_quantity(
     short: ValidateConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,7 +204,7 @@ def test_a_model_whose_output_is_read_as_another_quantity(
     assert any(name.startswith("error of the noise told in pictures of its own") for name in failed)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["latent", "pixel"])
 def test_random_weights_are_found_out(short: ValidateConfig, pipeline: Callable[[str], Path], kind: str) -> None:
     config = ValidateConfig(

@@ -147,6 +147,7 @@ def test_prediction_equals_that_of_the_pipeline_while_it_samples(
         assert (pair[:2] - pair[2:]).abs().max() > 1e-3, "the text must matter for this test to see anything"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["latent", "sdxl", "pixel"])
 def test_prediction_equals_the_unet_asked_twice(pipeline: Pipelines, kind: str) -> None:
     folder = pipeline(kind)
@@ -239,6 +240,7 @@ def test_gradient_equals_an_independent_derivation(
     torch.testing.assert_close(out.gradient, expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("size", [(16, 16), (7, 7), (33, 33), (16, 9)])
 def test_gradient_through_the_resize(pipeline: Pipelines, size: tuple[int, int]) -> None:
     guidance = _guidance(pipeline("pixel"))
@@ -312,6 +314,7 @@ def test_autoencoder_that_overflows_in_half_precision_is_run_in_float32(
     assert modules["UNet2DConditionModel"].dtype == torch.float16
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("wanted", ["auto", "float32", "bfloat16"])
 def test_an_autoencoder_that_overflows_is_rescaled_where_its_encoder_is_ours(
     own_pipeline: Pipelines, wanted: str

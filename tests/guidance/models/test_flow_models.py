@@ -137,6 +137,7 @@ def test_prediction_equals_that_of_the_pipeline_while_it_samples(pipeline: Pipel
         assert (pair[:2] - pair[2:]).abs().max() > 1e-3, "the text must matter for this test to see anything"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_prediction_in_float32(pipeline: Pipelines, kind: str) -> None:
     folder = pipeline(kind)
@@ -206,7 +207,7 @@ def _derived(
     return torch.autograd.grad(objective, images)[0]
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("mode", "weighting", "convention"),
@@ -229,7 +230,7 @@ def test_gradient_equals_an_independent_derivation(
     torch.testing.assert_close(out.gradient, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_half_precision_gives_a_float32_gradient_near_the_exact_one(pipeline: Pipelines, kind: str) -> None:
     results = []

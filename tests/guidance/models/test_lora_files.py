@@ -81,6 +81,7 @@ def _check(folder: Path, component: str, changes: dict[str, tuple[Tensor, Tensor
         torch.testing.assert_close(after[name], wanted, rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("names", ["kohya", "original", "diffusers", "old diffusers", "unet alone"])
 @pytest.mark.parametrize("kind", ["latent", "sdxl"])
 def test_a_unet_is_changed_by_the_product(pipeline: Pipelines, tmp_path: Path, kind: str, names: str) -> None:
@@ -241,6 +242,7 @@ def _file(path: Path, unet: Any, **changes: Any) -> Path:
     return path
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -146,6 +146,7 @@ def test_tokenizer_missing_from_the_cache(
 # Weights
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("kind", "component", "part"),
     [
@@ -251,6 +252,7 @@ def test_weights_under_other_names_are_all_there(
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
 def test_variant_stored_as_a_pickle_beside_whole_weights(own_pipeline: Pipelines, component: str) -> None:
     folder = own_pipeline("latent")

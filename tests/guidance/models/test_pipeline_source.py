@@ -276,6 +276,7 @@ def test_inpainting_and_upscaling(own_pipeline: Pipelines, kind: str, channels: 
     _refused(folder, f"reads {channels} channels.*text-to-image")
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("channels", [1, 5, "4"])
 @pytest.mark.parametrize(("kind", "wanted"), [("latent", 4), ("sdxl", 4), ("pixel", 3)])
 def test_unet_that_predicts_something_else(own_pipeline: Pipelines, kind: str, wanted: int, channels: Any) -> None:

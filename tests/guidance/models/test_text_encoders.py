@@ -279,7 +279,7 @@ def test_identity_is_of_both_encoders(own_pipeline: Pipelines) -> None:
     assert _encoder(folder).identity != before
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_half_precision_embeds_near_the_float32_embedding(pipeline: Pipelines, name: str) -> None:
     for kind in ("latent", "sdxl") if name == "float16" else ("latent", "sdxl", "pixel"):

@@ -304,6 +304,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("damage", list(DAMAGES))
 @pytest.mark.parametrize("name", ["prior.safetensors.gz", "text_encoder.safetensors.gz"])
 def test_a_damaged_file_is_named(tmp_path, name, damage):

@@ -46,6 +46,7 @@ def pictures():
     return {name: sample_images(f"{name}, front view", n=2, steps=8) for name in ("a red car", "a blue car")}
 
 
+@pytest.mark.slow
 def test_samples_are_an_object_on_white(pictures):
     for images in pictures.values():
         border = np.concatenate([images[:, :4].reshape(-1, 3), images[:, -4:].reshape(-1, 3)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from typing import Any
 
 from dreamfusion_fast.io import RunFolder, write_text
 
-FILE, LOG = "outcome.json", "log.txt"
-"""In a run's folder: how it ended, and what it logged."""
+FILE, LOG, BEGUN = "outcome.json", "log.txt", "begun.txt"
+"""In a run's folder: how it ended, what it logged, and until it has ended, a line for each worker that began it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,26 @@ def read_outcome(folder: Path) -> Outcome | None:
         return Outcome(**values)
     except (OSError, ValueError, TypeError):
         return None
+
+
+def note_begun(folder: Path, worker: str) -> None:
+    """Say that a worker has begun the run: what did not come back was tried as often, and not only sent somewhere."""
+    with (folder / BEGUN).open("a", encoding="utf-8") as file:
+        file.write(f"{worker}\n")
+
+
+def times_begun(folder: Path) -> int:
+    """How often `note_begun` was called since `forget_begun`."""
+    try:
+        return len((folder / BEGUN).read_text(encoding="utf-8").splitlines())
+    except OSError:
+        return 0
+
+
+def forget_begun(folder: Path) -> None:
+    """Start to count anew, or leave no trace of it."""
+    with contextlib.suppress(OSError):
+        (folder / BEGUN).unlink()
 
 
 def finished(folder: RunFolder) -> bool:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dreamfusion_fast.batch.config import BatchConfig
 from dreamfusion_fast.batch.jobs import Job
-from dreamfusion_fast.batch.outcome import Outcome, read_outcome, write_outcome
+from dreamfusion_fast.batch.outcome import Outcome, forget_begun, read_outcome, times_begun, write_outcome
 from dreamfusion_fast.batch.page import write_page
 from dreamfusion_fast.batch.worker import CreateGuidance, Worker
 from dreamfusion_fast.errors import UserError, described, one_line
@@ -25,6 +26,9 @@ from dreamfusion_fast.io import claimed
 _log = logging.getLogger(__name__)
 
 _RETRIES = 1
+# Seconds that a run is sent again to a worker that does not answer. Ray needs up to half a minute to see that a node is
+# lost; what is sent to its workers until then comes back at once.
+_UNREACHABLE = 180.0
 # Seconds between two looks at whether nodes have joined the cluster.
 _LOOK = 2.0
 # Of Ray's store of objects, which takes a part of the machine's memory otherwise: all that passes is settings.
@@ -36,7 +40,7 @@ def run_batch(
 ) -> dict[str, Outcome]:
     """Run what is not done yet, and write `index.html`, anew after each run.
 
-    A run that fails, or whose worker is killed, is repeated once, from its last checkpoint.
+    A run that fails, or whose worker is killed or on a node that is lost, is repeated once, from its last checkpoint.
 
     Args:
         jobs: from `read_jobs`.
@@ -103,6 +107,7 @@ def _outcomes(
         max_restarts=-1, max_task_retries=_RETRIES, num_cpus=room.cpus, num_gpus=room.gpus
     )
     running: dict[Any, Job] = {}
+    unreachable: dict[str, float] = {}  # since when
 
     def start(worker: Any, job: Job) -> Any:
         reference = worker.run.options(retry_exceptions=True).remote(job)
@@ -115,6 +120,7 @@ def _outcomes(
     workers = min(slots, len(jobs))
     pool = ActorPool([new_worker() for _ in range(workers)])
     for job in jobs:
+        forget_begun(Path(job.config.out))
         pool.submit(start, job)
     left = {job.name: job for job in jobs}
     while pool.has_next():
@@ -123,6 +129,12 @@ def _outcomes(
         ended, _ = ray.wait(list(running), num_returns=len(running), timeout=0) if running else ([], [])
         for reference in ended:
             job = running.pop(reference)
+            if _never_arrived(ray, reference, job):
+                since = unreachable.setdefault(job.name, time.monotonic())
+                if time.monotonic() - since < _UNREACHABLE:
+                    time.sleep(_LOOK)
+                    pool.submit(start, job)
+                    continue
             del left[job.name]
             yield job, _outcome_of(ray, reference, job)
         while workers < min(room.slots(), len(left)):  # nodes have joined
@@ -134,13 +146,28 @@ def _outcomes(
         yield job, _kept(job, Outcome(error="not begun: no worker could be started"))
 
 
+def _never_arrived(ray: Any, reference: Any, job: Job) -> bool:
+    """Whether the call failed since its worker was out of reach, before workers had begun the run often enough.
+
+    Ray counts what it sent in vain as a try, and one after another would sink all runs that wait.
+    """
+    try:
+        ray.get(reference)
+    except ray.exceptions.ActorUnavailableError:
+        return times_begun(Path(job.config.out)) <= _RETRIES
+    except ray.exceptions.RayError:
+        pass
+    return False
+
+
 def _outcome_of(ray: Any, reference: Any, job: Job) -> Outcome:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:  # what the worker raised
         outcome = Outcome(error=one_line(str(error.cause)) if error.cause else described(error))
     except ray.exceptions.RayError as error:
-        outcome = Outcome(error=f"the worker died, {_RETRIES + 1} times ({one_line(error)})")
+        tries = times_begun(Path(job.config.out))
+        outcome = Outcome(error=f"the worker died, {tries} time{'s' * (tries != 1)} ({one_line(error)})")
     return _kept(job, outcome)
 
 
@@ -150,6 +177,7 @@ def _kept(job: Job, outcome: Outcome) -> Outcome:
         folder = Path(job.config.out)
         folder.mkdir(exist_ok=True)
         write_outcome(folder, outcome)
+        forget_begun(folder)
     return outcome
 
 

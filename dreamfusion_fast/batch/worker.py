@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from dreamfusion_fast.batch.jobs import Job
-from dreamfusion_fast.batch.outcome import LOG, Outcome, write_outcome
+from dreamfusion_fast.batch.outcome import LOG, Outcome, forget_begun, note_begun, write_outcome
 from dreamfusion_fast.errors import UserError, described, joined
 from dreamfusion_fast.guidance.config import GuidanceConfig
 from dreamfusion_fast.guidance.contract import Guidance
@@ -60,6 +60,7 @@ class Worker:
                 host = socket.gethostname()
                 raise UserError(f"{folder.path.parent} of {host} is not the batch's: a cluster needs a shared folder")
             folder.path.mkdir(exist_ok=True)
+            note_begun(folder.path, _name())
             torch.set_num_threads(self._threads)
             with _logged(folder.path / LOG):
                 outcome = self._made(job.config, folder)
@@ -73,6 +74,7 @@ class Worker:
             raise RunError(said)
         outcome = dataclasses.replace(outcome, seconds=time.monotonic() - began)
         write_outcome(folder.path, outcome)
+        forget_begun(folder.path)
         return outcome
 
     def _made(self, config: Config, folder: RunFolder) -> Outcome:
@@ -91,8 +93,7 @@ class Worker:
         else:
             generator = Generator(config, guidance=guidance)
         result = generator.run()
-        where = f"{socket.gethostname()}, process {os.getpid()}"
-        return Outcome(None, 0.0, result.steps, result.mesh.faces, result.mesh.agreement.iou, where)
+        return Outcome(None, 0.0, result.steps, result.mesh.faces, result.mesh.agreement.iou, _name())
 
     def _guidance_for(self, config: GuidanceConfig, device: torch.device) -> Guidance:
         """The guidance of the last run, if it is the same and kept nothing of that run; else a new one."""
@@ -103,6 +104,11 @@ class Worker:
         if not guidance.parameter_groups() and not guidance.state():
             self._guidance = config, guidance
         return guidance
+
+
+def _name() -> str:
+    """Host and process, as `Outcome.worker`."""
+    return f"{socket.gethostname()}, process {os.getpid()}"
 
 
 @contextlib.contextmanager

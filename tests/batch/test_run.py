@@ -133,6 +133,30 @@ def test_a_node_that_joins_is_used(tmp_path: Path, config: BatchConfig, cluster:
 
 
 @pytest.mark.slow
+def test_the_run_of_a_node_that_is_lost_is_repeated(tmp_path: Path, config: BatchConfig, cluster: Any) -> None:
+    """Three runs wait in their first step, one of them on a node that is lost then: it begins again on the other.
+
+    A fourth, which waits for its turn, is sent to the worker that does not answer, and is not lost either.
+    """
+    begun = tmp_path / "begun"
+    rows = [f"- {{prompt: {name}, negative_prompt: wait {begun}}}" for name in ("first", "second", "third")]
+    jobs = jobs_of(tmp_path, "\n".join([*rows, "- fourth"]))
+    node = cluster.add_node(num_cpus=1)
+    with ThreadPoolExecutor(1) as batch:
+        running = batch.submit(run_batch, jobs, config, "cpu", guides.create)
+        while not all((Path(job.config.out) / "checkpoint.safetensors").exists() for job in jobs[:3]):
+            assert not running.done()
+            time.sleep(0.1)
+        cluster.remove_node(node, allow_graceful=False)
+        time.sleep(1)  # the two that are left do not take the fourth
+        begun.touch()
+        outcomes = running.result()
+    assert [outcome.error for outcome in outcomes.values()] == [None] * 4
+    assert all(outcome.faces > 0 for outcome in outcomes.values())
+    assert not list(tmp_path.rglob("begun.txt"))
+
+
+@pytest.mark.slow
 def test_a_cluster_without_room_or_out_of_reach_is_one_line(tmp_path: Path, config: BatchConfig) -> None:
     jobs = jobs_of(tmp_path, "- a ball")
     with pytest.raises(

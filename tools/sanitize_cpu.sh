@@ -38,4 +38,4 @@ assert core.__file__.startswith(sys.argv[1]), core.__file__
 assert "libasan" in open("/proc/self/maps").read()' "$build"
 [ $# -gt 0 ] || set -- tests/robustness/test_ops.py tests/ops/test_march_cascades.py tests/ops/tiles tests/networks/test_dense.py \
   -k "valid or hostile or cascades or march_tile or ray_sums or dense"
-run -m pytest -q -p no:cacheprovider "$@"
+run -m pytest -q -p no:cacheprovider -m "" "$@" # those marked slow, too

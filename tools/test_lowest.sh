@@ -42,7 +42,7 @@ try() { # NAME "EXTRAS" TESTS...
   rm -rf "$venv/tree"
   mkdir "$venv/tree"
   cp -R tests benchmarks pyproject.toml "$venv/tree"
-  (cd "$venv/tree" && OMP_WAIT_POLICY=PASSIVE "$venv/bin/python" -m pytest -q "$@")
+  (cd "$venv/tree" && OMP_WAIT_POLICY=PASSIVE "$venv/bin/python" -m pytest -q -m "" "$@") # those marked slow, too
 }
 
 wanted=${1:-both}

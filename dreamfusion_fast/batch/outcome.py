@@ -12,7 +12,7 @@ from typing import Any
 from dreamfusion_fast.io import RunFolder, write_text
 
 FILE, LOG, BEGUN = "outcome.json", "log.txt", "begun.txt"
-"""In a run's folder: how it ended, what it logged, and until it has ended, a line for each worker that began it."""
+"""In a run's folder: how it ended, what it logged, and while it is not done, a line for each time that it was begun."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def read_outcome(folder: Path) -> Outcome | None:
 
 
 def note_begun(folder: Path, worker: str) -> None:
-    """Say that a worker has begun the run: what did not come back was tried as often, and not only sent somewhere."""
+    """Note that this worker begins the run, so that tries can be told from calls that reached no worker."""
     with (folder / BEGUN).open("a", encoding="utf-8") as file:
         file.write(f"{worker}\n")
 
@@ -65,7 +65,7 @@ def times_begun(folder: Path) -> int:
 
 
 def forget_begun(folder: Path) -> None:
-    """Start to count anew, or leave no trace of it."""
+    """Set the count of `times_begun` to 0."""
     with contextlib.suppress(OSError):
         (folder / BEGUN).unlink()
 

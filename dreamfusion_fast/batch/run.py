@@ -1,7 +1,7 @@
 """The runs of a batch on Ray's workers.
 
-Ray places workers, restarts those that die, and repeats what failed. Here is only what it is told, and what became of
-each run.
+Ray places workers, restarts those that die, and repeats what failed. Here is what it is told, what became of each run,
+and the one thing that Ray leaves to its caller: to send a run again that reached no worker.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from dreamfusion_fast.io import claimed
 _log = logging.getLogger(__name__)
 
 _RETRIES = 1
-# Seconds that a run is sent again to a worker that does not answer. Ray needs up to half a minute to see that a node is
-# lost; what is sent to its workers until then comes back at once.
+# For so many seconds a run is sent again when no worker answers. Ray asks each node every 3 s and gives it up after 5
+# questions without an answer; until then, calls of its workers fail at once.
 _UNREACHABLE = 180.0
-# Seconds between two looks at whether nodes have joined the cluster.
+# Seconds between two looks at whether nodes have joined the cluster, and before a run is sent again.
 _LOOK = 2.0
 # Of Ray's store of objects, which takes a part of the machine's memory otherwise: all that passes is settings.
 _STORE = 100 << 20
@@ -40,7 +40,7 @@ def run_batch(
 ) -> dict[str, Outcome]:
     """Run what is not done yet, and write `index.html`, anew after each run.
 
-    A run that fails, or whose worker is killed or on a node that is lost, is repeated once, from its last checkpoint.
+    A run is repeated once, from its last checkpoint, if it fails, its worker is killed or its node is lost.
 
     Args:
         jobs: from `read_jobs`.
@@ -129,14 +129,16 @@ def _outcomes(
         ended, _ = ray.wait(list(running), num_returns=len(running), timeout=0) if running else ([], [])
         for reference in ended:
             job = running.pop(reference)
-            if _never_arrived(ray, reference, job):
+            if _to_be_sent_again(ray, reference, job):
                 since = unreachable.setdefault(job.name, time.monotonic())
                 if time.monotonic() - since < _UNREACHABLE:
                     time.sleep(_LOOK)
                     pool.submit(start, job)
                     continue
             del left[job.name]
-            yield job, _outcome_of(ray, reference, job)
+            outcome = _outcome_of(ray, reference, job)
+            forget_begun(Path(job.config.out))
+            yield job, outcome
         while workers < min(room.slots(), len(left)):  # nodes have joined
             workers += 1
             pool.push(new_worker())
@@ -146,10 +148,11 @@ def _outcomes(
         yield job, _kept(job, Outcome(error="not begun: no worker could be started"))
 
 
-def _never_arrived(ray: Any, reference: Any, job: Job) -> bool:
-    """Whether the call failed since its worker was out of reach, before workers had begun the run often enough.
+def _to_be_sent_again(ray: Any, reference: Any, job: Job) -> bool:
+    """Whether a worker did not answer, and the run was not begun as often as it may be.
 
-    Ray counts what it sent in vain as a try, and one after another would sink all runs that wait.
+    Ray counts a call that reached no worker as a try. The worker of a lost node would use up the tries of its run and
+    then those of each run that waits.
     """
     try:
         ray.get(reference)
@@ -166,8 +169,9 @@ def _outcome_of(ray: Any, reference: Any, job: Job) -> Outcome:
     except ray.exceptions.RayTaskError as error:  # what the worker raised
         outcome = Outcome(error=one_line(str(error.cause)) if error.cause else described(error))
     except ray.exceptions.RayError as error:
-        tries = times_begun(Path(job.config.out))
-        outcome = Outcome(error=f"the worker died, {tries} time{'s' * (tries != 1)} ({one_line(error)})")
+        times = times_begun(Path(job.config.out))
+        said = f"the worker died, {times} time{'s' * (times > 1)}" if times else "no worker could begin it"
+        outcome = Outcome(error=f"{said} ({one_line(error)})")
     return _kept(job, outcome)
 
 
@@ -177,7 +181,6 @@ def _kept(job: Job, outcome: Outcome) -> Outcome:
         folder = Path(job.config.out)
         folder.mkdir(exist_ok=True)
         write_outcome(folder, outcome)
-        forget_begun(folder)
     return outcome
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from dreamfusion_fast.batch.jobs import Job
-from dreamfusion_fast.batch.outcome import LOG, Outcome, forget_begun, note_begun, write_outcome
+from dreamfusion_fast.batch.outcome import LOG, Outcome, note_begun, write_outcome
 from dreamfusion_fast.errors import UserError, described, joined
 from dreamfusion_fast.guidance.config import GuidanceConfig
 from dreamfusion_fast.guidance.contract import Guidance
@@ -74,7 +74,6 @@ class Worker:
             raise RunError(said)
         outcome = dataclasses.replace(outcome, seconds=time.monotonic() - began)
         write_outcome(folder.path, outcome)
-        forget_begun(folder.path)
         return outcome
 
     def _made(self, config: Config, folder: RunFolder) -> Outcome:

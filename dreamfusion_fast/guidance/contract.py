@@ -133,10 +133,9 @@ class PromptEmbeddings:
         for name, value in self.tensors.items():
             # Term by term: a matrix product of one row rounds in another order than one of many.
             columns = shares.to(value.device, value.dtype).T.view(len(VIEW_NAMES), -1, *[1] * (value.ndim - 1))
-            mixed = torch.zeros_like(selected[name][first : first + len(views)])
+            mixed = selected[name][first : first + len(views)].zero_()  # in place
             for column, direction in zip(columns, value, strict=False):  # without the unconditional row, the last
                 mixed.addcmul_(column, direction)
-            selected[name][first : first + len(views)] = mixed
         return selected
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,13 +141,14 @@ AMORTISED_FIELD = TriplaneFieldConfig(resolution=9, features=4, hidden=16, blob_
 AMORTISED_OBJECTS = {"armchair": [0], "chair": [0, 1, 2], "grand piano": [3]}
 
 
-def look_small(change: Callable[[Any, str, int], object] = setattr) -> None:
-    """Exports look at the object in small pictures, a tenth of the time; `change` is setattr, or a patch's.
+def look_small(patch: Any = None) -> None:
+    """Let exports look at the object in pictures of 64^2, not 256^2; see `use_prior` for `patch`.
 
-    For tests of runs. That meshes look like the object is tested under `tests/export`, in full.
+    For tests of runs. The quality of meshes is tested under `tests/export`, with pictures of the usual size.
     """
-    change(seen, "_SIZE", 64)
-    change(agreement, "SIZE", 64)
+    put = setattr if patch is None else patch.setattr
+    put(seen, "_SIZE", 64)
+    put(agreement, "SIZE", 64)
 
 
 def amortised_model() -> AmortisedField:

@@ -33,7 +33,7 @@ def weights(tmp_path_factory):
 def surroundings(weights, tmp_path, monkeypatch):
     """The small prior, one thread, and no cache of the person who runs the tests."""
     use_prior(weights, monkeypatch)
-    look_small(monkeypatch.setattr)
+    look_small(monkeypatch)
     monkeypatch.setenv("DREAMFUSION_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("DREAMFUSION_FAST_DEBUG", raising=False)
     threads = torch.get_num_threads()

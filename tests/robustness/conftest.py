@@ -12,8 +12,8 @@ EVERY = 2  # steps between checkpoints
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    look_small(monkeypatch.setattr)
+def _small_looks(monkeypatch):
+    look_small(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""One thread for tests whose tensors are too small to share out and whose bits are compared, small looks at meshes."""
+"""One thread, since tensors are too small to share out and bits are compared, and quick exports; and a fixture."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from dreamfusion_fast.training.config import Config
 
 
 @pytest.fixture(autouse=True)
-def _quick(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def _one_thread(one_thread: None) -> None:
     """For all tests here."""
-    look_small(monkeypatch.setattr)
+
+
+@pytest.fixture(autouse=True)
+def _small_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all tests here."""
+    look_small(monkeypatch)
 
 
 @pytest.fixture

@@ -3,47 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from pipelines import own_pipeline, pipeline  # noqa: F401 (fixtures)
+from selection import pytest_addoption, pytest_configure, pytest_itemcollected, pytest_runtest_setup  # noqa: F401
 
 from dreamfusion_fast.ops import _native
 
-_BEGAN = pytest.StashKey[float]()
 
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seconds", type=float, default=math.inf, help="skip, and say so, what would begin later")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_BEGAN] = time.monotonic()
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips what there is no time for, before any fixture of it is made."""
-    seconds = item.config.getoption("seconds")
-    if time.monotonic() - item.config.stash[_BEGAN] > seconds:
-        pytest.skip(f"not begun within --seconds {seconds:g}")
-
-
-@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips, and so counts, what needs a GPU where none can be used, and says why; marks what is slow."""
-    cases: Counter[str] = Counter()
-    for item in items:
-        quick = item.get_closest_marker("quick")
-        if quick is not None and item.get_closest_marker("gpu") is None:
-            function = item.nodeid.partition("[")[0]
-            cases[function] += 1
-            if cases[function] > quick.args[0]:
-                item.add_marker("slow")
+    """Skips, and so counts, what needs a GPU where none can be used, and says why."""
     if not _native.cuda_available():
         skip = pytest.mark.skip(reason=f"needs a GPU: {_native.cuda_reason().split('. ')[0]}")
         for item in items:

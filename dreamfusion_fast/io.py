@@ -100,18 +100,29 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     """The tensors of a safetensors file, on the CPU, and its metadata, all of one and the same file.
 
     safetensors' own reader opens the path twice, for the header and for the data. A file that is put in place of
-    another between the two would be read as a mixture of both.
+    another between the two would be read as a mixture of both. The tensors are sorted by name, see
+    `safetensors_from_bytes`.
 
     Raises:
         OSError: the file cannot be read.
         safetensors.SafetensorError: it is no safetensors file.
     """
+    return safetensors_from_bytes(Path(path).read_bytes())
+
+
+def safetensors_from_bytes(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file's bytes, on the CPU, sorted by name, and its metadata.
+
+    safetensors gives them in an order that changes from process to process, and so would messages that name some.
+
+    Raises:
+        safetensors.SafetensorError: it is no safetensors file.
+    """
     from safetensors.torch import load  # imports torch, which most commands that write files do without
 
-    data = Path(path).read_bytes()
     tensors = load(data)  # which has checked the header
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return tensors, header.get("__metadata__") or {}
+    return dict(sorted(tensors.items())), header.get("__metadata__") or {}
 
 
 class RunFolder:

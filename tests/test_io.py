@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 import pytest
+import safetensors.torch
+import torch
 
 from dreamfusion_fast import io
 from dreamfusion_fast.errors import UserError
@@ -14,6 +16,8 @@ from dreamfusion_fast.io import (
     claimed_new,
     default_run_folders,
     open_run_folder,
+    read_safetensors,
+    safetensors_from_bytes,
     write_bytes,
     write_text,
 )
@@ -25,6 +29,17 @@ def test_write_replaces_and_leaves_nothing_else(tmp_path):
     write_bytes(target, b"two")
     assert target.read_bytes() == b"two"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_tensors_are_sorted_by_name(tmp_path):
+    # safetensors orders them anew in each process; of 24 names, a test that sees its order passes once in 24!.
+    tensors = {f"{i * 7 % 24:02}": torch.full((2,), float(i)) for i in range(24)}
+    data = safetensors.torch.save(tensors, {"a": "b"})
+    write_bytes(tmp_path / "a.safetensors", data)
+    for read, metadata in (safetensors_from_bytes(data), read_safetensors(tmp_path / "a.safetensors")):
+        assert list(read) == sorted(tensors)
+        assert metadata == {"a": "b"}
+        assert all(torch.equal(read[name], tensors[name]) for name in tensors)
 
 
 def test_written_files_follow_the_umask(tmp_path):

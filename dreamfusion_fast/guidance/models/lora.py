@@ -164,7 +164,7 @@ def open_lora(text: str, shapes: Mapping[str, Mapping[str, Sequence[int]]], alia
             continue
         component, weight = found
         if not {"down", "up"} <= roles.keys():
-            raise ValueError(f"{one_line(module, 120)} lacks {' and '.join({'down', 'up'} - roles.keys())}")
+            raise ValueError(f"{one_line(module, 120)} lacks {' and '.join(sorted({'down', 'up'} - roles.keys()))}")
         if weight in pairs.setdefault(component, {}):
             raise ValueError(f"{component}'s {weight} is changed twice, by {one_line(module, 120)} as well")
         pairs[component][weight] = _pair(module, roles, tensors, shapes[component][weight], component, scale, settings)

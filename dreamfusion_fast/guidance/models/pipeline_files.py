@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from dreamfusion_fast.errors import one_line
+from dreamfusion_fast.io import safetensors_from_bytes
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _TOKENIZER_DATA = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
@@ -123,7 +124,7 @@ def _integer(digits: str) -> int:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
-    """The tensors of a safetensors file, on the CPU, its metadata, and sha256 of all, of one and the same file.
+    """The tensors of a safetensors file, on the CPU, by name; its metadata; and sha256 of it all, read once.
 
     For files that are small beside a model.
 
@@ -132,7 +133,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
         ValueError: it is no safetensors file, is too large, or holds something else than real numbers.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load
 
     if is_pickle(path.name):
         raise ValueError("it is a pickle, which can run code on loading: convert it to safetensors")
@@ -143,8 +143,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
     if len(data) > _LARGEST_ADDITION:
         raise ValueError(f"it has more than {_LARGEST_ADDITION >> 30} GiB")
     try:
-        tensors = load(data)
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+        tensors, metadata = safetensors_from_bytes(data)
     except (SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise ValueError(f"it is no safetensors file ({one_line(error, 200)})") from error
     for name, value in tensors.items():

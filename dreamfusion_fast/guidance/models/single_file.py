@@ -89,7 +89,7 @@ class SingleFileSource(PipelineSource):
 
         try:
             with safe_open(str(self._path), framework="pt") as file:
-                names = list(file.keys())
+                names = sorted(file.keys())
                 if len(names) > _MOST_TENSORS:
                     raise ValueError(f"it holds {len(names)} tensors, want at most {_MOST_TENSORS}")
                 self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}

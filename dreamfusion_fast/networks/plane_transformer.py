@@ -135,26 +135,17 @@ class PlaneTransformer(nn.Module):
         for block in self.blocks:
             x = block(x, context, there)
         x = self._laid_out(self.unfold(self.norm(x)))
-        return torch.stack([self._convolved(x[plane], plane) for plane in range(PLANES)], dim=1).float()
+        for number, convolution in enumerate(self.convolutions):
+            x = convolution(F.silu(x) if number else x)
+        side = c.resolution
+        return x.view(batch, PLANES, c.features, side, side).permute(0, 1, 3, 4, 2).float().contiguous()
 
     def _laid_out(self, patches: Tensor) -> Tensor:
-        """Each token's patch where it belongs: `[3, B, resolution, resolution, patch_features]`."""
+        """Each token's patch where it belongs: `[B, 3 * patch_features, resolution, resolution]`."""
         c, batch = self.config, patches.shape[0]
         grid = patches.view(batch, PLANES, c.tokens, c.tokens, c.patch, c.patch, c.patch_features)
-        # plane, batch, rows (of tokens, in a patch), columns likewise, features
-        grid = grid.permute(1, 0, 2, 4, 3, 5, 6)
-        return grid.reshape(PLANES, batch, c.resolution, c.resolution, c.patch_features)
-
-    def _convolved(self, x: Tensor, plane: int) -> Tensor:
-        """`[B, resolution, resolution, features]` of one plane's patches.
-
-        The planes' convolutions are one by one, and features come last, since cuDNN is slow at groups.
-        """
-        x = x.permute(0, 3, 1, 2)
-        for number, convolution in enumerate(self.convolutions):
-            weight, bias = (part.chunk(PLANES)[plane] for part in (convolution.weight, convolution.bias))
-            x = F.conv2d(F.silu(x) if number else x, weight, bias, padding=1)
-        return x.permute(0, 2, 3, 1)
+        # batch, plane, features, then rows (of tokens, in a patch) and columns likewise
+        return grid.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, PLANES * c.patch_features, c.resolution, c.resolution)
 
     def _check(self, states: Tensor, pooled: Tensor, mask: Tensor | None, code: Tensor | None) -> None:
         c = self.config

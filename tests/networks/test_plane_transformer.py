@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dreamfusion_fast.fields import TriplaneField, TriplaneFieldConfig
@@ -79,21 +78,9 @@ def test_patches_lie_where_their_tokens_do() -> None:
     """Rows of a plane are its second axis: token (row, column) is patch (row, column)."""
     network = make()
     patches = torch.arange(27.0).view(1, 27, 1).expand(1, 27, 16)
-    laid = network._laid_out(patches).view(3, 6, 6, 4)
+    laid = network._laid_out(patches).view(3, 4, 6, 6)
     expected = torch.arange(27.0).view(3, 3, 3).repeat_interleave(2, 1).repeat_interleave(2, 2)
-    assert torch.equal(laid, expected[..., None].expand(3, 6, 6, 4))
-
-
-def test_planes_are_convolved_on_their_own() -> None:
-    """As by convolutions of three groups."""
-    network = make()
-    x = torch.randn(3, 2, 6, 6, 4)
-    grouped = x.permute(1, 0, 4, 2, 3).reshape(2, 12, 6, 6)
-    for number, convolution in enumerate(network.convolutions):
-        grouped = convolution(F.silu(grouped) if number else grouped)
-    expected = grouped.view(2, 3, 4, 6, 6).permute(1, 0, 3, 4, 2)
-    for plane in range(3):
-        torch.testing.assert_close(network._convolved(x[plane], plane), expected[plane])
+    assert torch.equal(laid, expected[:, None].expand(3, 4, 6, 6))
 
 
 def test_planes_begin_of_variance_1_and_differ_from_place_to_place() -> None:

@@ -98,6 +98,9 @@ class Training:
         call.say(f"data: {self.sampler.catalogue.summary()}")
         generator = torch.Generator().manual_seed(s.seed)
         self.model = AmortisedField(s.network, s.field, len(self.sampler.models), generator).to(self.device)
+        if self.device.type == "cuda":
+            # Step and loss wait for the host otherwise; the first step of a call compiles.
+            self.model.network.compile(dynamic=False)
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._names, self.parameters = list(trained), list(trained.values())
         self.average = [p.detach().clone() for p in self.parameters]

@@ -1,8 +1,8 @@
-"""Weights as int8 with one float32 scale per output row: rounded to 1/254 of the row's largest.
+"""Weights as int8 with one float32 scale per output row: rounded to 1/254 of the row's largest, or more coarsely.
 
 Only the file is small: weights are expanded when they are loaded, and all arithmetic stays in the type that the model
 runs in. The file is a safetensors file under gzip: int8 weights lie in the shape of a bell around zero, so a tenth of
-their bytes can be saved.
+their bytes can be saved, and more where they are rounded to fewer levels than int8 has.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ _LARGEST_CONTENT = 2**29
 _LARGEST_HEADER = 2**24
 
 
-def quantize_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def quantize_state_dict(state: dict[str, Tensor], largest: int = 127) -> dict[str, Tensor]:
     """Quantise every weight of two or more dimensions and at least 4096 elements; the rest stays float32.
 
     Args:
         state: name -> tensor `[rows, ...]`, any floating dtype.
+        largest: what a row's largest becomes, 1 to 127.
 
     Returns:
         name -> int8 tensor of the same shape, with `name + ".int8_scale"` float32 `[rows]` beside it.
@@ -48,7 +49,7 @@ def quantize_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if value.ndim < 2 or value.numel() < _SMALLEST_QUANTIZED:
             out[name] = value.contiguous()
             continue
-        scale = value.flatten(1).abs().amax(dim=1).clamp_min(1e-12) / 127.0
+        scale = value.flatten(1).abs().amax(dim=1).clamp_min(1e-12) / largest
         shape = (-1,) + (1,) * (value.ndim - 1)
         out[name] = torch.round(value / scale.view(shape)).to(torch.int8).contiguous()
         out[name + SCALE_SUFFIX] = scale
@@ -84,8 +85,10 @@ def dequantize_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def save_weights(path: str | os.PathLike[str], state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write `quantize_state_dict(state)` and metadata to `path` (`*.safetensors.gz`), whole or not at all.
+def save_weights(
+    path: str | os.PathLike[str], state: dict[str, Tensor], metadata: dict[str, str], largest: int = 127
+) -> None:
+    """Write `quantize_state_dict(state, largest)` and metadata to `path` (`*.safetensors.gz`), whole or not at all.
 
     The same weights give the same bytes: the gzip header holds neither time nor name.
 
@@ -93,8 +96,9 @@ def save_weights(path: str | os.PathLike[str], state: dict[str, Tensor], metadat
         path: file in a folder that exists.
         state: name -> tensor `[rows, ...]`, any floating dtype.
         metadata: to be kept in the safetensors header.
+        largest: as of `quantize_state_dict`.
     """
-    header, data = _split(save(quantize_state_dict(state), metadata))
+    header, data = _split(save(quantize_state_dict(state, largest), metadata))
     if "__metadata__" in header:  # which safetensors writes in an order that changes from call to call
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":")).encode()

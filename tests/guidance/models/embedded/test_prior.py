@@ -64,10 +64,12 @@ def inputs(n, seed=0):
 
 @pytest.mark.parametrize("shape", [(64, 64), (113, 37, 3, 3), (1, 5000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_quantised_weights_are_off_by_half_a_step_of_their_row(shape, dtype):
+@pytest.mark.parametrize("steps", [127, 31, 1])
+def test_quantised_weights_are_off_by_half_a_step_of_their_row(shape, dtype, steps):
     weight = (torch.randn(shape) * torch.logspace(-3, 2, shape[0]).view(-1, *[1] * (len(shape) - 1))).to(dtype)
-    state = quantize_state_dict({"w": weight})
+    state = quantize_state_dict({"w": weight}, steps)
     assert state["w"].dtype == torch.int8
+    assert bool((state["w"].flatten(1).int().abs().amax(dim=1) == steps).all())
     assert state["w"].shape == shape
     assert state["w" + SCALE_SUFFIX].shape == (shape[0],)
     restored = dequantize_state_dict(state)
@@ -75,10 +77,10 @@ def test_quantised_weights_are_off_by_half_a_step_of_their_row(shape, dtype):
     assert restored["w"].dtype == torch.float32
     largest = weight.float().flatten(1).abs().amax(dim=1)
     error = (restored["w"] - weight.float()).flatten(1).abs().amax(dim=1)
-    assert bool((error <= largest / 254 * (1 + 1e-5)).all())
+    assert bool((error <= largest / (2 * steps) * (1 + 1e-5)).all())
     assert float((error / largest).max()) > 1e-4  # it is quantised
     # What is quantised already is not changed again.
-    again = quantize_state_dict(restored)
+    again = quantize_state_dict(restored, steps)
     assert torch.equal(again["w"], state["w"])
 
 

@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
 
 FOLDER = Path(__file__).parents[1] / "examples" / "notebooks"
 # What the cell of settings is followed by.
@@ -43,7 +44,7 @@ def test_it_runs(name: str, tmp_path: Path) -> None:
     (settings,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     settings.source += "\n" + SMALL[name].format(out=str(tmp_path / "run"))
     began = time.perf_counter()
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
     print(f"{name}: {time.perf_counter() - began:.1f} s")
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")

@@ -241,7 +241,7 @@ def _generate(arguments: list[str]) -> int:
         if getattr(known, option) is not None and known.resume is not None:
             raise UserError(f"give --{option} or --resume, not both; a resumed run has its own field")
     if known.init is not None:
-        base = base.with_init(known.init)
+        base = dataclasses.replace(base, init=known.init)
     if known.field is not None:
         base = base.with_field(known.field)
     config = _parse(
@@ -252,7 +252,6 @@ def _generate(arguments: list[str]) -> int:
         "Besides the options below: --preset NAME takes the settings of a published recipe "
         f"({', '.join(preset_names())}), "
         "--field triplane takes three planes of features in place of the hash grid, "
-        "--init FILE starts from the planes that a trained network makes of the prompt, "
         "--config FILE.yaml reads options from a file (it wins over the preset, the command line over both), "
         "--resume RUN continues an interrupted run.",
         base,

@@ -40,6 +40,7 @@ def small_config(**settings: Any) -> Config:
         steps=12,
         batch=2,
         device="cpu",
+        init="scratch",
         field=HashGridFieldConfig(levels=4, base_resolution=4, finest_resolution=32, log2_rows=12, hidden=16),
         renderer=RendererConfig(samples_across=48),
         occupancy=OccupancyConfig(resolution=16, every=4, warmup_steps=8),

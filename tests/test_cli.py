@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fakes import AMORTISED_FIELD, write_amortised
+from fakes import write_amortised
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -159,29 +159,24 @@ def test_the_kind_of_field(fake, tmp_path, capsys, run_folder):
     assert "--field.levels" in line
 
 
-def test_a_file_to_start_from_brings_its_field(fake, tmp_path, capsys):
+def test_what_a_run_starts_from(fake, tmp_path, capsys):
     file = str(write_amortised(tmp_path / "net.gz"))
-    cli.main(["generate", "x", "--init", file, "--init-code", "5", "--steps", "3"])
-    cli.main(["generate", "x", "--init", file, "--field", "triplane", "--field.backend", "reference"])
-    first, second = (config for _, config, _ in fake.told)
-    assert (first.init, first.init_code, first.steps, first.field) == (file, 5, 3, AMORTISED_FIELD)
-    assert second.field == dataclasses.replace(AMORTISED_FIELD, backend="reference")
+    cli.main(["generate", "x", "--init", file, "--init-code", "5", "--steps", "3", "--field", "triplane"])
+    first = fake.told[0][1]
+    assert (first.init, first.init_code, first.steps, first.field.kind) == (file, 5, 3, "triplane")
     first.save(tmp_path / "config.yaml")
     cli.main(["generate", "x", "--config", str(tmp_path / "config.yaml"), "--init", "scratch"])
-    last = fake.told[2][1]
-    assert (last.init, last.field) == ("scratch", AMORTISED_FIELD)
+    last = fake.told[1][1]
+    assert (last.init, last.init_code, last.field.kind) == ("scratch", 5, "triplane")
+    cli.main(["generate", "x"])
+    assert fake.told[2][1].init == "amortised"
     capsys.readouterr()
 
 
 def test_a_file_to_start_from_that_cannot_be_is_one_line(tmp_path, capsys, run_folder):
-    file = str(write_amortised(tmp_path / "net.gz"))
     line = fails(capsys, "generate", "x", "--init", str(tmp_path / "none.gz"))
     assert line.startswith(f"error: --init {tmp_path / 'none.gz'}: cannot be read (No such file or directory); want ")
-    line = fails(capsys, "generate", "x", "--init", file, "--field", "hash_grid", "--out", str(tmp_path / "a"))
-    assert line == f"error: --init {file}: got --field hash_grid, want triplane: it makes planes"
-    line = fails(capsys, "generate", "x", "--init", file, "--field.features", "8", "--out", str(tmp_path / "b"))
-    assert line == f"error: --init {file}: it is for another --field (features: 4, here 8); omit these options"
-    line = fails(capsys, "generate", "--resume", str(run_folder.path), "--init", file)
+    line = fails(capsys, "generate", "--resume", str(run_folder.path), "--init", "scratch")
     assert line == "error: give --init or --resume, not both; a resumed run has its own field"
     line = fails(capsys, "generate", "x", "--init-code", "-1")
     assert "--init-code" in line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -61,7 +62,7 @@ def command(arguments: Sequence[str], parser: argparse.ArgumentParser, parse: Ca
         if given.config is not None:
             config = Config.load(given.config, guidance=guidance, base=start)
         if given.init is not None:
-            config = config.with_init(given.init)
+            config = dataclasses.replace(config, init=given.init)
         if given.field is not None:
             config = config.with_field(given.field)
         named = rest if guidance is None else [*rest, "--guidance.name", guidance]

@@ -1,8 +1,8 @@
-"""The amortised initialisation: one pass of a network, trained on many objects, makes planes to start from.
+"""The amortised initialisation: one pass of a network, trained on many objects, makes a field to start from.
 
 The network (`PlaneTransformer`) reads the prompt and a code that tells objects with one caption apart. A
-`TriplaneField` reads its planes, so that score distillation goes on from them. A file holds both, the codes, and
-vectors of the captions that it was trained on: a prompt that is near none of them is not known.
+`TriplaneField` reads its planes; a run's own field is fitted to that (`training.fitting`). A file holds both, the
+codes, and vectors of the captions that it was trained on: a prompt that is near none of them is not known.
 `tools/train_amortised.py` makes such files.
 
 Source: Lorraine et al. 2023, ATT3D: Amortized Text-to-3D Object Synthesis (arXiv 2306.07349); the planes as in Hong et
@@ -26,14 +26,19 @@ from dreamfusion_fast.guidance.models.embedded.quantize import load_metadata, lo
 from dreamfusion_fast.guidance.models.embedded.text_encoder import WIDTH, TextEncoder
 from dreamfusion_fast.io import user_path
 from dreamfusion_fast.networks.plane_transformer import PlaneTransformer, PlaneTransformerConfig
-from dreamfusion_fast.training.config_io import differences, from_dict, to_dict
+from dreamfusion_fast.training.config_io import from_dict, to_dict
 
 SCRATCH = "scratch"
 """`Config.init` of a run that starts from random parameters."""
+AMORTISED = "amortised"
+"""`Config.init` of a run that starts from what the package's network makes of the prompt."""
+WEIGHTS = Path(__file__).parent / "weights" / "amortised.safetensors.gz"
 FORMAT = "dreamfusion_fast amortised 1"
 # Objects whose captions are this much farther from a prompt than the nearest one may be meant, too: a cosine.
 _AS_NEAR = 0.02
 _VECTORS = "captions"
+# What the largest weight of a row is rounded to: 6 bits, so that the repository stays small.
+_LARGEST = 31
 _BAD_FILE = (OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError, UserError)
 
 
@@ -95,7 +100,8 @@ class AmortisedField(nn.Module):
         Raises:
             RuntimeError: something lacks, is too much, or has another shape.
         """
-        kept = {name: value for name, value in self.state_dict().items() if name not in self.trained_state()}
+        whole = self.state_dict()
+        kept = {name: whole[name] for name in whole.keys() - self.trained_state().keys()}
         self.load_state_dict({**kept, **state})
 
 
@@ -156,7 +162,7 @@ class KnownCaptions:
 
 
 def save_amortised(path: Path, model: AmortisedField, captions: KnownCaptions, card: Mapping[str, str]) -> None:
-    """Write a file for `Config.init`: int8 weights (`save_weights`), settings, captions and a card.
+    """Write a file for `Config.init`: rounded weights (`save_weights`), settings, captions and a card.
 
     Args:
         path: ends in .safetensors.gz, by custom.
@@ -172,18 +178,18 @@ def save_amortised(path: Path, model: AmortisedField, captions: KnownCaptions, c
         "colours": json.dumps(list(captions.colours)),
         "threshold": str(captions.threshold),
     }
-    save_weights(path, {**model.trained_state(), _VECTORS: captions.vectors}, {**card, **metadata})
+    save_weights(path, {**model.trained_state(), _VECTORS: captions.vectors}, {**card, **metadata}, _LARGEST)
 
 
 def load_amortised(path: str | Path) -> tuple[AmortisedField, KnownCaptions]:
-    """Undo `save_amortised`; float32, on the CPU, in evaluation mode, parameters frozen.
+    """Undo `save_amortised`; float32, on the CPU, in evaluation mode, parameters frozen. "amortised": the package's.
 
     Raises:
         UserError: there is no such file, it is damaged, or it is another one.
     """
     try:
         metadata = _metadata(path)
-        state, _ = load_weights(user_path(path, "--init"))
+        state, _ = load_weights(_path(path))
         objects: dict[str, list[int]] = json.loads(metadata["objects"])
         vectors, codes = state.pop(_VECTORS), state["codes"]
         numbers = [row for rows in objects.values() for row in rows]
@@ -201,56 +207,47 @@ def load_amortised(path: str | Path) -> tuple[AmortisedField, KnownCaptions]:
     return model.eval().requires_grad_(False), captions
 
 
-def field_of_file(path: str | Path) -> TriplaneFieldConfig:
-    """The settings of the field that reads a file's planes. Of the file only the beginning is read.
-
-    Raises:
-        UserError: as `load_amortised`, as far as that can be seen.
-    """
+def check_init(init: str) -> None:
+    """Raise UserError where `Config.init` names a file that is none of `save_amortised`, as far as its header says."""
+    if init == SCRATCH:
+        return
     try:
-        return _field_of(_metadata(path))
+        _field_of(_metadata(init))
     except _BAD_FILE as error:
-        raise _unreadable(path, error) from error
-
-
-def check_field(path: str | Path, field: object) -> None:
-    """Raise UserError unless a field of these settings reads the planes of a file.
-
-    How its MLP computes, and by which backend planes are read, is left to the run.
-    """
-    wanted, given = to_dict(field_of_file(path)), to_dict(field)
-    if not isinstance(field, TriplaneFieldConfig):
-        raise UserError(f"--init {path}: got --field {given['kind']}, want triplane: it makes planes")
-    for name in ("mlp_dtype", "backend"):
-        del wanted[name], given[name]
-    if different := differences(wanted, given):
-        raise UserError(f"--init {path}: it is for another --field ({'; '.join(different)}); omit these options")
+        raise _unreadable(init, error) from error
 
 
 @torch.no_grad()
-def planes_of(path: str | Path, prompt: str, seed: int) -> tuple[Nearest, Tensor | None, AmortisedField]:
-    """What a file makes of a prompt: the nearest caption, planes `[1, 3, resolution, resolution, features]`, or None
-    where the prompt is not known, and the field that reads them.
+def field_of_prompt(init: str | Path, prompt: str, seed: int) -> tuple[Nearest, TriplaneField | None]:
+    """What a network makes of a prompt: the nearest caption, and a field, or None where the prompt is not known.
 
     Args:
-        path: of a file.
+        init: "amortised", or the path of a file.
         prompt: what to make.
         seed: draws one of the objects that may be meant, whose code is taken.
+
+    Returns:
+        Both; the field is on the CPU, with planes `[1, 3, resolution, resolution, features]`, its parameters frozen.
 
     Raises:
         UserError: as `load_amortised`.
     """
-    model, captions = load_amortised(path)
+    model, captions = load_amortised(init)
     encoder = TextEncoder()
     nearest = captions.nearest(prompt, encoder)
     if not nearest.known:
-        return nearest, None, model
+        return nearest, None
     states, pooled = encoder([prompt])
-    return nearest, model.planes(states, pooled, model.codes[nearest.object(seed)][None]), model
+    model.field.planes.copy_(model.planes(states, pooled, model.codes[nearest.object(seed)][None]))
+    return nearest, model.field
+
+
+def _path(init: str | Path) -> Path:
+    return WEIGHTS if init == AMORTISED else user_path(init, "--init")
 
 
 def _metadata(path: str | Path) -> dict[str, str]:
-    metadata = load_metadata(user_path(path, "--init"))
+    metadata = load_metadata(_path(path))
     if metadata.get("format") != FORMAT:
         raise ValueError(f"its format is {metadata.get('format', 'another one')}, want {FORMAT}")
     return metadata
@@ -262,4 +259,6 @@ def _field_of(metadata: Mapping[str, str]) -> TriplaneFieldConfig:
 
 def _unreadable(path: str | Path, error: Exception) -> UserError:
     why = error.strerror or error if isinstance(error, OSError) else joined(error)
-    return UserError(f"--init {path}: cannot be read ({why}); want {SCRATCH}, or a file of train_amortised.py pack")
+    return UserError(
+        f"--init {path}: cannot be read ({why}); want {AMORTISED}, {SCRATCH}, or a file of train_amortised.py pack"
+    )

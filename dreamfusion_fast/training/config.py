@@ -25,7 +25,7 @@ from dreamfusion_fast.rendering.config import RendererConfig
 from dreamfusion_fast.rendering.orbits import CameraConfig
 from dreamfusion_fast.settings import Range, Settings
 from dreamfusion_fast.training import config_io
-from dreamfusion_fast.training.amortised import SCRATCH, check_field, field_of_file
+from dreamfusion_fast.training.amortised import AMORTISED, check_init
 from dreamfusion_fast.training.memory_plan import parse_memory
 from dreamfusion_fast.training.opaque import OpaqueThresholds
 from dreamfusion_fast.training.presets import preset_text, settings_for
@@ -91,8 +91,9 @@ class Config(Settings):
     """Memory the run may use, such as 16GB, 16GiB, 16000MB or bytes; by default what the GPU has free."""
     profile: bool = False
     """Print at the end how long each stage of a step takes and how much memory."""
-    init: str = SCRATCH
-    """scratch, or a file of a network that makes the planes to start from of the prompt (`training.amortised`)."""
+    init: str = AMORTISED
+    """amortised: start from what a network that has seen many objects makes of the prompt, if it knows it; a file: so
+    of another network; or scratch."""
     init_code: Annotated[int | None, Range(0, 2**63 - 1)] = None
     """Seed that draws which of the objects it has seen under such a prompt is meant; by default the run's seed."""
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
@@ -120,19 +121,6 @@ class Config(Settings):
         """
         return dataclasses.replace(self, field=field_of_kind(kind, self.field))
 
-    def with_init(self, init: str) -> Config:
-        """The same run, started from what a file makes of the prompt, or from "scratch".
-
-        A file brings the settings of its field; how the field's MLP computes, and its backend, stay as they are.
-
-        Raises:
-            UserError: there is no such file, or it is damaged.
-        """
-        if init == SCRATCH:
-            return dataclasses.replace(self, init=init)
-        field = dataclasses.replace(field_of_file(init), mlp_dtype=self.field.mlp_dtype, backend=self.field.backend)
-        return dataclasses.replace(self, init=init, field=field)
-
     def batch_on(self, device: torch.device, group: int = 1) -> int:
         """Views per step of a run on `device`; by default whole groups of so many."""
         return self.batch if self.batch is not None else -(-_BATCH.get(device.type, 8) // group) * group
@@ -147,10 +135,9 @@ class Config(Settings):
             parse_memory(self.memory)
 
     def check_start(self) -> None:
-        """Raise UserError for what no new run can start with: as `check`, and a file of `init` that does not fit."""
+        """Raise UserError for what no new run can start with: as `check`, and a file of `init` that is none."""
         self.check()
-        if self.init != SCRATCH:
-            check_field(self.init, self.field)
+        check_init(self.init)
 
     @classmethod
     def for_guidance(cls, name: str, **settings: Any) -> Config:
@@ -185,8 +172,6 @@ class Config(Settings):
     ) -> Config:
         """Read a tree from nested dicts; what they do not hold is as `base`, or as `for_guidance`, has it.
 
-        With a file as `init` and no `field`, the field is that of the file.
-
         Args:
             values: keys of the tree.
             source: what errors call their origin, such as the file's name.
@@ -202,9 +187,6 @@ class Config(Settings):
             guidance = given.get("name") if isinstance(given, Mapping) else None
         if base is None and isinstance(guidance, str):
             base = cls.for_guidance(guidance)
-        init = values.get("init", SCRATCH) if isinstance(values, Mapping) else SCRATCH
-        if isinstance(init, str) and init != SCRATCH and "field" not in values:
-            base = (base or cls()).with_init(init)
         return config_io.from_dict(cls, values, source=source, base=base)
 
     @classmethod

@@ -110,8 +110,6 @@ class Generator:
         config = prompt if isinstance(prompt, Config) else Config.for_guidance(name, prompt=prompt)
         if isinstance(guidance, GuidanceConfig):
             settings["guidance"], guidance = guidance, None
-        if "init" in settings and "field" not in settings:
-            config = config.with_init(settings.pop("init"))
         config = dataclasses.replace(config, **settings)
         config.check_start()
         self._setup(config, callbacks, guidance, ranks)
@@ -281,14 +279,14 @@ class Generator:
 
     def _begin(self, trainer: Trainer) -> None:
         """Put what `config.init` makes of the prompt into the scene of a new run, and say so."""
-        nearest = begin_scene(trainer.scene, self.config)
+        nearest = begin_scene(trainer.scene, self.config, self._ranks)
         if nearest is None:
             return
         shown = f'"{nearest.phrase}", similarity {nearest.similarity:.2f}'
         if nearest.known:
-            _log.info("starts from what %s makes of the prompt (nearest: %s)", self.config.init, shown)
+            _log.info("starts from what --init %s makes of the prompt (nearest: %s)", self.config.init, shown)
         else:
-            _log.warning("starts from scratch: %s does not know the prompt (nearest: %s)", self.config.init, shown)
+            _log.info("starts from scratch: --init %s does not know the prompt (nearest: %s)", self.config.init, shown)
         self._shows_start = nearest.known
 
     def _load(self, trainer: Trainer, folder: RunFolder) -> None:

@@ -20,6 +20,7 @@ from dreamfusion_fast.guidance.config import KNOWN_GUIDANCE, GuidanceConfig, is_
 from dreamfusion_fast.guidance.models.pipeline_origins import open_source
 from dreamfusion_fast.io import user_path
 from dreamfusion_fast.rendering import RendererConfig
+from dreamfusion_fast.training.amortised import SCRATCH
 from dreamfusion_fast.training.sections import (
     ExportConfig,
     LossConfig,
@@ -86,6 +87,7 @@ def settings_for(name: str) -> dict[str, Any]:
     if is_small(name):
         return {}
     return {
+        "init": SCRATCH,
         "steps": 10_000,
         "batch": 1,
         "field": HashGridFieldConfig(mlp_dtype="auto"),

@@ -95,6 +95,11 @@ class Ranks:
             shown = "; ".join(str(theirs.tolist()) for theirs in all_of_them)
             raise UserError(f"the processes of torchrun differ in {what} ({shown}); give all of them the same command")
 
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Make tensors of the same shapes everywhere what they are in rank 0, in place."""
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), 0)
+
     def sum(self, gradients: Sequence[Tensor], numbers: Sequence[Tensor]) -> list[Tensor]:
         """Add up what all processes have. Once per step, since it also carries the wish to stop.
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from dreamfusion_fast.fields.background import MlpBackground
-from dreamfusion_fast.fields.triplane_field import TriplaneField
 from dreamfusion_fast.rendering.occupancy import OccupancyGrid
 from dreamfusion_fast.rendering.volume.renderer import VolumeRenderer
 from dreamfusion_fast.scene import Scene
-from dreamfusion_fast.training.amortised import SCRATCH, Nearest, planes_of
+from dreamfusion_fast.training.amortised import SCRATCH, Nearest, field_of_prompt
 from dreamfusion_fast.training.checkpoint import Checkpoint, restoring
 from dreamfusion_fast.training.config import Config
+from dreamfusion_fast.training.fitting import fit_field
+from dreamfusion_fast.training.ranks import Ranks
 
 
 def make_scene(config: Config, device: torch.device, generator: torch.Generator) -> Scene:
@@ -40,27 +41,30 @@ def make_scene(config: Config, device: torch.device, generator: torch.Generator)
     return Scene(field, occupancy, background, config.renderer)
 
 
-@torch.no_grad()
-def begin_scene(scene: Scene, config: Config) -> Nearest | None:
-    """Put what the file of `config.init` makes of the prompt into the field of a new scene, and into its grid.
+def begin_scene(scene: Scene, config: Config, ranks: Ranks | None = None) -> Nearest | None:
+    """Fit the field of a new scene, and its grid, to what `config.init` makes of the prompt.
+
+    Args:
+        scene: as `make_scene` made it.
+        config: of the run.
+        ranks: processes that have the same scene, and get what rank 0 fits.
 
     Returns:
         The known caption that is nearest; where it is not near enough, the scene is left as it is. None: from scratch.
 
     Raises:
-        UserError: the file cannot be read, or makes planes for another field.
+        UserError: the file cannot be read.
     """
     if config.init == SCRATCH:
         return None
-    config.check_start()
     seed = config.seed if config.init_code is None else config.init_code
-    nearest, planes, model = planes_of(config.init, config.prompt, seed)
-    if planes is None:
+    nearest, source = field_of_prompt(config.init, config.prompt, seed)
+    if source is None:
         return nearest
     field = scene.field
-    assert isinstance(field, TriplaneField)  # check_start has seen to it
-    field.planes.copy_(planes)
-    field.layers.load_state_dict(model.field.layers.state_dict())
+    fit_field(field, source.to(scene.device), scene.renderer.step_size, config.seed)
+    if ranks is not None:
+        ranks.share(list(field.parameters()))
     scene.occupancy.update(field, 0)  # as the first step does, so that it can be looked at before
     return nearest
 

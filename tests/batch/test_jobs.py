@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from fakes import AMORTISED_FIELD, write_amortised
+from fakes import write_amortised
 
 from dreamfusion_fast.batch.jobs import Job, ProblemsError, read_jobs
 from dreamfusion_fast.batch.outcome import Outcome, write_outcome
@@ -49,12 +49,8 @@ def test_rows_have_a_start_of_their_own(tmp_path: Path) -> None:
     file = write_amortised(tmp_path / "1e3")  # taken as text
     jobs = read(tmp_path, f"prompt,init,init_code\na chair,{file},4\na table,scratch,\na lamp,,\n", ".csv")
     assert [(job.config.init, job.config.init_code) for job in jobs] == [
-        (str(file), 4), ("scratch", None), ("scratch", None),
+        (str(file), 4), ("scratch", None), ("amortised", None),
     ]  # fmt: skip
-    assert [job.config.field.kind for job in jobs] == ["triplane", "hash_grid", "hash_grid"]
-    assert jobs[0].config.field == AMORTISED_FIELD
-    (problem,) = problems(tmp_path, f"- {{prompt: a chair, init: {file}, field: {{kind: hash_grid}}}}")
-    assert problem == f"prompts.yaml line 1: --init {file}: got --field hash_grid, want triplane: it makes planes"
     (problem,) = problems(tmp_path, f"- {{prompt: a chair, init: {tmp_path / 'none'}}}")
     assert f"--init {tmp_path / 'none'}: cannot be read" in problem
 

@@ -56,6 +56,7 @@ def test_two_processes_do_the_steps_of_one(tmp_path: Path, one_thread: None, mon
     assert first["state"].keys() == alone["state"].keys()
     for name, value in first["state"].items():
         assert torch.equal(value, second["state"][name]), name
+    assert torch.equal(second["shared"], torch.full((3, 2), 5.0))
     assert first["losses"] == second["losses"]
     assert torch.equal(first["state"]["generator"], alone["state"]["generator"])
     for ours, theirs in zip(first["losses"], alone["losses"], strict=True):

@@ -1,4 +1,4 @@
-"""Run by torchrun: some steps of a small run, and what each process has then."""
+"""Run by torchrun: some steps of a small run, and what each process has then and has been given."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def main(out: str, prior: str) -> None:
     use_prior(Path(prior))
     torch.set_num_threads(1)
     with joined_ranks("cpu") as ranks:
-        torch.save(result(Trainer(config(), torch.device("cpu"), ranks=ranks)), Path(out) / f"{ranks.rank}.pt")
+        parameter = torch.nn.Parameter(torch.full((3, 2), float(ranks.rank + 5)))
+        ranks.share([parameter])
+        made = result(Trainer(config(), torch.device("cpu"), ranks=ranks))
+        torch.save(made | {"shared": parameter.detach()}, Path(out) / f"{ranks.rank}.pt")
 
 
 if __name__ == "__main__":

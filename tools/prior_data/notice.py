@@ -1,4 +1,4 @@
-"""Write NOTICE: who made the models that the embedded prior was trained on, and under which licences.
+"""Write NOTICE: who made what ships, above all the models that the weights were trained on, and under which licences.
 
 python -m prior_data.notice --data DATA > ../NOTICE
 """
@@ -11,16 +11,23 @@ from pathlib import Path
 HEAD = """dreamfusion_fast
 Licensed under the Apache License, Version 2.0 (see LICENSE).
 
-Weights of the embedded prior
-=============================
-The diffusion model shipped in dreamfusion_fast/guidance/models/embedded/weights was trained on pictures rendered from
-the 3D models listed below. They come from Sweet Home 3D's additional furniture libraries 1.8 (https://www.sweethome3d.com),
-as packaged in Debian's sweethome3d-furniture 1.8-1, cleaned and converted to OBJ by Emmanuel Puybaret (eTeks). The
-models themselves are not part of this package; their pictures were rendered at 64x64, some of them recoloured. Their
-licences, in full: licenses/sweethome3d-furniture.txt. No creator endorses this project.
+Viewer
+======
+dreamfusion_fast/viewer/model-viewer.min.js is <model-viewer> 4.4.0 (https://modelviewer.dev), unchanged. Copyright
+Google LLC, Apache License, Version 2.0. It holds parts of three.js (MIT), lit (BSD-3-Clause) and fflate (MIT). All
+licences: licenses/model-viewer.txt.
 
-Its text encoder derives from sentence-transformers/all-MiniLM-L6-v2 (Apache License, Version 2.0): vocabulary pruned,
-weights quantised.
+Weights of the embedded prior and of the amortised start
+========================================================
+The diffusion model shipped in dreamfusion_fast/guidance/models/embedded/weights and the network shipped in
+dreamfusion_fast/training/weights were trained on pictures rendered from the 3D models listed below. They come from
+Sweet Home 3D's additional furniture libraries 1.8 (https://www.sweethome3d.com), as packaged in Debian's
+sweethome3d-furniture 1.8-1, cleaned and converted to OBJ by Emmanuel Puybaret (eTeks). The models themselves are not
+part of this package; their pictures were rendered at 64x64, some of them recoloured. Their licences, in full:
+licenses/sweethome3d-furniture.txt. No creator endorses this project.
+
+The text encoder of both derives from sentence-transformers/all-MiniLM-L6-v2 (Apache License, Version 2.0): vocabulary
+pruned, weights quantised.
 """
 LIBRARIES = {
     "BlendSwap-CC-0": "Blend Swap models (https://www.blendswap.com), CC0 1.0; credits are given although not required",

@@ -92,8 +92,8 @@ class Config(Settings):
     profile: bool = False
     """Print at the end how long each stage of a step takes and how much memory."""
     init: str = AMORTISED
-    """amortised: start from what a network that has seen many objects makes of the prompt, if it knows it; a file: so
-    of another network; or scratch."""
+    """What the field starts from. amortised: what a network that has seen many objects makes of the prompt, where it
+    knows it (`training.amortised`); the path of a file: the same by another network; scratch: a grey ball."""
     init_code: Annotated[int | None, Range(0, 2**63 - 1)] = None
     """Seed that draws which of the objects it has seen under such a prompt is meant; by default the run's seed."""
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)

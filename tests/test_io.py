@@ -32,7 +32,7 @@ def test_write_replaces_and_leaves_nothing_else(tmp_path):
 
 
 def test_tensors_are_sorted_by_name(tmp_path):
-    # safetensors orders them anew in each process; of 24 names, a test that sees its order passes once in 24!.
+    # safetensors orders them anew in each process. Of 24 names it hits the right order by chance once in 24! times.
     tensors = {f"{i * 7 % 24:02}": torch.full((2,), float(i)) for i in range(24)}
     data = safetensors.torch.save(tensors, {"a": "b"})
     write_bytes(tmp_path / "a.safetensors", data)

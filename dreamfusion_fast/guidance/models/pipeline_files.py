@@ -124,7 +124,7 @@ def _integer(digits: str) -> int:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
-    """The tensors of a safetensors file, on the CPU, by name; its metadata; and sha256 of it all, read once.
+    """The tensors of a safetensors file, on the CPU, sorted by name, its metadata, and sha256 of the same bytes.
 
     For files that are small beside a model.
 

@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from dreamfusion_fast.errors import UserError, joined
-from dreamfusion_fast.io import write_bytes
+from dreamfusion_fast.io import safetensors_from_bytes, write_bytes
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -123,10 +123,10 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             content = file.read(_LARGEST_CONTENT + 1)
         if len(content) > _LARGEST_CONTENT:
             raise ValueError(f"more than {_LARGEST_CONTENT >> 20} MiB under gzip")
-        stored = load(content)
+        stored, metadata = safetensors_from_bytes(content)
     except (gzip.BadGzipFile, EOFError, zlib.error, SafetensorError) as error:
         raise ValueError(f"no whole safetensors file under gzip: {error}") from error
-    return dequantize_state_dict(stored), _split(content)[0].get("__metadata__", {})
+    return dequantize_state_dict(stored), metadata
 
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

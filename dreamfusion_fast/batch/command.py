@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -48,7 +47,6 @@ def command(arguments: Sequence[str], parser: argparse.ArgumentParser, parse: Ca
     parser.add_argument("--workers", type=int)
     parser.add_argument("--guidance.name", dest="guidance")
     parser.add_argument("--field")
-    parser.add_argument("--init")
     asks_for_help = bool({"-h", "--help"} & set(arguments))
     if not asks_for_help and (not arguments or arguments[0].startswith("-")):
         raise UserError("give the file of prompts first: dreamfusion-fast batch prompts.txt --out runs")
@@ -61,8 +59,6 @@ def command(arguments: Sequence[str], parser: argparse.ArgumentParser, parse: Ca
         config = start or Config.for_guidance(guidance or "embedded")
         if given.config is not None:
             config = Config.load(given.config, guidance=guidance, base=start)
-        if given.init is not None:
-            config = dataclasses.replace(config, init=given.init)
         if given.field is not None:
             config = config.with_field(given.field)
         named = rest if guidance is None else [*rest, "--guidance.name", guidance]

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from dreamfusion_fast.ops.triplane import PLANES
 from dreamfusion_fast.settings import Range, Settings
 
-_GAIN = 0.125  # initial variance of a layer's output over that of its input: blocks add little at first
-_AFTER_SILU = 2.8  # the gain that makes up for a SiLU before: 1 / E[silu(x)^2] of x ~ N(0, 1)
 _OCTAVES = 4  # of the sines that tokens begin with
 
 
@@ -97,13 +95,11 @@ class PlaneTransformer(nn.Module):
             for name, parameter in self.named_parameters():
                 if name.endswith("bias"):
                     parameter.zero_()
+                elif name == "tokens":
+                    parameter.copy_(_first_tokens(c.tokens, c.width, generator))
                 elif "norm" not in name:
                     fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
-                    parameter.normal_(0.0, (_GAIN / fan_in) ** 0.5, generator=generator)
-            self.tokens.copy_(_first_tokens(c.tokens, c.width, generator))
-            for number, layer in enumerate((self.unfold, *self.convolutions)):
-                gain = _AFTER_SILU if number > 1 else 1.0
-                layer.weight.normal_(0.0, (gain / layer.weight[0].numel()) ** 0.5, generator=generator)
+                    parameter.normal_(0.0, (_gain(name) / fan_in) ** 0.5, generator=generator)
 
     def forward(self, states: Tensor, pooled: Tensor, mask: Tensor | None = None, code: Tensor | None = None) -> Tensor:
         """The planes.
@@ -160,6 +156,13 @@ class PlaneTransformer(nn.Module):
         for name, (tensor, shape) in wanted.items():
             if tensor is not None and list(tensor.shape) != shape:
                 raise ValueError(f"{name}: got shape {list(tensor.shape)}, want {shape}")
+
+
+def _gain(name: str) -> float:
+    """Initial variance of a layer's output over that of its input."""
+    if not name.startswith(("unfold", "convolutions")):
+        return 0.125  # blocks add little at first
+    return 2.8 if name.startswith(("convolutions.1", "convolutions.2")) else 1.0  # 1 / E[silu(x)^2] of x ~ N(0, 1)
 
 
 def _first_tokens(side: int, width: int, generator: torch.Generator | None) -> Tensor:

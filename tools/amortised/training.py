@@ -99,7 +99,7 @@ class Training:
         generator = torch.Generator().manual_seed(s.seed)
         self.model = AmortisedField(s.network, s.field, len(self.sampler.models), generator).to(self.device)
         if self.device.type == "cuda":
-            # Step and loss wait for the host otherwise; the first step of a call compiles.
+            # The GPU waits for launches otherwise. The first step of a call compiles, and does not count.
             self.model.network.compile(dynamic=False)
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._names, self.parameters = list(trained), list(trained.values())

@@ -9,7 +9,6 @@ Nothing else is asked for, above all not the diffusion model, so the stage takes
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 
 import torch
@@ -24,10 +23,13 @@ from dreamfusion_fast.scene import Scene
 from dreamfusion_fast.training.config import Config
 from dreamfusion_fast.training.device import send
 from dreamfusion_fast.training.opaque import cross_entropy
+from dreamfusion_fast.training.rates import cosine, rated, set_rates
 from dreamfusion_fast.training.struts import Struts, find_struts
 
 # Share of the steps after which it can be seen what is torn, and points along the box's side to see it.
 _JOINED_AFTER, _RESOLUTION = 0.25, 128
+# The learning rates' last share of their peaks.
+_LAST_RATE = 0.1
 # Points in rods whose density is asked for in a step.
 _POINTS = 256
 # Weight of the opacity's cross entropy beside the colours' squared error.
@@ -56,10 +58,8 @@ def firm_field(scene: Scene, config: Config, stop: Callable[[], bool] = lambda: 
     teacher_field, teacher_occupancy = copy.deepcopy(field).requires_grad_(False), copy.deepcopy(occupancy)
     teacher = VolumeRenderer(teacher_field, teacher_occupancy, scene.renderer.config)
     generator = torch.Generator().manual_seed(config.seed)
-    groups = field.parameter_groups()
-    rates = [getattr(c, f"lr_{kind}") for kind in groups]
     optimizer = torch.optim.Adam(
-        [{"params": group} for group in groups.values()], betas=config.optim.betas, eps=config.optim.eps, fused=True
+        rated(field.parameter_groups(), c), betas=config.optim.betas, eps=config.optim.eps, fused=True
     )
     torn: tuple[Struts, Tensor] | None = None
     rods: Struts | None = None
@@ -69,9 +69,7 @@ def firm_field(scene: Scene, config: Config, stop: Callable[[], bool] = lambda: 
             if step == round(_JOINED_AFTER * c.steps) and c.join > 0:
                 torn = _torn(field, c.join)
                 rods = None if torn is None else torn[0].to(device)  # once: a copy would wait in each step
-            factor = 0.55 + 0.45 * math.cos(math.pi * step / c.steps)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
+            set_rates(optimizer, cosine(step / c.steps, _LAST_RATE))
             occupancy.update(field, step)
             cameras = sample_cameras(config.camera, batch, generator)
             background = torch.rand(3, generator=generator)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dreamfusion_fast.export.density import sample_density
 from dreamfusion_fast.fields.base import Field, FieldOutput, evaluate, query_density
 from dreamfusion_fast.training.device import send
+from dreamfusion_fast.training.rates import cosine, rated, set_rates
+from dreamfusion_fast.training.sections import OptimConfig
 
 STEPS = 200
 _POINTS = 2**14  # in a step
 _ANYWHERE = 0.25  # share of them that is drawn from the whole box, and not near the object
-_CELLS = 32  # along a side of the box, to find what is near it
-_OPACITY = 0.01  # of a step through the middle of a cell, from which it belongs to the object
-_RATES = {"table": 0.03, "planes": 0.03, "mlp": 0.005}
+_CELLS = 32  # along the longest side of the box, to find what is near it
+_OPACITY = 0.01  # of a step, from which a point belongs to the object
+_OPTIM = OptimConfig(lr_planes=0.03)
 
 
 def fit_field(field: Field, source: Field, step_size: float, seed: int, steps: int = STEPS) -> None:
@@ -34,24 +35,20 @@ def fit_field(field: Field, source: Field, step_size: float, seed: int, steps: i
         steps: of Adam.
     """
     generator = torch.Generator().manual_seed(seed)
-    box, device = field.aabb.cpu(), field.aabb.device
-    size = box[3:] - box[:3]
-    corners = _occupied(source, step_size)
-    groups = field.parameter_groups()
-    rates = [_RATES[kind] for kind in groups]
+    box = field.aabb.cpu()
+    corners, edge = _occupied(source, step_size)
     optimizer = torch.optim.Adam(
-        [{"params": group} for group in groups.values()], betas=(0.9, 0.99), eps=1e-15, fused=True
+        rated(field.parameter_groups(), _OPTIM), betas=_OPTIM.betas, eps=_OPTIM.eps, fused=True
     )
-    anywhere = round(_ANYWHERE * _POINTS) if len(corners) else _POINTS
+    near = round((1 - _ANYWHERE) * _POINTS) if len(corners) else 0
     for step in range(steps):
-        factor = 0.55 + 0.45 * math.cos(math.pi * step / steps)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
-        points = torch.rand(_POINTS, 3, generator=generator)
-        if anywhere < _POINTS:
-            cell = torch.randint(len(corners), (_POINTS - anywhere,), generator=generator)
-            points[anywhere:] = (corners[cell] + points[anywhere:]) / _CELLS
-        (points,) = send(device, box[:3] + size * points)
+        set_rates(optimizer, cosine(step / steps, _OPTIM.final_lr_factor))
+        anywhere = torch.rand(_POINTS - near, 3, generator=generator)
+        points = box[:3] + (box[3:] - box[:3]) * anywhere
+        if near:
+            cell = torch.randint(len(corners), (near,), generator=generator)
+            points = torch.cat([points, corners[cell] + edge * torch.rand(near, 3, generator=generator)])
+        (points,) = send(field.aabb.device, points)
         with torch.no_grad():
             wanted = evaluate(source, points)
             opacity = _opacity(_density(wanted), step_size)
@@ -65,7 +62,7 @@ def fit_field(field: Field, source: Field, step_size: float, seed: int, steps: i
 
 
 def _density(output: FieldOutput) -> Tensor:
-    assert output.density is not None  # as of a field of alphas, which no run has
+    assert output.density is not None  # it is of a field of alphas, which no run has
     return output.density
 
 
@@ -73,13 +70,9 @@ def _opacity(density: Tensor, step_size: float) -> Tensor:
     return -torch.expm1(-density * step_size)
 
 
-@torch.no_grad()
-def _occupied(field: Field, step_size: float) -> Tensor:
-    """The corners `[n, 3]` of the cells of the box that the object is in or next to, in cells, on the CPU."""
-    axis = torch.arange(_CELLS, dtype=torch.float32)
-    corners = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1).view(-1, 3)
-    low, high = field.aabb[:3], field.aabb[3:]
-    middles = low + (high - low) * (corners.to(low) + 0.5) / _CELLS
-    opaque = _opacity(query_density(field, middles), step_size) > _OPACITY
-    near = F.max_pool3d(opaque.to(low.dtype).view(1, 1, _CELLS, _CELLS, _CELLS), 3, 1, 1).view(-1) > 0
-    return corners[near.cpu()]
+def _occupied(field: Field, step_size: float) -> tuple[Tensor, float]:
+    """The lower corners `[n, 3]` of the cells that the object is in or next to, on the CPU, and a cell's edge."""
+    grid = sample_density(lambda positions: query_density(field, positions), field.aabb, _CELLS)
+    opaque = _opacity(torch.from_numpy(grid.values), step_size) > _OPACITY
+    near = F.max_pool3d(opaque.float()[None], 4, stride=1, padding=1)[0]  # a cell's eight points and those around
+    return torch.from_numpy(grid.low).float() + grid.voxel * near.nonzero(), grid.voxel

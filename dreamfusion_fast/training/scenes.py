@@ -62,7 +62,8 @@ def begin_scene(scene: Scene, config: Config, ranks: Ranks | None = None) -> Nea
     if source is None:
         return nearest
     field = scene.field
-    fit_field(field, source.to(scene.device), scene.renderer.step_size, config.seed)
+    if ranks is None or ranks.rank == 0:
+        fit_field(field, source.to(scene.device), scene.renderer.step_size, config.seed)
     if ranks is not None:
         ranks.share(list(field.parameters()))
     scene.occupancy.update(field, 0)  # as the first step does, so that it can be looked at before

@@ -33,6 +33,7 @@ from dreamfusion_fast.training.memory_plan import MemoryLimit, MemoryPlan, Memor
 from dreamfusion_fast.training.optimizer_step import CapturedStep
 from dreamfusion_fast.training.profile import StepProfiler
 from dreamfusion_fast.training.ranks import Ranks
+from dreamfusion_fast.training.rates import cosine, rated, set_rates
 from dreamfusion_fast.training.scenes import make_scene, restore_scene
 from dreamfusion_fast.training.view_sampler import DrawnViews, ViewSampler
 
@@ -135,10 +136,7 @@ class Trainer:
 
     def _make_optimizer(self) -> torch.optim.Adam:
         c = self.config.optim
-        groups = [
-            {"params": parameters, "peak": getattr(c, f"lr_{kind}")}
-            for kind, parameters in self.scene.parameter_groups().items()
-        ]
+        groups = rated(self.scene.parameter_groups(), c)
         own = self.guidance.parameter_groups()
         self._guidance_parameters = [parameter for group in own for parameter in group["params"]]
         groups += own
@@ -338,11 +336,7 @@ class Trainer:
     def _set_learning_rates(self, progress: float) -> None:
         c = self.config.optim
         warm = min(1.0, (self.steps_done + 1) / max(c.warmup_steps, 1))
-        cosine = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
-        factor = warm * (c.final_lr_factor + (1.0 - c.final_lr_factor) * cosine)
-        for group in self.optimizer.param_groups:
-            if "peak" in group:  # the guidance's own groups keep their rates
-                group["lr"] = group["peak"] * factor
+        set_rates(self.optimizer, warm * cosine(progress, c.final_lr_factor))  # those of the scene, not of the guidance
 
     def _render_training(self, drawn: DrawnViews, options: dict[str, Any]) -> RenderOutput:
         return self.scene.renderer.render(

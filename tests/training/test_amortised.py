@@ -55,7 +55,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def config_of(file: Path, prompt: str = "a chair", **settings: Any) -> Config:
-    return small_config(**{"prompt": prompt, "init": str(file), **settings})
+    return small_config(prompt=prompt, init=str(file), **settings)
 
 
 def scene_and_nearest(config: Config) -> tuple[Scene, Any]:
@@ -208,7 +208,7 @@ def test_what_starts_how() -> None:
     assert Config.from_dict({"prompt": "x", "init": "scratch"}).init == "scratch"
 
 
-def test_the_network_that_ships_knows_chairs_and_has_a_front(tmp_path: Path) -> None:
+def test_the_network_that_ships_knows_chairs_and_their_fronts() -> None:
     check_init(AMORTISED)
     _, captions = load_amortised(AMORTISED)
     assert len(captions.objects) > 1000
@@ -222,7 +222,7 @@ def test_the_network_that_ships_knows_chairs_and_has_a_front(tmp_path: Path) -> 
     sides = cameras_at(torch.tensor([0.5, -0.5]) * math.pi, torch.zeros(2), torch.full((2,), 3.3))
     right, left = pictures.render(sides, 32)
     dark = 1 - right[..., 1:].mean(dim=2), 1 - left[..., 1:].mean(dim=2)  # what is not white
-    # The back is at the back: seen from both sides, more of the upper half is away from the front.
+    # The back is at the back: from both sides, most of the upper half is away from the front.
     for picture, back in zip(dark, (slice(16, 32), slice(0, 16)), strict=True):
         assert float(picture[:14, back].sum()) > 2 * float(picture[:14].sum() - picture[:14, back].sum())
 

@@ -15,7 +15,7 @@ STEP = 0.05
 
 
 class Ball(Field):
-    """A ball beside the middle of a box that is no cube, red above and blue below."""
+    """A ball beside the middle of its box, red above and blue below."""
 
     CENTRE, RADIUS = (0.2, 0.0, -0.1), 0.45
 
@@ -26,7 +26,9 @@ class Ball(Field):
     def forward(self, positions: Tensor, with_normal: bool = False) -> FieldOutput:
         return FieldOutput(
             self.density(positions),
-            torch.stack([positions[:, 1] > 0, positions[:, 1] < -9, positions[:, 1] <= 0], 1).float(),
+            torch.where(
+                positions[:, 1:2] > 0, positions.new_tensor([1.0, 0.0, 0.0]), positions.new_tensor([0.0, 0.0, 1.0])
+            ),
         )
 
     def density(self, positions: Tensor) -> Tensor:
